@@ -1,0 +1,120 @@
+"""Recipe <-> JSON, strict in both directions: what REST takes and a merged file keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lib_loramerge.errors import RecipeError
+from lib_loramerge.recipe.check import nearest_hint, shown
+from lib_loramerge.recipe.model import INPUT_FIELDS, MAX_INPUTS, RECIPE_FIELDS, LoraInput, MergeRecipe
+from lib_loramerge.recipe.text import parse_input, parse_inputs
+
+VERSION = 1
+LONGEST_JSON = 4_000_000  # characters; a full recipe of 100 LoRAs with block weights is far below
+
+
+def to_json(recipe: MergeRecipe) -> dict[str, Any]:
+    """The recipe as a JSON object; :func:`from_json` gives the same recipe back.
+
+    Fields that are ``None`` are left out, all others are written, so that a
+    later version with other defaults still reads the same recipe.
+    """
+    written: dict[str, Any] = {"version": VERSION}
+    for name in RECIPE_FIELDS:
+        value = getattr(recipe, name)
+        if name == "inputs":
+            written[name] = [_input_to_json(given) for given in value]
+        elif name == "params":
+            written[name] = dict(value)
+        elif value is not None:
+            written[name] = value
+    return written
+
+
+def _input_to_json(given: LoraInput) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in INPUT_FIELDS if getattr(given, name) is not None}
+
+
+def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
+    """The recipe that a JSON object, or the text of one, describes.
+
+    ``inputs`` is a list of objects with the fields of :class:`LoraInput`, or of
+    recipe strings (``"a:0.8"``), or one prompt text with its tags. Fields not
+    given have their defaults.
+
+    Raises:
+        RecipeError: No JSON, unknown or doubled fields, wrong types, values out of
+            range, or a recipe of a newer version.
+    """
+    fields = _load(obj) if isinstance(obj, str) else obj
+    if not isinstance(fields, Mapping):
+        raise RecipeError(f"A recipe must be a JSON object, got {shown(fields)}.")
+    given = dict(fields)
+    version = given.pop("version", VERSION)
+    if isinstance(version, bool) or version != VERSION:
+        raise RecipeError(f"This recipe has version {shown(version)}; version {VERSION} is what can be read.")
+    _refuse_unknown("A recipe", given, RECIPE_FIELDS)
+    if "inputs" not in given:
+        raise RecipeError("A recipe needs inputs, the list of its LoRAs.")
+    given["inputs"] = _inputs_from_json(given["inputs"])
+    for name in ("conv_rank", "retain", "size", "base"):
+        if name in given and given[name] is None:
+            del given[name]  # null and absent mean the same where absent is allowed
+    return MergeRecipe(**given)
+
+
+def _inputs_from_json(given: object) -> tuple[LoraInput, ...]:
+    if isinstance(given, str):
+        return parse_inputs([given])
+    if not isinstance(given, (list, tuple)):
+        raise RecipeError(f"inputs must be a list of LoRAs, got {shown(given)}.")
+    if len(given) > MAX_INPUTS:
+        raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(given)}.")
+    return tuple(_input_from_json(item) for item in given)
+
+
+def _input_from_json(item: object) -> LoraInput:
+    if isinstance(item, str):
+        return parse_input(item)
+    if not isinstance(item, Mapping):
+        raise RecipeError(f"An input must be an object or a recipe string, got {shown(item)}.")
+    _refuse_unknown("An input", item, INPUT_FIELDS)
+    if "name" not in item:
+        raise RecipeError("An input needs a name.")
+    optional = ("te1", "te2", "te3", "dyn", "lbw", "lbwe", "x", "hash")
+    return LoraInput(**{k: v for k, v in item.items() if not (v is None and k in optional)})
+
+
+def _refuse_unknown(what: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            raise RecipeError(
+                f"{what} has no field {shown(name)}. The fields are {', '.join(known)}."
+                f"{nearest_hint(str(name), known)}"
+            )
+
+
+def _load(text: str) -> object:
+    if len(text) > LONGEST_JSON:
+        raise RecipeError(f"A recipe must be at most {LONGEST_JSON} characters long, got {len(text)}.")
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise RecipeError("A recipe must be a JSON object; this text is nested too deep.") from None
+    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
+        raise RecipeError(f"The recipe is not valid JSON: {str(error)[:200]}.") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(n for n in names if names.count(n) > 1)
+        raise RecipeError(f"The recipe has the field {shown(doubled)} twice.")
+    return result
+
+
+def _no_constant(name: str) -> object:
+    raise RecipeError(f"The recipe holds {name}; only finite numbers are allowed.")
