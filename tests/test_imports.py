@@ -34,7 +34,8 @@ ALLOWED = {
     "report": _TYPES | _PARTS,
     "merge": _RESULTS - {"analysis"},
     "analysis": _RESULTS - {"analysis"} | {"merge"},
-    "cli": _RESULTS | {"merge"},
+    "demo": _RESULTS | {"merge"},
+    "cli": _RESULTS | {"merge", "demo"},
     "webui": _RESULTS | {"merge", "cli"},
     "__init__": _RESULTS | {"merge"},
     "__main__": {"cli"},
@@ -44,7 +45,17 @@ ALLOWED = {
 ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}}
 
 # Only webui imports these. A WebUI puts `modules` and its built-in LoRA extension's `networks` on the path.
-WEBUI_ONLY = {"gradio", "fastapi", "starlette", "pydantic", "uvicorn", "matplotlib", "modules", "networks"}
+WEBUI_ONLY = {
+    "gradio",
+    "fastapi",
+    "starlette",
+    "pydantic",
+    "uvicorn",
+    "matplotlib",
+    "PIL",
+    "modules",
+    "networks",
+}
 INSTALLED = {"torch", "safetensors", "numpy"}
 
 
