@@ -1,0 +1,146 @@
+"""Which kind a layer's slots are, and which slots only come along.
+
+A layer holds one algebra (the slots of one kind) and companions: alpha, scales,
+biases, a DoRA magnitude. Everything else is an error that names the layer, so
+that no tensor is lost silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..errors import IncompatibleError, UnsupportedError
+from .kinds import ADAPTERS, AdapterKind
+
+RESIDUAL_PARTS = frozenset({"bias_indices", "bias_values", "bias_size"})
+MAGNITUDES = frozenset({"dora_scale", "magnitude"})
+COMPANIONS = frozenset({"alpha", "scale", "scalar", "diff_b", "bias"}) | RESIDUAL_PARTS
+
+# What no formula can turn into a delta weight, and why.
+REFUSED = {
+    "set_weight": "replaces the base model's weight instead of adding to it",
+    "reshape_weight": "changes the shape of the base model's weight",
+    "q_layer": "is T-LoRA, whose starting factors are not in the file",
+    "p_layer": "is T-LoRA, whose starting factors are not in the file",
+    "lambda_layer": "is T-LoRA, whose starting factors are not in the file",
+    "vera_lambda_b": "is VeRA, whose shared random factors are not in the file",
+    "vera_lambda_d": "is VeRA, whose shared random factors are not in the file",
+    "oft_r": "is PEFT's or OneTrainer's OFT, which no WebUI here loads",
+    "boft_r": "is PEFT's BOFT, which no WebUI here loads",
+    "ia3_l": "is PEFT's (IA)^3, which no WebUI here loads",
+}
+
+# The families that share slots: one algebra each, told apart by what is there.
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "LoRA": ("tucker", "lora"),
+    "LoHa": ("loha_tucker", "loha"),
+    "LoKr": ("lokr",),
+    "full difference": ("full",),
+    "normalisation": ("norm",),
+    "GLoRA": ("glora",),
+    "(IA)^3": ("ia3",),
+    "OFT": ("oft", "boft", "oft_diag"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The slots of one layer, sorted out.
+
+    Attributes:
+        kind: The algebra; None when only companions are left that change nothing.
+        magnitude: The slot of a DoRA magnitude, if there is one.
+        notes: Sentences for the report.
+    """
+
+    kind: AdapterKind | None
+    magnitude: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def identify(slots: Collection[str], where: str) -> Group:
+    """Sort out the slots of one layer.
+
+    Raises:
+        UnsupportedError: A slot that cannot be merged, or two algebras at once.
+        IncompatibleError: An algebra that lacks a part.
+    """
+    present = frozenset(slots)
+    for slot in sorted(present & REFUSED.keys()):
+        raise UnsupportedError(f"{where}: {slot} cannot be merged: it {REFUSED[slot]}.")
+    families = [family for family in _FAMILIES if present & _own_slots(family)]
+    if len(families) > 1:
+        raise UnsupportedError(
+            f"{where}: this layer holds {' and '.join(families)} at once, and the WebUIs disagree which of "
+            "them counts."
+        )
+    if not families:
+        return _companions_only(present, where)
+    magnitudes = sorted(present & MAGNITUDES)
+    if len(magnitudes) > 1:
+        raise UnsupportedError(f"{where}: this layer holds two DoRA magnitudes, {' and '.join(magnitudes)}.")
+    kind = _complete_kind(families[0], present, where)
+    _check_residual(present, where)
+    _check_leftovers(kind, present, where)
+    return Group(kind, magnitudes[0] if magnitudes else None)
+
+
+def _own_slots(family: str) -> frozenset[str]:
+    # `rescale` and the like are optional slots: alone they do not make a family.
+    kinds = [ADAPTERS[name] for name in _FAMILIES[family] if name in ADAPTERS]
+    return frozenset().union(*(kind.slots for kind in kinds))
+
+
+def _complete_kind(family: str, present: frozenset[str], where: str) -> AdapterKind:
+    kinds = [ADAPTERS[name] for name in _FAMILIES[family] if name in ADAPTERS]
+    own = present & _own_slots(family)
+    for kind in kinds:
+        if own <= kind.slots and any(form <= own for form in kind.forms):
+            return kind
+    # Name what is missing from the form that is nearest to complete.
+    forms = [form for kind in kinds for form in kind.forms]
+    form = min(forms, key=lambda form: (len(form - own), -len(form & own)))
+    there, missing = _listed(sorted(own)), sorted(form - own)
+    if not missing:
+        raise IncompatibleError(f"{where}: {there} do not belong together in one {family} layer.")
+    raise IncompatibleError(
+        f"{where}: this {family} layer is incomplete: {there} is there, {_listed(missing)} is missing."
+    )
+
+
+def _companions_only(present: frozenset[str], where: str) -> Group:
+    unknown = sorted(present - COMPANIONS - MAGNITUDES)
+    if unknown:
+        raise UnsupportedError(f"{where}: nothing here can merge the slot {_listed(unknown)}.")
+    if "diff_b" in present:
+        rest = sorted(present - {"diff_b", "alpha"})
+        if rest:
+            raise IncompatibleError(f"{where}: {_listed(rest)} is there without the factors it belongs to.")
+        return Group(ADAPTERS["bias"])
+    rest = sorted(present - {"alpha", "scale", "scalar"})
+    if rest:
+        raise IncompatibleError(f"{where}: {_listed(rest)} is there without the factors it belongs to.")
+    left = _listed(sorted(present))
+    return Group(None, None, (f"{left} without any factors was dropped; it changes nothing.",))
+
+
+def _check_residual(present: frozenset[str], where: str) -> None:
+    parts = present & RESIDUAL_PARTS
+    if parts and parts != RESIDUAL_PARTS:
+        raise IncompatibleError(
+            f"{where}: the sparse residual is incomplete: {_listed(sorted(parts))} is there, "
+            f"{_listed(sorted(RESIDUAL_PARTS - parts))} is missing."
+        )
+    if parts and "bias" in present:
+        raise UnsupportedError(f"{where}: this layer holds a dense and a sparse residual at once.")
+
+
+def _check_leftovers(kind: AdapterKind, present: frozenset[str], where: str) -> None:
+    unknown = sorted(present - kind.slots - COMPANIONS - MAGNITUDES)
+    if unknown:
+        raise UnsupportedError(f"{where}: {_listed(unknown)} has no meaning in a {kind.label} layer.")
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(names)

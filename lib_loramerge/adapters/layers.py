@@ -1,0 +1,115 @@
+"""From the slots of a layer to what it is and to its delta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..delta import LayerDelta
+from ..errors import IncompatibleError, UnsupportedError
+from .biases import bias_delta, check_biases, has_bias
+from .groups import Group, identify
+from .kinds import ADAPTERS, ORPHAN, AdapterKind, Layer, LayerFacts, Shape, Shapes, shapes_of
+from .scaling import plain_delta, scale_notes
+
+DYN_IGNORED = "dyn= is applied to plain LoRA layers only, as in the WebUIs; this kind keeps all its ranks."
+RESIDUAL = "A residual is added before the scale, as in A1111 and SD.Next; Forge and reForge ignore it."
+
+
+def describe(slots: Mapping[str, Shape], *, where: str, kernel: Shape | None = None) -> LayerFacts:
+    """What one layer of one file is, from the shapes in its header.
+
+    Args:
+        slots: Slot name to shape.
+        where: File and layer, for messages.
+        kernel: Kernel of the base model's layer if it is known to be a
+            convolution; formats that store factors flat do not tell it.
+
+    Raises:
+        UnsupportedError: A kind that cannot be merged.
+        IncompatibleError: Parts are missing or contradict each other.
+    """
+    return _describe(identify(slots, where), slots, where, kernel)
+
+
+def build(
+    slots: Mapping[str, Tensor],
+    *,
+    where: str,
+    kernel: Shape | None = None,
+    base: Tensor | None = None,
+    dyn: int | None = None,
+    fold_scalar: bool = False,
+) -> LayerDelta:
+    """The change of one layer at strength 1, as the WebUI computes it.
+
+    Args:
+        slots: Slot name to tensor, shaped as stored.
+        where: File and layer, for messages.
+        kernel: Kernel of the base model's layer if it is known.
+        base: Base weight (out, in[, kh, kw]), for kinds that need it.
+        dyn: Use the first ``dyn`` ranks only, at an unchanged scale.
+        fold_scalar: Multiply by a stored ``scalar``, which the hosts ignore.
+
+    Raises:
+        UnsupportedError: A kind that cannot be merged, or that needs a base weight.
+        IncompatibleError: Parts are missing or contradict each other or the base.
+    """
+    shapes = shapes_of(slots)
+    group = identify(slots, where)
+    facts = _describe(group, shapes, where, kernel)
+    if group.kind is None:
+        return LayerDelta(None, None, facts.notes)
+    kind = _effective_kind(group)
+    if facts.needs_base:
+        _check_base(kind, facts, base, where)
+    layer = Layer(slots, where, facts, base, dyn, fold_scalar)
+    weight, notes = plain_delta(kind, layer)
+    if dyn is not None and kind.name != "lora":
+        notes += (DYN_IGNORED,)
+    shown = facts.notes
+    if fold_scalar:
+        shown = tuple(note for note in facts.notes if note not in scale_notes(kind, shapes))
+        notes = scale_notes(kind, shapes, fold_scalar=True) + notes
+    return LayerDelta(weight, bias_delta(group.kind, layer), shown + notes)
+
+
+def _effective_kind(group: Group) -> AdapterKind:
+    assert group.kind is not None
+    return ADAPTERS["dora"] if group.magnitude else group.kind
+
+
+def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
+    if group.kind is None:
+        return LayerFacts(ORPHAN, None, None, notes=group.notes)
+    for slot, shape in shapes.items():
+        if math.prod(shape) == 0 and slot not in ("bias_indices", "bias_values"):
+            raise IncompatibleError(f"{where}: {slot} is empty, its shape is {tuple(shape)}.")
+    kind = _effective_kind(group)
+    facts = kind.describe(shapes, where, kernel)
+    notes = facts.notes + scale_notes(kind, shapes)
+    check_biases(shapes, facts, where)
+    if "bias" in shapes or "bias_indices" in shapes:
+        facts, notes = replace(facts, rank=None), (*notes, RESIDUAL)
+    return replace(facts, bias=has_bias(shapes), notes=notes)
+
+
+def _check_base(kind: AdapterKind, facts: LayerFacts, base: Tensor | None, where: str) -> None:
+    if base is None:
+        raise UnsupportedError(
+            f"{where}: {kind.label} changes the base model's own weight and cannot be merged without it; "
+            "name the model it was trained on with --base CHECKPOINT."
+        )
+    in_ = base.shape[1] if base.dim() > 1 else 0
+    same = facts.out in (None, base.shape[0]) and facts.in_ in (None, in_)
+    if same and facts.in_ is not None:
+        same = math.prod(facts.kernel) == math.prod(base.shape[2:])
+    if not same:
+        told = (facts.out, facts.in_, *facts.kernel)
+        raise IncompatibleError(
+            f"{where}: this {kind.label} layer was made for a weight of {told} (out, in, kernel), but the "
+            f"base checkpoint's is {tuple(base.shape)}."
+        )

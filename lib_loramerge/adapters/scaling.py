@@ -1,0 +1,151 @@
+"""alpha, and whatever else multiplies a delta: applied here and only here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..delta import Delta, Dense, LowRank
+from ..errors import IncompatibleError
+from .kinds import AdapterKind, Layer, Shapes, shapes_of
+
+ALPHA_ZERO = "alpha is 0, so this layer changes nothing: the WebUIs apply the stored number."
+SCALE_KEY = "`scale` replaces alpha / rank, as in A1111 and SD.Next; Forge and reForge ignore it."
+SCALAR_IGNORED = "`scalar` is ignored, as every WebUI does; current LyCORIS has it folded into the factors."
+SCALAR_FOLDED = "`scalar` was multiplied in, which no WebUI does."
+ALPHA_UNUSED = "alpha is no scale in this kind and is ignored, as the WebUIs do."
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``numerator / denominator``, kept apart so that a stored alpha stays exact."""
+
+    numerator: float = 1.0
+    denominator: float = 1.0
+
+    @property
+    def value(self) -> float:
+        return self.numerator / self.denominator
+
+
+def scale_notes(kind: AdapterKind, shapes: Shapes, *, fold_scalar: bool = False) -> tuple[str, ...]:
+    """What the report says of a layer's scale, from the slots that are there."""
+    notes = []
+    if "scale" in shapes:
+        notes.append(SCALE_KEY)
+    if "scalar" in shapes:
+        notes.append(SCALAR_FOLDED if fold_scalar else SCALAR_IGNORED)
+    return tuple(notes)
+
+
+def read_scale(kind: AdapterKind, slots: Mapping[str, Tensor], where: str) -> Scale:
+    """The scale of a layer by the hosts' rule.
+
+    ``alpha / rank``; 1 without an alpha or where the kind has no rank; a stored
+    ``scale`` instead of both.
+    """
+    if "scale" in slots:
+        return Scale(number(slots["scale"], "scale", where))
+    rank = kind.scale_rank(shapes_of(slots))
+    if rank is None or "alpha" not in slots:
+        return Scale()
+    return Scale(number(slots["alpha"], "alpha", where), float(rank))
+
+
+def number(tensor: Tensor, slot: str, where: str) -> float:
+    """The value of a tensor that holds one number, 0-d or [1], of any dtype."""
+    if tensor.numel() != 1:
+        shape = tuple(tensor.shape)
+        raise IncompatibleError(f"{where}: {slot} has the shape {shape} where one number is needed.")
+    value = float(tensor.reshape(-1)[0])
+    if not math.isfinite(value):
+        raise IncompatibleError(f"{where}: {slot} is {value}, which is not a usable number.")
+    return value
+
+
+def apply_scale(delta: Delta, scale: Scale) -> Delta:
+    """``delta`` times ``scale``.
+
+    A negative scale goes into the up factor and a scale of 0 empties it, so
+    that the alpha of a low-rank delta is always positive: merge methods take
+    its square root.
+    """
+    if isinstance(delta, Dense):
+        return replace(delta, weight=delta.weight * scale.value)
+    if scale.numerator == 0 or delta.alpha == 0:
+        return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank))
+    up = -delta.up if scale.value < 0 else delta.up
+    if delta.alpha == scale.denominator:
+        alpha = abs(scale.numerator)
+    else:
+        alpha = abs(delta.alpha * scale.numerator / scale.denominator)
+    return replace(delta, up=up, alpha=alpha)
+
+
+def plain_delta(kind: AdapterKind, layer: Layer) -> tuple[Delta | None, tuple[str, ...]]:
+    """The delta of an algebra with its scale, and notes that values alone can tell.
+
+    Order as in A1111: a residual is added to the product before the scale.
+    """
+    delta = kind.build(layer)
+    notes: tuple[str, ...] = ()
+    if delta is None:
+        return None, notes
+    residual = read_residual(layer)
+    if residual is not None:
+        delta = add_residual(delta, residual, layer)
+    scale = read_scale(kind, layer.slots, layer.where)
+    if scale.numerator == 0:
+        notes += (ALPHA_ZERO,) if "scale" not in layer.slots else ()
+    if layer.fold_scalar and "scalar" in layer.slots:
+        factor = number(layer.slots["scalar"], "scalar", layer.where)
+        delta = apply_scale(delta, Scale(factor))
+    return apply_scale(delta, scale), notes
+
+
+def read_residual(layer: Layer) -> Tensor | None:
+    """LyCORIS's residual: what its extraction left out, dense or as coordinates."""
+    slots = layer.slots
+    if "bias" in slots:
+        return slots["bias"]
+    if "bias_indices" not in slots:
+        return None
+    indices, values = slots["bias_indices"].long(), slots["bias_values"].reshape(-1)
+    size = [int(n) for n in slots["bias_size"].reshape(-1)]
+    indices = indices.reshape(len(size), -1) if indices.dim() < 2 else indices
+    if indices.shape != (len(size), values.numel()):
+        raise IncompatibleError(
+            f"{layer.where}: bias_indices {tuple(indices.shape)}, bias_values {tuple(values.shape)} and "
+            f"bias_size {tuple(size)} do not fit each other."
+        )
+    if values.numel() and (bool((indices < 0).any()) or bool((indices.amax(1) >= torch.tensor(size)).any())):
+        raise IncompatibleError(f"{layer.where}: bias_indices point outside the shape {tuple(size)}.")
+    dense = torch.zeros(size, dtype=wide(values).dtype)
+    return dense.index_put_(tuple(indices), wide(values), accumulate=True)
+
+
+def add_residual(delta: Delta, residual: Tensor, layer: Layer) -> Delta:
+    """``delta + residual`` as a dense delta weight."""
+    weight = delta.weight if isinstance(delta, Dense) else dense_product(delta)
+    if residual.numel() != weight.numel():
+        raise IncompatibleError(
+            f"{layer.where}: the residual has {residual.numel()} elements where the layer has "
+            f"{weight.numel()}."
+        )
+    return Dense(weight + residual.reshape(weight.shape).to(weight.dtype), delta.kernel)
+
+
+def dense_product(delta: LowRank) -> Tensor:
+    """``alpha / rank * up @ down``, (out, in * kh * kw), in float32 or better."""
+    up, down = wide(delta.up), wide(delta.down)
+    dtype = torch.promote_types(up.dtype, down.dtype)
+    return (up.to(dtype) @ down.to(dtype)) * (delta.alpha / delta.rank)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
