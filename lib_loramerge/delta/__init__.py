@@ -1,0 +1,41 @@
+"""Delta weights: low-rank and dense ones, their sums, sizes, truncations, and what storing them costs."""
+
+from __future__ import annotations
+
+from .core import NOISE, Spectrum, decompose, gram, truncate
+from .dense import decompose_dense, truncate_dense
+from .measure import cosine, inner, norm, relative_error
+from .storing import Stored, realize, store, store_truncated, write_layer
+from .threads import available_cores, parallel_map, single_thread
+from .types import Delta, Dense, LayerDelta, LowRank, check_same_shape, place_rows, scaled, stack, take_rows
+
+__all__ = [
+    "NOISE",
+    "Delta",
+    "Dense",
+    "LayerDelta",
+    "LowRank",
+    "Spectrum",
+    "Stored",
+    "available_cores",
+    "check_same_shape",
+    "cosine",
+    "decompose",
+    "decompose_dense",
+    "gram",
+    "inner",
+    "norm",
+    "parallel_map",
+    "place_rows",
+    "realize",
+    "relative_error",
+    "scaled",
+    "single_thread",
+    "stack",
+    "store",
+    "store_truncated",
+    "take_rows",
+    "truncate",
+    "truncate_dense",
+    "write_layer",
+]

@@ -1,0 +1,111 @@
+"""Work spread over threads, one layer each, so that results do not depend on how many there are."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from ..errors import Cancelled
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+_lock = threading.Lock()
+_running = 0
+_before = 1
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One torch thread per operation while inside; the process's own setting is back afterwards.
+
+    Several may be inside at once; the last one out restores.
+    """
+    global _running, _before
+    with _lock:
+        if _running == 0:
+            _before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                torch.set_num_threads(_before)
+
+
+def parallel_map(
+    function: Callable[[_Job], _Result],
+    jobs: Iterable[_Job],
+    *,
+    workers: int | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Iterator[_Result]:
+    """Apply ``function`` to each job on worker threads; results come in the order of the jobs.
+
+    At most a few jobs per worker are ahead of the consumer, so memory stays bounded. An exception of a job
+    is raised here; leaving the loop early stops the rest.
+
+    Args:
+        function: Called on a worker thread with gradients off and one torch thread.
+        jobs: Taken lazily, on the caller's thread.
+        workers: Threads; by default one per core.
+        cancel: Asked about every tenth of a second; True ends the work.
+
+    Raises:
+        Cancelled: ``cancel`` said so.
+    """
+    workers = workers or available_cores()
+    waiting = iter(jobs)
+    ahead: deque[Future[_Result]] = deque()
+    with single_thread():
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="loramerge", initializer=_start_worker)
+        try:
+            while True:
+                while len(ahead) < 4 * workers:
+                    try:
+                        job = next(waiting)
+                    except StopIteration:
+                        break
+                    ahead.append(pool.submit(_without_gradients, function, job))
+                if not ahead:
+                    return
+                yield _result(ahead.popleft(), cancel)
+        finally:
+            for future in ahead:
+                future.cancel()
+            pool.shutdown(wait=True)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def _without_gradients(function: Callable[[_Job], _Result], job: _Job) -> _Result:
+    with torch.no_grad():
+        return function(job)
+
+
+def _result(future: Future[_Result], cancel: Callable[[], bool] | None) -> _Result:
+    while True:
+        if cancel is not None and cancel():
+            raise Cancelled("Stopped. Nothing was written.")
+        wait([future], timeout=0.1)
+        if future.done():
+            return future.result()

@@ -1,0 +1,204 @@
+"""What an adapter does to one layer, as plain data: a low-rank product or a whole matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import IncompatibleError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A delta weight held as two factors: ``alpha / rank * up @ down``.
+
+    Attributes:
+        up: (out, rank), any float dtype; factors read from a file may stay in the dtype they are stored in.
+        down: (rank, in * kh * kw), any float dtype.
+        alpha: Numerator of the scale.
+        kernel: (kh, kw) of a k x k convolution, else (). 1 x 1 convolutions are plain matrices here.
+        parts: Ranks of the summands that were stacked into this one, in order; () when it is one piece.
+            They tell how large the inputs were, which decides what is noise in the sum.
+        gains: (rank,) float64 factor of each component, or None for ones: the delta is then
+            ``alpha / rank * up @ diag(gains) @ down``. Only :func:`stack` makes them, so that a sum
+            keeps the factors as they are stored and nothing is rounded before the arithmetic.
+    """
+
+    up: Tensor
+    down: Tensor
+    alpha: float
+    kernel: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
+    gains: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def out(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def in_(self) -> int:
+        """Columns of the unfolded matrix: in * kh * kw."""
+        return self.down.shape[1]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+    def component_gains(self) -> Tensor:
+        """(rank,) float64 on the CPU: the factor of each component, scale included."""
+        if self.gains is None:
+            return torch.full((self.rank,), self.scale, dtype=torch.float64)
+        return self.gains * self.scale
+
+    def dense(self) -> Tensor:
+        """The delta weight itself, (out, in * kh * kw) float64. For tests and methods that need elements."""
+        gains = self.component_gains().to(self.up.device)
+        return (self.up.double() * gains) @ self.down.double()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A delta weight held whole.
+
+    Attributes:
+        weight: (out, in * kh * kw), or (n,) for a norm layer; float32 or float64.
+        kernel: (kh, kw) of a k x k convolution, else ().
+        start: (in * kh * kw, c) columns that span the inputs' joint row space; a good start for truncation.
+    """
+
+    weight: Tensor
+    kernel: tuple[int, ...] = ()
+    start: Tensor | None = None
+
+    @property
+    def out(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_(self) -> int:
+        return self.weight.shape[1] if self.weight.dim() > 1 else 1
+
+    def dense(self) -> Tensor:
+        """The delta weight in float64, in its own shape."""
+        return self.weight.double()
+
+
+Delta = LowRank | Dense
+_D = TypeVar("_D", LowRank, Dense)
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """All that one adapter changes in one layer.
+
+    Attributes:
+        weight: Change of the weight, or None.
+        bias: (out,) change of the bias, or None.
+        notes: Sentences for the report, such as an alpha of 0.
+    """
+
+    weight: Delta | None
+    bias: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+def place_rows(delta: _D, spans: Sequence[tuple[int, int]], total: int) -> _D:
+    """Put a split layer (q of a fused qkv, say) into its rows of the fused one; other rows are zero.
+
+    Args:
+        delta: A delta whose rows go, in order, to ``spans``.
+        spans: (start, stop) destination row ranges.
+        total: Rows of the fused layer.
+    """
+    if isinstance(delta, LowRank):
+        return replace(delta, up=_placed(delta.up, spans, total))
+    return replace(delta, weight=_placed(delta.weight, spans, total))
+
+
+def take_rows(delta: _D, spans: Sequence[tuple[int, int]]) -> _D:
+    """Rows ``spans`` of a fused layer's delta, in that order, as the delta of the split layer."""
+    if isinstance(delta, LowRank):
+        return replace(delta, up=_taken(delta.up, spans))
+    return replace(delta, weight=_taken(delta.weight, spans))
+
+
+def _placed(source: Tensor, spans: Sequence[tuple[int, int]], total: int) -> Tensor:
+    placed = source.new_zeros((total, *source.shape[1:]))
+    row = 0
+    for start, stop in spans:
+        placed[start:stop] = source[row : row + stop - start]
+        row += stop - start
+    return placed
+
+
+def _taken(source: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    return torch.cat([source[start:stop] for start, stop in spans])
+
+
+def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The exact weighted sum ``sum_i weights[i] * deltas[i]`` as one low-rank delta.
+
+    Nothing is multiplied yet: the factors are put side by side as they are, and what each component
+    counts is kept in ``gains``. The rank is the sum of the ranks, alpha is that of the first delta.
+
+    Args:
+        deltas: At least one; all of one (out, in) and kernel.
+        weights: One strength per delta; negative ones are ordinary.
+
+    Raises:
+        IncompatibleError: The deltas are not of one shape.
+    """
+    check_same_shape(deltas)
+    first = deltas[0]
+    rank = sum(delta.rank for delta in deltas)
+    alpha = abs(first.alpha) or float(rank)
+    gains = torch.cat(
+        [delta.component_gains() * (weight * rank / alpha) for delta, weight in zip(deltas, weights)]
+    )
+    return LowRank(
+        up=_joined([delta.up for delta in deltas], dim=1),
+        down=_joined([delta.down for delta in deltas], dim=0),
+        alpha=alpha,
+        kernel=first.kernel,
+        parts=tuple(part for delta in deltas for part in (delta.parts or (delta.rank,))),
+        gains=gains,
+    )
+
+
+def _joined(factors: Sequence[Tensor], dim: int) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors), dim=dim)
+
+
+def scaled(delta: _D, weight: float) -> _D:
+    """``weight * delta``."""
+    if isinstance(delta, LowRank):
+        return replace(delta, alpha=delta.alpha * weight)
+    return replace(delta, weight=delta.weight * weight)
+
+
+def check_same_shape(deltas: Sequence[Delta]) -> None:
+    """Refuse deltas that do not fit one layer.
+
+    Raises:
+        IncompatibleError: Two deltas differ in rows, columns or kernel.
+    """
+    first = deltas[0]
+    for delta in deltas[1:]:
+        if (delta.out, delta.in_, delta.kernel) != (first.out, first.in_, first.kernel):
+            raise IncompatibleError(
+                f"The deltas of one layer differ in shape: {_shape(first)} and {_shape(delta)}. "
+                "The files are made for different base models."
+            )
+
+
+def _shape(delta: Delta) -> str:
+    kernel = " kernel " + "x".join(map(str, delta.kernel)) if delta.kernel else ""
+    return f"{delta.out} x {delta.in_}{kernel}"

@@ -1,0 +1,123 @@
+"""The linear methods: the exact sum, kept whole or cut to a rank, and the sum of factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..delta import Delta, Dense, LowRank, check_same_shape, stack
+from ..errors import IncompatibleError
+from .registry import METHODS, LayerContext, merge_method
+
+
+@merge_method(
+    "svd",
+    label="Exact sum, best rank",
+    summary="The exact weighted sum, cut to the wanted rank with the least possible error.",
+    exact=True,
+    linear=True,
+    source="Eckart and Young 1936, The approximation of one matrix by another of lower rank",
+    formula="best rank-k approximation of sum_i w_i delta_i",
+)
+def svd(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:
+    """The exact sum ``sum_i w_i delta_i``; the rank rule cuts it afterwards.
+
+    Args:
+        deltas: Deltas of one layer, of one shape.
+        weights: One strength per delta.
+        context: Not used.
+
+    Returns:
+        A low-rank delta with the inputs' factors side by side, or a dense one where an input is dense.
+    """
+    low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(low) == len(deltas):
+        return stack(low, weights)
+    check_same_shape(deltas)
+    total = weights[0] * deltas[0].dense()
+    for delta, weight in zip(deltas[1:], weights[1:]):
+        total = total + weight * delta.dense()
+    return Dense(total, deltas[0].kernel)
+
+
+@merge_method(
+    "concat",
+    label="Exact sum, all ranks",
+    summary="The exact weighted sum with all ranks kept: lossless, and as large as the inputs together.",
+    exact=True,
+    linear=True,
+    uses_rank=False,
+    source="the original LoRA Merger; LoRA Soups (Prabhakar et al. 2024), https://arxiv.org/abs/2410.13025",
+    formula="up = [sqrt(|w_i| alpha_i/r_i R/alpha_1) up_i ...], down likewise, signs on up, R = sum_i r_i",
+    avoid="when file size or loading time matters; svd at --rank full is smaller where the LoRAs overlap",
+)
+def concat(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:
+    """The exact sum with the inputs' factors side by side.
+
+    Args:
+        deltas: Deltas of one layer, of one shape.
+        weights: One strength per delta.
+        context: Not used.
+
+    Returns:
+        Rank ``sum_i r_i``, alpha that of the first delta. Dense where an input is dense.
+    """
+    return svd(deltas, weights, context)
+
+
+@merge_method(
+    "add",
+    label="Add factors (approximate)",
+    summary="Adds the factors themselves, as the original LoRA Merger did; only alike LoRAs give their sum.",
+    uses_rank=False,
+    source="the original LoRA Merger for ComfyUI",
+    formula="up = sum_i w_i sqrt(alpha_i/alpha_1) up_i, down likewise, alpha = alpha_1",
+    avoid="for LoRAs of different trainings: the cross terms are as large as the result",
+)
+def add(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:
+    """Sum of the factors. Exact only when the LoRAs are the same.
+
+    Block weights scale a LoRA first (its up); the strength then multiplies both factors. A layer of one
+    LoRA alone takes ``sqrt(|w|)`` on both factors and the sign on up, so it is exact.
+
+    Args:
+        deltas: Deltas of one layer, low-rank and of equal rank.
+        weights: Strength times block weight of each; used for a layer of one LoRA.
+        context: Tells strengths and block weights apart.
+
+    Raises:
+        IncompatibleError: The ranks differ, or a delta is not low-rank.
+    """
+    check_same_shape(deltas)
+    low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(low) < len(deltas) or len({delta.rank for delta in low}) > 1:
+        raise IncompatibleError(_not_addable(deltas, context.layer))
+    if len(low) == 1:
+        return _alone(low[0], weights[0])
+    strengths = context.strengths or tuple(weights)
+    blocks = context.block_weights or (1.0,) * len(low)
+    alpha = next((delta.alpha for delta in low if delta.alpha), 0.0)
+    up = torch.zeros(low[0].up.shape, dtype=torch.float64, device=low[0].up.device)
+    down = torch.zeros(low[0].down.shape, dtype=torch.float64, device=low[0].up.device)
+    for delta, strength, block in zip(low, strengths, blocks):
+        ratio = delta.alpha / alpha if alpha else 0.0
+        root = strength * math.sqrt(abs(ratio))
+        up += math.copysign(1.0, ratio) * root * block * delta.up.double()
+        down += root * delta.down.double()
+    return LowRank(up, down, alpha or float(low[0].rank), low[0].kernel)
+
+
+def _alone(delta: LowRank, weight: float) -> LowRank:
+    root = math.sqrt(abs(weight))
+    up = delta.up.double() * math.copysign(root, weight)
+    return LowRank(up, delta.down.double() * root, delta.alpha, delta.kernel)
+
+
+def _not_addable(deltas: Sequence[Delta], layer: str) -> str:
+    ranks = ", ".join(
+        str(delta.rank) if isinstance(delta, LowRank) else "none (full weights)" for delta in deltas
+    )
+    modes = ", ".join(name for name, method in METHODS.items() if name != "add" and not method.experimental)
+    return f"Mode add needs equal ranks, but layer {layer or '(unnamed)'} has ranks {ranks}. Use one of: {modes}."

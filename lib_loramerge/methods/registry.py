@@ -1,0 +1,112 @@
+"""What a merge method is, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..delta import Delta
+
+if TYPE_CHECKING:
+    from ..recipe import Param
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a method may know of the layer besides the deltas.
+
+    Attributes:
+        layer: Canonical name of the layer.
+        seed: The recipe's seed.
+        present: For each delta, the index of the input it comes from.
+        inputs: Number of inputs of the whole merge.
+        rank_limit: Rank the result will be cut to, where that is known before; None otherwise.
+        strengths: For each delta, the strength without block weight. Empty: all of the weight is strength.
+        block_weights: For each delta, the block weight. Empty: all ones.
+    """
+
+    layer: str = ""
+    seed: int = 0
+    present: tuple[int, ...] = ()
+    inputs: int = 0
+    rank_limit: int | None = None
+    strengths: tuple[float, ...] = ()
+    block_weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A merge method: deltas of one layer and their weights in, one delta out.
+
+    Attributes:
+        name: What the recipe and ``--mode`` say.
+        label: Name shown to people.
+        summary: One plain sentence.
+        merge: ``merge(deltas, weights, context, **params) -> Delta``.
+        params: Its tunables.
+        exact: The result before truncation is the exact weighted sum.
+        linear: The result is linear in the weights.
+        uses_rank: The rank rule applies to the result.
+        random: The result depends on the seed.
+        ordered: The order of the inputs matters.
+        minimum, maximum: How many inputs it takes; maximum None is any number.
+        experimental: Not proven on pictures.
+        source: The paper or program it comes from.
+        formula: The formula, in a line.
+        avoid: When not to use it.
+    """
+
+    name: str
+    label: str
+    summary: str
+    merge: Callable[..., Delta]
+    params: tuple[Param, ...] = ()
+    exact: bool = False
+    linear: bool = False
+    uses_rank: bool = True
+    random: bool = False
+    ordered: bool = False
+    minimum: int = 1
+    maximum: int | None = None
+    experimental: bool = False
+    source: str = ""
+    formula: str = ""
+    avoid: str = ""
+
+
+METHODS: dict[str, MergeMethod] = {}
+
+Merge = Callable[..., Delta]
+
+
+def merge_method(
+    name: str,
+    *,
+    label: str,
+    summary: str,
+    params: Sequence[Param] = (),
+    exact: bool = False,
+    linear: bool = False,
+    uses_rank: bool = True,
+    random: bool = False,
+    ordered: bool = False,
+    minimum: int = 1,
+    maximum: int | None = None,
+    experimental: bool = False,
+    source: str = "",
+    formula: str = "",
+    avoid: str = "",
+) -> Callable[[Merge], Merge]:
+    """Register a function as the merge method ``name``; the function itself is returned unchanged."""
+
+    def register(merge: Merge) -> Merge:
+        if name in METHODS:
+            raise ValueError(f"merge method {name!r} is registered twice")
+        METHODS[name] = MergeMethod(
+            name, label, summary, merge, tuple(params), exact, linear, uses_rank, random, ordered,
+            minimum, maximum, experimental, source, formula, avoid,
+        )  # fmt: skip
+        return merge
+
+    return register
