@@ -29,7 +29,10 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _FILE = re.compile(r".*?\.(?:safetensors|ckpt|pt)(?=:|$)", re.IGNORECASE | re.DOTALL)
 _KEYED = re.compile(r"\s*([A-Za-z][A-Za-z0-9_]*)\s*=(.*)", re.DOTALL)
 # What was meant as a number, well or badly; anything else in its place is the name of a preset.
-_NUMERIC = re.compile(r"\s*([+\-.0-9].*|nan|inf|infinity|true|false|none|null)?\s*", re.I | re.DOTALL)
+# 26-MIDD is a name all the same.
+_NUMERIC = re.compile(
+    r"\s*((?![0-9]+-[A-Za-z])[+\-.0-9].*|nan|inf|infinity|true|false|none|null)?\s*", re.I | re.DOTALL
+)
 
 _NUMBERS = ("te", "unet", "te1", "te2", "te3", "x")
 _IN_STEPS = ("start", "stop", "step")

@@ -1,0 +1,290 @@
+"""Block weights of one LoRA: the text a person writes -> a factor for every layer.
+
+Source:
+    hako-mikan, sd-webui-lora-block-weight. The same lists, letters and rules;
+    what it passes over in silence (an unknown preset, a wrong count, a rule it
+    cannot read) is an error here, and random entries come from the recipe's seed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, SD_FULL, all_blocks, counts_text
+from lib_loramerge.errors import RecipeError
+from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
+from lib_loramerge.recipe.check import check_number, plain, shown
+
+if TYPE_CHECKING:
+    from lib_loramerge.blocks.presets import Presets
+
+_X = re.compile(r"X(?:([+-])([0-9.]+))?")
+# A token in this spelling is meant as a block; others may be parts of layer names.
+_BLOCK_LIKE = re.compile(r"[A-Z]+[0-9]*")
+
+
+@dataclass(frozen=True)
+class ElementRule:
+    """One elemental rule, ``blocks:elements:ratio``: layers it picks get ``ratio``.
+
+    A token picks a layer when it is a part of the layer's name with the block id
+    put behind it, so ``attn`` picks attn1 and attn2, and ``IN0`` the blocks IN00 to
+    IN09. Several tokens mean any of them; none means every layer.
+
+    Attributes:
+        blocks: Tokens of the first part, ranges spelled out.
+        not_blocks: Whether the first part began with ``NOT``.
+        elements: Tokens of the second part.
+        not_elements: Whether the second part began with ``NOT``.
+        ratio: Takes the place of the block weight.
+    """
+
+    blocks: tuple[str, ...]
+    not_blocks: bool
+    elements: tuple[str, ...]
+    not_elements: bool
+    ratio: float
+
+    def hits(self, searched: str) -> bool:
+        """Whether the rule picks the layer whose host name and block id are ``searched``."""
+        return _picks(self.blocks, self.not_blocks, searched) and _picks(
+            self.elements, self.not_elements, searched
+        )
+
+    def text(self) -> str:
+        """The rule as text; :func:`parse_rules` reads it back."""
+        blocks = " ".join(["NOT"] * self.not_blocks + list(self.blocks))
+        elements = " ".join(["NOT"] * self.not_elements + list(self.elements))
+        return f"{blocks}:{elements}:{plain(self.ratio)}"
+
+
+def _picks(tokens: tuple[str, ...], negated: bool, searched: str) -> bool:
+    if not tokens:
+        return True  # also for NOT alone: not nothing is everything
+    return any(token in searched for token in tokens) is not negated
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """What block weights and elemental rules do to each layer of one LoRA.
+
+    Attributes:
+        ids: Blocks of the list: the 26 of SD and SDXL, the 61 of Flux, or none when
+            no list was given.
+        values: Block id to weight, for all of ``ids``.
+        elements: Elemental rules, in order; the last one that picks a layer wins.
+        name: The LoRA's name, for messages.
+    """
+
+    ids: tuple[str, ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict, hash=False)
+    elements: tuple[ElementRule, ...] = ()
+    name: str = ""
+
+    def weight(self, component: str, block: str | None, layer: str) -> float:
+        """The factor of one layer.
+
+        A rule's ratio takes the place of the block weight, it does not multiply it.
+        A layer of no block has 1 unless a rule picks it.
+
+        Args:
+            component: ``"unet"``, ``"te"``, ``"te1"``, ``"te2"`` or ``"te3"``.
+            block: The layer's block id, or ``None``.
+            layer: Its canonical name, ``lora_unet_input_blocks_1_1_proj_in``.
+
+        Raises:
+            RecipeError: A list for another base model: it has no entry for the block.
+        """
+        value = 1.0
+        if block is not None and self.ids:
+            if block not in self.values:
+                raise self._wrong_list(block)
+            value = self.values[block]
+        if self.elements:
+            searched = host_name(component, block, layer) + (block or "")
+            for rule in self.elements:
+                if rule.hits(searched):
+                    value = rule.ratio
+        return value
+
+    def as_input_fields(self) -> tuple[str | None, str | None]:
+        """(lbw, lbwe) in numbers alone, as a stored recipe keeps them."""
+        lbw = ",".join(plain(self.values[block]) for block in self.ids) if self.ids else None
+        lbwe = ",".join(rule.text() for rule in self.elements) if self.elements else None
+        return lbw, lbwe
+
+    def _wrong_list(self, block: str) -> RecipeError:
+        fitting = "61 weights (Flux)" if block in FLUX else "12, 17, 20 or 26 weights (SD and SDXL)"
+        return RecipeError(
+            f"{shown(self.name)}: the block weights are for {self.ids[0]} to {self.ids[-1]} and have no "
+            f"entry for block {block} of this LoRA. Give {fitting}, or leave lbw= out."
+        )
+
+
+def host_name(component: str, block: str | None, layer: str) -> str:
+    """The name under which the WebUI keeps a layer: what elemental rules search.
+
+    Only parts of it matter (``attn1``, ``ff_net``, ``input_blocks_4_``). The second text
+    encoder of SDXL is searched by its OpenCLIP names, as in the WebUI.
+    """
+    path = layer.removeprefix(f"lora_{component}_")
+    if component == "unet":
+        return f"diffusion_model_{path}"
+    if block == "T5" or component == "te3":
+        return f"t5xxl_transformer_{path}"
+    if block == "CLIP":
+        return f"clip_l_transformer_{path}"
+    layers = re.fullmatch(r"text_model_encoder_layers_([0-9]+)_(.+)", path)
+    if component == "te2" and layers:
+        part = layers[2].replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj")
+        return f"1_model_transformer_resblocks_{layers[1]}_{part.replace('self_attn', 'attn')}"
+    return f"0_transformer_{path}" if component == "te1" else f"transformer_{path}"
+
+
+def resolve(input: LoraInput, presets: Presets, *, rng: random.Random) -> BlockWeights:
+    """The block weights of one LoRA, presets looked up and random entries drawn.
+
+    Args:
+        input: The LoRA with its ``lbw``, ``lbwe`` and ``x``.
+        presets: Where names are looked up.
+        rng: Draws the ``R`` and ``U`` entries, in their order.
+
+    Raises:
+        RecipeError: An unknown preset (with the nearest names), a wrong count (with
+            the right ones), an entry or a rule that makes no sense.
+    """
+    where = f"{shown(input.name)}: "
+    count, values = 0, {}
+    if input.lbw is not None:
+        text = _look_up(input.lbw, presets.weights, ",", where + "lbw")
+        what = where + _named("lbw", input.lbw, text)
+        base = 1.0 if input.x is None else input.x
+        numbers = [_entry(entry, base, rng, what) for entry in split_weights(text, what)]
+        count = len(numbers)
+        values = dict.fromkeys(all_blocks(count), 0.0) | dict(zip(BLOCK_IDS[count], numbers, strict=True))
+    rules: tuple[ElementRule, ...] = ()
+    if input.lbwe is not None:
+        text = _look_up(input.lbwe, presets.elements, ":", where + "lbwe")
+        ids = all_blocks(count) if count else None
+        rules = parse_rules(text, ids, where=where + _named("lbwe", input.lbwe, text))
+    return BlockWeights(all_blocks(count) if count else (), values, rules, input.name)
+
+
+def _named(field_name: str, written: str, text: str) -> str:
+    """``lbw`` for a literal, ``preset MIDD`` for what came from a preset."""
+    return field_name if written == text else f"preset {written}"
+
+
+def _look_up(written: str, presets: Mapping[str, str], literal_mark: str, what: str) -> str:
+    if written in presets:
+        return presets[written]
+    if literal_mark in written:
+        return written
+    hint = nearest_hint(written, presets)
+    raise RecipeError(f"{what}: there is no preset {shown(written)}.{hint}")
+
+
+def split_weights(text: str, what: str) -> list[str]:
+    """The entries of a list of block weights, as written.
+
+    Raises:
+        RecipeError: Their number is not that of a block list.
+    """
+    entries = [entry.strip() for entry in text.split(",")]
+    if len(entries) not in BLOCK_IDS:
+        raise RecipeError(f"{what} has {len(entries)} block weights; a list has {counts_text()}.")
+    return entries
+
+
+def check_entry(entry: str, what: str) -> None:
+    """Raise :class:`RecipeError` unless ``entry`` may stand in a list of block weights."""
+    _entry(entry, 1.0, random.Random(0), what)
+
+
+def _entry(entry: str, base: float, rng: random.Random, what: str) -> float:
+    """The number of one entry; R and U are rounded to three places, as LBW does."""
+    if entry == "R":
+        return round(rng.random(), 3)
+    if entry == "U":
+        return round(rng.uniform(-0.5, 1.5), 3)
+    match = _X.fullmatch(entry)
+    if match:
+        offset = (
+            check_number(f"{what}: the offset of X", match[2], 0, STRENGTH_LIMIT, text=True)
+            if match[1]
+            else 0.0
+        )
+        value = base - offset if match[1] == "-" else base + offset
+        return check_number(f"{what}: {entry}", value, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+    if re.fullmatch(r"[A-Za-z].*", entry) and not re.fullmatch(r"(?i)nan|inf(inity)?", entry):
+        raise RecipeError(f"{what}: a block weight is a number, R, U, X, X+0.1 or X-0.1, got {shown(entry)}.")
+    return check_number(f"{what}: a block weight", entry, -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True)
+
+
+def parse_rules(text: str, ids: tuple[str, ...] | None, *, where: str) -> tuple[ElementRule, ...]:
+    """Elemental rules from ``blocks:elements:ratio[,blocks:elements:ratio...]``.
+
+    Args:
+        text: The rules; line ends count as commas, empty parts are passed over.
+        ids: Blocks that ranges may name; ``None`` for those of any base model.
+        where: Begins each message.
+
+    Raises:
+        RecipeError: A rule without exactly two colons, an unknown block, a range
+            across base models, a ratio that is no number.
+    """
+    parts = [part.strip() for part in re.split(r"[,\r\n]", text)]
+    return tuple(_rule(part, ids, where) for part in parts if part)
+
+
+def _rule(text: str, ids: tuple[str, ...] | None, where: str) -> ElementRule:
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise RecipeError(f"{where}: an elemental rule is blocks:elements:ratio, got {shown(text)}.")
+    blocks, not_blocks = _tokens(parts[0])
+    elements, not_elements = _tokens(parts[1])
+    ratio = check_number(
+        f"{where}: the ratio of {shown(text)}", parts[2], -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True
+    )
+    expanded = tuple(block for token in blocks for block in _expand(token, ids, where))
+    if ids and expanded and not not_blocks and not any(_may_hit(token, ids) for token in expanded):
+        raise RecipeError(
+            f"{where}: {shown(text)} picks nothing, the block weights are for {ids[0]} to {ids[-1]}."
+        )
+    return ElementRule(expanded, not_blocks, elements, not_elements, ratio)
+
+
+def _tokens(text: str) -> tuple[tuple[str, ...], bool]:
+    tokens = tuple(text.split())
+    return (tokens[1:], True) if tokens[:1] == ("NOT",) else (tokens, False)
+
+
+def _expand(token: str, ids: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
+    """One token of the blocks part: a range in either order, a block, or a part of a name."""
+    lists = (SD_FULL, FLUX) if ids is None else (ids,)
+    known = [block for blocks in lists for block in blocks]
+    if "-" in token:
+        first, _, last = token.partition("-")
+        for blocks in lists:
+            if first in blocks and last in blocks:
+                low, high = sorted((blocks.index(first), blocks.index(last)))
+                return blocks[low : high + 1]
+        unknown = next((end for end in (first, last) if end not in known), token)
+        raise RecipeError(f"{where}: {shown(token)} is no range of blocks.{nearest_hint(unknown, known)}")
+    if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX):
+        hint = " The middle block is M00." if token.startswith("MID") else nearest_hint(token, known)
+        raise RecipeError(f"{where}: there is no block {shown(token)}.{hint}")
+    return (token,)
+
+
+def _in_a_block(token: str, ids: tuple[str, ...]) -> bool:
+    return any(token in block for block in ids)
+
+
+def _may_hit(token: str, ids: tuple[str, ...]) -> bool:
+    """Whether a token of the blocks part can pick a layer: parts of names may, other models' blocks not."""
+    return not _BLOCK_LIKE.fullmatch(token) or _in_a_block(token, ids)
