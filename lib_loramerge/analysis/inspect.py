@@ -1,0 +1,222 @@
+"""What one LoRA file is: its spelling, base model, kinds, ranks, sizes, and what merging it takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import architectures, dialects
+from ..delta import Dense, decompose, decompose_dense, norm, parallel_map
+from ..errors import LoraMergeError
+from ..merge.base import BaseCheckpoint
+from ..merge.read import SourceReader
+from ..merge.sources import Source, open_source
+from ..report import histogram_text, percent
+
+# Ranks at which the share of the norm kept is told.
+CURVE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SHOWN_METADATA = (
+    "ss_output_name", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha",
+    "ss_sd_model_name", "modelspec.architecture", "modelspec.title", "modelspec.merged_from",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """Everything ``inspect`` tells of a file.
+
+    Attributes:
+        reason: Why the base model is thought to be that one.
+        kinds: Adapter kind to number of layers.
+        ranks: Rank to number of layers.
+        alphas: Stored alpha to number of layers; ``"none"`` where it is missing.
+        needs: What merging takes beside the file itself.
+        hosts: WebUI to what it makes of the file as it is.
+        written_as: A tensor name as the merge would write it.
+        norm_by_block: Block id to the Frobenius norm of its delta weights.
+        kept_at_rank: Rank to the share of the whole norm that it would keep.
+        numerical_rank: Largest and mean numerical rank over the layers.
+    """
+
+    file: str
+    size_bytes: int
+    dialect: str
+    architecture: str
+    base_model: str
+    reason: str
+    layers: int
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    unknown: Sequence[str]
+    unsupported: Sequence[str]
+    embeddings: Sequence[str]
+    needs: Sequence[str]
+    hosts: Mapping[str, str]
+    written_as: str
+    notes: Sequence[str]
+    norm: float
+    norm_by_block: Mapping[str, float]
+    kept_at_rank: Mapping[int, float]
+    numerical_rank: Mapping[str, float]
+    metadata: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return asdict(self)
+
+    def to_text(self) -> str:
+        rows = [
+            ("File", f"{self.file} ({self.size_bytes / 1e6:,.2f} MB)"),
+            ("Base model", f"{self.base_model}: {self.reason}"),
+            ("Spelling", self.dialect),
+            ("Layers", f"{self.layers}: " + _listed(f"{count} {kind}" for kind, count in self.kinds.items())),
+            ("Ranks", histogram_text(self.ranks) or "none"),
+            ("Alphas", ", ".join(f"{alpha} ({count})" for alpha, count in list(self.alphas.items())[:8])),
+            ("Stored as", ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())),
+            ("Norm", f"{self.norm:.4g}"),
+            *(("", f"{block:<6}{value:10.4g}") for block, value in self.norm_by_block.items()),
+            ("Norm kept", _listed(f"{percent(kept)} at rank {rank}" for rank, kept in self.kept_at_rank.items())),
+            ("True rank", "up to {largest:.0f}, {mean:.1f} on average".format(**self.numerical_rank)),
+            ("Written as", self.written_as),
+            ("Loads in", ""),
+            *(("", f"{host}: {text}") for host, text in self.hosts.items()),
+            *(("Needs", text) for text in self.needs),
+            *(("Not known", key) for key in self.unknown[:10]),
+            *(("Cannot merge", text) for text in self.unsupported[:10]),
+            *(("Embedding", key) for key in self.embeddings[:10]),
+            *(("Note", text) for text in self.notes),
+            *((("Metadata" if not index else ""), f"{key}: {self.metadata[key][:200]}")
+              for index, key in enumerate(k for k in _SHOWN_METADATA if k in self.metadata)),
+        ]  # fmt: skip
+        return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+
+
+def inspect(path: Path, *, base: Path | None = None, tensors: bool = True) -> InspectReport:
+    """Describe a LoRA file.
+
+    Args:
+        base: Base model checkpoint, to measure layers that change it in proportion.
+        tensors: False looks at the header alone; norms and ranks are then left empty.
+
+    Raises:
+        FileError: Not readable, damaged, or not a LoRA.
+    """
+    source = open_source(path)
+    measured = _measure(source, base) if tensors else _Measured({}, {}, {}, [], [])
+    whole = sum(measured.norm_sq.values())
+    return InspectReport(
+        file=str(path),
+        size_bytes=source.header.size,
+        dialect=source.dialect,
+        architecture=source.architecture.id,
+        base_model=source.architecture.label,
+        reason=source.reason,
+        layers=len(source.layers),
+        kinds=source.kinds,
+        ranks=source.ranks,
+        alphas=measured.alphas,
+        dtypes=source.dtypes,
+        unknown=list(source.unknown),
+        unsupported=list(source.unsupported),
+        embeddings=sorted(source.embeddings),
+        needs=_needs(source),
+        hosts=dialects.hosts(source.architecture.id, source.dialect, source.header.tensors),
+        written_as=_written_as(source),
+        notes=sorted({*source.notes_of_layers(), *measured.notes}),
+        norm=whole**0.5,
+        norm_by_block={block: value**0.5 for block, value in sorted(measured.norm_sq.items())},
+        kept_at_rank={rank: (kept / whole) ** 0.5 for rank, kept in measured.kept_sq.items() if whole > 0},
+        numerical_rank={
+            "largest": float(max(measured.ranks, default=0)),
+            "mean": sum(measured.ranks) / len(measured.ranks) if measured.ranks else 0.0,
+        },
+        metadata=dict(source.header.metadata),
+    )
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", ".join(texts)
+
+
+@dataclass
+class _Measured:
+    alphas: dict[str, int]
+    norm_sq: dict[str, float]
+    kept_sq: dict[int, float]
+    ranks: list[int]
+    notes: list[str]
+
+
+def _measure(source: Source, base: Path | None) -> _Measured:
+    checkpoint = BaseCheckpoint(base) if base is not None else None
+    measured = _Measured({}, {}, {}, [], [])
+    alphas: Counter[str] = Counter()
+    try:
+        with SourceReader(source, checkpoint) as reader:
+
+            def look(layer: str) -> tuple[str, torch.Tensor | None, float, tuple[str, ...]]:
+                delta = reader.delta(layer)
+                weight, block = delta.weight, architectures.block(source.architecture.id, layer) or "other"
+                if weight is None:
+                    return block, None, 0.0, delta.notes
+                if isinstance(weight, Dense) and weight.weight.dim() == 1:
+                    return block, None, norm(weight) ** 2, delta.notes
+                spectrum = (
+                    decompose_dense(weight) if isinstance(weight, Dense) else decompose(weight, vectors=False)
+                )
+                return block, spectrum.values, spectrum.energy, delta.notes
+
+            layers = [
+                layer
+                for layer in source.layers
+                if checkpoint is not None or not source.layer_needs_base(layer)
+            ]
+            for block, values, energy, notes in parallel_map(look, layers):
+                measured.norm_sq[block] = measured.norm_sq.get(block, 0.0) + energy
+                measured.notes += notes
+                if values is not None:
+                    _add_curve(measured, values, energy)
+            for part in (part for parts in source.layers.values() for part in parts):
+                key = part.part.slots.get("alpha")
+                alphas["none" if key is None else f"{float(reader.read(key).reshape(-1)[0]):g}"] += 1
+    finally:
+        if checkpoint is not None:
+            checkpoint.close()
+    measured.alphas = dict(alphas.most_common())
+    return measured
+
+
+def _add_curve(measured: _Measured, values: torch.Tensor, energy: float) -> None:
+    squares = values.double() ** 2
+    measured.ranks.append(len(values))
+    for rank in CURVE_RANKS:
+        kept = float(squares[:rank].sum()) if rank < len(squares) else energy
+        measured.kept_sq[rank] = measured.kept_sq.get(rank, 0.0) + kept
+
+
+def _needs(source: Source) -> list[str]:
+    needs = []
+    if source.needs_base:
+        needs.append("the base model checkpoint it was trained on (--base CHECKPOINT)")
+    if source.unknown or source.unsupported:
+        needs.append("--skip-unsupported, since some of it cannot be merged")
+    return needs
+
+
+def _written_as(source: Source) -> str:
+    """One tensor name as a merge of this file would spell it."""
+    for layer in source.layers:
+        try:
+            prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto", source.style)[0]
+        except LoraMergeError as error:
+            return str(error)
+        return dialects.output_key(prefix, "up", "auto", source.style)
+    return "nothing: no layer of it can be merged"

@@ -1,0 +1,604 @@
+"""The ``loramerge`` command: one thin function per command over the library.
+
+Nothing heavy is imported until a command needs it, so ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from . import __version__
+from .errors import LoraMergeError, RecipeError
+from .recipe import (
+    DIALECTS,
+    DTYPES,
+    MergeRecipe,
+    Param,
+    from_json,
+    parse_inputs,
+)
+
+if TYPE_CHECKING:
+    from .blocks import Presets
+    from .merge import MergePlan, Progress
+
+EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+EXAMPLES = """examples:
+  loramerge merge style.safetensors:0.8 subject.safetensors:0.5:lbw=MIDD -o both.safetensors
+  loramerge merge "<lora:style:0.8><lora:subject:0.5>" --lora-dir models/Lora -o both --rank 32
+  loramerge merge big.safetensors -o small.safetensors --retain 0.98      one file alone is resized
+  loramerge merge --recipe both.safetensors --lora-dir models/Lora -o again
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 1 an error the user can fix, told in one line on stderr; 2 wrong
+        usage; 130 interrupted, with nothing left behind.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # File names may hold characters that the console's encoding lacks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        options = build_parser(words).parse_args(words)
+        return options.run(options) or EXIT_DONE
+    except LoraMergeError as error:
+        print(f"loramerge: {one_line(str(error))}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("loramerge: interrupted, nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (a pager, head) has gone; that is no error of ours.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def one_line(text: str) -> str:
+    """A message on one line, whatever a file name holds."""
+    return " ".join(text.splitlines())
+
+
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line; options of the merge methods only where ``words`` need them."""
+    parser = argparse.ArgumentParser(
+        prog="loramerge",
+        description="Merge LoRA files exactly, with the error stated.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loramerge {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = next((word for word in words if not word.startswith("-")), "")
+    _merge_parser(commands, with_methods=command == "merge")
+    _convert_parser(commands)
+    _inspect_parser(commands)
+    _compare_parser(commands)
+    _advise_parser(commands, with_methods=command == "advise")
+    _list_parsers(commands)
+    _ui_parser(commands)
+    _demo_parser(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+    parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, alone, on stdout")
+
+
+def _add_lora_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora-dir", type=Path, metavar="D", help="folder in which names are looked up")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it too (needs matplotlib)")
+
+
+# --- merge -------------------------------------------------------------------------------------
+
+
+def _merge_parser(commands: Any, *, with_methods: bool) -> None:
+    parser = _command(
+        commands, "merge", run_merge_command, "merge LoRAs into one file; one LoRA alone is resized"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    _add_inputs(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="file to write: a path, or a name within --lora-dir"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    _add_recipe_options(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision of the file (default: same, the widest of the inputs)"
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N, mps or xpu (default: auto)"
+    )
+    parser.add_argument("--dialect", choices=DIALECTS, help="spelling of the tensor names (default: auto)")
+    parser.add_argument(
+        "--skip-unsupported", action="store_true", help="leave out what cannot be merged, and list it"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="take everything from a merged file or a JSON recipe"
+    )
+    parser.add_argument(
+        "--allow-changed-sources",
+        action="store_true",
+        help="with --recipe: use sources whose contents have changed",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and foresee the size, write nothing"
+    )
+    _add_json(parser)
+    if with_methods:
+        _add_method_options(parser)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "loras",
+        nargs="*",
+        metavar="LORA",
+        help="NAME[:TE[:UNET]][:lbw=BLOCKS]..., a path, or a prompt's <lora:...> tags",
+    )
+    _add_lora_dir(parser)
+    parser.add_argument(
+        "--preset-file",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="more block-weight presets",
+    )
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", metavar="MODE", help="merge method, see `loramerge methods` (default: svd)")
+    parser.add_argument(
+        "--rank", metavar="N", help="a number, same (as the inputs, default) or full (lossless)"
+    )
+    parser.add_argument("--conv-rank", type=int, metavar="N", help="rank of k x k convolutions")
+    parser.add_argument(
+        "--retain",
+        type=float,
+        metavar="F",
+        help="smallest ranks that keep this share of the norm, 0 < F <= 1",
+    )
+    parser.add_argument(
+        "--size", type=float, metavar="MB", help="best ranks for a file of at most MB x 1,000,000 bytes"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="for random methods and random block weights (default: 0)"
+    )
+    parser.add_argument(
+        "--base", metavar="CHECKPOINT", help="base model, for adapters that change it in proportion"
+    )
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each parameter of any method, from the same table that the tab reads."""
+    from .methods import METHODS
+
+    owners: dict[str, list[tuple[str, Param]]] = {}
+    for method in METHODS.values():
+        for param in method.params:
+            owners.setdefault(param.name, []).append((method.name, param))
+    group = parser.add_argument_group("parameters of merge methods")
+    for name, uses in owners.items():
+        param = uses[0][1]
+        defaults = " or ".join(sorted({str(use.default) for _, use in uses}))
+        text = f"{param.help} For {', '.join(owner for owner, _ in uses)}; default {defaults}."
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"param_{name}",
+            metavar="|".join(param.choices) if param.choices else "X",
+            help=text.replace("%", "%%"),
+        )
+
+
+def run_merge_command(options: argparse.Namespace) -> int:
+    from .merge import run_merge
+
+    recipe, notes = recipe_of(options)
+    if options.output is None and not options.dry_run:
+        raise RecipeError("Say where to write the result: -o OUT (or --dry-run to write nothing).")
+    target = output_target(options.output, options.lora_dir) if options.output else None
+    if target is not None:
+        _check_output(target, options.overwrite)
+    plan = _plan(options, recipe, check_hashes=not options.allow_changed_sources)
+    if options.dry_run or target is None:
+        _show_plan(plan, target, options.json, notes)
+        return EXIT_DONE
+    with progress_line(sys.stderr) as show:
+        report = run_merge(plan, target, overwrite=options.overwrite, progress=show)
+    if options.json:
+        _print_json({**report.to_json(), "warnings": [*notes, *report.warnings]})
+    else:
+        print(report.to_text())
+        _print_notes(notes)
+    return EXIT_DONE
+
+
+def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
+    """The recipe that the options ask for, and notes on what was skipped in it."""
+    notes: list[str] = []
+    fields = given_fields(options)
+    if getattr(options, "recipe", None) is not None:
+        if options.loras:
+            raise RecipeError("Give either LORAs or --recipe FILE, not both.")
+        recipe = read_recipe_file(options.recipe)
+        if options.allow_changed_sources:
+            from dataclasses import replace
+
+            recipe = replace(recipe, inputs=tuple(replace(entry, hash=None) for entry in recipe.inputs))
+        return _replaced(recipe, fields), notes
+    if not options.loras:
+        raise RecipeError(
+            "Name at least one LoRA to merge, for example: loramerge merge a.safetensors:0.8 -o out"
+        )
+    inputs = parse_inputs(
+        options.loras, skip_unsupported=getattr(options, "skip_unsupported", False), notes=notes
+    )
+    return MergeRecipe(inputs=inputs, **fields), notes
+
+
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Recipe fields for the options that were given; the others keep their defaults."""
+    names = ("mode", "conv_rank", "retain", "size", "dtype", "device", "seed", "base", "dialect")
+    fields = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if getattr(options, "rank", None) is not None:
+        fields["rank"] = int(options.rank) if options.rank.lstrip("+-").isdigit() else options.rank
+    if getattr(options, "skip_unsupported", False):
+        fields["skip_unsupported"] = True
+    params = {
+        name.removeprefix("param_"): value
+        for name, value in vars(options).items()
+        if name.startswith("param_") and value is not None
+    }
+    if params:
+        fields["params"] = params
+    return fields
+
+
+def _replaced(recipe: MergeRecipe, fields: Mapping[str, Any]) -> MergeRecipe:
+    from dataclasses import replace
+
+    if any(name in fields for name in ("rank", "retain", "size")):
+        recipe = replace(recipe, rank="same", retain=None, size=None)
+    return replace(recipe, **fields)
+
+
+def read_recipe_file(path: Path) -> MergeRecipe:
+    """The recipe in a merged file's metadata, or in a JSON file."""
+    from .files import read_header
+    from .metadata import read_recipe
+
+    if path.suffix.lower() == ".json":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read as a recipe: {error}.") from error
+        return from_json(text)
+    recipe = read_recipe(read_header(path).metadata)
+    if recipe is None:
+        raise RecipeError(f"{path.name} holds no recipe: it was not made by LoRA Merge.")
+    return recipe
+
+
+def output_target(output: str, lora_dir: Path | None) -> Path:
+    """Where ``-o`` points: a path as it is, a bare name within the LoRA folder."""
+    path = Path(output)
+    if path.suffix.lower() != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    bare = not path.is_absolute() and path.parent == Path(".") and not output.startswith(("./", ".\\"))
+    return lora_dir / path if bare and lora_dir is not None else path
+
+
+def _check_output(target: Path, overwrite: bool) -> None:
+    from .files import check_target
+
+    check_target(target, overwrite)
+
+
+def _plan(options: argparse.Namespace, recipe: MergeRecipe, *, check_hashes: bool = True) -> MergePlan:
+    from .merge import plan_merge
+
+    return plan_merge(
+        recipe,
+        find=finder(options.lora_dir),
+        presets=presets_of(options),
+        base=Path(recipe.base) if recipe.base else None,
+        check_hashes=check_hashes,
+    )
+
+
+def finder(lora_dir: Path | None) -> Callable[[str], Path]:
+    """Look LoRAs up as the command line does: a path as it is, a name within the folder."""
+    from .files import LoraFolder
+
+    return LoraFolder([lora_dir] if lora_dir else [], allow_paths=True).find
+
+
+def presets_of(options: argparse.Namespace) -> Presets:
+    from .blocks import bundled_preset_path, load_presets
+
+    return load_presets([*options.preset_file, bundled_preset_path()])
+
+
+def _show_plan(plan: MergePlan, target: Path | None, as_json: bool, notes: Sequence[str]) -> None:
+    from .report import histogram_text
+
+    facts = plan.to_json()
+    if as_json:
+        _print_json(
+            {**facts, "output": str(target) if target else None, "warnings": [*notes, *plan.warnings]}
+        )
+        return
+    at_most = "" if plan.exact_prediction else "at most "
+    print(f"Would write  {target or 'nothing (no -o)'}")
+    print(f"Size         {at_most}{plan.predicted_bytes / 1e6:,.2f} MB, {plan.dtype}")
+    print(f"Base model   {facts['base_model']}")
+    print(f"Layers       {len(plan.layers)} ({len(plan.left_out)} left out)")
+    print(f"Ranks        {at_most}{histogram_text(plan.rank_histogram) or 'none'}")
+    for source in plan.sources:
+        print(f"Input        {source.path.name}: {len(source.source.layers)} layers, {source.source.dialect}")
+    _print_notes([*notes, *plan.warnings], plan.skipped)
+
+
+def _print_notes(warnings: Sequence[str], skipped: Sequence[str] = ()) -> None:
+    for text in skipped:
+        print(f"{'Skipped':<13}{text}")
+    for text in warnings:
+        print(f"{'Warning':<13}{text}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+@contextlib.contextmanager
+def progress_line(stream: TextIO) -> Iterator[Callable[[Progress], None] | None]:
+    """A progress line on a terminal; nothing at all elsewhere."""
+    if not stream.isatty():
+        yield None
+        return
+    last = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 0.1 and progress.done < progress.total:
+            return
+        last = now
+        left = f", {progress.eta:.0f} s left" if progress.eta is not None and progress.eta >= 1 else ""
+        stream.write(f"\r\x1b[K{progress.phase}: {progress.done} of {progress.total}{left}")
+        stream.flush()
+
+    try:
+        yield show
+    finally:
+        stream.write("\r\x1b[K")
+        stream.flush()
+
+
+# --- convert -----------------------------------------------------------------------------------
+
+
+def _convert_parser(commands: Any) -> None:
+    parser = _command(
+        commands, "convert", run_convert, "rewrite one file exactly: other names, other precision"
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file to write")
+    parser.add_argument("--dialect", choices=DIALECTS, default="auto", help="spelling of the tensor names")
+    parser.add_argument("--dtype", choices=DTYPES, default="same", help="precision of the file")
+    parser.add_argument("--base", metavar="CHECKPOINT", help="base model, for adapters that need it")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    parser.add_argument(
+        "--skip-unsupported", action="store_true", help="leave out what cannot be kept, and list it"
+    )
+    _add_json(parser)
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    from .merge import run_merge
+    from .recipe import LoraInput
+
+    # One LoRA at strength 1 concatenated with nothing is that LoRA, factor by factor.
+    recipe = MergeRecipe(
+        inputs=(LoraInput(str(options.file)),),
+        mode="concat",
+        dtype=options.dtype,
+        dialect=options.dialect,
+        base=options.base,
+        skip_unsupported=options.skip_unsupported,
+    )
+    target = output_target(options.output, None)
+    _check_output(target, options.overwrite)
+    options.lora_dir, options.preset_file = None, []
+    plan = _plan(options, recipe)
+    report = run_merge(plan, target, overwrite=options.overwrite)
+    _print_json(report.to_json()) if options.json else print(report.to_text())
+    return EXIT_DONE
+
+
+# --- looking at files --------------------------------------------------------------------------
+
+
+def _inspect_parser(commands: Any) -> None:
+    parser = _command(commands, "inspect", run_inspect, "say what a LoRA file is, and what merging it takes")
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    _add_lora_dir(parser)
+    _add_json(parser)
+    _add_plot(parser)
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from .analysis import inspect
+
+    find = finder(options.lora_dir)
+    reports = [inspect(find(name)) for name in options.files]
+    if options.json:
+        _print_json(reports[0].to_json() if len(reports) == 1 else [report.to_json() for report in reports])
+    else:
+        print("\n\n".join(report.to_text() for report in reports))
+    if options.plot:
+        from .webui import plots
+
+        plots.save(plots.inspect_figure(reports), options.plot)
+    return EXIT_DONE
+
+
+def _compare_parser(commands: Any) -> None:
+    parser = _command(commands, "compare", run_compare, "show where LoRAs agree, overlap and fight")
+    _add_inputs(parser)
+    parser.add_argument("--base", metavar="CHECKPOINT", help="base model, for adapters that need it")
+    _add_json(parser)
+    _add_plot(parser)
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    from .analysis import compare
+
+    recipe, _ = recipe_of(options)
+    report = compare(_plan(options, recipe))
+    _print_json(report.to_json()) if options.json else print(report.to_text())
+    if options.plot:
+        from .webui import plots
+
+        plots.save(plots.compare_figure(report), options.plot)
+    return EXIT_DONE
+
+
+def _advise_parser(commands: Any, *, with_methods: bool) -> None:
+    parser = _command(commands, "advise", run_advise, "show error and size against the rank, before merging")
+    _add_inputs(parser)
+    _add_recipe_options(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the file")
+    _add_json(parser)
+    _add_plot(parser)
+    if with_methods:
+        _add_method_options(parser)
+
+
+def run_advise(options: argparse.Namespace) -> int:
+    from .analysis import advise
+
+    recipe, _ = recipe_of(options)
+    report = advise(_plan(options, recipe))
+    _print_json(report.to_json()) if options.json else print(report.to_text())
+    if options.plot:
+        from .webui import plots
+
+        plots.save(plots.advise_figure(report), options.plot)
+    return EXIT_DONE
+
+
+# --- lists -------------------------------------------------------------------------------------
+
+
+def _list_parsers(commands: Any) -> None:
+    parser = _command(commands, "methods", run_methods, "list the merge methods with their parameters")
+    _add_json(parser)
+    parser = _command(commands, "presets", run_presets, "list the block-weight presets")
+    parser.add_argument("--preset-file", type=Path, action="append", default=[], metavar="FILE")
+    _add_json(parser)
+
+
+def run_methods(options: argparse.Namespace) -> int:
+    from .methods import METHODS
+
+    if options.json:
+        _print_json([method.to_json() for method in METHODS.values()])
+        return EXIT_DONE
+    for method in METHODS.values():
+        print(f"{method.name:<16}{method.summary}")
+        for param in method.params:
+            print(f"{'':<18}--{param.name.replace('_', '-')} {param.range_text()}: {param.help}")
+    return EXIT_DONE
+
+
+def run_presets(options: argparse.Namespace) -> int:
+    from .blocks import blocks_help
+
+    presets = presets_of(options)
+    if options.json:
+        _print_json({"weights": dict(presets.weights), "elements": dict(presets.elements)})
+        return EXIT_DONE
+    for title, table in (("Block weights (lbw=)", presets.weights), ("Elements (lbwe=)", presets.elements)):
+        print(title)
+        for name, text in table.items():
+            print(f"  {name:<16}{one_line(text)}")
+    print(blocks_help())
+    return EXIT_DONE
+
+
+# --- the tab without a WebUI, and the demo -----------------------------------------------------
+
+
+def _ui_parser(commands: Any) -> None:
+    parser = _command(commands, "ui", run_ui, "open the LoRA Merge tab without a WebUI, on this machine only")
+    _add_lora_dir(parser)
+    parser.add_argument(
+        "--port", type=int, metavar="P", help="port to listen on (default: a free one from 7870)"
+    )
+    parser.add_argument("--demo", action="store_true", help="start with sample LoRAs")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")
+
+
+def run_ui(options: argparse.Namespace) -> int:
+    try:
+        from .webui import standalone
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "gradio":
+            raise
+        raise RecipeError(
+            "The tab needs Gradio: pip install 'loramerge[ui]' (or pip install gradio)."
+        ) from error
+    standalone.serve(
+        lora_dir=options.lora_dir, port=options.port, demo=options.demo, open_browser=not options.no_browser
+    )
+    return EXIT_DONE
+
+
+def _demo_parser(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", run_demo, "make two small sample LoRAs, merge them and print the report"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path("loramerge-demo"), metavar="D", help="folder for the samples"
+    )
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from .demo import make_samples
+
+    style, subject = make_samples(options.dir)
+    words = [
+        "merge", f"{style}:0.8", f"{subject}:0.5:lbw=MIDD",
+        "-o", str(options.dir / "merged.safetensors"), "--overwrite",
+    ]  # fmt: skip
+    print(f"$ loramerge {' '.join(words)}\n")
+    return main(words)

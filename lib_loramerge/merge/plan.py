@@ -1,0 +1,507 @@
+"""What a merge will do, decided from headers alone.
+
+A plan reads no tensor and allocates nothing of size, so that a tab can make
+one at every change of a form. Everything that can be refused before work is
+refused here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from .. import architectures, blocks, dialects
+from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..files import LORA_SUFFIXES, model_hash
+from ..recipe import LoraInput, MergeRecipe, nearest
+from .sources import LayerShape, Source, open_source
+
+if TYPE_CHECKING:
+    from ..methods import MergeMethod
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ALPHA_BYTES = 4
+# LoRAs that change how many steps sampling takes; their deltas are large and brittle.
+_STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd", "dmd2", "tcd")
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One input of a merge: the recipe's words, the file, and what it is."""
+
+    input: LoraInput
+    source: Source
+    block_weights: blocks.BlockWeights
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    def to_json(self) -> dict[str, Any]:
+        source = self.source
+        return {
+            "name": self.input.name,
+            "path": str(source.path),
+            "dialect": source.dialect,
+            "base_model": source.architecture.label,
+            "architecture": source.architecture.id,
+            "reason": source.reason,
+            "kinds": source.kinds,
+            "ranks": {str(rank): count for rank, count in source.ranks.items()},
+            "dtypes": source.dtypes,
+            "layers": len(source.layers),
+            "needs_base": source.needs_base,
+            "unsupported": list(source.unsupported),
+            "unknown": list(source.unknown),
+            "te": self.input.te,
+            "unet": self.input.unet,
+        }
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of the result.
+
+    Attributes:
+        in_: Input channels; the unfolded width is ``in_`` times the kernel's size.
+        kernel: (kh, kw) of a k x k convolution, else empty.
+        inputs: (index of the source, strength, block weight) of each input that
+            has this layer with a weight other than 0.
+        ranks: Rank of each of those inputs; None where it is stored whole.
+        rank: Rank foreseen, an upper bound where it depends on the singular
+            values; None when the layer will be written whole.
+        vector: A norm's weight, which has no rank and no rank rule.
+    """
+
+    layer: str
+    component: str
+    block: str | None
+    out: int
+    in_: int
+    kernel: tuple[int, ...]
+    inputs: tuple[tuple[int, float, float], ...]
+    ranks: tuple[int | None, ...]
+    rank: int | None
+    vector: bool
+    bias: bool
+
+    @property
+    def width(self) -> int:
+        """Columns of the unfolded weight."""
+        return self.in_ * math.prod(self.kernel)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Strength times block weight, for each of ``inputs``."""
+        return tuple(strength * block for _, strength, block in self.inputs)
+
+    def bytes(self, item: int) -> int:
+        """Size of the layer's tensors when stored with ``item`` bytes a number."""
+        biases = self.out * item if self.bias else 0
+        if self.vector:
+            return 2 * self.out * item
+        if self.rank is None:
+            return self.out * self.width * item + biases
+        return self.rank * (self.out + self.width) * item + ALPHA_BYTES + biases
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All decisions of a merge before any tensor is read.
+
+    Attributes:
+        recipe: With block weights resolved to numbers, so that it says all.
+        dtype: What will be stored: float32, float16 or bfloat16.
+        predicted_bytes: Size of the file foreseen; an upper bound where ranks
+            depend on the singular values.
+        left_out: Layers whose weights are all 0.
+        skipped: What ``skip_unsupported`` leaves out, a sentence each.
+    """
+
+    recipe: MergeRecipe
+    method: MergeMethod
+    params: Mapping[str, Any]
+    sources: tuple[SourcePlan, ...]
+    architecture: architectures.Architecture
+    style: str
+    layers: tuple[LayerPlan, ...]
+    left_out: tuple[str, ...]
+    embeddings: Mapping[str, tuple[int, str]]
+    dtype: str
+    base: Path | None
+    predicted_bytes: int
+    exact_prediction: bool
+    warnings: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def needs_base(self) -> bool:
+        return any(plan.source.needs_base for plan in self.sources)
+
+    @property
+    def rank_histogram(self) -> dict[int, int]:
+        ranks = Counter(plan.rank for plan in self.layers if plan.rank is not None and not plan.vector)
+        return dict(sorted(ranks.items(), reverse=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "base_model": self.architecture.label,
+            "architecture": self.architecture.id,
+            "mode": self.method.name,
+            "params": dict(self.params),
+            "dtype": self.dtype,
+            "layers": len(self.layers),
+            "layers_left_out": len(self.left_out),
+            "ranks": {str(rank): count for rank, count in self.rank_histogram.items()},
+            "predicted_bytes": self.predicted_bytes,
+            "exact_prediction": self.exact_prediction,
+            "needs_base": self.needs_base,
+            "inputs": [source.to_json() for source in self.sources],
+            "warnings": list(self.warnings),
+            "skipped": list(self.skipped),
+        }
+
+
+def plan_merge(
+    recipe: MergeRecipe,
+    *,
+    find: Callable[[str], Path],
+    presets: blocks.Presets,
+    base: Path | None = None,
+    check_hashes: bool = True,
+) -> MergePlan:
+    """Decide everything about a merge from the headers of its files.
+
+    Args:
+        find: LoRA name, as the recipe has it, to its file; raises when there is none.
+        base: Base model checkpoint, for adapters that need one.
+        check_hashes: Refuse a source whose bytes differ from the hash that the
+            recipe states. Reads such sources whole.
+
+    Raises:
+        LoraMergeError: Whatever stops this merge, before any work.
+    """
+    method, params = check_method(recipe)
+    sources = [open_source(find(entry.name)) for entry in recipe.inputs]
+    if check_hashes:
+        _check_hashes(recipe.inputs, sources)
+    skipped = _leftovers(sources, recipe.skip_unsupported)
+    architecture = _one_base_model(sources)
+    _check_base(sources, base)
+    plans = tuple(
+        SourcePlan(entry, source, _block_weights(entry, presets, recipe.seed, index))
+        for index, (entry, source) in enumerate(zip(recipe.inputs, sources, strict=True))
+    )
+    layers, left_out = _plan_layers(plans, architecture.id, recipe, method, base)
+    if not layers:
+        raise RecipeError(
+            "Nothing would be left: every layer has weight 0. Give at least one LoRA a strength."
+        )
+    dtype, notes = _output_dtype(recipe, sources)
+    embeddings, clashes = _embeddings(plans)
+    item = ITEM_BYTES[dtype]
+    predicted = _predicted_bytes(recipe, layers, item)
+    return MergePlan(
+        recipe=_resolved(recipe, plans),
+        method=method,
+        params=params,
+        sources=plans,
+        architecture=architecture,
+        style=sources[0].style,
+        layers=layers,
+        left_out=left_out,
+        embeddings=embeddings,
+        dtype=dtype,
+        base=base,
+        predicted_bytes=predicted,
+        exact_prediction=recipe.retain is None and recipe.size is None,
+        warnings=(*_warnings(plans), *notes, *clashes),
+        skipped=skipped,
+    )
+
+
+def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
+    """The recipe's merge method with all of its parameters, checked.
+
+    Raises:
+        RecipeError: Unknown method or parameter, a value out of range, or a
+            number of inputs that the method cannot take.
+    """
+    from ..methods import METHODS
+
+    if recipe.mode not in METHODS:
+        close = nearest(recipe.mode, METHODS)
+        raise RecipeError(
+            f"There is no mode {recipe.mode!r}. "
+            + (f"Did you mean {' or '.join(close)}? " if close else "")
+            + f"Modes: {', '.join(METHODS)}."
+        )
+    method = METHODS[recipe.mode]
+    known = {param.name: param for param in method.params}
+    for name in recipe.params:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise RecipeError(f"Mode {method.name} has no parameter {name!r}; {has}.")
+    count = len(recipe.inputs)
+    if count < method.minimum or (method.maximum is not None and count > method.maximum):
+        wanted = (
+            f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
+        )
+        if method.maximum is not None and method.minimum != method.maximum:
+            wanted = f"{method.minimum} to {method.maximum}"
+        raise RecipeError(f"Mode {method.name} merges {wanted} LoRAs, and {count} were given.")
+    return method, {
+        name: param.check(recipe.params.get(name, param.default)) for name, param in known.items()
+    }
+
+
+def _check_hashes(inputs: Sequence[LoraInput], sources: Sequence[Source]) -> None:
+    for entry, source in zip(inputs, sources, strict=True):
+        if entry.hash and model_hash(source.path) != entry.hash:
+            raise RecipeError(
+                f"{source.path.name} is not the file this recipe was made with: its contents have changed. "
+                "Find the original, or allow changed sources (--allow-changed-sources)."
+            )
+
+
+def _leftovers(sources: Sequence[Source], skip: bool) -> tuple[str, ...]:
+    """Refuse what would be lost, or list it when the user allowed that."""
+    if not skip:
+        for source in sources:
+            source.refuse_leftovers()
+        return ()
+    texts = []
+    for source in sources:
+        texts += [f"{source.path.name}: tensor {key} is not understood" for key in source.unknown]
+        texts += list(source.unsupported)
+        if not source.layers:
+            raise UnsupportedError(f"{source.path.name}: nothing in it can be merged. {' '.join(texts[:1])}")
+    return tuple(texts)
+
+
+def _one_base_model(sources: Sequence[Source]) -> architectures.Architecture:
+    first = sources[0]
+    for other in sources[1:]:
+        if other.architecture.id != first.architecture.id:
+            raise IncompatibleError(
+                f"These are for different base models: {first.path.name} is for {first.architecture.label} "
+                f"({first.reason}), {other.path.name} for {other.architecture.label} ({other.reason}). "
+                "LoRAs can be merged only within one base model."
+            )
+        if first.architecture.id == "unknown" and other.dialect != first.dialect:
+            raise IncompatibleError(
+                f"The base model of {first.path.name} and {other.path.name} is not known, and they are "
+                f"spelled differently ({first.dialect}, {other.dialect}), so their layers cannot be matched."
+            )
+    return first.architecture
+
+
+def _check_base(sources: Sequence[Source], base: Path | None) -> None:
+    if base is not None:
+        return
+    for source in sources:
+        for parts in source.layers.values():
+            for part in parts:
+                if part.facts.needs_base:
+                    raise UnsupportedError(
+                        f"{source.path.name}: {part.part.spelling} is {part.facts.kind}, which changes the "
+                        "model in proportion to the base weights. Name the checkpoint it was trained on "
+                        "(--base CHECKPOINT)."
+                    )
+
+
+def _block_weights(entry: LoraInput, presets: blocks.Presets, seed: int, index: int) -> blocks.BlockWeights:
+    return blocks.resolve(entry, presets, rng=random.Random(f"{seed}:{index}"))
+
+
+def _resolved(recipe: MergeRecipe, plans: Sequence[SourcePlan]) -> MergeRecipe:
+    """The recipe with numbers for presets, and names for paths."""
+    inputs = []
+    for plan in plans:
+        lbw, lbwe = plan.block_weights.as_input_fields()
+        inputs.append(replace(plan.input, name=plain_name(plan.input.name), lbw=lbw, lbwe=lbwe, x=None))
+    return replace(recipe, inputs=tuple(inputs))
+
+
+def plain_name(name: str) -> str:
+    """A LoRA's name for a stored recipe: what was given as a path keeps only its stem."""
+    path = PureWindowsPath(name)
+    return path.stem if path.suffix.lower() in LORA_SUFFIXES else name
+
+
+def _plan_layers(
+    plans: Sequence[SourcePlan],
+    architecture: str,
+    recipe: MergeRecipe,
+    method: MergeMethod,
+    base: Path | None,
+) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
+    layers, left_out = [], []
+    for layer in sorted({layer for plan in plans for layer in plan.source.layers}):
+        holders = [(index, plan) for index, plan in enumerate(plans) if layer in plan.source.layers]
+        shape = _one_shape(layer, [plan.source for _, plan in holders]) or _base_shape(
+            base, architecture, layer
+        )
+        component, block = architectures.component(layer), architectures.block(architecture, layer)
+        inputs, ranks = [], []
+        for index, plan in holders:
+            strength = plan.input.strength(component)
+            block_weight = plan.block_weights.weight(component, block, layer)
+            if strength * block_weight != 0:
+                inputs.append((index, strength, block_weight))
+                ranks.append(_input_rank(plan, layer))
+        if not inputs:
+            left_out.append(layer)
+            continue
+        parts = [part for _, plan in holders for part in plan.source.layers[layer]]
+        out, in_, kernel = shape
+        draft = LayerPlan(
+            layer=layer,
+            component=component,
+            block=block,
+            out=out,
+            in_=in_,
+            kernel=kernel,
+            inputs=tuple(inputs),
+            ranks=tuple(ranks),
+            rank=None,
+            vector=in_ == 0,
+            bias=any(part.facts.bias for part in parts),
+        )
+        layers.append(replace(draft, rank=_foreseen_rank(draft, recipe, method)))
+    return tuple(layers), tuple(left_out)
+
+
+def _input_rank(plan: SourcePlan, layer: str) -> int | None:
+    rank = plan.source.rank(layer)
+    return rank if rank is None or plan.input.dyn is None else min(rank, plan.input.dyn)
+
+
+def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
+    """The shape that all sources agree on; None when none of them tells it."""
+    known = [(source, shape) for source in sources if (shape := source.shape(layer)) is not None]
+    for source, shape in known[1:]:
+        if shape != known[0][1]:
+            raise IncompatibleError(
+                f"{layer} is {_shape_text(known[0][1])} in {known[0][0].path.name} and {_shape_text(shape)} "
+                f"in {source.path.name}. They were trained on different base models (or one of them on a "
+                "variant such as an inpainting model), so they cannot be merged. Ranks have nothing to do with it."
+            )
+    return known[0][1] if known else None
+
+
+def _base_shape(base: Path | None, architecture: str, layer: str) -> LayerShape:
+    from .base import BaseCheckpoint
+
+    assert base is not None  # without one the adapters that do not tell their shape were refused
+    with BaseCheckpoint(base) as checkpoint:
+        shape = checkpoint.shape(architecture, layer)
+    if len(shape) == 1:
+        return shape[0], 0, ()
+    kernel = tuple(shape[2:])
+    return shape[0], shape[1], kernel if kernel not in ((), (1, 1)) else ()
+
+
+def _shape_text(shape: LayerShape) -> str:
+    out, in_, kernel = shape
+    return " x ".join(map(str, (out, in_, *kernel)))
+
+
+def same_rank(layer: LayerPlan) -> int | None:
+    """The rank that ``rank="same"`` means: the largest of the inputs; None when one is whole."""
+    return None if any(rank is None for rank in layer.ranks) else max(r for r in layer.ranks if r is not None)
+
+
+def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -> int | None:
+    if layer.vector:
+        return None
+    known = [rank for rank in layer.ranks if rank is not None]
+    whole = len(known) < len(layer.ranks)
+    limit = min(layer.out, layer.width)
+    if not method.uses_rank:
+        if whole:
+            return None
+        return max(known) if method.name == "add" else sum(known)
+    if not whole and method.linear:
+        limit = min(limit, sum(known))
+    if layer.kernel and recipe.conv_rank is not None:
+        return min(recipe.conv_rank, limit)
+    if isinstance(recipe.rank, int):
+        return min(recipe.rank, limit)
+    if recipe.rank == "same" and recipe.retain is None and recipe.size is None:
+        same = same_rank(layer)
+        return None if same is None else min(same, limit)
+    return None if whole and recipe.rank == "full" else limit
+
+
+def _output_dtype(recipe: MergeRecipe, sources: Sequence[Source]) -> tuple[str, list[str]]:
+    """The dtype to store, with a note where ``same`` had to widen."""
+    if recipe.dtype != "same":
+        return recipe.dtype, []
+    kinds = {dtype for source in sources for dtype in source.weight_dtypes}
+    if kinds <= {"F16", "F8_E4M3", "F8_E5M2"}:
+        return "float16", []
+    if kinds <= {"BF16", "F8_E4M3", "F8_E5M2"}:
+        return "bfloat16", []
+    if kinds <= {"F16", "BF16", "F8_E4M3", "F8_E5M2"}:
+        return "float32", [
+            "The inputs mix float16 and bfloat16; only float32 holds both, so the file is twice as large. "
+            "Choose float16 for half the size."
+        ]
+    return "float32", []
+
+
+def _predicted_bytes(recipe: MergeRecipe, layers: Sequence[LayerPlan], item: int) -> int:
+    # 3 tensors a layer, each with its name twice over in quotes, braces and offsets.
+    header = sum(3 * (len(layer.layer) + 95) for layer in layers) + 6000
+    total = header + sum(layer.bytes(item) for layer in layers)
+    return min(total, int(recipe.size * 1_000_000)) if recipe.size is not None else total
+
+
+def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]], list[str]]:
+    """Union of the embeddings in the files; the first file wins where two differ in name only."""
+    chosen: dict[str, tuple[int, str]] = {}
+    notes = []
+    for index, plan in enumerate(plans):
+        for name, key in plan.source.embeddings.items():
+            if name in chosen:
+                first = plans[chosen[name][0]].path.name
+                notes.append(
+                    f"Both {first} and {plan.path.name} hold the embedding {name}; the first one is kept."
+                )
+            else:
+                chosen[name] = (index, key)
+    if len(chosen) > 12:
+        notes.append(
+            f"{len(chosen)} embedding tensors are kept; Forge refuses a LoRA with more than 12 tensors that "
+            "it does not know."
+        )
+    return chosen, notes
+
+
+def _warnings(plans: Sequence[SourcePlan]) -> list[str]:
+    notes = []
+    for plan in plans:
+        source = plan.source
+        title = f"{source.path.stem} {source.header.metadata.get('ss_output_name', '')}".lower()
+        if len(plans) > 1 and any(word in title for word in _STEP_DISTILLED):
+            notes.append(
+                f"{source.path.name} looks like a few-step LoRA (LCM, Lightning, Turbo ...). Merged, its strength "
+                "can no longer be set apart from the others; most people keep such a file separate."
+            )
+        if plan.input.te == 0 and plan.input.unet == 0:
+            notes.append(f"{source.path.name} has strength 0 and changes nothing.")
+        notes += [f"{source.path.name}: {note}" for note in sorted(source.notes_of_layers())]
+    paths = Counter(plan.path for plan in plans)
+    notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
+    return notes
+
+
+def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, architectures.Rows | None], ...]:
+    """Names under which a layer is written, with the rows each of them holds."""
+    return dialects.output_parts(plan.architecture.id, layer, plan.recipe.dialect, plan.style)

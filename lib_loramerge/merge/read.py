@@ -1,0 +1,104 @@
+"""The deltas of one LoRA file, layer by layer, as the WebUI would compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import adapters
+from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack, take_rows
+from ..files import LoraFile, open_file
+from .sources import Source, SourcePart
+
+if TYPE_CHECKING:
+    from .base import BaseCheckpoint
+
+
+class SourceReader:
+    """Reads one source's tensors and builds each layer's delta at strength 1.
+
+    A context manager: the file stays mapped while it is open, and must be closed
+    before a file of the same name is replaced.
+    """
+
+    def __init__(self, source: Source, base: BaseCheckpoint | None = None):
+        self.source = source
+        self.base = base
+        self._file: LoraFile = open_file(source.path)
+
+    def __enter__(self) -> SourceReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, key: str) -> Tensor:
+        """One tensor of the file, float32 (float64 when stored so)."""
+        return self._file.read(key)
+
+    def delta(self, layer: str, *, dyn: int | None = None) -> LayerDelta:
+        """All that this file changes in ``layer``, split parts put into their rows.
+
+        Args:
+            dyn: First ranks only, as the prompt's ``dyn=`` asks for.
+        """
+        parts = [self._part(part, dyn) for part in self.source.layers[layer]]
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _part(self, part: SourcePart, dyn: int | None) -> LayerDelta:
+        slots = {slot: self.read(key) for slot, key in part.part.slots.items()}
+        built = adapters.build(
+            slots,
+            where=f"{self.source.path.name}: {part.part.spelling}",
+            kernel=part.kernel,
+            base=self._base_weight(part) if part.facts.needs_base else None,
+            dyn=dyn,
+        )
+        if part.spans is None:
+            return built
+        weight = None if built.weight is None else place_rows(built.weight, part.spans, part.out)
+        bias = None if built.bias is None else _placed_bias(built.bias, part.spans, part.out)
+        return LayerDelta(weight, bias, built.notes)
+
+    def _base_weight(self, part: SourcePart) -> Tensor | None:
+        if self.base is None:
+            return None
+        whole = self.base.weight(self.source.architecture.id, part.part.layer)
+        if part.spans is None:
+            return whole
+        return torch.cat([whole[start:stop] for start, stop in part.spans])
+
+
+def _placed_bias(bias: Tensor, spans: Sequence[tuple[int, int]], total: int) -> Tensor:
+    return place_rows(Dense(bias[:, None]), spans, total).weight[:, 0]
+
+
+def _joined(parts: Sequence[LayerDelta]) -> LayerDelta:
+    """The sum of what several parts of one file change in one layer."""
+    weights = [part.weight for part in parts if part.weight is not None]
+    biases = [part.bias for part in parts if part.bias is not None]
+    return LayerDelta(
+        weight=total(weights, [1.0] * len(weights)) if weights else None,
+        bias=torch.stack(biases).sum(0) if biases else None,
+        notes=tuple(note for part in parts for note in part.notes),
+    )
+
+
+def total(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """Exact weighted sum: low rank when all are, otherwise dense in float64."""
+    low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(low_rank) == len(deltas):
+        return stack(low_rank, weights)
+    dense = sum(
+        (weight * delta.dense() for delta, weight in zip(deltas, weights, strict=True)), torch.zeros(())
+    )
+    return Dense(dense, deltas[0].kernel)
+
+
+__all__ = ["SourceReader", "take_rows", "total"]

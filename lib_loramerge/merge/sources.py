@@ -1,0 +1,245 @@
+"""One LoRA file as a merge sees it: its layers, their shapes and kinds.
+
+Only headers are read here. What was learned of a file is remembered by its
+path, size and time, so that a tab can ask again at every keystroke.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from .. import adapters, architectures, dialects
+from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
+from ..files import Header, read_header, refuse_non_lora
+
+REMEMBERED = 4096
+
+LayerShape = tuple[int, int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """One part of a layer in a file, with what its shapes tell.
+
+    Attributes:
+        spans: Row ranges of the whole layer that this part fills, in order;
+            None when the part is the whole layer.
+        out: Rows of the whole layer; None when only the base weight tells.
+        kernel: What the base model is known to have here, for formats that do not say.
+    """
+
+    part: dialects.Part
+    facts: adapters.LayerFacts
+    spans: tuple[tuple[int, int], ...] | None
+    out: int | None
+    kernel: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA file, understood from its header alone.
+
+    Attributes:
+        layers: Canonical layer name to the parts this file has of it.
+        unsupported: Sentences, one for each layer that cannot be merged.
+        unknown: Tensor names nobody understands.
+    """
+
+    path: Path
+    header: Header
+    dialect: str
+    style: str
+    architecture: architectures.Architecture
+    reason: str
+    layers: Mapping[str, tuple[SourcePart, ...]]
+    embeddings: Mapping[str, str]
+    unsupported: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def needs_base(self) -> bool:
+        return any(part.facts.needs_base for parts in self.layers.values() for part in parts)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Adapter kind to number of layers."""
+        return dict(Counter(p.facts.kind for parts in self.layers.values() for p in parts).most_common())
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Rank to number of layers, for the layers that have one."""
+        ranks = Counter(rank for layer in self.layers if (rank := self.rank(layer)) is not None)
+        return dict(sorted(ranks.items(), reverse=True))
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """safetensors dtype name to number of tensors."""
+        return dict(Counter(info.dtype for info in self.header.tensors.values()).most_common())
+
+    def shape(self, layer: str) -> LayerShape | None:
+        """(out, in, kernel) of the whole layer, ``in`` in channels; None when only the base weight tells."""
+        for part in self.layers[layer]:
+            if part.out is not None and part.facts.in_ is not None:
+                return part.out, part.facts.in_, part.facts.kernel
+        return None
+
+    def rank(self, layer: str) -> int | None:
+        """Rank as the file states it, parts added up; None for a layer stored whole.
+
+        What rests on the base weight (DoRA ...) has full rank, strictly; it counts
+        with the rank that it was trained at.
+        """
+        ranks = [part.facts.rank or self._trained_rank(part) for part in self.layers[layer]]
+        return None if any(rank is None for rank in ranks) else sum(r for r in ranks if r is not None)
+
+    def _trained_rank(self, part: SourcePart) -> int | None:
+        key = part.part.slots.get("down") or part.part.slots.get("hada_w1_b")
+        return self.header.tensors[key].shape[0] if key is not None else None
+
+    @property
+    def weight_dtypes(self) -> set[str]:
+        """safetensors dtypes of the tensors that carry the deltas, scalars such as alpha aside."""
+        tensors = self.header.tensors
+        return {
+            tensors[key].dtype
+            for parts in self.layers.values()
+            for part in parts
+            for key in part.part.slots.values()
+            if tensors[key].shape not in ((), (1,)) and not tensors[key].dtype.startswith(("I", "U", "BOOL"))
+        }
+
+    def layer_needs_base(self, layer: str) -> bool:
+        return any(part.facts.needs_base for part in self.layers[layer])
+
+    def notes_of_layers(self) -> set[str]:
+        """What is worth knowing of the layers' adapters, each sentence once."""
+        return {note for parts in self.layers.values() for part in parts for note in part.facts.notes}
+
+    def refuse_leftovers(self) -> None:
+        """Stop at anything in the file that would not go into the merge.
+
+        Raises:
+            UnknownKeyError: Tensor names that no dialect or adapter kind claims.
+            UnsupportedError: Layers of a kind that cannot be merged.
+        """
+        if self.unknown:
+            raise UnknownKeyError(
+                f"{self.path.name}: {_count(len(self.unknown), 'tensor')} not understood: "
+                f"{_some(self.unknown)}. Nothing was written; --skip-unsupported merges the rest and lists what was left out."
+            )
+        if self.unsupported:
+            more = len(self.unsupported) - 1
+            raise UnsupportedError(
+                self.unsupported[0]
+                + (
+                    f" ({_count(more, 'more layer')} of {self.path.name} cannot be merged either.)"
+                    if more
+                    else ""
+                )
+            )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: tuple[str, ...], limit: int = 3) -> str:
+    shown = ", ".join(sorted(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+_remembered: OrderedDict[tuple[str, int, int], Source] = OrderedDict()
+_lock = Lock()
+
+
+def open_source(path: Path) -> Source:
+    """Understand a LoRA file from its header.
+
+    Raises:
+        FileError: Not readable, damaged, or not a LoRA.
+        IncompatibleError: Two spellings of one layer, or shapes that do not fit.
+        UnsupportedError: A kind of file that cannot be merged at all.
+    """
+    stat = path.stat() if path.is_file() else None
+    key = (str(path), stat.st_size, stat.st_mtime_ns) if stat else None
+    with _lock:
+        if key in _remembered:
+            _remembered.move_to_end(key)
+            return _remembered[key]
+    source = _understand(path, read_header(path))
+    if key is not None:
+        with _lock:
+            _remembered[key] = source
+            while len(_remembered) > REMEMBERED:
+                _remembered.popitem(last=False)
+    return source
+
+
+def _understand(path: Path, header: Header) -> Source:
+    refuse_non_lora(header, path)
+    shapes = {key: info.shape for key, info in header.tensors.items()}
+    try:
+        parsed = dialects.parse_file(shapes, header.metadata)
+    except (IncompatibleError, UnsupportedError) as error:
+        raise type(error)(f"{path.name}: {error}") from error
+    layers: dict[str, list[SourcePart]] = {}
+    unsupported = []
+    for part in parsed.parts:
+        where = f"{path.name}: {part.spelling}"
+        try:
+            described = _describe(part, shapes, parsed.architecture.id, where)
+        except UnsupportedError as error:
+            unsupported.append(str(error))
+            continue
+        if described is not None:
+            layers.setdefault(part.layer, []).append(described)
+    for layer, parts in layers.items():
+        _check_parts(path, layer, parts)
+    return Source(
+        path=path,
+        header=header,
+        dialect=parsed.dialect,
+        style=parsed.style,
+        architecture=parsed.architecture,
+        reason=parsed.reason,
+        layers={layer: tuple(parts) for layer, parts in sorted(layers.items())},
+        embeddings=parsed.embeddings,
+        unsupported=tuple(unsupported),
+        unknown=parsed.unknown,
+    )
+
+
+def _describe(
+    part: dialects.Part, shapes: Mapping[str, tuple[int, ...]], architecture: str, where: str
+) -> SourcePart | None:
+    """Facts of one part, or None for an orphan that changes nothing (a lone alpha)."""
+    slots = {slot: shapes[key] for slot, key in part.slots.items()}
+    kernel = architectures.kernel(architecture, part.layer)
+    facts = adapters.describe(slots, where=where, kernel=kernel)
+    if facts.empty:
+        return None
+    if part.rows is None:
+        return SourcePart(part, facts, None, facts.out, kernel)
+    if facts.out is None:
+        raise UnsupportedError(f"{where}: {facts.kind} on one part of a fused layer cannot be placed in it.")
+    try:
+        spans, total = part.rows.spans(facts.out)
+    except IncompatibleError as error:
+        raise IncompatibleError(f"{where}: {error}") from error
+    return SourcePart(part, facts, spans, total, kernel)
+
+
+def _check_parts(path: Path, layer: str, parts: list[SourcePart]) -> None:
+    """All parts of one layer must speak of a layer of one shape."""
+    known = [part for part in parts if part.out is not None]
+    shapes = {(part.out, part.facts.in_, part.facts.kernel) for part in known}
+    if len(shapes) > 1:
+        raise IncompatibleError(
+            f"{path.name}: the parts of {layer} do not fit together: "
+            + "; ".join(f"{p.part.spelling} makes it {p.out} x {p.facts.in_}" for p in parts)
+            + ". The file is damaged or mixes two base models."
+        )

@@ -1,0 +1,177 @@
+"""What a merge did, what it cost, and how exact the written file is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+WORST_LAYERS = 5
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer of the result.
+
+    Attributes:
+        layer: Canonical layer name.
+        rank: Rank as written; 0 when the layer cancelled out and is absent,
+            None when it is written whole (``diff``, norms).
+        error_sq: Squared Frobenius norm of (written - exact).
+        exact_sq: Squared Frobenius norm of the exact result.
+    """
+
+    layer: str
+    rank: int | None
+    error_sq: float
+    exact_sq: float
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error; 0 for an absent layer of norm 0."""
+        return relative(self.error_sq, self.exact_sq)
+
+
+def relative(error_sq: float, exact_sq: float) -> float:
+    """``sqrt(error_sq / exact_sq)``, where 0 / 0 is 0."""
+    if error_sq <= 0:
+        return 0.0
+    return (error_sq / exact_sq) ** 0.5 if exact_sq > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class InputReport:
+    """What one input was, and with which strengths it went in.
+
+    Attributes:
+        blocks: Block id to the number its layers were multiplied by, strength included.
+    """
+
+    name: str
+    path: str
+    sshs_model_hash: str | None
+    te: float
+    unet: float
+    layers: int
+    dialect: str
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    blocks: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The outcome of one merge.
+
+    Attributes:
+        output: Path of the file written.
+        layers: Number of layers in the file.
+        layers_left_out: Layers whose weights were all 0 or that cancelled out.
+        ranks: Rank to number of layers with it.
+        whole_layers: Layers written whole (``diff``, norms), which have no rank.
+        error: Relative Frobenius error of the written file against ``error_against``.
+        kept: Share of the exact result's Frobenius norm that the file holds.
+        seconds: Phase to wall seconds; ``total`` is the whole.
+        peak_memory_bytes: Largest resident size of the process, mapped input
+            pages included; None where the system does not tell.
+    """
+
+    output: str
+    size_bytes: int
+    base_model: str
+    mode: str
+    params: Mapping[str, Any]
+    dtype: str
+    device: str
+    dialect: str
+    seed: int
+    layers: int
+    layers_left_out: int
+    ranks: Mapping[int, int]
+    whole_layers: int
+    error: float
+    error_against: str
+    kept: float
+    worst_layers: Sequence[Mapping[str, Any]]
+    inputs: Sequence[InputReport]
+    warnings: Sequence[str]
+    skipped: Sequence[str]
+    sshs_model_hash: str
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int | None = None
+    by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only; infinities and NaN never appear."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """The report as a table for a terminal."""
+        rows = [
+            ("Written", self.output),
+            ("Size", f"{self.size_bytes / 1e6:,.2f} MB, {self.dtype}"),
+            ("Base model", self.base_model),
+            ("Mode", " ".join([self.mode, *(f"{k}={v}" for k, v in self.params.items())])),
+            ("Layers", _layers_text(self)),
+            ("Ranks", histogram_text(self.ranks) or "none"),
+            (
+                "Error",
+                f"{percent(self.error)} of {self.error_against}; {percent(self.kept)} of its norm kept",
+            ),
+            ("Worst layers", ""),
+            *(("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst_layers),
+            ("Inputs", ""),
+            *(("", line) for entry in self.inputs for line in _input_lines(entry)),
+            ("Hash", self.sshs_model_hash),
+            ("Time", ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())),
+        ]
+        if self.peak_memory_bytes:
+            rows.append(("Peak memory", f"{self.peak_memory_bytes / 1e6:,.0f} MB"))
+        rows += [("Skipped", text) for text in self.skipped]
+        rows += [("Warning", text) for text in self.warnings]
+        return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+
+
+def worst(results: Sequence[LayerResult], count: int = WORST_LAYERS) -> list[dict[str, Any]]:
+    """The layers with the largest relative error, worst first."""
+    ordered = sorted((r for r in results if r.exact_sq > 0), key=lambda r: (-r.error, r.layer))
+    return [{"layer": r.layer, "error": r.error, "rank": r.rank} for r in ordered[:count]]
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage with as many digits as mean something."""
+    if value == 0:
+        return "0 %"
+    if value >= 0.9995:
+        return f"{value * 100:.4g} %"
+    return f"{value * 100:.3g} %"
+
+
+def histogram_text(ranks: Mapping[int, int], limit: int = 8) -> str:
+    """``{8: 3, 4: 1}`` as ``"8 (3 layers), 4 (1 layer)"``, largest rank first."""
+    ordered = sorted(ranks.items(), reverse=True)
+    if len(ordered) > limit:
+        total = sum(count for _, count in ordered)
+        mean = sum(rank * count for rank, count in ordered) / total
+        return f"{ordered[-1][0]} to {ordered[0][0]}, {mean:.1f} on average over {total} layers"
+    return ", ".join(f"{rank} ({count} layer{'s' if count != 1 else ''})" for rank, count in ordered)
+
+
+def _layers_text(report: MergeReport) -> str:
+    text = f"{report.layers} written"
+    if report.whole_layers:
+        text += f", {report.whole_layers} of them whole"
+    if report.layers_left_out:
+        text += f"; {report.layers_left_out} left out (weight 0, or they cancel)"
+    return text
+
+
+def _input_lines(entry: InputReport) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in entry.kinds.items())
+    lines = [
+        f"{entry.name}: text encoder {entry.te:g}, denoiser {entry.unet:g}; "
+        f"{entry.layers} layers ({kinds}), rank {histogram_text(entry.ranks) or 'none'}"
+    ]
+    if len(set(entry.blocks.values())) > 1:
+        lines.append("  " + " ".join(f"{block}={weight:g}" for block, weight in entry.blocks.items()))
+    return lines
