@@ -1,0 +1,31 @@
+"""Files: reading adapters header-first, writing them whole or not at all, finding them.
+
+torch is imported only by what returns or takes tensors, so that listing is instant.
+"""
+
+from __future__ import annotations
+
+from lib_loramerge.files.folder import LoraFolder, output_path
+from lib_loramerge.files.header import Header, TensorInfo
+from lib_loramerge.files.read import LORA_SUFFIXES, LoraFile, open_file, read_header
+from lib_loramerge.files.recognise import refuse_non_lora, size_text
+from lib_loramerge.files.write import Written, check_space, check_target, free_space, model_hash, write_file
+
+__all__ = [
+    "LORA_SUFFIXES",
+    "Header",
+    "LoraFile",
+    "LoraFolder",
+    "TensorInfo",
+    "Written",
+    "check_space",
+    "check_target",
+    "free_space",
+    "model_hash",
+    "open_file",
+    "output_path",
+    "read_header",
+    "refuse_non_lora",
+    "size_text",
+    "write_file",
+]

@@ -1,0 +1,199 @@
+"""Reading adapter files: the header first, then one tensor at a time.
+
+Tensors are read from their places in the open file, not through a memory map. It is as
+fast, and a file that another program shortens meanwhile is then an error, where a map
+ends the whole WebUI; nor does Windows keep a file that was mapped from being replaced.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+from lib_loramerge.errors import FileError
+from lib_loramerge.files.decode import decode, tensor_bytes
+from lib_loramerge.files.header import HEADERS, Header, TensorInfo, cache_key, header_bytes, open_regular, parse_header, reading, unreadable
+from lib_loramerge.files.pickled import PICKLE_SUFFIXES, load_pickle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LORA_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+"""What the hosts list as a LoRA."""
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The checked header of an adapter file; from memory if the file has not changed.
+
+    For ``.pt`` and ``.ckpt``, which have none, the file is read and one is made.
+
+    Raises:
+        FileError: If the file cannot be read or is not what its name says; the message
+            tells what it is.
+    """
+    path = Path(path)
+    with reading(path) as (file, status):
+        return _header_of(path, file, status)
+
+
+def _header_of(path: Path, file: BinaryIO, status: os.stat_result) -> Header:
+    key = cache_key(path, status)
+    header = HEADERS.get(key)
+    if header is None:
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            header = load_pickle(path)[0]
+        else:
+            try:
+                header = parse_header(header_bytes(file, status.st_size, path), status.st_size, path)
+            except OSError as error:
+                raise unreadable(path, error) from error
+        HEADERS.put(key, header)
+    return header
+
+
+class LoraFile:
+    """An open adapter file. Reading is safe from several threads at once.
+
+    Attributes:
+        path: Where it is.
+        header: What it says of itself.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open a file and check its header.
+
+        Raises:
+            FileError: As :func:`read_header`.
+        """
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._loaded: dict[str, Tensor] | None = None
+        self._file: BinaryIO | None = None
+        if self.path.suffix.lower() in PICKLE_SUFFIXES:
+            self.header = read_header(self.path)
+            return
+        self._file, status = open_regular(self.path)
+        try:
+            self.header = _header_of(self.path, self._file, status)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Key to dtype, shape and place."""
+        return self.header.tensors
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The string map of the header."""
+        return self.header.metadata
+
+    def read(self, key: str) -> Tensor:
+        """One tensor as numbers to compute with.
+
+        Args:
+            key: The tensor's full name in the file.
+
+        Returns:
+            A copy on the CPU in its stored shape: float64 if stored so, float32 otherwise.
+
+        Raises:
+            FileError: If it holds NaN or infinity, or the file has changed meanwhile.
+            UnsupportedError: If it is stored in a dtype that holds no ordinary numbers.
+        """
+        info = self.header.tensors[key]
+        where = f"{self.path.name}: tensor {key!r}"
+        if self.path.suffix.lower() in PICKLE_SUFFIXES:
+            tensor = _computable(self._pickled()[key])
+        else:
+            tensor = decode(info.dtype, info.shape, lambda target: self._fill(info, target), where)
+        bad = count_not_finite(tensor)
+        if bad:
+            raise FileError(
+                f"{where} holds {bad:,} values of {tensor.numel():,} that are NaN or infinite; "
+                "the file is broken (its training diverged) and cannot be merged."
+            )
+        return tensor
+
+    def data_bytes(self, key: str) -> bytearray:
+        """The stored bytes of one tensor, little-endian."""
+        info = self.header.tensors[key]
+        target = bytearray(info.end - info.start)
+        if self.path.suffix.lower() in PICKLE_SUFFIXES:
+            memoryview(target)[:] = tensor_bytes(self._pickled()[key].contiguous())
+        else:
+            self._fill(info, memoryview(target))
+        return target
+
+    def _fill(self, info: TensorInfo, target: memoryview) -> None:
+        """Read the bytes of one tensor into memory."""
+        if self._file is None:
+            raise ValueError(f"{self.path} is closed")
+        done = 0
+        try:
+            with self._lock:
+                self._file.seek(self.header.data_start + info.start)
+                while done < len(target):
+                    count = self._file.readinto(target[done:])  # type: ignore[attr-defined]
+                    if not count:
+                        raise FileError(f"{self.path.name} became shorter while it was read; start again.")
+                    done += count
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def _pickled(self) -> dict[str, Tensor]:
+        with self._lock:
+            if self._loaded is None:
+                self.header, self._loaded = load_pickle(self.path)
+            return self._loaded
+
+    def close(self) -> None:
+        """Let go of the file; Windows replaces no file that is open."""
+        self._loaded = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> LoraFile:
+        """Return the file itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+def open_file(path: str | os.PathLike[str]) -> LoraFile:
+    """Open a ``.safetensors``, ``.pt`` or ``.ckpt`` file; use it in a ``with`` statement."""
+    return LoraFile(path)
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite.
+
+    The sum is finite if all values are, bar overflow, and costs one pass without memory.
+    """
+    import torch
+
+    if tensor.element_size() == 1 and tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)  # float8 has no arithmetic.
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if not tensor.numel() or math.isfinite(tensor.sum(dtype=wide).item()):
+        return 0
+    return int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
+def _computable(stored: Tensor) -> Tensor:
+    """A copy as float64 if stored so, float32 otherwise."""
+    import torch
+
+    target = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    return stored.to(target, copy=True).contiguous()

@@ -1,0 +1,179 @@
+"""What a file that is no LoRA really is, said so that its owner knows what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib_loramerge.errors import FileError, UnsupportedError
+
+if TYPE_CHECKING:
+    from lib_loramerge.files.header import Header
+
+
+def size_text(count: int) -> str:
+    """A number of bytes as people read it; one MB is 1,000,000 bytes."""
+    if count < 1_000_000:
+        return f"{count:,} bytes"
+    if count < 1_000_000_000:
+        return f"{count / 1_000_000:,.1f} MB"
+    return f"{count / 1_000_000_000:,.2f} GB"
+
+
+AGAIN = "Download the file itself again."
+MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", f"is a git-lfs pointer, not the file it points to. Run 'git lfs pull'. {AGAIN}"),
+    (b"GGUF", "is a GGUF model with the wrong name, not a LoRA."),
+    (b"\x89PNG", "is a PNG picture with the wrong name, not a LoRA."),
+    (b"\xff\xd8\xff", "is a JPEG picture with the wrong name, not a LoRA."),
+    (b"GIF8", "is a GIF picture with the wrong name, not a LoRA."),
+    (b"RIFF", "is a WebP picture, sound or film with the wrong name, not a LoRA."),
+    (b"%PDF", "is a PDF document with the wrong name, not a LoRA."),
+    (b"\x1f\x8b", "is a gzip archive; unpack it first."),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it first."),
+    (b"Rar!", "is a RAR archive; unpack it first."),
+    (b"\xfd7zXZ", "is an xz archive; unpack it first."),
+    (b"\x89HDF", "is an HDF5 file with the wrong name, not a LoRA."),
+    (b"\x93NUMPY", "is a NumPy array with the wrong name, not a LoRA."),
+    (b"\x7fELF", "is a program, not a LoRA."),
+    (b"MZ", "is a Windows program, not a LoRA."),
+)
+"""First bytes of files that are found under the name of a LoRA."""
+
+PICKLE = re.compile(rb"\x80[\x02-\x05]")
+MARKUP = re.compile(rb"\s*<(?:!doctype|html|head|\?xml|!--)", re.IGNORECASE)
+
+
+def describe_bytes(head: bytes, size: int) -> str | None:
+    """What a file is by its first bytes: the rest of a sentence that its name begins.
+
+    Args:
+        head: The first bytes of the file; 512 are enough.
+        size: Size of the whole file in bytes.
+
+    Returns:
+        None if the bytes tell nothing; they may be safetensors.
+    """
+    for magic, what in MAGIC:
+        if head.startswith(magic):
+            return what
+    if MARKUP.match(head.removeprefix(b"\xef\xbb\xbf")):
+        return f"is a web page: the download met a log-in or an error page. {AGAIN}"
+    if head.startswith(b"PK\x03\x04"):
+        if b"data.pkl" in head or b".data/serialization_id" in head or b"byteorder" in head:
+            return "is a PyTorch file (a zip with a pickle) with the wrong name; if you trust it, rename it to .pt."
+        return "is a zip archive; unpack it first."
+    if PICKLE.match(head):
+        return "is a PyTorch pickle with the wrong name; if you trust it, rename it to .pt."
+    if not head.strip(b"\0"):
+        return f"holds only zeros at its start ({size_text(size)}): the download never finished. {AGAIN}"
+    if head[:1] in b"{[" and _is_text(head):
+        return f"is JSON text, such as a server's error message, not a LoRA. {AGAIN}"
+    if _is_text(head):
+        return f"is a text file, not a LoRA. {AGAIN}"
+    if size < 10:
+        return f"is too short ({size} bytes) to be a LoRA. {AGAIN}"
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head[:-3].decode("utf-8") if len(head) >= 512 else head.decode("utf-8")
+    except UnicodeDecodeError:
+        try:
+            text = head[: len(head) - 5].decode("utf-8")
+        except UnicodeDecodeError:
+            return False
+    return bool(text) and all(character.isprintable() or character in "\t\r\n" for character in text)
+
+
+@dataclass(frozen=True)
+class OtherKind:
+    """A kind of file that people take for a LoRA.
+
+    Attributes:
+        what: Completes "x.safetensors is ...".
+        found: Tells it from its keys.
+        adapter: True if such a file can hold keys that look like a LoRA's; it is
+            then tried first.
+    """
+
+    what: str
+    found: Callable[[Collection[str]], bool]
+    adapter: bool = False
+
+
+def _any(pattern: str) -> Callable[[Collection[str]], bool]:
+    """True if one key matches from its start."""
+    match = re.compile(pattern).match
+    return lambda keys: any(match(key) for key in keys)
+
+
+def _all(pattern: str) -> Callable[[Collection[str]], bool]:
+    """True if every key matches from its start."""
+    match = re.compile(pattern).match
+    return lambda keys: all(match(key) for key in keys)
+
+
+ADAPTER_KEY = re.compile(
+    r".*(?:lora[_.:](?:up|down|mid|A|B|a|b|magnitude|linear_layer|embedding)|_lora[12]?\.|\.lora\.|lora_[AB]\b|hada_[wt]|lokr_[wt]"
+    r"|oft_(?:blocks|diag|[rR])|dora_scale|on_input|\.diff(?:_b)?$|\.[wb]_norm$|\.set_weight$"
+    r"|\.alpha$|:\d+:(?:up|down)$|vera_lambda|boft_|lambda_layer|\.[ab][12]\.weight$)"
+)
+"""A key that some adapter kind writes, in any dialect."""
+
+EMBEDDING_PART = r"(?:emb_params|clip_[lg](?:_out)?|t5(?:xxl)?|qwen\w*|string_to_(?:param|token)\b.*|<[^:]*>|\*|name|step|sd_checkpoint\w*)$"
+
+OTHER_KINDS: tuple[OtherKind, ...] = (
+    OtherKind("a ControlNet-LLLite", _any(r"lllite_"), adapter=True),
+    OtherKind("a Control-LoRA (a ControlNet)", _any(r"lora_controlnet$"), adapter=True),
+    OtherKind("an IP-Adapter", _any(r"(?:ip_adapter|image_proj(?:_model)?|ip_adapter_proj_model)\."), adapter=True),
+    OtherKind("a textual inversion embedding; put its file into the embeddings folder", _all(EMBEDDING_PART), adapter=True),
+    OtherKind("a hypernetwork", _any(r"\d+\.[01]\.(?:linear|layers?)\b"), adapter=True),
+    OtherKind("a ControlNet", _any(r"(?:.*\.)?(?:control_model|controlnet_\w+|zero_convs|input_hint_block)\.")),
+    OtherKind("a T2I-Adapter", _any(r"(?:adapter\.)?body\.\d+\.")),
+    OtherKind("an AnimateDiff motion module", _any(r".*motion_modules\.")),
+    OtherKind("a whole checkpoint", _any(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\.")),
+    OtherKind(
+        "the denoiser of a whole model, not a LoRA",
+        _any(
+            r"(?:diffusion_model\.|model\.|transformer\.|unet\.)?(?:double_blocks\.0|single_blocks\.0|joint_blocks\.0"
+            r"|input_blocks\.0|down_blocks\.0|transformer_blocks\.0|single_transformer_blocks\.0|noise_refiner\.0"
+            r"|blocks\.0\.(?:self|cross)_attn|conv_in\.weight$(?=))"
+        ),
+    ),
+    OtherKind("a VAE", _any(r"(?:vae\.)?(?:encoder|decoder)\.(?:conv_in|down|up|mid|down_blocks|up_blocks|mid_block|conv1)\.")),
+    OtherKind(
+        "a CLIP vision model", _any(r"(?:vision_model|visual)\.(?!.*lora)"),
+    ),
+    OtherKind(
+        "a text encoder",
+        _any(
+            r"(?:text_model\.|transformer\.text_model\.|text_encoders?\.|transformer\.resblocks\.|token_embedding\."
+            r"|encoder\.block\.\d+\.layer\.|shared\.weight$|model\.embed_tokens\.)"
+        ),
+    ),
+    OtherKind("an upscaler", _any(r"(?:model\.\d+\.(?:sub\.|weight$)|RRDB_trunk\.|conv_first\.|body\.0\.rdb1)")),
+)
+"""What is taken for a LoRA, by key names; the first row that fits is told."""
+
+
+def refuse_non_lora(header: Header, path: Path) -> None:
+    """Stop at a file that is something else than an adapter, by the names of its tensors.
+
+    Files that no row of the table knows pass; their keys are judged by the dialects.
+
+    Raises:
+        FileError: If the file holds no tensor at all.
+        UnsupportedError: If it is a checkpoint, a VAE, an embedding, a ControlNet or the like.
+    """
+    keys = header.tensors.keys()
+    if not keys:
+        raise FileError(f"{path.name} holds {'metadata but ' if header.metadata else ''}no tensors; there is nothing to merge.")
+    is_adapter = any(ADAPTER_KEY.match(key) for key in keys)
+    for kind in OTHER_KINDS:
+        if (kind.adapter or not is_adapter) and kind.found(keys):
+            raise UnsupportedError(f"{path.name} is {kind.what}; only adapters such as LoRA, LoCon, LoHa and LoKr can be merged.")
