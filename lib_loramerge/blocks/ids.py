@@ -7,6 +7,8 @@ _OUT = tuple(f"OUT{n:02}" for n in range(12))
 
 SD_FULL = ("BASE", *_IN, "M00", *_OUT)
 FLUX = ("CLIP", "T5", "IN", *(f"D{n:02}" for n in range(19)), *(f"S{n:02}" for n in range(38)), "OUT")
+# Other transformers have no list in sd-webui-lora-block-weight; only rules can name their blocks.
+OTHER = ("IN", *(f"B{n:02}" for n in range(100)), "OUT")
 
 #: Number of weights in a list -> the blocks they belong to, in order. What 12, 17
 #: and 20 leave out of the 26 blocks has weight 0.

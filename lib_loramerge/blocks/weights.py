@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, SD_FULL, all_blocks, counts_text
+from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _X = re.compile(r"X(?:([+-])([0-9.]+))?")
 # A token in this spelling is meant as a block; others may be parts of layer names.
 _BLOCK_LIKE = re.compile(r"[A-Z]+[0-9]*")
+
+# Blocks that tell SD or Flux apart. IN and OUT do not: other transformers have them too, and of a list
+# for SD such a model takes BASE alone.
+_ONLY_THEIRS = frozenset(SD_FULL + FLUX) - frozenset(OTHER)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class BlockWeights:
         """The factor of one layer.
 
         A rule's ratio takes the place of the block weight, it does not multiply it.
-        A layer of no block has 1 unless a rule picks it.
+        A layer of no block has 1 unless a rule picks it, and so has every denoiser
+        layer of a base model that is neither SD, SDXL nor Flux.
 
         Args:
             component: ``"unet"``, ``"te"``, ``"te1"``, ``"te2"`` or ``"te3"``.
@@ -101,9 +106,9 @@ class BlockWeights:
         """
         value = 1.0
         if block is not None and self.ids:
-            if block not in self.values:
+            if block not in self.values and (block in _ONLY_THEIRS or self.ids == FLUX):
                 raise self._wrong_list(block)
-            value = self.values[block]
+            value = self.values.get(block, 1.0)
         if self.elements:
             searched = host_name(component, block, layer) + (block or "")
             for rule in self.elements:
@@ -265,17 +270,20 @@ def _tokens(text: str) -> tuple[tuple[str, ...], bool]:
 
 def _expand(token: str, ids: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
     """One token of the blocks part: a range in either order, a block, or a part of a name."""
-    lists = (SD_FULL, FLUX) if ids is None else (ids,)
+    lists = (SD_FULL, FLUX, OTHER) if ids is None else (ids,)
     known = [block for blocks in lists for block in blocks]
     if "-" in token:
         first, _, last = token.partition("-")
+        found: dict[str, None] = {}
         for blocks in lists:
             if first in blocks and last in blocks:
                 low, high = sorted((blocks.index(first), blocks.index(last)))
-                return blocks[low : high + 1]
+                found |= dict.fromkeys(blocks[low : high + 1])
+        if found:
+            return tuple(found)
         unknown = next((end for end in (first, last) if end not in known), token)
         raise RecipeError(f"{where}: {shown(token)} is no range of blocks.{nearest_hint(unknown, known)}")
-    if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX):
+    if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX + OTHER):
         hint = " The middle block is M00." if token.startswith("MID") else nearest_hint(token, known)
         raise RecipeError(f"{where}: there is no block {shown(token)}.{hint}")
     return (token,)

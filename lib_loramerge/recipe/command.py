@@ -28,10 +28,7 @@ def to_command(recipe: MergeRecipe, output: str | None = None) -> list[str]:
         if value is not None and value != getattr(MergeRecipe, name):
             words += _option(_flag(name), value)
     for name, value in recipe.params.items():
-        if isinstance(value, bool):
-            words.append(_flag(name) if value else _flag(f"no_{name}"))
-        else:
-            words += _option(_flag(name), value)
+        words += _option(_flag(name), str(value).lower() if isinstance(value, bool) else value)
     if recipe.skip_unsupported:
         words.append("--skip-unsupported")
     loras = [format_input(given) for given in recipe.inputs]
