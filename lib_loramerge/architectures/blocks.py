@@ -1,0 +1,109 @@
+"""Which block of the block-weight lists a layer is in, and what its weight looks like."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from .base import component, layer_path
+from .text_encoders import CLIP_ATTENTION, OPEN_CLIPS, paths
+from .unet import UNETS, by_ldm, unet_layers
+
+# Flux lists: 19 double and 38 single blocks.
+_FLUX_IDS = frozenset({"chroma", "flux1"})
+_FLUX_BLOCKS = (("double_blocks_", "D", 19), ("single_blocks_", "S", 38))
+_FLUX_INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
+_UNET_BLOCK = re.compile(r"(input|output)_blocks_(\d+)_")
+_NUMBERED_BLOCK = re.compile(
+    r"(?:double_blocks|single_blocks|joint_blocks|transformer_blocks|single_transformer_blocks|layers|blocks)_(\d+)_"
+)
+_INPUTS = (
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "x_embedder", "t_embedder", "y_embedder",
+    "context_embedder", "cap_embedder", "patch_embedding", "text_embedding", "time_embedding",
+    "time_projection", "img_emb", "noise_refiner", "context_refiner", "time_text_embed", "byt5_in",
+)  # fmt: skip
+_OUTPUTS = ("final_layer", "proj_out", "norm_out", "head_")
+
+
+def block(architecture_id: str, layer: str) -> str | None:
+    """Block id of a layer, or None for layers that no block weight reaches.
+
+    U-Nets use the ids of the 26 list, Flux and Chroma those of the 61 list. The
+    other diffusion transformers have no list in sd-webui-lora-block-weight; for
+    them this is ours: ``B00``... for the numbered blocks, ``IN`` and ``OUT``.
+    """
+    part = component(layer)
+    path = layer_path(layer) if layer.startswith("lora_") else layer.replace(".", "_")
+    if architecture_id in _FLUX_IDS:
+        return _flux_block(part, path)
+    if part != "unet":
+        return "BASE"
+    if architecture_id in UNETS:
+        return _unet_block(path)
+    return _transformer_block(path)
+
+
+def _unet_block(path: str) -> str | None:
+    match = _UNET_BLOCK.match(path)
+    if match is not None:
+        return f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02}"
+    return "M00" if path.startswith("middle_block_") else None
+
+
+def _flux_block(part: str, path: str) -> str | None:
+    if part != "unet":
+        return "T5" if part == "te3" else "CLIP"
+    for prefix, letter, count in _FLUX_BLOCKS:
+        if path.startswith(prefix):
+            number = int(path[len(prefix) :].partition("_")[0])
+            return f"{letter}{number:02}" if number < count else None
+    if path.startswith(_FLUX_INPUTS):
+        return "IN"
+    return "OUT" if path.startswith("final_layer") else None
+
+
+def _transformer_block(path: str) -> str | None:
+    if path.startswith(_INPUTS):
+        return "IN"
+    if path.startswith(_OUTPUTS):
+        return "OUT"
+    match = _NUMBERED_BLOCK.match(path)
+    return f"B{int(match[1]):02}" if match is not None else None
+
+
+def kernel(architecture_id: str, layer: str) -> tuple[int, int] | None:
+    """Kernel of a convolution of a known U-Net; None for linear layers and unknown ones."""
+    if architecture_id not in UNETS or not layer.startswith("lora_unet_"):
+        return None
+    known = by_ldm(architecture_id).get(layer_path(layer))
+    return known.kernel if known is not None else None
+
+
+def is_conv(architecture_id: str, layer: str) -> bool:
+    """Whether the base model has a convolution here, so that factors are stored 4-D."""
+    return kernel(architecture_id, layer) is not None
+
+
+def companions(architecture_id: str, layer: str) -> tuple[str, ...]:
+    """Layers that must be written together with this one, itself included; () if it stands alone.
+
+    A1111 applies the attention of an OpenCLIP text encoder only when q, k, v
+    and out are all in the file.
+    """
+    part = OPEN_CLIPS.get(architecture_id)
+    if part is None or component(layer) != part:
+        return ()
+    stem, found, projection = layer.rpartition("_self_attn_")
+    if not found or projection not in CLIP_ATTENTION:
+        return ()
+    return tuple(f"{stem}_self_attn_{name}" for name in CLIP_ATTENTION)
+
+
+@lru_cache(maxsize=None)
+def layers(architecture_id: str) -> tuple[str, ...]:
+    """Every layer of a base model by canonical name, where they are known: the U-Nets with their text encoders."""
+    if architecture_id not in UNETS:
+        return ()
+    denoiser = [f"lora_unet_{entry.ldm_flat}" for entry in unet_layers(architecture_id)]
+    encoders = [f"lora_{part}_{path}" for part, known in paths(architecture_id).items() for path in known]
+    return (*denoiser, *encoders)

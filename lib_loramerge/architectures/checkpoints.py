@@ -1,0 +1,130 @@
+"""Where the weight of a layer lies in a checkpoint of its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .base import Rows, component, layer_path
+from .dit import diffusers_members, dotted_path
+from .text_encoders import CLIP_EDGES, CLIP_LEAVES, OPEN_CLIPS, paths
+from .unet import UNETS, by_ldm
+
+
+@dataclass(frozen=True)
+class CheckpointKey:
+    """One tensor of a checkpoint that holds a layer's weight or a part of it.
+
+    Attributes:
+        key: Name of the tensor, shape (out, in[, kh, kw]).
+        rows: The rows of the layer that this tensor fills, when the checkpoint splits the layer
+            (use ``rows.spans``); None for all.
+        take: The rows of this tensor that are the layer, when the checkpoint fuses it with others
+            (use ``take.cut``); None for all.
+        transposed: The tensor is (in, out).
+    """
+
+    key: str
+    rows: Rows | None = None
+    take: Rows | None = None
+    transposed: bool = False
+
+
+Source = tuple[CheckpointKey, ...]
+
+# Where a checkpoint keeps the denoiser; a file of the denoiser alone has no prefix.
+_DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
+# Where it keeps a text encoder in Hugging Face's layout, by base model and component.
+_HUGGING_FACE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("sd1", "te"): ("cond_stage_model.transformer.", "cond_stage_model.", "text_encoder."),
+    ("sd2", "te"): ("text_encoder.",),
+    ("sdxl", "te1"): ("conditioner.embedders.0.transformer.", "text_encoder."),
+    ("sdxl", "te2"): ("text_encoder_2.",),
+    ("sdxl_refiner", "te"): ("text_encoder_2.",),
+    ("sd3", "te1"): ("text_encoders.clip_l.transformer.", "text_encoder."),
+    ("sd3", "te2"): ("text_encoders.clip_g.transformer.", "text_encoder_2."),
+    ("sd3", "te3"): ("text_encoders.t5xxl.transformer.", "text_encoder_3."),
+    ("flux1", "te1"): ("text_encoders.clip_l.transformer.", "text_encoder."),
+    ("flux1", "te3"): ("text_encoders.t5xxl.transformer.", "text_encoder_2."),
+    ("chroma", "te3"): ("text_encoders.t5xxl.transformer.", "text_encoder."),
+}
+# The same for OpenCLIP's layout.
+_OPEN_CLIP: dict[str, str] = {
+    "sd2": "cond_stage_model.model.",
+    "sdxl": "conditioner.embedders.1.model.",
+    "sdxl_refiner": "conditioner.embedders.0.model.",
+}
+_IN_PROJ = {f"self_attn.{name}_proj": Rows(((n, n + 1),), 3) for n, name in enumerate("qkv")}
+
+
+def checkpoint_keys(architecture_id: str, layer: str) -> tuple[Source, ...]:
+    """Where a layer's weight may lie, best known place first.
+
+    Each alternative is a tuple of tensors that are needed together: one, or the
+    members of a layer that this checkpoint splits. The empty tuple means that
+    we do not know this layer's place in any checkpoint.
+    """
+    part = component(layer)
+    path = layer_path(layer)
+    if part != "unet":
+        return tuple(_text_encoder(architecture_id, part, path))
+    if architecture_id in UNETS:
+        return tuple(_unet(architecture_id, path))
+    return tuple(_transformer(architecture_id, path))
+
+
+def _unet(architecture_id: str, path: str) -> Iterator[Source]:
+    known = by_ldm(architecture_id).get(path)
+    if known is None:
+        return
+    for prefix in _DENOISER:
+        yield (CheckpointKey(f"{prefix}{known.ldm}.weight"),)
+    for prefix in ("", "unet."):
+        yield (CheckpointKey(f"{prefix}{known.diffusers}.weight"),)
+
+
+def _transformer(architecture_id: str, path: str) -> Iterator[Source]:
+    dotted = dotted_path(architecture_id, path)
+    if dotted is None:
+        return
+    # The scales of query and key norms are the one tensor that is not called weight.
+    names = ("scale", "weight") if dotted.endswith(("query_norm", "key_norm")) else ("weight",)
+    for name in names:
+        for prefix in _DENOISER:
+            yield (CheckpointKey(f"{prefix}{dotted}.{name}"),)
+    members = diffusers_members(architecture_id, path)
+    if members:
+        for prefix in ("", "transformer."):
+            yield tuple(CheckpointKey(f"{prefix}{member}.weight", rows) for member, rows in members)
+
+
+def _text_encoder(architecture_id: str, part: str, path: str) -> Iterator[Source]:
+    dotted = paths(architecture_id).get(part, {}).get(path)
+    if dotted is None:
+        return
+    if OPEN_CLIPS.get(architecture_id) == part:
+        yield from _open_clip(_OPEN_CLIP[architecture_id], dotted)
+    family = "sd3" if architecture_id == "sd3_large" else architecture_id
+    for prefix in (*_HUGGING_FACE.get((family, part), ()), ""):
+        yield (CheckpointKey(f"{prefix}{dotted}.weight"),)
+        if dotted.startswith("text_model."):
+            yield (CheckpointKey(f"{prefix}{dotted.removeprefix('text_model.')}.weight"),)
+
+
+def _open_clip(prefix: str, dotted: str) -> Iterator[Source]:
+    if dotted == "text_projection":
+        # A bare parameter that OpenCLIP multiplies from the right.
+        yield (CheckpointKey(f"{prefix}text_projection", transposed=True),)
+        return
+    if dotted == "text_model.embeddings.position_embedding":
+        yield (CheckpointKey(f"{prefix}positional_embedding"),)
+        return
+    if dotted in CLIP_EDGES:
+        yield (CheckpointKey(f"{prefix}{CLIP_EDGES[dotted]}.weight"),)
+        return
+    number, _, leaf = dotted.removeprefix("text_model.encoder.layers.").partition(".")
+    block = f"{prefix}transformer.resblocks.{number}"
+    if leaf in _IN_PROJ:
+        yield (CheckpointKey(f"{block}.attn.in_proj_weight", take=_IN_PROJ[leaf]),)
+    else:
+        yield (CheckpointKey(f"{block}.{CLIP_LEAVES[leaf]}.weight"),)

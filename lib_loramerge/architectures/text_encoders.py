@@ -1,0 +1,109 @@
+"""The text encoders: CLIP, OpenCLIP and T5, by their Hugging Face names.
+
+LoRA files name the OpenCLIP encoders as Hugging Face does even though the
+checkpoints hold them in OpenCLIP's own layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+# Hugging Face leaf of a CLIP layer to OpenCLIP's.
+CLIP_LEAVES: dict[str, str] = {
+    "self_attn.q_proj": "attn.q_proj",
+    "self_attn.k_proj": "attn.k_proj",
+    "self_attn.v_proj": "attn.v_proj",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+}
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+# Hugging Face path outside the layers to OpenCLIP's.
+CLIP_EDGES: dict[str, str] = {
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding": "positional_embedding",
+    "text_projection": "text_projection",
+}
+T5_LEAVES = (
+    "layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v", "layer.0.SelfAttention.o",
+    "layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo",
+    "layer.0.layer_norm", "layer.1.layer_norm",
+)  # fmt: skip
+T5_LAYERS = 24
+
+# Number of layers of each CLIP text encoder, by base model and canonical component.
+CLIPS: dict[str, dict[str, int]] = {
+    "sd1": {"te": 12},
+    "sd2": {"te": 23},
+    "sdxl": {"te1": 12, "te2": 32},
+    "sdxl_refiner": {"te": 32},
+    "sd3": {"te1": 12, "te2": 32},
+    "sd3_large": {"te1": 12, "te2": 32},
+    "flux1": {"te1": 12},
+    "chroma": {},
+}
+# The encoders that A1111 and the checkpoints hold in OpenCLIP's layout.
+OPEN_CLIPS: dict[str, str] = {"sd2": "te", "sdxl": "te2", "sdxl_refiner": "te"}
+T5S: dict[str, str] = {"sd3": "te3", "sd3_large": "te3", "flux1": "te3", "chroma": "te3"}
+
+
+def clip_paths(layers: int) -> Iterator[str]:
+    """Dotted Hugging Face paths of a CLIP text encoder."""
+    for number in range(layers):
+        for leaf in CLIP_LEAVES:
+            yield f"text_model.encoder.layers.{number}.{leaf}"
+    yield from CLIP_EDGES
+
+
+def t5_paths() -> Iterator[str]:
+    """Dotted Hugging Face paths of a T5-XXL encoder."""
+    for number in range(T5_LAYERS):
+        for leaf in T5_LEAVES:
+            yield f"encoder.block.{number}.{leaf}"
+    yield "encoder.final_layer_norm"
+
+
+@lru_cache(maxsize=None)
+def paths(architecture_id: str) -> Mapping[str, Mapping[str, str]]:
+    """Component to {flattened path: dotted path}; only components whose layers are known."""
+    table = {
+        part: {path.replace(".", "_"): path for path in clip_paths(layers)}
+        for part, layers in CLIPS.get(architecture_id, {}).items()
+    }
+    if architecture_id in T5S:
+        table[T5S[architecture_id]] = {path.replace(".", "_"): path for path in t5_paths()}
+    return table
+
+
+@lru_cache(maxsize=None)
+def spellings(architecture_id: str) -> Mapping[str, Mapping[str, str]]:
+    """Component to {any flattened spelling: canonical flattened path}."""
+    table: dict[str, dict[str, str]] = {}
+    for part, known in paths(architecture_id).items():
+        names = {flat: flat for flat in known}
+        for flat, dotted in known.items():
+            for other in _other_spellings(dotted):
+                names[other.replace(".", "_")] = flat
+        table[part] = names
+    return table
+
+
+def _other_spellings(path: str) -> Iterator[str]:
+    """OpenCLIP's path, the path without ``text_model``, and those of early diffusers."""
+    if path.startswith("text_model."):
+        # transformers 5 saves the encoder without this level.
+        yield path.removeprefix("text_model.")
+    if path.startswith("text_model.encoder.layers."):
+        number, _, leaf = path.removeprefix("text_model.encoder.layers.").partition(".")
+        yield f"transformer.resblocks.{number}.{CLIP_LEAVES[leaf]}"
+        yield f"model.transformer.resblocks.{number}.{CLIP_LEAVES[leaf]}"
+        if leaf.startswith("self_attn."):
+            yield f"text_model.encoder.layers.{number}.self_attn.to_{leaf[10:-5]}"
+    elif path in CLIP_EDGES and CLIP_EDGES[path] != path:
+        yield CLIP_EDGES[path]
+    # ComfyUI keeps the whole encoder under this name.
+    yield f"transformer.{path}"

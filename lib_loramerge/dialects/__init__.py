@@ -1,0 +1,31 @@
+"""How each tool spells the names in a LoRA file, read and written.
+
+A key is the name of a layer and, after it, a slot: which tensor of the layer it
+is. ``slots`` knows the endings, ``registry`` the beginnings, and
+``architectures`` what lies between. ``parse_file`` reads a whole file, because
+only all names together tell the base model, and only that tells what a name means.
+"""
+
+from __future__ import annotations
+
+from .output import has_alpha, output_key, output_parts, output_style
+from .parse import ParsedFile, Part, parse_file
+from .refusals import Refusal, refusals
+from .registry import DIALECTS, Dialect
+from .slots import SLOTS, split_key
+
+__all__ = [
+    "DIALECTS",
+    "SLOTS",
+    "Dialect",
+    "ParsedFile",
+    "Part",
+    "Refusal",
+    "has_alpha",
+    "output_key",
+    "output_parts",
+    "output_style",
+    "parse_file",
+    "refusals",
+    "split_key",
+]

@@ -1,0 +1,81 @@
+"""From layers and slots to the keys of the file we write."""
+
+from __future__ import annotations
+
+from ..architectures import ARCHITECTURES, Rows, component, diffusers_layers
+from ..errors import UnsupportedError
+from .slots import KOHYA_STYLE, PEFT_STYLE, ending_for, writes_alpha
+
+# Base models whose hosts expect the U-Net by its diffusers names under kohya's prefix.
+_DIFFUSERS_UNDER_KOHYA = frozenset({"sd1", "sd2"})
+
+# Where a diffusers pipeline keeps a component, by base model.
+_FIRST_AND_SECOND = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
+_PIPELINE: dict[str, dict[str, str]] = {
+    "sd1": {"unet": "unet", "te": "text_encoder"},
+    "sd2": {"unet": "unet", "te": "text_encoder"},
+    "sdxl": {"unet": "unet", **_FIRST_AND_SECOND},
+    "sdxl_refiner": {"unet": "unet", "te": "text_encoder_2"},
+    "flux1": {"unet": "transformer", "te1": "text_encoder", "te3": "text_encoder_2"},
+    "chroma": {"unet": "transformer", "te3": "text_encoder"},
+}
+_DEFAULT_PIPELINE = {"unet": "transformer", "te": "text_encoder", **_FIRST_AND_SECOND}
+
+
+def output_style(architecture_id: str, dialect: str = "auto", style: str | None = None) -> str:
+    """Name of the way that slots are spelled in the file we write."""
+    if ARCHITECTURES[architecture_id].opaque:
+        return style or KOHYA_STYLE
+    return PEFT_STYLE if dialect == "diffusers" else KOHYA_STYLE
+
+
+def has_alpha(architecture_id: str, dialect: str = "auto", style: str | None = None) -> bool:
+    """Whether the file we write has ``alpha``; if not, the scale must be put into the factors first."""
+    return writes_alpha(output_style(architecture_id, dialect, style))
+
+
+def output_parts(
+    architecture_id: str, layer: str, dialect: str = "auto", style: str | None = None
+) -> tuple[tuple[str, Rows | None], ...]:
+    """Names under which a layer is written, each with the rows of the layer that go there.
+
+    One name with None for all rows, unless the dialect splits a fused layer.
+
+    Raises:
+        UnsupportedError: The dialect has no name for this layer.
+    """
+    del style
+    if ARCHITECTURES[architecture_id].opaque:
+        return ((layer, None),)
+    if dialect == "diffusers":
+        return _diffusers(architecture_id, layer)
+    if architecture_id in _DIFFUSERS_UNDER_KOHYA and component(layer) == "unet":
+        return tuple(
+            (f"lora_unet_{name.replace('.', '_')}", rows) for name, rows in diffusers_layers(architecture_id, layer)
+        ) or ((layer, None),)
+    return ((layer, None),)
+
+
+def _diffusers(architecture_id: str, layer: str) -> tuple[tuple[str, Rows | None], ...]:
+    members = diffusers_layers(architecture_id, layer)
+    prefix = _PIPELINE.get(architecture_id, _DEFAULT_PIPELINE).get(component(layer))
+    if not members or prefix is None:
+        raise UnsupportedError(
+            f"The diffusers dialect has no name for the layer {layer} of "
+            f"{ARCHITECTURES[architecture_id].label}. Write it in the kohya dialect."
+        )
+    return tuple((f"{prefix}.{name}", rows) for name, rows in members)
+
+
+def output_key(prefix: str, slot: str, dialect: str = "auto", style: str | None = None) -> str:
+    """Key of one tensor.
+
+    Args:
+        prefix: Name that ``output_parts`` gave.
+        slot: Ours.
+        dialect: As given to ``output_parts``.
+        style: ``ParsedFile.style`` when the base model is opaque, else None.
+    """
+    chosen = style or (PEFT_STYLE if dialect == "diffusers" else KOHYA_STYLE)
+    return f"{prefix}.{ending_for(slot, chosen)}"
+

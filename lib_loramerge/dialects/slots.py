@@ -1,0 +1,151 @@
+"""The end of a key: which tensor of a layer it is.
+
+The tables hold every trainer's spelling of our slots. Adding a spelling is one
+entry; nothing else in the package knows how slots are spelled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# What we write for a slot; these spellings are also read.
+WRITTEN: dict[str, str] = {
+    "up": "lora_up.weight",
+    "down": "lora_down.weight",
+    "mid": "lora_mid.weight",
+    "alpha": "alpha",
+    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
+    "hada_t1": "hada_t1", "hada_t2": "hada_t2",
+    "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b", "lokr_w2": "lokr_w2",
+    "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b", "lokr_t1": "lokr_t1", "lokr_t2": "lokr_t2",
+    "diff": "diff", "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm",
+    "a1": "a1.weight", "a2": "a2.weight", "b1": "b1.weight", "b2": "b2.weight", "bm": "bm.weight",
+    "ia3_weight": "weight", "on_input": "on_input",
+    "oft_blocks": "oft_blocks", "oft_diag": "oft_diag", "rescale": "rescale",
+    "dora_scale": "dora_scale",
+    "up_bias": "lora_up.bias", "down_bias": "lora_down.bias",
+    "bias": "bias", "bias_indices": "bias_indices", "bias_values": "bias_values", "bias_size": "bias_size",
+    "scale": "scale", "scalar": "scalar", "set_weight": "set_weight", "reshape_weight": "reshape_weight",
+}  # fmt: skip
+
+# Everything that is read: ending of the key, after a dot, to our slot.
+SLOTS: dict[str, str] = {
+    **{ending: slot for slot, ending in WRITTEN.items()},
+    "lora_B.weight": "up", "lora_A.weight": "down",
+    "lora_B": "up", "lora_A": "down",
+    "lora_B.bias": "up_bias", "lora_A.bias": "down_bias",
+    "lora.up.weight": "up", "lora.down.weight": "down",
+    "lora_linear_layer.up.weight": "up", "lora_linear_layer.down.weight": "down",
+    "network_alpha": "alpha",
+    "magnitude": "dora_scale", "lora_magnitude_vector": "dora_scale", "lora_magnitude_vector.weight": "dora_scale",
+}  # fmt: skip
+
+# PEFT puts the name of the adapter into the key when it is asked for the raw state.
+_NAMED: dict[str, str] = {
+    "lora_B": "up", "lora_A": "down", "lora_magnitude_vector": "dora_scale",
+    **{slot: slot for slot in WRITTEN if slot.startswith(("hada_", "lokr_"))},
+}  # fmt: skip
+_NAMED_BIAS = {"lora_B": "up_bias", "lora_A": "down_bias"}
+
+# Endings that mean something only after a layer's name of this form.
+_PROCESSOR_SLOTS = {"up.weight": "up", "down.weight": "down"}
+_PROCESSOR = re.compile(r".+_lora\d?")
+
+# Absolute values of the query and key norms, as in the control adapters of Flux.
+_NORM_SCALE = re.compile(r".+\.(?:query|key)_norm")
+
+_LOWER = {ending.lower(): slot for ending, slot in SLOTS.items()}
+
+
+class SplitKey(NamedTuple):
+    """A key taken apart: the layer as the file names it, our slot, and the ending as spelled."""
+
+    layer: str
+    slot: str
+    ending: str
+
+
+def split_key(key: str) -> SplitKey | None:
+    """Split a key into layer and slot; the longest known ending counts. None if there is none."""
+    layer, _, ending = key.partition(".")
+    slot = SLOTS.get(ending)
+    if slot is not None:
+        return SplitKey(layer, slot, ending)
+    if ":" in key:
+        layer, _, ending = key.rpartition(":")
+        return SplitKey(layer, ending, ending) if ending in ("up", "down") else None
+    return _split_dotted(key, SLOTS) or _split_named(key) or _split_dotted(key.lower(), _LOWER, key)
+
+
+def _split_dotted(key: str, slots: Mapping[str, str], original: str | None = None) -> SplitKey | None:
+    parts = key.rsplit(".", 3)
+    original = original or key
+    for count in (3, 2, 1):
+        if len(parts) <= count:
+            continue
+        ending = ".".join(parts[-count:])
+        layer = original[: -len(ending) - 1]
+        slot = slots.get(ending)
+        if slot is None and ending in _PROCESSOR_SLOTS and _PROCESSOR.fullmatch(layer):
+            slot = _PROCESSOR_SLOTS[ending]
+        if slot == "scale" and _NORM_SCALE.fullmatch(layer):
+            slot = "set_weight"
+        if slot is not None:
+            return SplitKey(layer, slot, ending)
+    return None
+
+
+def _split_named(key: str) -> SplitKey | None:
+    """`X.lora_A.NAME.weight`, `X.lora_magnitude_vector.NAME`, `X.hada_w1_a.NAME`."""
+    parts = key.split(".")
+    if len(parts) >= 4 and parts[-1] in ("weight", "bias"):
+        slot = (_NAMED if parts[-1] == "weight" else _NAMED_BIAS).get(parts[-3])
+        if slot is not None:
+            return SplitKey(".".join(parts[:-3]), slot, ".".join(parts[-3:]))
+    if len(parts) >= 3:
+        slot = _NAMED.get(parts[-2])
+        if slot is not None:
+            return SplitKey(".".join(parts[:-2]), slot, ".".join(parts[-2:]))
+    return None
+
+
+# --- Writing ------------------------------------------------------------------------------
+
+# The ending of `up` that a file uses, to those of `up`, `down` and `up_bias`.
+_PAIRS: dict[str, tuple[str, str, str]] = {
+    "lora_up.weight": ("lora_up.weight", "lora_down.weight", "diff_b"),
+    "lora_B.weight": ("lora_B.weight", "lora_A.weight", "lora_B.bias"),
+    "lora_B": ("lora_B", "lora_A", "lora_B.bias"),
+    "lora.up.weight": ("lora.up.weight", "lora.down.weight", "lora.up.bias"),
+    "lora_linear_layer.up.weight": (
+        "lora_linear_layer.up.weight", "lora_linear_layer.down.weight", "lora_linear_layer.up.bias",
+    ),
+}  # fmt: skip
+
+KOHYA_STYLE = "lora_up.weight+alpha"
+PEFT_STYLE = "lora_B.weight"
+
+
+def style_of(ending: str, has_alpha: bool) -> str:
+    """Name of the way a file spells its slots, from the ending of its ``up`` tensors."""
+    if ending == WRITTEN["up"]:
+        return KOHYA_STYLE
+    return f"{ending}+alpha" if has_alpha else ending
+
+
+def writes_alpha(style: str) -> bool:
+    """Whether files of this style carry ``alpha``; if not, the scale must already be in the factors."""
+    return style.endswith("+alpha")
+
+
+def ending_for(slot: str, style: str) -> str:
+    """How a style spells a slot."""
+    up = style.removesuffix("+alpha")
+    pair = _PAIRS.get(up)
+    if pair is None and up.startswith("lora_B."):
+        pair = (up, up.replace("lora_B", "lora_A", 1), f"{up.removesuffix('.weight')}.bias")
+    if pair is None:
+        pair = _PAIRS["lora_up.weight"]
+    return {"up": pair[0], "down": pair[1], "up_bias": pair[2]}.get(slot) or WRITTEN[slot]
