@@ -223,6 +223,6 @@ def _check_name(name: str, what: str) -> None:
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise OutputError(f"The {what} {ascii(name)} is not valid text.") from error
+        raise OutputError(f"The {what} {name!a} is not valid text.") from error
     if size > NAME_BYTES:
         raise OutputError(f"The {what} {name[:40]!r}... is too long.")

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lib_loramerge.errors import FileError
 from lib_loramerge.files.decode import decode, tensor_bytes
-from lib_loramerge.files.header import HEADERS, Header, TensorInfo, cache_key, header_bytes, open_regular, parse_header, reading, unreadable
+from lib_loramerge.files.header import (
+    HEADERS,
+    Header,
+    TensorInfo,
+    cache_key,
+    header_bytes,
+    open_regular,
+    parse_header,
+    reading,
+    unreadable,
+)
 from lib_loramerge.files.pickled import PICKLE_SUFFIXES, load_pickle
 
 if TYPE_CHECKING:

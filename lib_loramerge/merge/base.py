@@ -1,0 +1,225 @@
+"""Weights of a base model, one layer at a time, for adapters whose delta depends on them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ..architectures import ARCHITECTURES, CheckpointKey, checkpoint_keys
+from ..errors import FileError, IncompatibleError, UnsupportedError
+from ..files import LoraFile, TensorInfo, open_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPONENT_FOLDERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Folders of a model in diffusers' layout; their names are the prefixes of their keys here."""
+
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+NUMBERS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+
+
+class BaseCheckpoint:
+    """A base model whose layers can be read: a checkpoint, one part of one, or a diffusers folder.
+
+    Only headers are read when it is opened. Use it in a ``with`` statement.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open a checkpoint.
+
+        Args:
+            path: A ``.safetensors`` file in the ldm, BFL or diffusers layout, or a folder that
+                holds ``unet`` or ``transformer`` and the text encoders.
+
+        Raises:
+            FileError: If it cannot be read.
+            UnsupportedError: If it is a pickle, which would have to be loaded whole.
+        """
+        self.path = Path(path)
+        self._files: list[LoraFile] = []
+        self._keys: dict[str, tuple[LoraFile, str]] = {}
+        try:
+            for prefix, file in _parts(self.path):
+                if file.suffix.lower() != ".safetensors":
+                    raise UnsupportedError(
+                        f"The base model {file.name} is not a .safetensors file; convert it, or take its "
+                        ".safetensors version."
+                    )
+                opened = open_file(file)
+                self._files.append(opened)
+                self._keys.update({prefix + key: (opened, key) for key in opened.tensors})
+        except BaseException:
+            self.close()
+            raise
+
+    def shape(self, architecture_id: str, layer: str) -> tuple[int, ...]:
+        """Shape of a layer's weight, (out, in[, kh, kw]), from the header alone.
+
+        Raises:
+            IncompatibleError: If the checkpoint does not have the layer.
+        """
+        sources = self._sources(architecture_id, layer)
+        return _whole_shape(sources, self._shapes(sources), f"{self.path.name}: {layer}")
+
+    def weight(self, architecture_id: str, layer: str) -> Tensor:
+        """A layer's weight, whatever way the checkpoint keeps it.
+
+        Args:
+            architecture_id: Base model of the adapter.
+            layer: Canonical layer name.
+
+        Returns:
+            (out, in[, kh, kw]) float32; (n,) for a norm. It owns its memory.
+
+        Raises:
+            IncompatibleError: If the checkpoint does not have the layer.
+            UnsupportedError: If the layer is stored quantised.
+        """
+        import torch
+
+        where = f"{self.path.name}: {layer}"
+        sources = self._sources(architecture_id, layer)
+        pieces = [self._read(source) for source in sources]
+        shape = _whole_shape(sources, [tuple(piece.shape) for piece in pieces], where)
+        if len(sources) == 1 and sources[0].rows is None:
+            return pieces[0]
+        whole = torch.empty(shape, dtype=torch.float32)
+        for source, piece in zip(sources, pieces, strict=True):
+            start = 0
+            assert source.rows is not None
+            for first, last in source.rows.spans(piece.shape[0])[0]:
+                whole[first:last] = piece[start : start + last - first]
+                start += last - first
+        return whole
+
+    def _sources(self, architecture_id: str, layer: str) -> tuple[CheckpointKey, ...]:
+        """The first place of the layer that this checkpoint has."""
+        places = checkpoint_keys(architecture_id, layer)
+        for place in places:
+            if all(source.key in self._keys for source in place):
+                return place
+        label = ARCHITECTURES[architecture_id].label if architecture_id in ARCHITECTURES else architecture_id
+        if not places:
+            raise UnsupportedError(f"Where a checkpoint of {label} keeps the layer {layer} is not known.")
+        looked = places[0][0].key
+        raise IncompatibleError(
+            f"The base model {self.path.name} has no layer {layer} (looked for {looked} and "
+            f"{len(places) - 1} other spellings). Give a checkpoint of {label} that holds this part of the model."
+        )
+
+    def _shapes(self, sources: Iterable[CheckpointKey]) -> list[tuple[int, ...]]:
+        """Shape of each source after its rows were taken, without reading it."""
+        shapes = []
+        for source in sources:
+            shape = self._info(source.key).shape
+            if source.transposed:
+                shape = shape[::-1]
+            if source.take is not None:
+                shape = (sum(stop - start for start, stop in source.take.cut(shape[0])), *shape[1:])
+            shapes.append(shape)
+        return shapes
+
+    def _info(self, key: str) -> TensorInfo:
+        file, name = self._keys[key]
+        return file.tensors[name]
+
+    def _read(self, source: CheckpointKey) -> Tensor:
+        """The rows of one tensor that belong to the layer, float32."""
+        import torch
+
+        file, name = self._keys[source.key]
+        if file.tensors[name].dtype not in NUMBERS:
+            raise UnsupportedError(
+                f"{self.path.name}: {name} is stored as {file.tensors[name].dtype}, that is quantised; give the "
+                "float16, bfloat16 or float8 version of the base model."
+            )
+        tensor = file.read(name).to(torch.float32) * self._scale(source.key)
+        if source.transposed:
+            tensor = tensor.T
+        if source.take is not None:
+            tensor = torch.cat([tensor[start:stop] for start, stop in source.take.cut(tensor.shape[0])])
+        return tensor.contiguous()
+
+    def _scale(self, key: str) -> float:
+        """Factor of a float8 weight that was scaled to use its range, as ComfyUI's files have it."""
+        for name in (f"{key.removesuffix('weight')}scale_weight", f"{key}_scale"):
+            if name in self._keys:
+                file, stored = self._keys[name]
+                if math.prod(file.tensors[stored].shape) != 1:
+                    raise UnsupportedError(
+                        f"{self.path.name}: {key} has a scale per row; give the float16 or bfloat16 version of it."
+                    )
+                return float(file.read(stored).reshape(-1)[0])
+        return 1.0
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> BaseCheckpoint:
+        """Return the checkpoint itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+def _whole_shape(
+    sources: tuple[CheckpointKey, ...], shapes: list[tuple[int, ...]], where: str
+) -> tuple[int, ...]:
+    """Shape of a layer that several tensors make up; every row must come from one of them.
+
+    Raises:
+        IncompatibleError: If they do not fit together.
+    """
+    if len(sources) == 1 and sources[0].rows is None:
+        return shapes[0]
+    totals: Mapping[tuple[int, ...], int] = {}
+    covered = []
+    for source, shape in zip(sources, shapes, strict=True):
+        assert source.rows is not None
+        spans, total = source.rows.spans(shape[0])
+        covered += spans
+        totals = {**totals, (total, *shape[1:]): 1}
+    rows = next(iter(totals))[0]
+    end = 0
+    for start, stop in sorted(covered):
+        if start != end:
+            break
+        end = stop
+    if len(totals) != 1 or end != rows:
+        raise IncompatibleError(f"{where} is split into parts whose shapes do not fit together: {shapes}.")
+    return next(iter(totals))
+
+
+def _parts(path: Path) -> list[tuple[str, Path]]:
+    """Files of a model, each with the prefix that its keys get."""
+    if not path.is_dir():
+        return [("", path)]
+    parts = [
+        (f"{folder}.", file) for folder in COMPONENT_FOLDERS for file in _component_files(path / folder)
+    ] or [("", file) for file in _component_files(path)]
+    if not parts:
+        raise FileError(
+            f"{path} is a folder without a model: no unet, transformer or text_encoder with .safetensors files is in it."
+        )
+    return parts
+
+
+def _component_files(folder: Path) -> list[Path]:
+    """The safetensors files of one component: whole or in shards, full precision before fp16."""
+    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    variants: dict[str, list[Path]] = {}
+    for file in found:
+        variants.setdefault(SHARD.sub("", file.stem), []).append(file)
+    return variants[min(variants, key=lambda stem: (stem.count("."), stem))] if variants else []
