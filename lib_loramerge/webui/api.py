@@ -1,0 +1,452 @@
+"""REST: ``/loramerge/v1/...``, the same merges as in the tab.
+
+Answers are JSON; every error is ``{"error": "..."}``. Names mean files inside the LoRA folder and nothing
+else: no path, no link that leads out. Bodies are read here, not by a model class, so that every host's
+FastAPI and pydantic answer alike.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import anyio
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBasic
+
+from .. import __version__
+from ..analysis import inspect as inspect_lora
+from ..errors import (
+    FileError,
+    IncompatibleError,
+    LoraMergeError,
+    OutputError,
+    RecipeError,
+    UnknownKeyError,
+    UnsupportedError,
+)
+from ..methods import METHODS
+from ..recipe import DTYPES, MergeRecipe, from_json
+from . import schema
+from .host import ConflictError, Host, UnknownNameError
+from .jobs import JobQueue, MergeRequest
+from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
+from .sidecar import UserMetadata
+
+PREFIX = "/loramerge/v1"
+MAX_BODY_BYTES = 1 << 20
+# Reading headers takes the interpreter; the host's own requests go on beside this many of ours.
+MAX_AT_ONCE = 4
+
+_STATUS: tuple[tuple[type[LoraMergeError], int], ...] = (
+    (ConflictError, 409),
+    (UnknownNameError, 404),
+    (RecipeError, 422),
+    (OutputError, 400),
+    (IncompatibleError, 422),
+    (UnsupportedError, 422),
+    (UnknownKeyError, 422),
+    (FileError, 422),
+    (LoraMergeError, 422),
+)
+# Text on the wire that can only be an attempt to leave the folder, on any system.
+_PATH = re.compile(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f]")
+
+
+class Refusal(Exception):
+    """A request that is answered with an error of this status."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+class _BasicInDocs(HTTPBasic):
+    """Puts HTTP Basic into ``/docs``; who may come in is decided in :func:`check_credentials`."""
+
+    async def __call__(self, request: Request) -> None:  # type: ignore[override]
+        return None
+
+
+def mount(app: FastAPI, host: Host, jobs: JobQueue, api_auth: str | None = None) -> None:
+    """Adds the routes to the host's application, once.
+
+    Args:
+        api_auth: The host's ``--api-auth``: ``user:password`` pairs separated by commas.
+    """
+    if any(getattr(route, "path", "").startswith(PREFIX) for route in app.routes):
+        return
+    service = Service(host, jobs)
+    gate = _Gate(host, api_auth)
+    dependencies = [Depends(_BasicInDocs(auto_error=False))] if api_auth else []
+    for route in _routes(service):
+        app.add_api_route(
+            PREFIX + route.path,
+            gate.job_endpoint(route) if "{job_id}" in route.path else gate.endpoint(route),
+            methods=[route.method],
+            name=f"loramerge_{route.name}",
+            summary=route.summary,
+            tags=["LoRA Merge"],
+            dependencies=dependencies,
+            status_code=route.status,
+            openapi_extra=_request_body(route),
+            responses=_responses(route),
+        )
+    app.add_api_route(
+        PREFIX + "/{rest:path}",
+        gate.nothing_here,
+        methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        include_in_schema=False,
+        dependencies=dependencies,
+    )
+
+
+class Service:
+    """What each route does, as plain functions from JSON to JSON."""
+
+    def __init__(self, host: Host, jobs: JobQueue) -> None:
+        self.host = host
+        self.jobs = jobs
+
+    def loras(self, _: Mapping[str, Any]) -> Any:
+        fields = ("name", "alias", "subfolder", "base", "rank")
+        return {"loras": [{field: getattr(entry, field) for field in fields} for entry in self.host.loras()]}
+
+    def methods(self, _: Mapping[str, Any]) -> Any:
+        return {"version": __version__, "methods": [_method_json(name) for name in METHODS], "dtypes": list(DTYPES)}
+
+    def presets(self, _: Mapping[str, Any]) -> Any:
+        presets = self.host.presets()
+        return {"weights": dict(presets.weights), "elements": dict(presets.elements)}
+
+    def plan(self, body: Mapping[str, Any]) -> Any:
+        fields = _Fields(body, ("recipe",))
+        plan = self.host.plan(self._recipe(fields), strict=True)
+        content = plan.to_json()
+        for entry in content["inputs"]:
+            entry.pop("path", None)
+        return content
+
+    def merge(self, body: Mapping[str, Any]) -> Any:
+        texts = ("activation_text", "negative_text", "notes", "description")
+        fields = _Fields(body, ("recipe", "name", "subfolder", "overwrite", "trial", "preferred_weight", "preview", *texts))
+        trial = fields.flag("trial")
+        name, subfolder, preview = fields.text("name"), fields.text("subfolder"), fields.text("preview")
+        if not trial and not name.strip():
+            raise Refusal(400, "name is missing: what should the merged file be called?")
+        for value in (name, subfolder, preview):
+            _refuse_path(value)
+        data = UserMetadata(
+            preferred_weight=fields.number("preferred_weight"), **{field: fields.text(field) for field in texts}
+        )
+        request = MergeRequest(
+            recipe=self._recipe(fields),
+            name=name,
+            subfolder=subfolder,
+            overwrite=fields.flag("overwrite"),
+            trial=trial,
+            user_metadata=None if data.empty else data,
+            preview=preview,
+            strict=True,
+        )
+        return self._job_json(self.jobs.submit(request))
+
+    def inspect(self, body: Mapping[str, Any]) -> Any:
+        name = _Fields(body, ("name",)).text("name")
+        _refuse_path(name)
+        content = inspect_lora(self.host.find(name, strict=True)).to_json()
+        content.pop("path", None)
+        return content
+
+    def list_jobs(self, _: Mapping[str, Any]) -> Any:
+        return {"jobs": [self._job_json(job) for job in self.jobs.list()]}
+
+    def get_job(self, body: Mapping[str, Any]) -> Any:
+        return self._job_json(self._known(self.jobs.get(body["job_id"]), body))
+
+    def cancel_job(self, body: Mapping[str, Any]) -> Any:
+        return self._job_json(self._known(self.jobs.cancel(body["job_id"]), body))
+
+    def _known(self, job: Any, body: Mapping[str, Any]) -> Any:
+        if job is None:
+            raise Refusal(404, f"There is no job {body['job_id'][:40]!r}; finished jobs are forgotten after a while.")
+        return job
+
+    def _job_json(self, job: Any) -> Any:
+        return job.to_json(self.host.write_dir())
+
+    def _recipe(self, fields: _Fields) -> MergeRecipe:
+        stored = fields.mapping("recipe")
+        inputs = stored.get("inputs")
+        if isinstance(inputs, list) and len(inputs) > MAX_INPUTS:
+            raise Refusal(422, f"A recipe may have {MAX_INPUTS} inputs at most; this one has {len(inputs)}.")
+        recipe = from_json(stored)
+        for entry in recipe.inputs:
+            _refuse_path(entry.name)
+        return recipe
+
+
+class _Route:
+    """One line of the table of routes."""
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        answer: Callable[[Mapping[str, Any]], Any],
+        summary: str,
+        body: schema.Schema | None = None,
+        result: schema.Schema | None = None,
+        status: int = 200,
+    ) -> None:
+        self.method, self.path, self.answer, self.summary = method, path, answer, summary
+        self.body, self.result, self.status = body, result, status
+        self.name = answer.__name__
+
+
+def _routes(service: Service) -> tuple[_Route, ...]:
+    recipe = schema._object({"recipe": schema.recipe_schema()}, ("recipe",))
+    name = schema._object({"name": schema._text("LoRA name")}, ("name",))
+    job = schema.job_schema()
+    jobs = schema._object({"jobs": {"type": "array", "items": job}})
+    return (
+        _Route("GET", "/loras", service.loras, "All LoRAs of the LoRA folder"),
+        _Route("GET", "/methods", service.methods, "Merge methods and their parameters"),
+        _Route("GET", "/presets", service.presets, "Block-weight presets"),
+        _Route("POST", "/plan", service.plan, "What a merge would do, without doing it", recipe),
+        _Route("POST", "/merge", service.merge, "Queues a merge", schema.merge_schema(), job, 202),
+        _Route("POST", "/inspect", service.inspect, "What a LoRA file is", name),
+        _Route("GET", "/jobs", service.list_jobs, "All merges, oldest first", None, jobs),
+        _Route("GET", "/jobs/{job_id}", service.get_job, "State, progress and report of a merge", None, job),
+        _Route("DELETE", "/jobs/{job_id}", service.cancel_job, "Cancels a merge", None, job),
+    )
+
+
+class _Gate:
+    """Lets a request in, reads its body, and turns what goes wrong into ``{"error": ...}``."""
+
+    def __init__(self, host: Host, api_auth: str | None) -> None:
+        self._host = host
+        self._users = None if api_auth is None or not api_auth.strip() else parse_users(api_auth)
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    def endpoint(self, route: _Route) -> Callable[..., Awaitable[JSONResponse]]:
+        async def endpoint(request: Request) -> JSONResponse:
+            return await self._answer(route, request, {})
+
+        return endpoint
+
+    def job_endpoint(self, route: _Route) -> Callable[..., Awaitable[JSONResponse]]:
+        async def endpoint(request: Request, job_id: str) -> JSONResponse:
+            return await self._answer(route, request, {"job_id": job_id})
+
+        return endpoint
+
+    async def nothing_here(self, request: Request) -> JSONResponse:
+        try:
+            check_credentials(self._users, request.headers.get("authorization"))
+        except Refusal as refusal:
+            return _refused(refusal)
+        return _error(404, f"There is no {request.method} here. See /docs for what there is below {PREFIX}.")
+
+    async def _answer(self, route: _Route, request: Request, given: Mapping[str, Any]) -> JSONResponse:
+        try:
+            check_credentials(self._users, request.headers.get("authorization"))
+            content = dict(given) if route.body is None else await read_json(request)
+            if self._limiter is None:
+                self._limiter = anyio.CapacityLimiter(MAX_AT_ONCE)
+            result = await anyio.to_thread.run_sync(route.answer, content, limiter=self._limiter)
+            return JSONResponse(plain(result), status_code=route.status)
+        except Refusal as refusal:
+            return _refused(refusal)
+        except LoraMergeError as error:
+            status = next(code for kind, code in _STATUS if isinstance(error, kind))
+            return _error(status, str(error))
+        except Exception as error:  # A bug of ours: the caller gets JSON, the console the traceback.
+            self._host.log(f"{route.method} {route.path} failed unexpectedly", error)
+            return _error(500, f"Unexpected error ({type(error).__name__}). The console of the host tells more.")
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object of a request's body.
+
+    Only ``application/json``: a form could be posted by any web page that the user happens to visit.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(400, "Send JSON, with the header Content-Type: application/json.")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise Refusal(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise Refusal(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+    try:
+        content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"The body is not JSON: {type(error).__name__}.") from error
+    if not isinstance(content, dict):
+        raise Refusal(422, "The body must be a JSON object.")
+    _check_limits(content, 0)
+    return content
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_limits(value: object, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise Refusal(422, f"The JSON is nested deeper than {MAX_DEPTH} levels.")
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise Refusal(422, f"A text is longer than {MAX_TEXT} characters.")
+    elif isinstance(value, (dict, list)):
+        if len(value) > MAX_INPUTS:
+            what = "inputs" if isinstance(value, list) else "fields"
+            raise Refusal(422, f"A list may have {MAX_INPUTS} {what} at most; one has {len(value)}.")
+        for key in value if isinstance(value, dict) else ():
+            _check_limits(key, depth)
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_limits(item, depth + 1)
+
+
+class _Fields:
+    """The fields of a JSON object, each of the type asked for, and no others."""
+
+    def __init__(self, content: Mapping[str, Any], known: tuple[str, ...]) -> None:
+        unknown = sorted(set(content) - set(known))
+        if unknown:
+            raise Refusal(422, f"Unknown field {unknown[0][:60]!r}; known are {', '.join(known)}.")
+        self._content = content
+
+    def text(self, name: str) -> str:
+        return self._get(name, "", str, "text")
+
+    def flag(self, name: str) -> bool:
+        return self._get(name, False, bool, "true or false")
+
+    def number(self, name: str) -> float:
+        value = self._get(name, 0.0, (int, float), "a number")
+        if isinstance(value, bool) or abs(value) > 1e9:
+            raise Refusal(422, f"{name} must be a number.")
+        return float(value)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        return self._get(name, {}, dict, "an object")
+
+    def _get(self, name: str, default: Any, kind: Any, words: str) -> Any:
+        value = self._content.get(name, default)
+        if not isinstance(value, kind):
+            raise Refusal(422, f"{name} must be {words}.")
+        return value
+
+
+def _refuse_path(name: str) -> None:
+    if _PATH.search(name):
+        raise Refusal(400, f"{name[:80]!r} is not a name inside the LoRA folder; paths are not accepted here.")
+
+
+# Who may come in
+
+
+def parse_users(api_auth: str) -> tuple[tuple[bytes, bytes], ...]:
+    """(user, password) pairs of ``--api-auth``; only the first colon of each separates."""
+    pairs = (entry.strip().partition(":") for entry in api_auth.split(","))
+    return tuple((user.encode(), password.encode()) for user, colon, password in pairs if user and colon)
+
+
+def check_credentials(users: tuple[tuple[bytes, bytes], ...] | None, authorization: str | None) -> None:
+    """Lets a request in, or raises; the time it takes does not tell which part was wrong.
+
+    Args:
+        users: None when the host asks nobody for a password.
+    """
+    if users is None:
+        return
+    user, password = _basic(authorization)
+    welcome = False
+    for known_user, known_password in users:
+        right_user = hmac.compare_digest(user, known_user)
+        right_password = hmac.compare_digest(password, known_password)
+        welcome |= right_user & right_password
+    if not welcome:
+        raise Refusal(401, "Incorrect username or password.", {"WWW-Authenticate": "Basic"})
+
+
+def _basic(authorization: str | None) -> tuple[bytes, bytes]:
+    """User and password of an ``Authorization: Basic`` header; empty ones for anything else."""
+    scheme, _, encoded = (authorization or "").partition(" ")
+    if scheme.lower() != "basic":
+        return b"", b""
+    try:
+        user, _, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
+    except (binascii.Error, ValueError):
+        return b"", b""
+    return user, password
+
+
+# Answers
+
+
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status, headers=dict(headers) if headers else None)
+
+
+def _refused(refusal: Refusal) -> JSONResponse:
+    return _error(refusal.status, str(refusal), refusal.headers)
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's own types; a number that JSON cannot say becomes null."""
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    return str(value)
+
+
+def _method_json(name: str) -> dict[str, Any]:
+    method = METHODS[name]
+    fields = ("name", "label", "summary", "exact", "uses_rank", "random", "minimum", "maximum", "experimental", "source")
+    return {
+        **{field: getattr(method, field, None) for field in fields},
+        "params": [plain(param) for param in method.params],
+    }
+
+
+def _request_body(route: _Route) -> dict[str, Any] | None:
+    if route.body is None:
+        return None
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": route.body}}}}
+
+
+def _responses(route: _Route) -> dict[int | str, dict[str, Any]]:
+    errors = {400: "Bad request", 401: "Wrong password", 404: "No such name or job", 409: "Name taken, or queue full"}
+    errors |= {413: "Body too large", 422: "Cannot be merged"}
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"description": text, "content": {"application/json": {"schema": schema.error_schema()}}}
+        for status, text in errors.items()
+    }
+    if route.result is not None:
+        described[route.status] = {
+            "description": "Done",
+            "content": {"application/json": {"schema": route.result}},
+        }
+    return described

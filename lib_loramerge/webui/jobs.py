@@ -1,0 +1,391 @@
+"""One merge at a time: the queue that the tab and REST share.
+
+A merge runs in a thread of ours that is started when there is work and ends when there is none, so that a
+page may be reloaded, closed or opened twice while it runs. Finished jobs stay for a while to be read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import Cancelled, LoraMergeError, OutputError
+from ..merge import Progress, run_merge
+from ..recipe import MergeRecipe
+from ..report import MergeReport
+from . import sidecar
+from .host import ConflictError, Host
+from .sidecar import UserMetadata
+from .trial import Trials
+
+MAX_WAITING = 32
+MAX_FINISHED = 50
+NOTIFY_SECONDS = 0.1
+
+WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What is to be merged, and what is to become of it.
+
+    Attributes:
+        name: Of the file, without folder; not needed for a trial.
+        trial: Make it in the temporary folder and let the host list it until it ends.
+        user_metadata: Written as the WebUI's ``<name>.json``.
+        preview: Name of the LoRA whose preview picture is copied to ``<name>.png``.
+        strict: Refuse links that lead out of the LoRA folder.
+    """
+
+    recipe: MergeRecipe
+    name: str = ""
+    subfolder: str = ""
+    overwrite: bool = False
+    trial: bool = False
+    user_metadata: UserMetadata | None = None
+    preview: str = ""
+    strict: bool = False
+
+
+class Job:
+    """One request on its way. Everything but :attr:`id` and :attr:`request` changes while it runs."""
+
+    def __init__(self, request: MergeRequest, output: Path) -> None:
+        self.id = secrets.token_hex(6)
+        self.request = request
+        self.output: Path | None = output
+        self.title = output.stem
+        self.state = WAITING
+        self.position = 0
+        self.progress: Progress | None = None
+        self.report: MergeReport | None = None
+        self.error = ""
+        self.prompt_name = ""
+        self.notes: tuple[str, ...] = ()
+        self.created = time.time()
+        self.started: float | None = None
+        self.ended: float | None = None
+        self._stop = threading.Event()
+
+    @property
+    def finished(self) -> bool:
+        return self.state in (DONE, FAILED, CANCELLED)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked for it to be cancelled."""
+        return self._stop.is_set()
+
+    @property
+    def fraction(self) -> float:
+        """Share of the work done, 0 to 1."""
+        if self.state == DONE:
+            return 1.0
+        progress = self.progress
+        return min(1.0, progress.done / progress.total) if progress is not None and progress.total else 0.0
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left; None while unknown."""
+        return self.progress.eta if self.progress is not None and self.state == RUNNING else None
+
+    def to_json(self, folder: Path | None = None) -> dict[str, Any]:
+        """Plain JSON types. Paths are told as names below ``folder``, never whole."""
+        progress = self.progress
+        return {
+            "id": self.id,
+            "state": self.state,
+            "title": self.title,
+            "trial": self.request.trial,
+            "position": self.position,
+            "created": self.created,
+            "started": self.started,
+            "ended": self.ended,
+            "progress": None
+            if progress is None
+            else {
+                "phase": progress.phase,
+                "done": progress.done,
+                "total": progress.total,
+                "layer": progress.layer,
+                "fraction": self.fraction,
+                "seconds_left": self.eta,
+            },
+            "output": _below(self.output, folder) if self.state == DONE else None,
+            "prompt_name": self.prompt_name,
+            "report": None if self.report is None else report_json(self.report, folder),
+            "error": self.error,
+            "notes": list(self.notes),
+        }
+
+
+def report_json(report: MergeReport, folder: Path | None) -> dict[str, Any]:
+    """A report without the folders of this machine in it."""
+    content = report.to_json()
+    content["output"] = _below(Path(content["output"]), folder)
+    content["inputs"] = [{**entry, "path": Path(entry["path"]).name} for entry in content["inputs"]]
+    return content
+
+
+def _below(path: Path | None, folder: Path | None) -> str | None:
+    if path is None:
+        return None
+    if folder is not None and path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    return path.name
+
+
+class JobQueue:
+    """The queue of one process. All methods may be called from any thread."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.trials = Trials(host.register_trial, host.unregister_trial)
+        self._changed = threading.Condition(threading.RLock())
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._thread: threading.Thread | None = None
+        self._version = 0
+        self._told = 0.0
+        atexit.register(self._at_exit)
+
+    # For the tab and REST
+
+    def submit(self, request: MergeRequest) -> Job:
+        """Queues a merge after checking everything that can be checked without computing.
+
+        Raises:
+            ConflictError: The name is taken, or too many merges wait.
+            LoraMergeError: Whatever else stops this merge.
+        """
+        request = self._as_allowed(request)
+        self.trials.remove_older_than(self.host.settings().keep_trials_hours)
+        if request.trial and not self.host.can_try:
+            raise LoraMergeError("Trying a merge without saving it needs a WebUI.")
+        # The name first: it is what a person sees and can fix at once.
+        output = None if request.trial else self._output(request)
+        self.host.plan(request.recipe, request.strict)
+        preview = self._preview(request)
+        if output is not None and not request.overwrite:
+            taken = sidecar.taken(output, request.user_metadata, preview)
+            if taken:
+                raise ConflictError(f"{taken[0].name} exists already. Choose another name, or allow overwriting.")
+        with self._changed:
+            unfinished = [job for job in self._jobs.values() if not job.finished]
+            if len(unfinished) > MAX_WAITING:
+                raise ConflictError(f"{MAX_WAITING} merges are waiting already. Wait until some are done, or drop them.")
+            if output is not None and any(job.output == output for job in unfinished):
+                raise ConflictError(f"Another merge that is not done yet writes {output.name}. Choose another name.")
+            job = Job(request, output if output is not None else self.trials.new_path())
+            self._jobs[job.id] = job
+            self._forget_old()
+            self._notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="loramerge-jobs", daemon=True)
+                self._thread.start()
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        with self._changed:
+            return self._jobs.get(job_id)
+
+    def list(self) -> list[Job]:
+        """Every job still remembered, oldest first."""
+        with self._changed:
+            return [*self._jobs.values()]
+
+    def current(self) -> Job | None:
+        """The job that runs, else the one that is next."""
+        with self._changed:
+            return next((job for job in self._jobs.values() if not job.finished), None)
+
+    def cancel(self, job_id: str) -> Job | None:
+        """Drops a waiting job, stops a running one; None when there is no such job."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is not None and not job.finished:
+                job._stop.set()
+                if job.state == WAITING:
+                    self._finish(job, CANCELLED)
+                self._notify()
+            return job
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every change of any job."""
+        return self._version
+
+    def wait(self, version: int, timeout: float) -> int:
+        """Blocks until something changed after ``version``, or for ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != version, timeout)
+            return self._version
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Cancels everything and ends the thread. The queue can be used again."""
+        with self._changed:
+            for job in self._jobs.values():
+                self.cancel(job.id)
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    # Checking
+
+    def _as_allowed(self, request: MergeRequest) -> MergeRequest:
+        if self.host.restricted() and not request.strict:
+            return replace(request, strict=True)
+        return request
+
+    def _output(self, request: MergeRequest) -> Path:
+        output = self.host.check_name(request.name, request.subfolder, request.overwrite)
+        inputs = {self.host.find(entry.name, request.strict) for entry in request.recipe.inputs}
+        if any(_same(output, path) for path in inputs):
+            raise ConflictError(
+                f"{output.name} is one of the LoRAs being merged, so it cannot be overwritten. Choose another name."
+            )
+        return output
+
+    def _preview(self, request: MergeRequest) -> Path | None:
+        if not request.preview or request.trial:
+            return None
+        lora = self.host.find(request.preview, request.strict)
+        preview = sidecar.preview_of(lora)
+        if preview is None:
+            raise OutputError(f"{request.preview} has no preview picture to copy.")
+        return preview
+
+    # The thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                job = next((job for job in self._jobs.values() if job.state == WAITING), None)
+                if job is None:
+                    self._thread = None
+                    return
+            try:
+                with self._host_lock(job):
+                    if self._begin(job):
+                        self._run(job)
+            except LoraMergeError as error:
+                self._end(job, CANCELLED if isinstance(error, Cancelled) else FAILED, str(error))
+            except BaseException as error:  # A bug of ours: told to the console, and the queue goes on.
+                self.host.log("a merge failed unexpectedly", error)
+                text = f"Unexpected error ({type(error).__name__}: {error}). The console tells more."
+                self._end(job, FAILED, text)
+
+    @contextmanager
+    def _host_lock(self, job: Job) -> Iterator[None]:
+        """The host's queue lock, if the user wants merges to wait for pictures.
+
+        A job stays waiting until the lock is free, so that it can be dropped at once.
+        """
+        lock = self.host.queue_lock() if self.host.settings().queue_lock else None
+        if lock is None:
+            yield
+            return
+        with lock:
+            yield
+
+    def _begin(self, job: Job) -> bool:
+        with self._changed:
+            if job.finished:
+                return False
+            job.state, job.started = RUNNING, time.time()
+            self._notify()
+            return True
+
+    def _run(self, job: Job) -> None:
+        request = job.request
+        # Planned again: the job may have waited, and the files may have changed.
+        plan = self.host.plan(request.recipe, request.strict, check_hashes=True)
+        output = job.output if request.trial else self._output(request)
+        assert output is not None
+        replaced = output.exists()
+        report = run_merge(
+            plan,
+            output,
+            overwrite=request.overwrite,
+            progress=lambda progress: self._tell(job, progress),
+            cancel=job._stop.is_set,
+        )
+        notes = self._publish(request, output, replaced)
+        with self._changed:
+            job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
+            self._finish(job, DONE)
+
+    def _publish(self, request: MergeRequest, output: Path, replaced: bool) -> list[str]:
+        """Makes the host know a finished file; nothing here may lose it."""
+        if request.trial:
+            self.trials.add(output, request.recipe)
+            return []
+        notes = []
+        try:
+            sidecar.write(output, request.user_metadata, self._preview(request), request.overwrite)
+        except LoraMergeError as error:
+            notes.append(str(error))
+        try:
+            if replaced:
+                notes.append(self.host.after_overwrite(output))
+            else:
+                self.host.announce(output)
+        except Exception as error:  # The host's code, which may raise anything.
+            self.host.log("the host's LoRA list could not be refreshed", error)
+            notes.append("The WebUI's LoRA list could not be refreshed; use its own Refresh button.")
+        for name in self.trials.remove_of(request.recipe):
+            notes.append(f"{name}, made by Try without saving, was removed; use {output.stem} in its place.")
+        return [note for note in notes if note]
+
+    def _tell(self, job: Job, progress: Progress) -> None:
+        last = job.progress
+        job.progress = progress
+        now = time.monotonic()
+        if last is None or last.phase != progress.phase or now - self._told >= NOTIFY_SECONDS:
+            self._told = now
+            with self._changed:
+                self._notify()
+
+    def _end(self, job: Job, state: str, error: str) -> None:
+        with self._changed:
+            job.error = error if state == FAILED else ""
+            self._finish(job, state)
+
+    def _finish(self, job: Job, state: str) -> None:
+        """To be called with the condition held."""
+        if not job.finished:
+            job.state, job.ended = state, time.time()
+            self._notify()
+
+    def _notify(self) -> None:
+        """To be called with the condition held."""
+        self._version += 1
+        unfinished = [job for job in self._jobs.values() if not job.finished]
+        start = 0 if unfinished and unfinished[0].state == RUNNING else 1
+        for index, job in enumerate(unfinished):
+            job.position = index + start
+        self._changed.notify_all()
+
+    def _forget_old(self) -> None:
+        """To be called with the condition held."""
+        finished = [job.id for job in self._jobs.values() if job.finished]
+        for job_id in finished[: max(0, len(finished) - MAX_FINISHED)]:
+            del self._jobs[job_id]
+
+    def _at_exit(self) -> None:
+        self.close(timeout=2.0)
+        self.trials.remove_all()
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False

@@ -1,0 +1,145 @@
+"""Base model and rank of LoRA files, in the few letters that fit a list.
+
+The host has read the metadata of every LoRA when it started, so most labels cost nothing. For the others
+a background thread reads headers, slowly on purpose: it shares the interpreter with the host.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..dialects import parse_file
+from ..errors import LoraMergeError
+from ..files import read_header
+from .listing import FoundFile
+
+PAUSE_SECONDS = 0.005
+MAX_LABELS = 50_000
+
+_SHORT = {
+    "sd1": "SD 1",
+    "sd2": "SD 2",
+    "sdxl": "SDXL",
+    "sdxl_refiner": "SDXL refiner",
+    "sd3": "SD 3",
+    "flux1": "Flux",
+    "unknown": "",
+}
+_BY_VERSION = (("sdxl", "SDXL"), ("sd_v1", "SD 1"), ("sd_v2", "SD 2"), ("flux1", "Flux"), ("sd3", "SD 3"))
+
+
+@dataclass(frozen=True)
+class Label:
+    """Base model and rank as shown; empty when not known."""
+
+    base: str = ""
+    rank: str = ""
+
+
+def from_metadata(metadata: Mapping[str, object]) -> Label | None:
+    """A label from what the trainer wrote; None when that does not name the base model."""
+    version = str(metadata.get("ss_base_model_version", ""))
+    base = next((name for start, name in _BY_VERSION if version.startswith(start)), "")
+    rank = str(metadata.get("ss_network_dim", ""))
+    if not base or not rank.isdecimal():
+        return None
+    return Label(base, rank[:6])
+
+
+def from_file(path: Path) -> Label:
+    """A label from the header of a file; empty for what cannot be understood."""
+    if path.suffix.lower() != ".safetensors":
+        return Label()
+    try:
+        header = read_header(path)
+        shapes = {key: info.shape for key, info in header.tensors.items()}
+        parsed = parse_file(shapes, header.metadata)
+    except LoraMergeError:
+        return Label()
+    ranks = Counter(
+        shapes[part.slots["down"]][0] for part in parsed.parts if "down" in part.slots and shapes[part.slots["down"]]
+    )
+    return Label(_SHORT.get(parsed.architecture.id, parsed.architecture.label), _rank_text(ranks))
+
+
+def _rank_text(ranks: Mapping[int, int]) -> str:
+    if not ranks:
+        return ""
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}"
+
+
+class Labels:
+    """Labels known so far, and the thread that finds the missing ones."""
+
+    def __init__(self, metadata_of: Callable[[FoundFile], Mapping[str, object]]) -> None:
+        self._metadata_of = metadata_of
+        self._known: OrderedDict[tuple[str, tuple[int, int]], Label] = OrderedDict()
+        self._lock = threading.Lock()
+        self._waiting: list[FoundFile] = []
+        self._thread: threading.Thread | None = None
+        self.version = 0
+
+    def get(self, file: FoundFile) -> Label:
+        return self._known.get((str(file.path), file.stamp), Label())
+
+    def fill(self, files: Iterable[FoundFile]) -> None:
+        """Labels what the host's memory tells; leaves the rest to the background thread."""
+        missing = []
+        for file in files:
+            key = (str(file.path), file.stamp)
+            if key in self._known:
+                continue
+            label = from_metadata(self._metadata_of(file))
+            if label is not None:
+                self._keep(key, label)
+            else:
+                missing.append(file)
+        with self._lock:
+            self._waiting = missing
+            if missing and self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="loramerge-labels", daemon=True)
+                self._thread.start()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Ends the background thread."""
+        with self._lock:
+            self._waiting = []
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def wait(self, timeout: float) -> bool:
+        """Blocks until nothing is left to read, for tests; False after ``timeout``."""
+        limit = time.monotonic() + timeout
+        while time.monotonic() < limit:
+            with self._lock:
+                if self._thread is None:
+                    return True
+            time.sleep(0.01)
+        return False
+
+    def _keep(self, key: tuple[str, tuple[int, int]], label: Label) -> None:
+        with self._lock:
+            self._known[key] = label
+            self.version += 1
+            while len(self._known) > MAX_LABELS:
+                self._known.popitem(last=False)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                file = self._waiting.pop(0)
+            try:
+                label = from_file(file.path)
+            except Exception:  # A label is decoration: whatever a strange file does, the list stays.
+                label = Label()
+            self._keep((str(file.path), file.stamp), label)
+            time.sleep(PAUSE_SECONDS)

@@ -1,0 +1,154 @@
+"""The LoRA files of the host's folders, under the names that a recipe calls them by."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = (".safetensors", ".pt", ".ckpt")
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """One LoRA file as a folder scan sees it.
+
+    Attributes:
+        name: The stem; ``sub/stem`` (``./stem`` at the top) when several files have that stem.
+        relative: Path without suffix below its LoRA folder, with ``/``.
+        stamp: Size and time of change, to notice another file under the same name.
+    """
+
+    name: str
+    path: Path
+    relative: str
+    stamp: tuple[int, int]
+
+    @property
+    def subfolder(self) -> str:
+        return self.relative.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a scan found, and the ways to look a file up."""
+
+    files: tuple[FoundFile, ...]
+    by_name: Mapping[str, FoundFile]
+    by_stem: Mapping[str, tuple[FoundFile, ...]]
+    by_path: Mapping[str, FoundFile]
+
+    def find(self, name: str) -> tuple[FoundFile, ...]:
+        """Every file that ``name`` may mean: none, one, or several of the same stem."""
+        name = name.replace("\\", "/")
+        stem, suffix = os.path.splitext(name)
+        for candidate in (name, stem) if suffix.lower() in SUFFIXES else (name,):
+            if candidate in self.by_name:
+                return (self.by_name[candidate],)
+            if candidate in self.by_stem:
+                return self.by_stem[candidate]
+        return ()
+
+
+def scan(folders: Sequence[Path], hidden: bool = True) -> Listing:
+    """Lists the LoRA files of several folders, the first folder first.
+
+    Links are followed as the hosts do, each folder once. Whatever cannot be read, or vanishes meanwhile,
+    is passed over.
+
+    Args:
+        hidden: Whether to look into folders whose name starts with a dot.
+    """
+    raw: list[tuple[Path, Path, str, tuple[int, int]]] = []
+    seen_folders: set[str] = set()
+    seen_files: set[str] = set()
+    for folder in folders:
+        for path, stamp in _walk(folder, hidden, seen_folders, MAX_DEPTH):
+            if str(path) not in seen_files:
+                seen_files.add(str(path))
+                raw.append((folder, path, path.relative_to(folder).with_suffix("").as_posix(), stamp))
+    return _listing(raw)
+
+
+def _listing(raw: Sequence[tuple[Path, Path, str, tuple[int, int]]]) -> Listing:
+    stems = Counter(path.stem for _, path, _, _ in raw)
+    files: list[FoundFile] = []
+    by_name: dict[str, FoundFile] = {}
+    for folder, path, relative, stamp in raw:
+        found = FoundFile(_free_name(folder, path, relative, stems, by_name), path, relative, stamp)
+        by_name[found.name] = found
+        files.append(found)
+    files.sort(key=lambda file: (natural_key(file.subfolder), natural_key(file.path.stem)))
+    by_stem: dict[str, list[FoundFile]] = {}
+    for file in files:
+        by_stem.setdefault(file.path.stem, []).append(file)
+        if "/" in file.relative:
+            by_stem.setdefault(file.relative, []).append(file)
+    return Listing(
+        files=tuple(files),
+        by_name=by_name,
+        by_stem={stem: tuple(group) for stem, group in by_stem.items()},
+        by_path={os.path.normcase(str(file.path)): file for file in files},
+    )
+
+
+def _free_name(folder: Path, path: Path, relative: str, stems: Counter[str], taken: Mapping[str, FoundFile]) -> str:
+    """The stem, or what tells files of one stem apart."""
+    candidates = [path.stem] if stems[path.stem] == 1 else []
+    candidates += [relative if "/" in relative else f"./{relative}", f"{folder.name}/{relative}"]
+    for suffix in ("", path.suffix):
+        for candidate in candidates:
+            if candidate + suffix not in taken:
+                return candidate + suffix
+    return str(path)
+
+
+def _walk(
+    folder: Path, hidden: bool, seen: set[str], depth: int
+) -> Iterable[tuple[Path, tuple[int, int]]]:
+    try:
+        real = os.path.realpath(folder)
+        if real in seen or depth <= 0:
+            return
+        seen.add(real)
+        with os.scandir(folder) as iterator:
+            entries = sorted(iterator, key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        try:
+            if entry.is_dir():
+                if hidden or not entry.name.startswith("."):
+                    yield from _walk(Path(entry.path), hidden, seen, depth - 1)
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                status = entry.stat()
+                yield Path(entry.path), (status.st_size, status.st_mtime_ns)
+        except OSError:
+            continue
+
+
+def subfolders(folder: Path, limit: int = 2000) -> list[str]:
+    """Folders below ``folder``, with ``/``; links that lead elsewhere are left out."""
+    found: list[str] = []
+    waiting = [(folder, "")]
+    while waiting and len(found) < limit:
+        current, prefix = waiting.pop()
+        try:
+            with os.scandir(current) as iterator:
+                names = [e.name for e in iterator if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+        except OSError:
+            continue
+        for name in names:
+            found.append(prefix + name)
+            waiting.append((current / name, f"{prefix}{name}/"))
+    return sorted(found, key=natural_key)
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Sorts ``lora2`` before ``lora10``, upper and lower case alike."""
+    parts = re.split(r"([0-9]+)", text.casefold())
+    return [(0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part) for part in parts if part]

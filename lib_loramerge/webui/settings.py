@@ -1,0 +1,112 @@
+"""The section "LoRA Merge" of the host's settings: one row per setting, read by host, tab and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+PREFIX = "loramerge_"
+SECTION = ("loramerge", "LoRA Merge")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tab starts with.
+
+    Attributes:
+        mode: Merge method of a fresh form.
+        dtype: Precision of a fresh form.
+        device: Device of a fresh form.
+        rank: ``same``, ``full`` or a number, as text.
+        queue_lock: Whether a merge waits for pictures in the making, and they for it.
+        keep_trials_hours: How long an unsaved merge is kept; 0 means until the host ends.
+    """
+
+    mode: str = "svd"
+    dtype: str = "same"
+    device: str = "cpu"
+    rank: str = "same"
+    queue_lock: bool = False
+    keep_trials_hours: float = 0.0
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One line of the settings page."""
+
+    field: str
+    label: str
+    info: str = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return PREFIX + self.field
+
+    @property
+    def default(self) -> Any:
+        return getattr(Settings(), self.field)
+
+
+def rows(modes: tuple[str, ...], dtypes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[SettingRow, ...]:
+    """The settings page, top to bottom."""
+    return (
+        SettingRow("mode", "Default merge method", choices=modes),
+        SettingRow("dtype", "Default precision of merged files", "same: the widest of the inputs", choices=dtypes),
+        SettingRow("device", "Default device", "a merge takes seconds on the CPU", choices=devices),
+        SettingRow("rank", "Default rank", "same: as the inputs; full: keep everything; or a number"),
+        SettingRow(
+            "queue_lock",
+            "Merge only while no picture is being made",
+            "a merge then waits in the WebUI's queue; needed only when both are short of memory",
+        ),
+        SettingRow(
+            "keep_trials_hours",
+            "Keep merges made with Try without saving for this many hours",
+            "0: until the WebUI ends",
+        ),
+    )
+
+
+def read(options: object) -> Settings:
+    """The settings of the host; a value that makes no sense falls back to the default."""
+    values: dict[str, Any] = {}
+    for field in fields(Settings):
+        try:
+            stored = getattr(options, PREFIX + field.name, None)
+        except Exception:  # The host's options object raises what it likes.
+            stored = None
+        default = getattr(Settings(), field.name)
+        values[field.name] = _fitting(stored, default)
+    return Settings(**values)
+
+
+def _fitting(stored: object, default: Any) -> Any:
+    if isinstance(default, bool):
+        return stored if isinstance(stored, bool) else default
+    if isinstance(default, float):
+        usable = isinstance(stored, (int, float)) and not isinstance(stored, bool) and 0 <= stored < 1e9
+        return float(stored) if usable else default  # type: ignore[arg-type]
+    return stored.strip() if isinstance(stored, str) and stored.strip() else default
+
+
+def add_to_host(shared: Any, page: tuple[SettingRow, ...]) -> None:
+    """Adds our section to the host's settings page.
+
+    Args:
+        shared: The host's ``modules.shared``.
+    """
+    import gradio as gr
+
+    for row in page:
+        component: Any = None  # The host chooses by the type of the default: checkbox, number or text box.
+        arguments: Mapping[str, object] | None = None
+        if row.choices:
+            component, arguments = gr.Dropdown, {"choices": list(row.choices)}
+        elif isinstance(row.default, float):
+            component, arguments = gr.Number, {}
+        option = shared.OptionInfo(row.default, row.label, component, arguments, section=SECTION)
+        if row.info and hasattr(option, "info"):
+            option.info(row.info)
+        shared.opts.add_option(row.key, option)

@@ -1,0 +1,178 @@
+"""What the WebUI keeps beside a LoRA: ``<name>.json`` (user metadata) and ``<name>.png`` (preview).
+
+Both are the WebUI's own: its LoRA cards show the picture and the notes, and put the activation text and
+the preferred weight into the prompt. File contents are untrusted: whatever cannot be understood is empty.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import OutputError
+
+PREVIEW_SUFFIXES = (".png", ".preview.png", ".jpg", ".preview.jpg", ".jpeg", ".preview.jpeg", ".webp", ".preview.webp")
+MAX_JSON_BYTES = 4 << 20
+MAX_PREVIEW_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class UserMetadata:
+    """The fields of the WebUI's ``<name>.json``, under the names its editor shows."""
+
+    activation_text: str = ""
+    preferred_weight: float = 0.0
+    negative_text: str = ""
+    notes: str = ""
+    description: str = ""
+    sd_version: str = ""
+
+    @property
+    def empty(self) -> bool:
+        return self == UserMetadata()
+
+
+# Field of ours -> key of the WebUI.
+_KEYS = {
+    "activation_text": "activation text",
+    "preferred_weight": "preferred weight",
+    "negative_text": "negative text",
+    "notes": "notes",
+    "description": "description",
+    "sd_version": "sd version",
+}
+
+
+def read(lora: Path) -> UserMetadata:
+    """The user metadata of a LoRA file; empty when there is none or it is broken."""
+    stored = _read_json(lora.with_suffix(".json"))
+    fields: dict[str, str | float] = {}
+    for field, key in _KEYS.items():
+        value = stored.get(key)
+        if field == "preferred_weight":
+            fields[field] = _number(value)
+        elif isinstance(value, str):
+            fields[field] = value
+    return UserMetadata(**fields)  # type: ignore[arg-type]
+
+
+def union(loras: Sequence[Path]) -> UserMetadata:
+    """What a merge of several LoRAs could say: each activation word once, in the order of the inputs."""
+    entries = [read(path) for path in loras]
+    return UserMetadata(
+        activation_text=_joined(entry.activation_text for entry in entries),
+        negative_text=_joined(entry.negative_text for entry in entries),
+    )
+
+
+def preview_of(lora: Path) -> Path | None:
+    """The preview picture of a LoRA, found as the WebUI finds it; None when it has none."""
+    stem = str(lora.with_suffix(""))
+    for suffix in PREVIEW_SUFFIXES:
+        candidate = Path(stem + suffix)
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def taken(lora: Path, data: UserMetadata | None, preview: Path | None) -> list[Path]:
+    """Files beside ``lora`` that :func:`write` would have to replace."""
+    wanted = [_json_path(lora)] if data is not None and not data.empty else []
+    wanted += [_png_path(lora)] if preview is not None else []
+    return [path for path in wanted if path.exists()]
+
+
+def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite: bool = False) -> list[Path]:
+    """Writes ``<name>.json`` and ``<name>.png`` beside a merged file.
+
+    Keys of an existing ``<name>.json`` that are not ours stay as they are.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OutputError: A file is there already and ``overwrite`` is off, or it cannot be written.
+    """
+    existing = taken(lora, data, preview)
+    if existing and not overwrite:
+        raise OutputError(f"{existing[0].name} exists already and was left as it is; allow overwriting to replace it.")
+    written = []
+    try:
+        if data is not None and not data.empty:
+            path = _json_path(lora)
+            content = {**_read_json(path), **{key: getattr(data, field) for field, key in _KEYS.items()}}
+            _replace(path, (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode("utf-8"))
+            written.append(path)
+        if preview is not None:
+            path = _png_path(lora)
+            _replace(path, _png_bytes(preview))
+            written.append(path)
+    except OSError as error:
+        raise OutputError(f"{path.name} could not be written beside the merged LoRA: {error.strerror or error}.") from error
+    return written
+
+
+def _json_path(lora: Path) -> Path:
+    return lora.with_suffix(".json")
+
+
+def _png_path(lora: Path) -> Path:
+    return lora.with_suffix(".png")
+
+
+def _read_json(path: Path) -> Mapping[str, object]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return {}
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _number(value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return 0.0
+
+
+def _joined(texts: Iterable[str]) -> str:
+    words: dict[str, None] = {}
+    for text in texts:
+        for word in text.split(","):
+            if word.strip():
+                words.setdefault(word.strip())
+    return ", ".join(words)
+
+
+def _png_bytes(preview: Path) -> bytes:
+    """The picture as PNG; a PNG is copied as it is."""
+    if preview.stat().st_size > MAX_PREVIEW_BYTES:
+        raise OutputError(f"The preview {preview.name} is larger than {MAX_PREVIEW_BYTES >> 20} MiB and was not copied.")
+    content = preview.read_bytes()
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    try:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(content)) as image:
+            buffer = io.BytesIO()
+            image.convert("RGBA" if "A" in image.getbands() else "RGB").save(buffer, format="PNG")
+    except Exception as error:  # Pillow raises many kinds for a damaged or hostile picture.
+        raise OutputError(f"The preview {preview.name} is not a picture that can be read, so it was not copied.") from error
+    return buffer.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes beside ``path`` and renames, so that a crash leaves the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
