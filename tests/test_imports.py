@@ -36,7 +36,7 @@ ALLOWED = {
     "analysis": _RESULTS - {"analysis"} | {"merge"},
     "demo": _RESULTS | {"merge"},
     "cli": _RESULTS | {"merge", "demo"},
-    "webui": _RESULTS | {"merge", "cli"},
+    "webui": _RESULTS | {"merge", "cli", "demo"},
     "__init__": _RESULTS | {"merge"},
     "__main__": {"cli"},
     "scripts": {"webui"},
@@ -44,18 +44,10 @@ ALLOWED = {
 # cli reaches webui only inside the functions of the commands that need it.
 ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}}
 
-# Only webui imports these. A WebUI puts `modules` and its built-in LoRA extension's `networks` on the path.
-WEBUI_ONLY = {
-    "gradio",
-    "fastapi",
-    "starlette",
-    "pydantic",
-    "uvicorn",
-    "matplotlib",
-    "PIL",
-    "modules",
-    "networks",
-}
+# Only webui imports these. A WebUI puts `modules` and its built-in LoRA extension's `networks` on the path, and
+# Gradio brings the others.
+WEBUI_ONLY = {"gradio", "fastapi", "starlette", "pydantic", "uvicorn", "anyio", "matplotlib", "PIL"}
+WEBUI_ONLY |= {"modules", "networks", "network"}
 INSTALLED = {"torch", "safetensors", "numpy"}
 
 
