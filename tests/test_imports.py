@@ -44,7 +44,7 @@ ALLOWED = {
 # cli reaches webui only inside the functions of the commands that need it.
 ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}}
 
-# Only webui imports these. A WebUI puts `modules` and its built-in LoRA extension's `networks` on the path, and
+# Only webui imports these. A WebUI puts `modules` and its LoRA extension's `networks` on the path, and
 # Gradio brings the others.
 WEBUI_ONLY = {"gradio", "fastapi", "starlette", "pydantic", "uvicorn", "anyio", "matplotlib", "PIL"}
 WEBUI_ONLY |= {"modules", "networks", "network"}
