@@ -6,8 +6,13 @@ A new kind is one ``register(AdapterKind(...))`` in a file of this package.
 
 from __future__ import annotations
 
-from . import full, lora  # noqa: F401  (each registers its kinds)
+# Each of these registers its kinds, in the order in which the table shows them.
+# isort: off
+from . import lora, loha, lokr, dora, glora, oft, ia3, full  # noqa: F401
+# isort: on
+
 from .kinds import ADAPTERS, AdapterKind, LayerFacts
 from .layers import build, describe
+from .table import kinds_table
 
-__all__ = ["ADAPTERS", "AdapterKind", "LayerFacts", "build", "describe"]
+__all__ = ["ADAPTERS", "AdapterKind", "LayerFacts", "build", "describe", "kinds_table"]

@@ -43,7 +43,7 @@ def _describe_bias(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFac
     return LayerFacts("bias", math.prod(shapes["diff_b"]), None, notes=(FOREIGN_BIAS,))
 
 
-register(
+FULL = register(
     AdapterKind(
         name="full",
         label="Full difference",
@@ -58,7 +58,7 @@ register(
     )
 )
 
-register(
+NORM = register(
     AdapterKind(
         name="norm",
         label="Normalisation layer",
@@ -74,7 +74,7 @@ register(
     )
 )
 
-register(
+BIAS = register(
     AdapterKind(
         name="bias",
         label="Bias alone",

@@ -87,13 +87,12 @@ def identify(slots: Collection[str], where: str) -> Group:
 
 
 def _own_slots(family: str) -> frozenset[str]:
-    # `rescale` and the like are optional slots: alone they do not make a family.
-    kinds = [ADAPTERS[name] for name in _FAMILIES[family] if name in ADAPTERS]
+    kinds = [ADAPTERS[name] for name in _FAMILIES[family]]
     return frozenset().union(*(kind.slots for kind in kinds))
 
 
 def _complete_kind(family: str, present: frozenset[str], where: str) -> AdapterKind:
-    kinds = [ADAPTERS[name] for name in _FAMILIES[family] if name in ADAPTERS]
+    kinds = [ADAPTERS[name] for name in _FAMILIES[family]]
     own = present & _own_slots(family)
     for kind in kinds:
         if own <= kind.slots and any(form <= own for form in kind.forms):

@@ -103,6 +103,8 @@ class AdapterKind:
         describe: (shapes, where, kernel) to facts, from shapes alone.
         build: The delta weight at scale 1; None for a kind without one.
         scale_rank: Rank that alpha is divided by; None where alpha is no scale.
+        scales_itself: ``build`` applies the scale too, because its result is not
+            linear in it.
     """
 
     name: str
@@ -117,6 +119,7 @@ class AdapterKind:
     build: Callable[[Layer], Delta | None]
     optional: frozenset[str] = frozenset()
     scale_rank: Callable[[Shapes], int | None] = field(default=lambda shapes: None)
+    scales_itself: bool = False
 
     @property
     def slots(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from ..errors import IncompatibleError, UnsupportedError
 from .biases import bias_delta, check_biases, has_bias
 from .groups import Group, identify
 from .kinds import ADAPTERS, ORPHAN, AdapterKind, Layer, LayerFacts, Shape, Shapes, shapes_of
-from .scaling import plain_delta, scale_notes
+from .scaling import ALPHA_ZERO, SCALAR_FOLDED, SCALAR_IGNORED, plain_delta, read_scale, scale_notes
 
 DYN_IGNORED = "dyn= is applied to plain LoRA layers only, as in the WebUIs; this kind keeps all its ranks."
 RESIDUAL = "A residual is added before the scale, as in A1111 and SD.Next; Forge and reForge ignore it."
@@ -60,26 +60,23 @@ def build(
     """
     shapes = shapes_of(slots)
     group = identify(slots, where)
+    if not kernel and base is not None:
+        kernel = tuple(base.shape[2:])
     facts = _describe(group, shapes, where, kernel)
     if group.kind is None:
         return LayerDelta(None, None, facts.notes)
-    kind = _effective_kind(group)
+    kind = ADAPTERS[facts.kind]
     if facts.needs_base:
         _check_base(kind, facts, base, where)
     layer = Layer(slots, where, facts, base, dyn, fold_scalar)
-    weight, notes = plain_delta(kind, layer)
-    if dyn is not None and kind.name != "lora":
-        notes += (DYN_IGNORED,)
-    shown = facts.notes
+    notes = facts.notes
     if fold_scalar:
-        shown = tuple(note for note in facts.notes if note not in scale_notes(kind, shapes))
-        notes = scale_notes(kind, shapes, fold_scalar=True) + notes
-    return LayerDelta(weight, bias_delta(group.kind, layer), shown + notes)
-
-
-def _effective_kind(group: Group) -> AdapterKind:
-    assert group.kind is not None
-    return ADAPTERS["dora"] if group.magnitude else group.kind
+        notes = tuple(SCALAR_FOLDED if note == SCALAR_IGNORED else note for note in notes)
+    if "scale" not in slots and read_scale(group.kind, slots, where).numerator == 0:
+        notes += (ALPHA_ZERO,)
+    if dyn is not None and group.kind.name != "lora":
+        notes += (DYN_IGNORED,)
+    return LayerDelta(plain_delta(kind, layer), bias_delta(group.kind, layer), notes)
 
 
 def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
@@ -88,9 +85,9 @@ def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) ->
     for slot, shape in shapes.items():
         if math.prod(shape) == 0 and slot not in ("bias_indices", "bias_values"):
             raise IncompatibleError(f"{where}: {slot} is empty, its shape is {tuple(shape)}.")
-    kind = _effective_kind(group)
+    kind = ADAPTERS["dora"] if group.magnitude else group.kind
     facts = kind.describe(shapes, where, kernel)
-    notes = facts.notes + scale_notes(kind, shapes)
+    notes = facts.notes + scale_notes(shapes)
     check_biases(shapes, facts, where)
     if "bias" in shapes or "bias_indices" in shapes:
         facts, notes = replace(facts, rank=None), (*notes, RESIDUAL)

@@ -59,7 +59,7 @@ def _down_rank(shapes: Shapes) -> int:
 
 _BIASES = frozenset({"up_bias", "down_bias"})
 
-register(
+LORA = register(
     AdapterKind(
         name="lora",
         label="LoRA, LoCon",
@@ -76,7 +76,7 @@ register(
     )
 )
 
-register(
+TUCKER = register(
     AdapterKind(
         name="tucker",
         label="Tucker LoCon",

@@ -32,14 +32,10 @@ class Scale:
         return self.numerator / self.denominator
 
 
-def scale_notes(kind: AdapterKind, shapes: Shapes, *, fold_scalar: bool = False) -> tuple[str, ...]:
+def scale_notes(shapes: Shapes) -> tuple[str, ...]:
     """What the report says of a layer's scale, from the slots that are there."""
-    notes = []
-    if "scale" in shapes:
-        notes.append(SCALE_KEY)
-    if "scalar" in shapes:
-        notes.append(SCALAR_FOLDED if fold_scalar else SCALAR_IGNORED)
-    return tuple(notes)
+    told = {"scale": SCALE_KEY, "scalar": SCALAR_IGNORED}
+    return tuple(note for slot, note in told.items() if slot in shapes)
 
 
 def read_scale(kind: AdapterKind, slots: Mapping[str, Tensor], where: str) -> Scale:
@@ -86,25 +82,22 @@ def apply_scale(delta: Delta, scale: Scale) -> Delta:
     return replace(delta, up=up, alpha=alpha)
 
 
-def plain_delta(kind: AdapterKind, layer: Layer) -> tuple[Delta | None, tuple[str, ...]]:
-    """The delta of an algebra with its scale, and notes that values alone can tell.
+def plain_delta(kind: AdapterKind, layer: Layer) -> Delta | None:
+    """The delta of a layer with its scale.
 
     Order as in A1111: a residual is added to the product before the scale.
     """
     delta = kind.build(layer)
-    notes: tuple[str, ...] = ()
-    if delta is None:
-        return None, notes
+    if delta is None or kind.scales_itself:
+        return delta
     residual = read_residual(layer)
     if residual is not None:
         delta = add_residual(delta, residual, layer)
     scale = read_scale(kind, layer.slots, layer.where)
-    if scale.numerator == 0:
-        notes += (ALPHA_ZERO,) if "scale" not in layer.slots else ()
     if layer.fold_scalar and "scalar" in layer.slots:
         factor = number(layer.slots["scalar"], "scalar", layer.where)
         delta = apply_scale(delta, Scale(factor))
-    return apply_scale(delta, scale), notes
+    return apply_scale(delta, scale)
 
 
 def read_residual(layer: Layer) -> Tensor | None:
