@@ -158,7 +158,9 @@ def _tag_frequency(sources: Sequence[SourceMeta]) -> str | None:
     are often private, and two parents may have used the same. The rarest tags go first
     where all would be too long.
     """
-    counts = [(source.name, tag, count) for source in sources for tag, count in _tags(source.metadata).items()]
+    counts = [
+        (source.name, tag, count) for source in sources for tag, count in _tags(source.metadata).items()
+    ]
     counts.sort(key=lambda entry: (-entry[2], entry[0], entry[1]))
     kept: dict[str, dict[str, int]] = {}
     room = TAGS_LIMIT
@@ -189,7 +191,8 @@ def _tags(metadata: Mapping[str, str]) -> Counter[str]:
 
 def _union(key: str, sources: Sequence[SourceMeta]) -> str | None:
     """The comma-separated parts that any parent has, each once, in their order."""
-    parts = [part.strip() for source in sources for part in source.metadata.get(key, "")[:PARENT_LIMIT].split(",")]
+    texts = [source.metadata.get(key, "")[:PARENT_LIMIT] for source in sources]
+    parts = [part.strip() for text in texts for part in text.split(",")]
     return _joined([part for part in dict.fromkeys(parts) if part])
 
 

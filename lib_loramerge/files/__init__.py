@@ -6,10 +6,12 @@ torch is imported only by what returns or takes tensors, so that listing is inst
 from __future__ import annotations
 
 from lib_loramerge.files.folder import LoraFolder, output_path
+from lib_loramerge.files.hashes import model_hash
 from lib_loramerge.files.header import Header, TensorInfo
+from lib_loramerge.files.place import check_space, check_target, free_space
 from lib_loramerge.files.read import LORA_SUFFIXES, LoraFile, open_file, read_header
 from lib_loramerge.files.recognise import refuse_non_lora, size_text
-from lib_loramerge.files.write import Written, check_space, check_target, free_space, model_hash, write_file
+from lib_loramerge.files.write import Written, write_file
 
 __all__ = [
     "LORA_SUFFIXES",

@@ -96,7 +96,10 @@ class LoraFolder:
             raise self._unknown(name, files)
         if len(found) > 1:
             places = " and ".join(str(file.path) for file in found[:3])
-            raise FileError(f"{name!r} means {len(found)} files: {places}; write the subfolder too, as in 'folder/{found[0].name}'.")
+            raise FileError(
+                f"{name!r} means {len(found)} files: {places}; write the subfolder too, as in "
+                f"'folder/{found[0].name}'."
+            )
         return found[0].path
 
     def _by_alias(self, name: str, files: list[LoraPath]) -> list[LoraPath]:
@@ -118,7 +121,9 @@ class LoraFolder:
             return FileError(f"{name} does not exist.")
         places = ", ".join(str(folder) for folder in self.folders)
         if not self.folders:
-            return FileError(f"There is no LoRA {name!r}: no LoRA folder is set (--lora-dir), and it is no path to a file.")
+            return FileError(
+                f"There is no LoRA {name!r}: no LoRA folder is set (--lora-dir), and it is no path to a file."
+            )
         if not files:
             return FileError(f"There is no LoRA {name!r}: no LoRA file is in {places}.")
         near = nearest(name, sorted({text for file in files for text in (file.name, file.inside)}))
@@ -187,13 +192,13 @@ def output_path(folder: str | os.PathLike[str], name: str, subfolder: str = "") 
     """
     parts = [part for part in re.split(r"[/\\]", subfolder.strip()) if part]
     if subfolder.strip().startswith(("/", "\\")):
-        raise OutputError(f"The subfolder {subfolder!r} must be inside the LoRA folder; leave out the first slash.")
+        raise OutputError(f"The subfolder {subfolder!r} begins with a slash, but is a folder inside the LoRA one.")
     for part in parts:
         _check_name(part, "subfolder")
     stem = name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name
     _check_name(stem, "name")
     if len(f"{stem}.safetensors".encode()) > NAME_BYTES:
-        raise OutputError(f"The name {stem[:40]!r}... is too long: it may take {NAME_BYTES - 12} bytes of UTF-8.")
+        raise OutputError(f"The name {stem[:40]!r}... is too long: more than {NAME_BYTES - 12} UTF-8 bytes.")
     root = Path(os.path.realpath(folder))
     place = root.joinpath(*parts)
     target = place / f"{stem}.safetensors"
@@ -215,9 +220,9 @@ def _check_name(name: str, what: str) -> None:
     if set(name) <= {".", " "}:
         raise OutputError(f"The {what} {name!r} is not allowed: it would lead out of the folder.")
     if bad := FORBIDDEN.search(name):
-        raise OutputError(f"The {what} {name[:80]!r} holds {bad.group()!r}, which file names cannot hold everywhere.")
+        raise OutputError(f"The {what} {name[:80]!r} holds {bad.group()!r}, which Windows allows in no name.")
     if name[-1] in ". " or name[0] == " ":
-        raise OutputError(f"The {what} {name!r} begins or ends with a space or ends with a dot, which Windows drops.")
+        raise OutputError(f"The {what} {name!r} begins or ends with a space or ends with a dot.")
     if RESERVED.fullmatch(name):
         raise OutputError(f"The {what} {name!r} belongs to a device on Windows; choose another.")
     try:

@@ -224,7 +224,7 @@ def _check_places(tensors: list[tuple[str, TensorInfo]], available: int, path: P
         if info.start < end:
             raise _damaged(path, f"tensor {_named(key)} overlaps the one before it")
         if info.start > end:
-            raise _damaged(path, f"{info.start - end:,} bytes before tensor {_named(key)} belong to no tensor")
+            raise _damaged(path, f"{info.start - end:,} bytes before {_named(key)} belong to no tensor")
         end = info.end
     if end > available:
         raise FileError(

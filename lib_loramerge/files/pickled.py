@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lib_loramerge.errors import FileError, UnsupportedError
 from lib_loramerge.files.header import Header, TensorInfo, header_bytes, read_exactly, reading
-from lib_loramerge.files.recognise import describe_bytes
+from lib_loramerge.files.recognise import RENAME, describe_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
         file.seek(0)
         header_bytes(file, size, path)  # A damaged one is told as such.
         raise FileError(f"{path.name} is a safetensors file with the wrong name; rename it to .safetensors.")
-    if what is not None and "wrong name; if you trust it" not in what:
+    if what is not None and not what.endswith(RENAME):
         raise FileError(f"{path.name} {what}")
     if head.startswith(b"PK"):
         file.seek(0)
@@ -75,16 +75,15 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
         except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise FileError(f"{path.name} is cut off or damaged ({error}); download it again.") from error
         # torch stores without compression, so a small file cannot become a huge one.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(
-            entry.file_size for entry in entries
-        ) > size:
-            raise FileError(f"{path.name} is a compressed zip archive, which PyTorch never writes; it is not opened.")
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > size:
+            raise FileError(f"{path.name} is a compressed zip archive, not a file that PyTorch wrote.")
 
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "nsupported" in text or "weights_only" in text or "Weights only" in text or "WeightsUnpickler" in text:
-        return "holds more than tensors, perhaps harmful code, so it was not opened. Use a .safetensors version of it."
+        return "holds more than tensors, perhaps harmful code, and was not opened; use a .safetensors file."
     return f"is damaged or not a PyTorch file ({text[:120]}); download it again."
 
 
@@ -97,9 +96,12 @@ def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
         if len(inside) != 1 or any(isinstance(value, torch.Tensor) for value in loaded.values()):
             return loaded
         loaded = inside[0]
-    if isinstance(loaded, (list, tuple)) and loaded and all(isinstance(value, torch.Tensor) for value in loaded):
+    is_list = isinstance(loaded, (list, tuple)) and bool(loaded)
+    if is_list and all(isinstance(value, torch.Tensor) for value in loaded):
         return _numbered(loaded, path)
-    raise UnsupportedError(f"{path.name} holds a {type(loaded).__name__}, not a dictionary of tensors; it is no LoRA.")
+    raise UnsupportedError(
+        f"{path.name} holds a {type(loaded).__name__}, not a dictionary of tensors; it is no LoRA."
+    )
 
 
 def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> Mapping[str, Any]:
@@ -108,9 +110,11 @@ def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> Mapping[str, An
     They are the names that its own safetensors files have.
     """
     if len(pairs) % 2:
-        raise FileError(f"{path.name} holds a list of {len(pairs)} tensors, which do not pair up as up and down.")
+        raise FileError(
+            f"{path.name} holds a list of {len(pairs)} tensors, which do not pair up as up and down."
+        )
     component = "text_encoder" if path.stem.endswith(".text_encoder") else "unet"
-    return {f"{component}:{index // 2}:{('up', 'down')[index % 2]}": value for index, value in enumerate(pairs)}
+    return {f"{component}:{i // 2}:{'down' if i % 2 else 'up'}": value for i, value in enumerate(pairs)}
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -130,7 +134,9 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], size: in
     for key in sorted(tensors):
         dtype = torch_dtypes().get(tensors[key].dtype)
         if dtype is None or tensors[key].is_sparse or tensors[key].is_meta:
-            raise UnsupportedError(f"{path.name}: tensor {key!r} is a {tensors[key].dtype}, which is not read.")
+            raise UnsupportedError(
+                f"{path.name}: tensor {key!r} is a {tensors[key].dtype}, which is not read."
+            )
         end = start + tensors[key].numel() * tensors[key].element_size()
         infos[key] = TensorInfo(dtype, tuple(tensors[key].shape), start, end)
         start = end
@@ -142,8 +148,9 @@ def torch_dtypes() -> dict[Any, str]:
     import torch
 
     names = {
-        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-        "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
-        "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64",
+        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+        "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+        "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+        "uint16": "U16", "uint32": "U32", "uint64": "U64",
     }  # fmt: skip
     return {getattr(torch, name): dtype for name, dtype in names.items() if hasattr(torch, name)}

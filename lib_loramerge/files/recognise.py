@@ -24,8 +24,9 @@ def size_text(count: int) -> str:
 
 
 AGAIN = "Download the file itself again."
+RENAME = "with the wrong name; rename it to .pt."
 MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", f"is a git-lfs pointer, not the file it points to. Run 'git lfs pull'. {AGAIN}"),
+    (b"version https://git-lfs", "is a git-lfs pointer, not the file it points to; run 'git lfs pull'."),
     (b"GGUF", "is a GGUF model with the wrong name, not a LoRA."),
     (b"\x89PNG", "is a PNG picture with the wrong name, not a LoRA."),
     (b"\xff\xd8\xff", "is a JPEG picture with the wrong name, not a LoRA."),
@@ -63,11 +64,11 @@ def describe_bytes(head: bytes, size: int) -> str | None:
     if MARKUP.match(head.removeprefix(b"\xef\xbb\xbf")):
         return f"is a web page: the download met a log-in or an error page. {AGAIN}"
     if head.startswith(b"PK\x03\x04"):
-        if b"data.pkl" in head or b".data/serialization_id" in head or b"byteorder" in head:
-            return "is a PyTorch file (a zip with a pickle) with the wrong name; if you trust it, rename it to .pt."
+        if any(name in head for name in (b"data.pkl", b"serialization_id", b"byteorder", b".format_version")):
+            return f"is a PyTorch file (a zip with a pickle) {RENAME}"
         return "is a zip archive; unpack it first."
     if PICKLE.match(head):
-        return "is a PyTorch pickle with the wrong name; if you trust it, rename it to .pt."
+        return f"is a PyTorch pickle {RENAME}"
     if not head.strip(b"\0"):
         return f"holds only zeros at its start ({size_text(size)}): the download never finished. {AGAIN}"
     if head[:1] in b"{[" and _is_text(head):
@@ -119,44 +120,60 @@ def _all(pattern: str) -> Callable[[Collection[str]], bool]:
 
 
 ADAPTER_KEY = re.compile(
-    r".*(?:lora[_.:](?:up|down|mid|A|B|a|b|magnitude|linear_layer|embedding)|_lora[12]?\.|\.lora\.|lora_[AB]\b|hada_[wt]|lokr_[wt]"
-    r"|oft_(?:blocks|diag|[rR])|dora_scale|on_input|\.diff(?:_b)?$|\.[wb]_norm$|\.set_weight$"
-    r"|\.alpha$|:\d+:(?:up|down)$|vera_lambda|boft_|lambda_layer|\.[ab][12]\.weight$)"
+    r"lora[_.:](?:up|down|mid|[ABab]\b|magnitude|linear_layer|embedding)|_lora[12]?\.|\.lora\.|hada_[wt]|lokr_[wt]"
+    r"|oft_(?:blocks|diag|[rR])|dora_scale|on_input|\.diff(?:_b)?$|\.[wb]_norm$|\.set_weight$|\.alpha$"
+    r"|:\d+:(?:up|down)$|vera_lambda|lambda_layer|\.[ab][12]\.weight$"
 )
-"""A key that some adapter kind writes, in any dialect."""
+"""Found in a key that some adapter kind writes, in any dialect."""
 
-EMBEDDING_PART = r"(?:emb_params|clip_[lg](?:_out)?|t5(?:xxl)?|qwen\w*|string_to_(?:param|token)\b.*|<[^:]*>|\*|name|step|sd_checkpoint\w*)$"
+EMBEDDING_PART = (
+    r"(?:emb_params|clip_[lg](?:_out)?|t5(?:xxl)?|qwen\w*|string_to_(?:param|token)\b.*|<[^:]*>|\*"
+    r"|name|step|sd_checkpoint\w*)$"
+)
+DENOISER_PART = (
+    r"(?:diffusion_model\.|model\.|transformer\.|unet\.)?(?:double_blocks|single_blocks|joint_blocks|input_blocks"
+    r"|down_blocks|transformer_blocks|single_transformer_blocks|noise_refiner|blocks(?=\.0\.(?:self|cross)_attn))\.0\."
+)
+TEXT_ENCODER_PART = (
+    r"(?:(?:text_encoders?|transformer)\.)?(?:text_model|transformer\.resblocks|resblocks|token_embedding"
+    r"|encoder\.block\.\d+\.layer|shared|model\.embed_tokens)\."
+)
 
 OTHER_KINDS: tuple[OtherKind, ...] = (
     OtherKind("a ControlNet-LLLite", _any(r"lllite_"), adapter=True),
     OtherKind("a Control-LoRA (a ControlNet)", _any(r"lora_controlnet$"), adapter=True),
-    OtherKind("an IP-Adapter", _any(r"(?:ip_adapter|image_proj(?:_model)?|ip_adapter_proj_model)\."), adapter=True),
-    OtherKind("a textual inversion embedding; put its file into the embeddings folder", _all(EMBEDDING_PART), adapter=True),
+    OtherKind(
+        "an IP-Adapter",
+        _any(r"(?:ip_adapter|image_proj(?:_model)?|ip_adapter_proj_model)\."),
+        adapter=True,
+    ),
+    OtherKind(
+        "a textual inversion embedding, whose place is the embeddings folder",
+        _all(EMBEDDING_PART),
+        adapter=True,
+    ),
     OtherKind("a hypernetwork", _any(r"\d+\.[01]\.(?:linear|layers?)\b"), adapter=True),
-    OtherKind("a ControlNet", _any(r"(?:.*\.)?(?:control_model|controlnet_\w+|zero_convs|input_hint_block)\.")),
-    OtherKind("a T2I-Adapter", _any(r"(?:adapter\.)?body\.\d+\.")),
+    OtherKind(
+        "a ControlNet",
+        _any(r"(?:.*\.)?(?:control_model|controlnet_\w+|zero_convs|input_hint_block)\."),
+    ),
+    OtherKind("a T2I-Adapter", _any(r"(?:adapter\.)?body\.\d+\.(?:block|in_conv|resnets)")),
     OtherKind("an AnimateDiff motion module", _any(r".*motion_modules\.")),
-    OtherKind("a whole checkpoint", _any(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\.")),
     OtherKind(
-        "the denoiser of a whole model, not a LoRA",
-        _any(
-            r"(?:diffusion_model\.|model\.|transformer\.|unet\.)?(?:double_blocks\.0|single_blocks\.0|joint_blocks\.0"
-            r"|input_blocks\.0|down_blocks\.0|transformer_blocks\.0|single_transformer_blocks\.0|noise_refiner\.0"
-            r"|blocks\.0\.(?:self|cross)_attn|conv_in\.weight$(?=))"
-        ),
+        "a whole checkpoint",
+        _any(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\."),
     ),
-    OtherKind("a VAE", _any(r"(?:vae\.)?(?:encoder|decoder)\.(?:conv_in|down|up|mid|down_blocks|up_blocks|mid_block|conv1)\.")),
+    OtherKind("the denoiser of a whole model", _any(DENOISER_PART)),
     OtherKind(
-        "a CLIP vision model", _any(r"(?:vision_model|visual)\.(?!.*lora)"),
+        "a VAE",
+        _any(r"(?:vae\.)?(?:encoder|decoder)\.(?:conv_in|down|up|mid|down_blocks|up_blocks|mid_block|conv1)\."),
     ),
+    OtherKind("a CLIP vision model", _any(r"(?:vision_model|visual)\.")),
+    OtherKind("a text encoder", _any(TEXT_ENCODER_PART)),
     OtherKind(
-        "a text encoder",
-        _any(
-            r"(?:text_model\.|transformer\.text_model\.|text_encoders?\.|transformer\.resblocks\.|token_embedding\."
-            r"|encoder\.block\.\d+\.layer\.|shared\.weight$|model\.embed_tokens\.)"
-        ),
+        "an upscaler",
+        _any(r"(?:model\.\d+\.(?:sub\.|weight$)|RRDB_trunk\.|conv_first\.|body\.0\.rdb1)"),
     ),
-    OtherKind("an upscaler", _any(r"(?:model\.\d+\.(?:sub\.|weight$)|RRDB_trunk\.|conv_first\.|body\.0\.rdb1)")),
 )
 """What is taken for a LoRA, by key names; the first row that fits is told."""
 
@@ -172,8 +189,11 @@ def refuse_non_lora(header: Header, path: Path) -> None:
     """
     keys = header.tensors.keys()
     if not keys:
-        raise FileError(f"{path.name} holds {'metadata but ' if header.metadata else ''}no tensors; there is nothing to merge.")
-    is_adapter = any(ADAPTER_KEY.match(key) for key in keys)
+        what = "metadata but no tensors" if header.metadata else "no tensors"
+        raise FileError(f"{path.name} holds {what}; there is nothing to merge.")
+    is_adapter = any(map(ADAPTER_KEY.search, keys))
     for kind in OTHER_KINDS:
         if (kind.adapter or not is_adapter) and kind.found(keys):
-            raise UnsupportedError(f"{path.name} is {kind.what}; only adapters such as LoRA, LoCon, LoHa and LoKr can be merged.")
+            raise UnsupportedError(
+                f"{path.name} is {kind.what}; only adapters such as LoRA, LoCon, LoHa and LoKr can be merged."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -110,7 +110,7 @@ class BaseCheckpoint:
         looked = places[0][0].key
         raise IncompatibleError(
             f"The base model {self.path.name} has no layer {layer} (looked for {looked} and "
-            f"{len(places) - 1} other spellings). Give a checkpoint of {label} that holds this part of the model."
+            f"{len(places) - 1} other spellings). Give a checkpoint of {label} that holds this part of it."
         )
 
     def _shapes(self, sources: Iterable[CheckpointKey]) -> list[tuple[int, ...]]:
@@ -136,10 +136,13 @@ class BaseCheckpoint:
         file, name = self._keys[source.key]
         if file.tensors[name].dtype not in NUMBERS:
             raise UnsupportedError(
-                f"{self.path.name}: {name} is stored as {file.tensors[name].dtype}, that is quantised; give the "
-                "float16, bfloat16 or float8 version of the base model."
+                f"{self.path.name}: {name} is stored as {file.tensors[name].dtype}, that is quantised; give "
+                "the float16, bfloat16 or float8 version of the base model."
             )
-        tensor = file.read(name).to(torch.float32) * self._scale(source.key)
+        tensor = file.read(name).to(torch.float32)
+        scale = self._scale(source.key)
+        if scale != 1:
+            tensor *= scale
         if source.transposed:
             tensor = tensor.T
         if source.take is not None:
@@ -153,7 +156,7 @@ class BaseCheckpoint:
                 file, stored = self._keys[name]
                 if math.prod(file.tensors[stored].shape) != 1:
                     raise UnsupportedError(
-                        f"{self.path.name}: {key} has a scale per row; give the float16 or bfloat16 version of it."
+                        f"{self.path.name}: {key} has a scale per row; give the float16 or bfloat16 version."
                     )
                 return float(file.read(stored).reshape(-1)[0])
         return 1.0
@@ -184,22 +187,21 @@ def _whole_shape(
     """
     if len(sources) == 1 and sources[0].rows is None:
         return shapes[0]
-    totals: Mapping[tuple[int, ...], int] = {}
-    covered = []
+    wholes: set[tuple[int, ...]] = set()
+    covered: list[tuple[int, int]] = []
     for source, shape in zip(sources, shapes, strict=True):
         assert source.rows is not None
         spans, total = source.rows.spans(shape[0])
         covered += spans
-        totals = {**totals, (total, *shape[1:]): 1}
-    rows = next(iter(totals))[0]
+        wholes.add((total, *shape[1:]))
     end = 0
     for start, stop in sorted(covered):
         if start != end:
             break
         end = stop
-    if len(totals) != 1 or end != rows:
+    if len(wholes) != 1 or end != max(wholes)[0]:
         raise IncompatibleError(f"{where} is split into parts whose shapes do not fit together: {shapes}.")
-    return next(iter(totals))
+    return wholes.pop()
 
 
 def _parts(path: Path) -> list[tuple[str, Path]]:
@@ -211,7 +213,8 @@ def _parts(path: Path) -> list[tuple[str, Path]]:
     ] or [("", file) for file in _component_files(path)]
     if not parts:
         raise FileError(
-            f"{path} is a folder without a model: no unet, transformer or text_encoder with .safetensors files is in it."
+            f"{path} is a folder without a model: it has no unet, transformer or text_encoder with "
+            ".safetensors files in it."
         )
     return parts
 

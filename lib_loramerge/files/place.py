@@ -1,0 +1,292 @@
+"""Putting a finished file in its place: whole, only if asked over another, or not at all.
+
+Where the system allows it (Linux), the file has no name until it is whole, so that even a
+killed process leaves nothing behind. Elsewhere it has a temporary name that no host lists.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from lib_loramerge.errors import OutputError
+from lib_loramerge.files.recognise import size_text
+
+TEMPORARY_SUFFIX = ".part"
+BUFFER = 1 << 20
+IN_PROCESS = threading.Lock()
+
+
+def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse, before any work is done, a place where a file could not be written.
+
+    Raises:
+        OutputError: If the folder is missing or may not be written to, the name is taken,
+            too long or impossible.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise OutputError(f"{path.name!r} must end in .safetensors, as every WebUI expects.")
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; give the name of a file in it.")
+        if os.path.lexists(path) and not overwrite:
+            raise OutputError(f"{path} exists already; choose another name, or allow it to be overwritten.")
+        os.stat(path.parent)
+        if not path.parent.is_dir():
+            raise OutputError(f"{path.parent} is a file, so nothing can be written into it.")
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # A name that is too long fails here.
+        _remove_stale(path)
+        probe = _temporary_path(path)
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        with suppress(FileNotFoundError):  # Another writer may have tidied it up already.
+            os.unlink(probe)
+    except (OSError, ValueError) as error:
+        raise unwritable(path, error) from error
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse if a folder's disk has fewer than ``needed`` free bytes.
+
+    Raises:
+        OutputError: With both numbers.
+    """
+    free = free_space(folder)
+    if free is not None and free < needed:
+        raise OutputError(
+            f"The disk of {folder} is too full: {size_text(needed)} are needed, {size_text(free)} are free."
+        )
+
+
+def free_space(folder: Path) -> int | None:
+    """Free bytes on the disk of a folder, or None if the system does not tell."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def unwritable(path: Path, error: OSError | ValueError) -> OutputError:
+    """Why a file cannot be written, for people."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, FileExistsError):
+        return OutputError(f"{path} exists already; choose another name, or allow it to be overwritten.")
+    if number in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
+        return OutputError(f"The disk is full, so {path.name} was not written; nothing is left of it.")
+    if number == errno.ENAMETOOLONG:
+        return OutputError(f"The name {path.name[:60]!r}... is too long for this disk; choose a shorter one.")
+    if number == errno.EROFS or isinstance(error, PermissionError):
+        return OutputError(
+            f"{path} may not be written: the folder is protected, or another program (such as a WebUI that "
+            "has the file loaded) holds it. Choose another folder or name."
+        )
+    if isinstance(error, FileNotFoundError):
+        return OutputError(f"{path.parent} does not exist; make the folder first.")
+    if isinstance(error, OSError):
+        return OutputError(f"{path} cannot be written: {error.strerror or error}.")
+    return OutputError(f"{str(path)!r} is not a file name: {error}.")
+
+
+@contextmanager
+def output(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
+    """Yield a file to write; it gets its name only if the block ends well.
+
+    Raises:
+        OutputError: If anything goes wrong with the file; nothing is left then.
+    """
+    try:
+        _remove_stale(path)
+        with _unnamed(path.parent) as unnamed:
+            if unnamed is not None:
+                yield unnamed
+                if _name_unnamed(unnamed, path, overwrite):
+                    _flush_folder(path.parent)
+                    return
+                with _named(path, overwrite) as named:  # /proc is missing: copy it, the rare way.
+                    unnamed.seek(0)
+                    shutil.copyfileobj(unnamed, named, BUFFER)
+                    named.flush()
+                    os.fsync(named.fileno())
+                return
+        with _named(path, overwrite) as named:
+            yield named
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextmanager
+def _unnamed(folder: Path) -> Iterator[BinaryIO | None]:
+    """A file that vanishes with the process, where the system has such files (Linux)."""
+    number = -1
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        with suppress(OSError):  # Not every file system has them.
+            number = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    if number < 0:
+        yield None
+        return
+    with os.fdopen(number, "w+b", buffering=BUFFER) as file:
+        _lock(number)  # For the moment in which it has a temporary name.
+        yield file
+
+
+def _name_unnamed(file: BinaryIO, path: Path, overwrite: bool) -> bool:
+    """Give a finished file its name; False if this system cannot.
+
+    A link to an existing name fails, so of two merges that race for a name one loses. To
+    replace, the link gets a temporary name first, as no link replaces.
+    """
+    target = _temporary_path(path) if overwrite and os.path.lexists(path) else path
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # With a folder given, Python follows the link in /proc to the file itself.
+        os.link(f"/proc/self/fd/{file.fileno()}", target, src_dir_fd=folder)
+    except FileExistsError:
+        if not overwrite:
+            raise
+        return _name_unnamed(file, path, overwrite)  # It appeared just now.
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
+            return False
+        raise
+    finally:
+        os.close(folder)
+    if target != path:
+        try:
+            os.replace(target, path)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    return True
+
+
+@contextmanager
+def _named(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file of a temporary name beside its place, renamed if the block ends well."""
+    temporary, number = _create_locked(path)
+    try:
+        with os.fdopen(number, "w+b", buffering=BUFFER) as file:
+            yield file
+            if os.name != "nt":  # Renamed while locked, so that nobody takes it for a stale one.
+                _rename(temporary, path, overwrite)
+        if os.name == "nt":  # Which renames no open file.
+            _rename(temporary, path, overwrite)
+        _flush_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a finished file its name, replacing another only if that was asked for."""
+    if overwrite:
+        _patiently(lambda: os.replace(temporary, path))
+    elif os.name == "nt":
+        _patiently(lambda: os.rename(temporary, path))  # Fails there if the name is taken.
+    else:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # A file system without links, such as exFAT.
+            with IN_PROCESS:
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, "exists", str(path)) from None
+                os.replace(temporary, path)
+
+
+def _patiently(rename: Callable[[], None]) -> None:
+    """Try again for a second: on Windows a virus scanner may hold a new file for a moment."""
+    for _ in range(10 if os.name == "nt" else 0):
+        try:
+            rename()
+            return
+        except FileExistsError:
+            raise
+        except PermissionError:
+            time.sleep(0.1)
+    rename()
+
+
+def _temporary_stem(path: Path) -> str:
+    """Start of the temporary names of a target: short, whatever the target is called."""
+    return f".loramerge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+
+
+def _temporary_path(path: Path) -> Path:
+    """A new name that no host lists as a LoRA."""
+    return path.with_name(f"{_temporary_stem(path)}{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
+
+
+def _create_locked(path: Path) -> tuple[Path, int]:
+    """Create a temporary file and hold a lock on it, which says that its process lives."""
+    while True:
+        temporary = _temporary_path(path)
+        number = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
+        if os.name == "nt":
+            return temporary, number  # An open file cannot be removed there.
+        _lock(number)
+        with suppress(OSError):  # Removed as stale before it was locked: take another.
+            if os.stat(temporary).st_ino == os.fstat(number).st_ino:
+                return temporary, number
+        os.close(number)
+
+
+def _lock(number: int) -> None:
+    """Hold a lock on an open file, where the file system has locks."""
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(number, fcntl.LOCK_EX)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes left of an earlier try to write the same file."""
+    stem = _temporary_stem(path)
+    with suppress(OSError), os.scandir(path.parent) as found:
+        for entry in found:
+            ours = entry.name.startswith(stem) and entry.name.endswith(TEMPORARY_SUFFIX)
+            if ours and _is_abandoned(entry.path):
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _is_abandoned(temporary: str) -> bool:
+    """True if no living process holds the lock on a temporary file."""
+    if os.name == "nt":
+        return True  # Removing one that is in use fails there.
+    import fcntl
+
+    try:
+        number = os.open(temporary, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # A file system without locks: judge by age.
+        return time.time() - os.fstat(number).st_mtime > 86_400
+    finally:
+        os.close(number)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name durable; Windows and some network disks have no way to."""
+    if os.name == "nt":
+        return
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
