@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from .core import NOISE, Spectrum, decompose, gram, truncate
+from .core import NOISE, Grams, Spectrum, decompose, gram, grams, truncate
 from .dense import decompose_dense, truncate_dense
-from .measure import cosine, inner, norm, relative_error
+from .measure import Overlap, cosine, inner, norm, overlap, relative_error, sign_conflict
 from .storing import Stored, realize, store, store_truncated, write_layer
 from .threads import available_cores, parallel_map, single_thread
+from .together import full_precision, write_layers
 from .types import Delta, Dense, LayerDelta, LowRank, check_same_shape, place_rows, scaled, stack, take_rows
 
 __all__ = [
     "NOISE",
     "Delta",
     "Dense",
+    "Grams",
     "LayerDelta",
     "LowRank",
+    "Overlap",
     "Spectrum",
     "Stored",
     "available_cores",
@@ -22,14 +25,18 @@ __all__ = [
     "cosine",
     "decompose",
     "decompose_dense",
+    "full_precision",
     "gram",
+    "grams",
     "inner",
     "norm",
+    "overlap",
     "parallel_map",
     "place_rows",
     "realize",
     "relative_error",
     "scaled",
+    "sign_conflict",
     "single_thread",
     "stack",
     "store",
@@ -38,4 +45,5 @@ __all__ = [
     "truncate",
     "truncate_dense",
     "write_layer",
+    "write_layers",
 ]

@@ -1,24 +1,25 @@
 """Singular values and best low-rank approximations of a sum of low-rank deltas, never formed whole.
 
-With the sum written ``W = X diag(c) Y`` (X the ups side by side, Y the downs stacked, R components),
-everything is found from the two R x R Gram matrices in float64::
+With the sum written ``W = X diag(g) Y`` (X the ups side by side, Y the downs stacked, R components, g what
+each component counts), everything is found from two R x R Gram matrices in float64::
 
-    GX = X^T X,  GY = Y Y^T              both scaled by what each component counts
-    GY = L L^T                           Cholesky; eigenvectors where it is singular
-    C  = L^T GX L = Q diag(s^2) Q^T      one eigenproblem of R x R
-    up = X (L Q s^-1/2),  down = (L^-T Q s^1/2)^T Y
+    GX = X^T X,  GY = Y Y^T
+    GY = L L^T                                   Cholesky; eigenvectors where it is singular
+    C  = (g L)^T GX (g L) = Q diag(s^2) Q^T      one eigenproblem of R x R
+    up = X (g L Q s^-1/2),  down = (L^-T Q s^1/2)^T Y
 
-Tensors may carry leading batch dimensions: on an accelerator the layers of one shape go through the
-large products together.
+Scaling a component's two factors against each other by a power of two changes nothing but exponents on this
+way, so badly balanced factors need no care.
 
-Source: the Gram form of the factored SVD (thin QR of both factors and an SVD of the small middle), which
-Golub and Van Loan describe for products; the squared condition is harmless here because singular values
-are judged against the size of the inputs, in float64.
+Source: the singular value decomposition of a product by way of its small factors (Golub and Van Loan,
+    Matrix Computations). Forming Gram matrices squares the condition, which is harmless here: it is
+    done in float64, and singular values are judged against the size of the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,21 @@ from torch import Tensor
 
 from .types import LowRank
 
-NOISE = 1e-7  # A singular value below this part of the inputs' size is rounding noise of a cancellation.
-_CHUNK = 1024  # Rows turned to float64 at a time: a chunk of 256 columns stays in the processor's cache.
-_SINGULAR = 1e-6  # Smallest ratio of pivots for which Cholesky is trusted.
-_NULL = 1e-14  # Part of the largest eigenvalue of GY below which a direction is not there.
+NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
+_CHUNK = 1024  # Columns turned to float64 at a time: 256 rows of them stay in the processor's cache.
+_BLOCK = 64  # Rows of a Gram matrix made by one product.
+_SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
+_NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
+
+Mixing = Callable[[int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Grams:
+    """The two small matrices that tell all about a low-rank delta: both (R, R) float64, on the CPU."""
+
+    up: Tensor
+    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,20 +49,22 @@ class Spectrum:
     """A delta's singular values, and what is needed to write any truncation of it.
 
     Attributes:
-        values: (k,) float64, descending; those that are noise are left out, so k is the numerical rank.
+        values: (k,) float64 on the CPU, descending; noise is left out, so k is the numerical rank.
         energy: Squared Frobenius norm of the delta.
         size: Frobenius size of the inputs, ``sum_i |w_i| * norm(delta_i)``.
         source: The delta itself.
-        left, right: (R, k) float64: ``up = source.up @ left * sqrt(values)``,
-            ``down = sqrt(values) * right^T @ source.down``. None when only the values were asked for.
+        mixing: ``mixing(k)`` gives two (R, k) float64 matrices: the best approximation of rank k has
+            ``up = source.up @ left`` and ``down = right^T @ source.down``. None when only the values
+            were asked for.
+        beyond: Squared norm of what ``values`` do not tell, where only the largest were looked for.
     """
 
     values: Tensor
     energy: float
     size: float
     source: LowRank
-    left: Tensor | None = None
-    right: Tensor | None = None
+    mixing: Mixing | None = None
+    beyond: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -58,35 +72,61 @@ class Spectrum:
 
     def tail(self, rank: int) -> float:
         """Squared error of the best approximation of this rank."""
-        return max(0.0, float((self.values[rank:] ** 2).sum()))
+        return float(self.values[rank:].square().sum()) + self.beyond
 
 
-def decompose(delta: LowRank, size: float | None = None, *, vectors: bool = True) -> Spectrum:
+def gram(rows: Tensor) -> Tensor:
+    """``rows @ rows^T`` in float64, (..., R, R), of rows (..., R, n) in any float dtype."""
+    rank, length = rows.shape[-2:]
+    total = rows.new_zeros((*rows.shape[:-1], rank), dtype=torch.float64)
+    for start in range(0, length, _CHUNK):
+        piece = _double(rows[..., start : start + _CHUNK])
+        for top in range(0, rank, _BLOCK):  # the lower triangle, in strips: it tells the upper one
+            end = min(top + _BLOCK, rank)
+            total[..., top:end, :end] += piece[..., top:end, :] @ piece[..., :end, :].mT
+    for top in range(_BLOCK, rank, _BLOCK):
+        total[..., :top, top : top + _BLOCK] = total[..., top : top + _BLOCK, :top].mT
+    return total
+
+
+def grams(delta: LowRank) -> Grams:
+    """The Gram matrices of a delta's factors, without its gains."""
+    return Grams(gram(delta.up.mT).cpu(), gram(delta.down).cpu())
+
+
+def decompose(
+    delta: LowRank, size: float | None = None, *, vectors: bool = True, small: Grams | None = None
+) -> Spectrum:
     """Singular values (and vectors) of a low-rank delta.
 
     Args:
-        delta: What :func:`stack` gave, or any low-rank delta.
-        size: Size of the inputs that noise is judged against; by default taken from ``delta.parts``.
+        delta: What ``stack`` gave, or any low-rank delta.
+        size: Size of the inputs that noise is judged against; by default that of ``delta.parts``.
         vectors: False when only the values are needed.
+        small: The delta's Gram matrices where they are known already.
     """
     if min(delta.out, delta.in_) < delta.rank:
-        return _decompose_small(delta, size, vectors)
-    gram_up, gram_down = gram(delta.up.mT), gram(delta.down)
+        return _decompose_short(delta, size, vectors)
+    small = small or grams(delta)
     gains = delta.component_gains()
-    balance = _balance(gram_up, gram_down, gains)
-    outer = balance * gains
-    gram_up = gram_up * outer[:, None] * outer
-    gram_down = gram_down / balance[:, None] / balance
-    size = _inputs_size(gram_up, gram_down, delta.parts) if size is None else size
-    energy = float((gram_up * gram_down).sum().clamp(min=0))
-    low, inverse = _root(gram_down)
-    core = low.mT @ gram_up @ low
-    values, q = _eigen(core, size, vectors)
+    energy, inputs = _sizes(small, gains, delta.parts)
+    size = inputs if size is None else size
+    low, solve = _root(small.down)
+    weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
+    core = weighted.mT @ small.up @ weighted
     if not vectors:
-        return Spectrum(values, energy, size, delta)
-    left = outer[:, None] * (low @ q) / values
-    right = (inverse @ q) / balance[:, None]
-    return Spectrum(values, energy, size, delta, left, right)
+        return Spectrum(_above_noise(torch.linalg.eigvalsh(core), size), energy, size, delta)
+    squares, q = torch.linalg.eigh(core)
+    values = _above_noise(squares, size)
+
+    def mixing(rank: int) -> tuple[Tensor, Tensor]:
+        first = q[:, q.shape[1] - rank :].flip(1)
+        root = values[:rank].sqrt()
+        left = weighted @ (first / root)
+        first *= root
+        return left, solve(first)
+
+    return Spectrum(values, energy, size, delta, mixing)
 
 
 def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -94,91 +134,89 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
 
     Args:
         spectrum: From :func:`decompose` with vectors.
-        rank: Wanted rank; a rank above the numerical one gives a smaller delta, never padding.
-        dtype: Precision of the large products.
+        rank: Wanted rank; one above the numerical rank gives a smaller delta, never padding.
+        dtype: Precision of the large products and of the result.
 
     Source: Eckart and Young 1936.
     """
-    assert spectrum.left is not None and spectrum.right is not None
+    if spectrum.mixing is None:
+        raise ValueError("this spectrum was made without vectors")
     rank = min(rank, spectrum.rank)
-    root = spectrum.values[:rank].sqrt()
+    left, right = spectrum.mixing(rank)
     source = spectrum.source
-    up = source.up.to(dtype) @ (spectrum.left[:, :rank] * root).to(dtype)
-    down = (spectrum.right[:, :rank] * root).mT.contiguous().to(dtype) @ source.down.to(dtype)
+    device = source.up.device
+    up = source.up.to(dtype) @ left.to(device, dtype)
+    down = right.mT.contiguous().to(device, dtype) @ source.down.to(dtype)
     return LowRank(up, down, float(rank), source.kernel)
 
 
-def gram(rows: Tensor) -> Tensor:
-    """``rows @ rows^T`` in float64, (..., R, R), of rows (..., R, n) in any float dtype."""
-    total = torch.zeros((*rows.shape[:-1], rows.shape[-2]), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[-1], _CHUNK):
-        piece = rows[..., start : start + _CHUNK].double()
-        total += piece @ piece.mT
-    return total
+def _double(tensor: Tensor) -> Tensor:
+    """In float64. Half precision goes by way of float32, which torch does three times as fast."""
+    return tensor.double() if tensor.element_size() >= 4 else tensor.float().double()
 
 
-def _balance(gram_up: Tensor, gram_down: Tensor, gains: Tensor) -> Tensor:
-    """(R,) powers of two that make a component's two factors about equally large, which is exact."""
-    up = gram_up.diagonal(dim1=-2, dim2=-1) * gains**2
-    down = gram_down.diagonal(dim1=-2, dim2=-1)
-    exponent = (down.log2() - up.log2()) / 4
-    return torch.exp2(torch.nan_to_num(exponent, nan=0.0, posinf=0.0, neginf=0.0).round())
+def _sizes(small: Grams, gains: Tensor, parts: Sequence[int]) -> tuple[float, float]:
+    """Squared norm of the delta, and the sum of the norms of its parts."""
+    product = small.up * small.down
+    energy = float(gains @ product @ gains)
+    if len(parts) < 2:
+        return max(0.0, energy), max(0.0, energy) ** 0.5
+    size = 0.0
+    for start, stop in itertools.pairwise(itertools.accumulate(parts, initial=0)):
+        own = gains[start:stop]
+        size += max(0.0, float(own @ product[start:stop, start:stop] @ own)) ** 0.5
+    return max(0.0, energy), size
 
 
-def _inputs_size(gram_up: Tensor, gram_down: Tensor, parts: Sequence[int]) -> float:
-    """``sum_i norm(part_i)`` from the diagonal blocks of the Gram matrices."""
-    product = gram_up * gram_down
-    start, size = 0, 0.0
-    for part in parts or (product.shape[-1],):
-        block = product[start : start + part, start : start + part]
-        size += float(block.sum().clamp(min=0).sqrt())
-        start += part
-    return size
+def _root(gram_down: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """L (R, k) with ``L L^T = gram_down``, and the function ``matrix -> L^-T @ matrix``.
 
-
-def _root(gram_down: Tensor) -> tuple[Tensor, Tensor]:
-    """L (R, k) with ``L L^T = gram_down`` and the transpose of its (pseudo)inverse."""
+    Where rows depend on each other (the same LoRA twice, a zero row), L comes from the eigenvectors of the
+    rows brought to length 1, and directions that no row has are left out: k < R.
+    """
     low, info = torch.linalg.cholesky_ex(gram_down)
-    pivots = low.diagonal()
-    if int(info) == 0 and bool(pivots.min() >= _SINGULAR * pivots.max()):
-        eye = torch.eye(low.shape[-1], dtype=low.dtype, device=low.device)
-        return low, torch.linalg.solve_triangular(low, eye, upper=False).mT
-    values, vectors = torch.linalg.eigh(gram_down)
-    kept = values > _NULL * values.max().clamp(min=0)
-    root, basis = values[kept].sqrt(), vectors[:, kept]
-    return basis * root, basis / root
+    lengths = gram_down.diagonal().sqrt()
+    if int(info) == 0 and bool((low.diagonal() >= _SINGULAR * lengths).all()):
+        return low, lambda matrix: torch.linalg.solve_triangular(low.mT, matrix, upper=True)
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))[:, None]
+    values, vectors = torch.linalg.eigh(gram_down / lengths / lengths.mT)
+    kept = values > _NULL * values[-1:].clamp(min=0)
+    basis, root = vectors[:, kept], values[kept].sqrt()
+    return lengths * basis * root, lambda matrix: (basis / root / lengths) @ matrix
 
 
-def _eigen(core: Tensor, size: float, vectors: bool) -> tuple[Tensor, Tensor]:
-    """Singular values above the noise, descending, and the eigenvectors that belong to them."""
-    if vectors:
-        squares, q = torch.linalg.eigh(core)
-    else:
-        squares, q = torch.linalg.eigvalsh(core), core
-    values = squares.clamp(min=0).sqrt()
-    kept = int((values > NOISE * size).sum())
-    values = values.flip(-1)[:kept]
-    return values, q.flip(-1)[:, :kept] if vectors else q
+def _above_noise(squares: Tensor, size: float) -> Tensor:
+    """Singular values in falling order without those that are noise; squares come rising."""
+    values = squares.clamp(min=0).sqrt().flip(0)
+    return values[: int((values > NOISE * size).sum())]
 
 
-def _decompose_small(delta: LowRank, size: float | None, vectors: bool) -> Spectrum:
-    """Like :func:`decompose` for more components than the shorter side holds: the short side takes their place."""
-    gains = delta.component_gains().to(delta.up.device)
+def _decompose_short(delta: LowRank, size: float | None, vectors: bool) -> Spectrum:
+    """:func:`decompose` for more components than the shorter side has: that side takes their place."""
+    gains = delta.component_gains()
     if size is None:
-        edges = [0]
-        for part in delta.parts or (delta.rank,):
-            edges.append(edges[-1] + part)
-        size = sum(
-            float(
-                (gram(delta.up[:, a:b].mT) * gram(delta.down[a:b]) * gains[a:b, None] * gains[a:b])
-                .sum()
-                .clamp(min=0)
-                .sqrt()
-            )
-            for a, b in zip(edges, edges[1:])
-        )
-    whole = (delta.up.double() * gains) @ delta.down.double()
-    side = min(delta.out, delta.in_)
-    eye = torch.eye(side, dtype=torch.float64, device=whole.device)
-    up, down = (eye, whole) if delta.out == side else (whole, eye)
-    return decompose(LowRank(up, down, float(side), delta.kernel), size, vectors=vectors)
+        _, size = _sizes(grams(delta), gains, delta.parts)
+    whole = (delta.up.double() * gains.to(delta.up.device)) @ delta.down.double()
+    return decompose_whole(whole, size, delta.kernel, vectors=vectors)
+
+
+def decompose_whole(
+    whole: Tensor, size: float, kernel: tuple[int, ...] = (), *, vectors: bool = True
+) -> Spectrum:
+    """All singular values (and vectors) of a matrix (out, in), from the Gram matrix of its shorter side."""
+    wide = whole.shape[0] <= whole.shape[1]
+    square = gram(whole if wide else whole.mT)
+    energy = float(square.diagonal().sum())
+    eye = torch.eye(square.shape[0], dtype=whole.dtype, device=whole.device)
+    source = LowRank(*((eye, whole) if wide else (whole, eye)), float(square.shape[0]), kernel)
+    if not vectors:
+        return Spectrum(_above_noise(torch.linalg.eigvalsh(square).cpu(), size), energy, size, source)
+    squares, q = (part.cpu() for part in torch.linalg.eigh(square))
+    values = _above_noise(squares, size)
+
+    def mixing(rank: int) -> tuple[Tensor, Tensor]:
+        first = q[:, q.shape[1] - rank :].flip(1)
+        root = values[:rank].sqrt()
+        return (first * root, first / root) if wide else (first / root, first * root)
+
+    return Spectrum(values, energy, size, source, mixing)

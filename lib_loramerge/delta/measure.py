@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .core import gram
 from .types import Delta, Dense, LowRank
 
 _EXACT_BELOW = 1e-8  # Squared relative distance under which the Gram form would lose digits to cancellation.
@@ -42,6 +44,43 @@ def cosine(a: Delta, b: Delta) -> float:
     return inner(a, b) / size if size > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """How much two deltas of one layer have to do with each other.
+
+    Attributes:
+        cosine: Of the angle between them, -1 to 1.
+        inputs: Mean squared cosine of the principal angles of their row spaces, 0 (they look at different
+            features) to 1 (at the same).
+        outputs: The same of their column spaces: whether they write to the same features.
+    """
+
+    cosine: float
+    inputs: float
+    outputs: float
+
+
+def overlap(a: LowRank, b: LowRank) -> Overlap:
+    """Similarity of two low-rank deltas, from their factors."""
+    return Overlap(
+        cosine=cosine(a, b),
+        inputs=_shared(a.down, b.down),
+        outputs=_shared(a.up.mT, b.up.mT),
+    )
+
+
+def sign_conflict(a: Delta, b: Delta, rows: int = 64) -> float:
+    """Share of elements, weighted by ``|a b|``, where two deltas pull in opposite directions.
+
+    0.5 is what unrelated deltas give. Counted on about ``rows`` rows, evenly spread, formed for it.
+    """
+    step = max(1, a.out // rows)
+    first, second = _rows(a, step), _rows(b, step)
+    product = first * second
+    total = float(product.abs().sum())
+    return float(product.clamp(max=0).abs().sum()) / total if total > 0 else 0.0
+
+
 def relative_error(exact: Delta, written: Delta) -> tuple[float, float]:
     """Squared distance of ``written`` from ``exact``, and the squared norm of ``exact``.
 
@@ -63,3 +102,25 @@ def _distance_by_qr(a: LowRank, b: LowRank) -> float:
     right = torch.cat([a.down.double(), b.down.double()])
     r_left, r_right = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.mT, mode="r").R
     return float(((r_left @ r_right.mT) ** 2).sum())
+
+
+def _shared(a: Tensor, b: Tensor) -> float:
+    """Mean squared cosine of the principal angles between the row spaces of (r, n) and (s, n)."""
+    first, second = _whitener(gram(a)), _whitener(gram(b))
+    least = min(first.shape[1], second.shape[1])
+    if not least:
+        return 0.0
+    return min(1.0, float((first.mT @ cross(a, b) @ second).square().sum()) / least)
+
+
+def _whitener(square: Tensor) -> Tensor:
+    """(r, k) matrix that makes rows with this Gram matrix orthonormal; directions of no size are left out."""
+    values, vectors = torch.linalg.eigh(square)
+    kept = values > 1e-12 * values[-1:].clamp(min=0)
+    return vectors[:, kept] / values[kept].sqrt()
+
+
+def _rows(delta: Delta, step: int) -> Tensor:
+    if isinstance(delta, Dense):
+        return delta.weight[::step].double()
+    return (delta.up[::step].double() * delta.component_gains().to(delta.up.device)) @ delta.down.double()

@@ -1,4 +1,4 @@
-"""Rounding a delta to the dtype it is saved in, and what the rounding costs."""
+"""Rounding a delta to the dtype it is saved in, and the error of exactly what is written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from .core import Spectrum, decompose, gram, truncate
 from .dense import decompose_dense
 from .types import Delta, LowRank
 
+_CANCELLED = 1e-2  # A sum this much smaller than its inputs is multiplied out in float64.
+_SUBNORMAL = 8  # Factors whose mean size is below this many times the least normal number are scaled up.
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -24,8 +27,8 @@ class Stored:
         down: (rank, in * kh * kw) in the output dtype.
         alpha: Value of the alpha tensor (float32).
         kernel: (kh, kw) or ().
-        error_sq: Squared Frobenius distance of these very tensors from the exact sum.
-        exact_sq: Squared Frobenius norm of the exact sum.
+        error_sq: Squared Frobenius distance of these very tensors from the exact delta.
+        exact_sq: Squared Frobenius norm of the exact delta.
     """
 
     up: Tensor
@@ -40,69 +43,173 @@ class Stored:
         return self.down.shape[0]
 
     def delta(self) -> LowRank:
+        """The written tensors as a delta."""
         return LowRank(self.up, self.down, self.alpha, self.kernel)
 
 
-def store(delta: LowRank, dtype: torch.dtype) -> Stored:
-    """Round a low-rank delta's factors to ``dtype``; alpha is kept where the dtype's range allows.
+def write_layer(
+    delta: Delta,
+    dtype: torch.dtype,
+    choose: Callable[[Spectrum], int] | None = None,
+    *,
+    most: int | None = None,
+) -> Stored | None:
+    """What is written of one merged layer: the cut, the rounding, and the measured error.
 
-    Raises:
-        OutputError: The delta is too large to be stored in this dtype.
+    Args:
+        delta: A method's result; a sum made by ``stack`` is judged against its exact value.
+        dtype: Output dtype.
+        choose: Rank rule, given the spectrum; None keeps all components as they are (low-rank deltas only).
+        most: The largest rank that ``choose`` can give, where that is known; makes dense deltas much faster.
+
+    Returns:
+        None when nothing is left of the layer (weights 0, or inputs that cancel).
     """
-    delta = fit(realize(delta), dtype)
-    up, down = delta.up.to(dtype), delta.down.to(dtype)
-    if not (bool(up.isfinite().all()) and bool(down.isfinite().all())):
-        raise OutputError(f"A layer is too large for {str(dtype).removeprefix('torch.')}. Save as float32.")
-    error_sq = rounding_error(delta, up, down)
-    exact_sq = delta.scale**2 * float((gram(delta.up.mT) * gram(delta.down)).sum())
-    return Stored(up, down, delta.alpha, delta.kernel, error_sq, max(0.0, exact_sq))
+    if choose is None and isinstance(delta, LowRank):
+        stored = store(delta, dtype)
+        return stored if stored.exact_sq > 0 else None
+    spectrum = decompose(delta) if isinstance(delta, LowRank) else decompose_dense(delta, most)
+    rank = choose(spectrum) if choose else spectrum.rank
+    return store_truncated(spectrum, rank, dtype) if rank else None
 
 
 def store_truncated(spectrum: Spectrum, rank: int, dtype: torch.dtype) -> Stored:
-    """The best approximation of this rank, rounded to ``dtype``, with its whole error against the exact sum."""
-    work = torch.float64 if dtype == torch.float32 else torch.float32
-    best = truncate(spectrum, rank, work)
-    stored = store(best, dtype)
-    return replace(stored, error_sq=stored.error_sq + spectrum.tail(rank), exact_sq=spectrum.energy)
+    """The best approximation of a rank, rounded to ``dtype``; its error against the exact delta is measured.
+
+    The error has two parts that are orthogonal to each other: what the rank leaves out, known from the
+    singular values, and what the rounding does, taken from the rounded tensors.
+    """
+    rank = min(rank, spectrum.rank)
+    values = spectrum.values[:rank]
+    best = truncate(spectrum, rank, working_dtype(spectrum, dtype))
+    if not roots_in_range(values, max(best.out, best.in_), dtype):
+        best = fit(best, dtype)
+    up, down = best.up.to(dtype), best.down.to(dtype)
+    rounding = orthogonal_rounding_error(best, up, down, values)
+    _check_finite(rounding, best.alpha, dtype)
+    return Stored(up, down, best.alpha, best.kernel, spectrum.tail(rank) + rounding, spectrum.energy)
+
+
+def store(delta: LowRank, dtype: torch.dtype) -> Stored:
+    """Any low-rank delta rounded to ``dtype`` with all its components.
+
+    Raises:
+        OutputError: The delta is too large for this dtype.
+    """
+    exact = fit(realize(delta), dtype)
+    up, down = exact.up.to(dtype), exact.down.to(dtype)
+    error_sq = rounding_error(exact, up, down)
+    _check_finite(error_sq, exact.alpha, dtype)
+    exact_sq = exact.scale**2 * float((gram(exact.up.mT) * gram(exact.down)).sum())
+    return Stored(up, down, exact.alpha, exact.kernel, error_sq, max(0.0, exact_sq))
 
 
 def realize(delta: LowRank) -> LowRank:
-    """The same delta with its gains multiplied into the factors: half (sqrt) each, the sign on up.
+    """The same delta without gains: the root of each multiplied into both factors, its sign into up.
 
-    Alpha stays, as :func:`stack` chose it. Factors come in float64.
+    Alpha stays as ``stack`` chose it. Factors come in float64, so that nothing is rounded yet.
     """
     if delta.gains is None:
         return delta
-    root = delta.gains.abs().sqrt()
-    up = delta.up.double() * (root * delta.gains.sign())
-    return LowRank(up, delta.down.double() * root[:, None], delta.alpha, delta.kernel, delta.parts)
+    gains = delta.gains.to(delta.up.device)
+    root = gains.abs().sqrt()
+    up = delta.up.double() * (root * gains.sign())
+    down = delta.down.double() * root[:, None]
+    return LowRank(up, down, delta.alpha, delta.kernel, delta.parts)
 
 
 def fit(delta: LowRank, dtype: torch.dtype) -> LowRank:
-    """Bring factors into the normal range of ``dtype`` by powers of two, which are exact; mostly nothing to do."""
+    """Bring factors into the normal range of ``dtype`` by powers of two, which are exact; mostly nothing to do.
+
+    Each component is balanced between up and down first; what is left to do goes into alpha.
+    """
     if _in_range(delta.up, dtype) and _in_range(delta.down, dtype):
         return delta
-    columns = delta.up.double().norm(dim=0)
-    rows = delta.down.double().norm(dim=1)
-    shift = torch.exp2(
-        torch.nan_to_num((rows.log2() - columns.log2()) / 2, nan=0.0, posinf=0.0, neginf=0.0).round()
-    )
-    up, down = delta.up.double() * shift, delta.down.double() / shift[:, None]
+    up, down = delta.up.double(), delta.down.double()
+    columns, rows = up.abs().amax(0), down.abs().amax(1)
+    shift = torch.nan_to_num((rows.log2() - columns.log2()) / 2, nan=0.0, posinf=0.0, neginf=0.0)
+    shift = torch.exp2(shift.round())
+    up, down = up * shift, down / shift[:, None]
     largest = max(float(up.abs().max()), float(down.abs().max()))
-    power = 0 if largest == 0 else -round(math.log2(largest))
+    power = -round(math.log2(largest)) if largest > 0 else 0
     return replace(delta, up=up * 2.0**power, down=down * 2.0**power, alpha=delta.alpha * 4.0**-power)
 
 
-def rounding_error(delta: LowRank, up: Tensor, down: Tensor) -> float:
-    """Squared norm of ``scale * (up @ down - delta.up @ delta.down)``, without forming either product.
+def rounding_error(exact: LowRank, up: Tensor, down: Tensor) -> float:
+    """Squared norm of ``scale * (up @ down - exact.up @ exact.down)``, without forming either product.
 
-    The difference is ``up * d_down + d_up * delta.down``, whose terms are as small as the rounding is, so
+    The difference is ``up @ d_down + d_up @ exact.down``: its terms are as small as the rounding, so
     nothing cancels.
     """
-    d_up, d_down = up.double() - delta.up.double(), down.double() - delta.down.double()
+    d_up, d_down = up.double() - exact.up.double(), down.double() - exact.down.double()
     left = torch.cat([up.double(), d_up], dim=1)
-    right = torch.cat([d_down, delta.down.double()])
-    return max(0.0, delta.scale**2 * float((gram(left.mT) * gram(right)).sum()))
+    right = torch.cat([d_down, exact.down.double()])
+    error_sq = exact.scale**2 * float((gram(left.mT) * gram(right)).sum())
+    return 0.0 if error_sq < 0 else error_sq
+
+
+def orthogonal_rounding_error(exact: LowRank, up: Tensor, down: Tensor, values: Tensor) -> float:
+    """:func:`rounding_error` for factors with orthogonal components, as :func:`truncate` makes them.
+
+    The distance of each component from its rounded self is taken in full; distances of different components
+    are orthogonal to first order, and rounding is far below second order. Where a component is off by more
+    than rounding can be, the general formula is taken.
+
+    Args:
+        exact: The factors before rounding.
+        up, down: The factors as written.
+        values: (rank,) float64 singular values of the exact delta.
+    """
+    errors = component_errors(exact.up, exact.down, up, down)
+    if not off_by_rounding(errors, values / exact.scale, up.dtype):
+        return rounding_error(exact, up, down)
+    return exact.scale**2 * float(errors.sum())
+
+
+def component_errors(up: Tensor, down: Tensor, written_up: Tensor, written_down: Tensor) -> Tensor:
+    """(..., rank) float64 on the CPU: ``norm(written_up_j written_down_j - up_j down_j)**2`` of each component.
+
+    Args:
+        up, down: (..., out, rank) and (..., rank, in) factors before rounding.
+        written_up, written_down: The same after rounding.
+    """
+    d_up, d_down = written_up.to(up.dtype) - up, written_down.to(down.dtype) - down
+    u_sq, v_sq = _sums(up, up, -2), _sums(down, down, -1)
+    du_sq, dv_sq = _sums(d_up, d_up, -2), _sums(d_down, d_down, -1)
+    u_du, v_dv = _sums(up, d_up, -2), _sums(down, d_down, -1)
+    first = u_sq * dv_sq + du_sq * v_sq + 2 * u_du * v_dv
+    return first + du_sq * dv_sq + 2 * (u_du * dv_sq + du_sq * v_dv)
+
+
+def _sums(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return (a * b).sum(dim).cpu().double()
+
+
+def _check_finite(error_sq: float, alpha: float, dtype: torch.dtype) -> None:
+    """An overflow anywhere in the written tensors makes their distance from the exact ones infinite or NaN."""
+    if not (math.isfinite(error_sq) and abs(alpha) < torch.finfo(torch.float32).max):
+        name = str(dtype).removeprefix("torch.")
+        raise OutputError(
+            f"A layer is too large to be saved as {name}. Save as float32, or lower the strengths."
+        )
+
+
+def working_dtype(spectrum: Spectrum, dtype: torch.dtype) -> torch.dtype:
+    """Precision of the large products: float32 is enough for a 16-bit result that did not nearly cancel."""
+    cancelled = spectrum.energy <= (_CANCELLED * spectrum.size) ** 2
+    return torch.float64 if cancelled or torch.finfo(dtype).bits >= 32 else torch.float32
+
+
+def roots_in_range(values: Tensor, side: int, dtype: torch.dtype) -> bool:
+    """:func:`_in_range` for balanced factors, whose columns are sqrt(s) long, without looking at them."""
+    limits = torch.finfo(dtype)
+    largest, mean = float(values[0]) ** 0.5, (float(values.mean()) / side) ** 0.5
+    return largest < limits.max / 2 and mean >= _SUBNORMAL * limits.tiny
+
+
+def off_by_rounding(errors: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether components are off by no more than rounding to ``dtype`` can be."""
+    return bool((errors <= (8 * torch.finfo(dtype).eps * values) ** 2).all())
 
 
 def _in_range(factor: Tensor, dtype: torch.dtype) -> bool:
@@ -111,25 +218,5 @@ def _in_range(factor: Tensor, dtype: torch.dtype) -> bool:
         return True
     limits = torch.finfo(dtype)
     largest = float(factor.abs().max())
-    mean = float(factor.double().pow(2).mean().sqrt())
-    return largest == 0 or (largest < limits.max / 2 and mean >= 8 * limits.tiny)
-
-
-def write_layer(
-    delta: Delta, dtype: torch.dtype, choose: Callable[[Spectrum], int] | None = None
-) -> Stored | None:
-    """What is written of one merged layer: the cut, the rounding, and the measured error.
-
-    Args:
-        delta: A method's result; a sum made by :func:`stack` is judged against its exact value.
-        dtype: Output dtype.
-        choose: Rank rule, given the spectrum; None keeps all components as they are (low-rank deltas only).
-
-    Returns:
-        None when nothing is left of the layer (weights 0, or inputs that cancel).
-    """
-    if choose is None and isinstance(delta, LowRank):
-        return store(delta, dtype)
-    spectrum = decompose(delta) if isinstance(delta, LowRank) else decompose_dense(delta)
-    rank = choose(spectrum) if choose else spectrum.rank
-    return store_truncated(spectrum, rank, dtype) if rank else None
+    mean = float(torch.linalg.vector_norm(factor)) / math.sqrt(factor.numel())
+    return largest == 0 or (largest < limits.max / 2 and mean >= _SUBNORMAL * limits.tiny)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import IncompatibleError
 
 
+@final
 @dataclass(frozen=True)
 class LowRank:
     """A delta weight held as two factors: ``alpha / rank * up @ down``.
@@ -64,6 +65,7 @@ class LowRank:
         return (self.up.double() * gains) @ self.down.double()
 
 
+@final
 @dataclass(frozen=True)
 class Dense:
     """A delta weight held whole.

@@ -1,0 +1,139 @@
+"""Layers of one shape through an accelerator together.
+
+The large products run there in batches; the R x R problems run on the processor's cores meanwhile free,
+where LAPACK solves hundreds of them faster than an accelerator does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .core import Grams, Spectrum, decompose, gram
+from .storing import (
+    Stored,
+    component_errors,
+    off_by_rounding,
+    roots_in_range,
+    store_truncated,
+    working_dtype,
+    write_layer,
+)
+from .threads import parallel_map
+from .types import Delta, LowRank
+
+_TOGETHER = 32  # Layers in one batch: their float64 copies stay below a few hundred MB.
+
+Choose = Callable[[Spectrum], int]
+
+
+def write_layers(
+    deltas: Sequence[Delta],
+    dtype: torch.dtype,
+    choose: Sequence[Choose | None],
+    *,
+    workers: int | None = None,
+) -> list[Stored | None]:
+    """:func:`write_layer` for several layers, those of one shape together. The tensors come back on the CPU.
+
+    Args:
+        deltas: On one device, in any order and of any shapes.
+        dtype: Output dtype.
+        choose: One rank rule per delta.
+        workers: Threads for the small problems.
+    """
+    results: list[Stored | None] = [None] * len(deltas)
+    groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for index, (delta, rule) in enumerate(zip(deltas, choose)):
+        if isinstance(delta, LowRank) and rule and delta.rank <= min(delta.out, delta.in_):
+            groups[delta.out, delta.in_, delta.rank].append(index)
+        else:
+            results[index] = _on_cpu(write_layer(delta, dtype, rule))
+    with full_precision():
+        for members in groups.values():
+            for start in range(0, len(members), _TOGETHER):
+                batch = members[start : start + _TOGETHER]
+                low = [delta for delta in (deltas[index] for index in batch) if isinstance(delta, LowRank)]
+                rules = [rule for rule in (choose[index] for index in batch) if rule]
+                for index, stored in zip(batch, _write_batch(low, dtype, rules, workers)):
+                    results[index] = stored
+    return results
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products without TF32, which the host may have turned on."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _write_batch(
+    deltas: Sequence[LowRank], dtype: torch.dtype, choose: Sequence[Choose], workers: int | None
+) -> list[Stored | None]:
+    ups = torch.stack([delta.up for delta in deltas])
+    downs = torch.stack([delta.down for delta in deltas])
+    grams_up, grams_down = _gram(ups.mT), _gram(downs)
+
+    def solve(index: int) -> Spectrum:
+        return decompose(deltas[index], small=Grams(grams_up[index], grams_down[index]))
+
+    spectra = list(parallel_map(solve, range(len(deltas)), workers=workers))
+    by_rank: dict[int, list[int]] = defaultdict(list)
+    for index, (spectrum, rule) in enumerate(zip(spectra, choose)):
+        by_rank[min(rule(spectrum), spectrum.rank)].append(index)
+    results: list[Stored | None] = [None] * len(deltas)
+    for rank, members in by_rank.items():
+        if rank:
+            batch = _store_batch(ups[members], downs[members], [spectra[i] for i in members], rank, dtype)
+            for index, stored in zip(members, batch):
+                results[index] = stored
+    return results
+
+
+def _store_batch(
+    ups: Tensor, downs: Tensor, spectra: Sequence[Spectrum], rank: int, dtype: torch.dtype
+) -> list[Stored]:
+    """Truncation and rounding of layers that keep the same rank. Unusual layers go one by one."""
+    mixings = [spectrum.mixing(rank) for spectrum in spectra if spectrum.mixing]
+    side = max(ups.shape[-2], downs.shape[-1])
+    work = torch.float32 if torch.finfo(dtype).bits < 32 else torch.float64
+    left = torch.stack([left for left, _ in mixings]).to(ups.device, work)
+    right = torch.stack([right for _, right in mixings]).to(ups.device, work)
+    up, down = ups.to(work) @ left, right.mT @ downs.to(work)
+    written_up, written_down = up.to(dtype), down.to(dtype)
+    errors = component_errors(up, down, written_up, written_down)
+    written_up, written_down = written_up.cpu(), written_down.cpu()
+    results = []
+    for index, spectrum in enumerate(spectra):
+        values = spectrum.values[:rank]
+        usual = working_dtype(spectrum, dtype) == work and roots_in_range(values, side, dtype)
+        if not (usual and off_by_rounding(errors[index], values, dtype)):
+            results.append(_moved(store_truncated(spectrum, rank, dtype)))
+            continue
+        error_sq = spectrum.tail(rank) + float(errors[index].sum())
+        factors = written_up[index].clone(), written_down[index].clone()
+        results.append(Stored(*factors, float(rank), spectrum.source.kernel, error_sq, spectrum.energy))
+    return results
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Gram matrices on the CPU; devices without float64 leave the work to it."""
+    return gram(rows.cpu() if rows.device.type in ("mps", "xpu") else rows).cpu()
+
+
+def _on_cpu(stored: Stored | None) -> Stored | None:
+    return None if stored is None else _moved(stored)
+
+
+def _moved(stored: Stored) -> Stored:
+    return Stored(
+        stored.up.cpu(), stored.down.cpu(), stored.alpha, stored.kernel, stored.error_sq, stored.exact_sq
+    )
