@@ -23,7 +23,7 @@ from lib_loramerge.recipe.model import MAX_INPUTS, MAX_RANK, STRENGTH_LIMIT, Lor
 LONGEST_TEXT = 1_000_000  # characters of one prompt
 
 # As the WebUI finds them; other networks (<hypernet:...>) and prompt text are passed over.
-_TAG = re.compile(r"<(?:lora|lyco):([^>]+)>")
+_TAG = re.compile(r"<(?:lora|lyco):")
 # A name that is a path keeps its colons: the Windows drive, and all up to a known suffix.
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _FILE = re.compile(r".*?\.(?:safetensors|ckpt|pt)(?=:|$)", re.IGNORECASE | re.DOTALL)
@@ -58,10 +58,24 @@ def parse_prompt(
         raise RecipeError(f"A prompt must be text, got {shown(text)}.")
     if len(text) > LONGEST_TEXT:
         raise RecipeError(f"A prompt must be at most {LONGEST_TEXT} characters long, got {len(text)}.")
-    bodies = _TAG.findall(text)
+    bodies = _tag_bodies(text)
     if len(bodies) > MAX_INPUTS:
         raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(bodies)}.")
     return tuple(_parse(body, skip_unsupported, notes) for body in bodies)
+
+
+def _tag_bodies(text: str) -> list[str]:
+    """What stands between the brackets of every closed tag, in time linear in the text."""
+    bodies = []
+    tag = _TAG.search(text)
+    while tag:
+        end = text.find(">", tag.end())
+        if end < 0:
+            break
+        if end > tag.end():
+            bodies.append(text[tag.end() : end])
+        tag = _TAG.search(text, end)
+    return bodies
 
 
 def parse_input(text: str, *, skip_unsupported: bool = False, notes: list[str] | None = None) -> LoraInput:
@@ -85,9 +99,9 @@ def parse_inputs(
     """
     found: list[LoraInput] = []
     for text in texts:
-        if not isinstance(text, str):
-            raise RecipeError(f"A LoRA must be given as text, got {shown(text)}.")
-        if _TAG.search(text):
+        if not isinstance(text, str) or len(text) > LONGEST_TEXT:
+            raise RecipeError(f"A LoRA must be text of at most {LONGEST_TEXT} characters, got {shown(text)}.")
+        if _tag_bodies(text):
             found += parse_prompt(text, skip_unsupported=skip_unsupported, notes=notes)
         elif text.lstrip().startswith("<"):
             raise RecipeError(f"{shown(text)} is not a tag: write <lora:NAME:STRENGTH> or NAME:STRENGTH.")
@@ -260,13 +274,39 @@ def _add_defaults(values: dict[str, Any]) -> None:
 
 
 def format_input(given: LoraInput) -> str:
-    """One LoRA in the grammar, without brackets; :func:`parse_input` reads it back.
+    """One LoRA in the grammar; :func:`parse_input` reads it back.
 
-    ``hash`` is the one field that text does not carry.
+    Without brackets, unless only these keep the name whole (one that begins with
+    ``<``). ``hash`` is the one field that text does not carry.
 
     Raises:
         RecipeError: A name that the grammar cannot hold, such as ``a:b``.
     """
+    body = _body(given)
+    for text in (body, f"<lora:{body}>"):
+        if _reads_back(text, given):
+            return text
+    raise _unwritable(given)
+
+
+def format_prompt(inputs: Iterable[LoraInput]) -> str:
+    """The LoRAs as prompt tags: ``<lora:a:0.8><lora:b:0.5:lbw=MIDD>``.
+
+    :func:`parse_prompt` reads them back, all but ``hash``.
+
+    Raises:
+        RecipeError: A name that a tag cannot hold, such as ``a>b``.
+    """
+    tags = []
+    for given in inputs:
+        tag = f"<lora:{_body(given)}>"
+        if not _reads_back(tag, given):
+            raise _unwritable(given)
+        tags.append(tag)
+    return "".join(tags)
+
+
+def _body(given: LoraInput) -> str:
     fields = [given.name, plain(given.te)]
     # Rules spelled out contain colons; with both numbers before them they cannot be misread.
     if given.unet != given.te or (given.lbwe is not None and ":" in given.lbwe):
@@ -281,27 +321,7 @@ def format_input(given: LoraInput) -> str:
         fields.append(f"x={plain(given.x)}")
     if given.lbwe is not None:
         fields.append(f"lbwe={given.lbwe}")
-    text = ":".join(fields)
-    if not _reads_back(text, given):
-        raise _unwritable(given)
-    return text
-
-
-def format_prompt(inputs: Iterable[LoraInput]) -> str:
-    """The LoRAs as prompt tags: ``<lora:a:0.8><lora:b:0.5:lbw=MIDD>``.
-
-    :func:`parse_prompt` reads them back, all but ``hash``.
-
-    Raises:
-        RecipeError: A name that a tag cannot hold, such as ``a>b``.
-    """
-    tags = []
-    for given in inputs:
-        tag = f"<lora:{format_input(given)}>"
-        if not _reads_back(tag, given):
-            raise _unwritable(given)
-        tags.append(tag)
-    return "".join(tags)
+    return ":".join(fields)
 
 
 def _reads_back(text: str, given: LoraInput) -> bool:
