@@ -77,10 +77,13 @@ def _build(layer: Layer) -> LowRank:
     p2, q2 = _exact_factors(*_factors(layer, "2"))
     if p1.shape[1] * p2.shape[1] > _LARGE:
         return _from_singular_values(p1, q1, p2, q2, layer.facts.kernel)
-    # kron refuses some views, which transposed Tucker factors are.
-    up = torch.kron(p1.contiguous(), p2.contiguous())
-    down = torch.kron(q1.contiguous(), q2.contiguous())
+    up, down = _kron(p1, p2), _kron(q1, q2)
     return LowRank(up, down, float(down.shape[0]), layer.facts.kernel)
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.kron`` of matrices, which refuses some views that transposed factors are."""
+    return (a[:, None, :, None] * b[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _factors(layer: Layer, n: str) -> tuple[Tensor | None, Tensor]:
