@@ -24,6 +24,7 @@ from .recipe import (
     Param,
     from_json,
     parse_inputs,
+    parse_rank,
 )
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     names = ("mode", "conv_rank", "retain", "size", "dtype", "device", "seed", "base", "dialect")
     fields = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if getattr(options, "rank", None) is not None:
-        fields["rank"] = int(options.rank) if options.rank.lstrip("+-").isdigit() else options.rank
+        fields["rank"] = parse_rank(options.rank)
     if getattr(options, "skip_unsupported", False):
         fields["skip_unsupported"] = True
     params = {

@@ -85,11 +85,14 @@ def make_lora(
 _KOHYA = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>up|down|mid)\.weight|(?P<alpha>alpha))")
 
 
-def dense_deltas(path: Path) -> dict[str, Tensor]:
+def dense_deltas(path: Path, *, every: int = 1) -> dict[str, Tensor]:
     """float64 delta weight of each layer of a kohya file, by the plain formula.
 
     ``alpha / rank * up @ down`` with convolutions unfolded; a missing alpha
     means a scale of 1. Layers keep the names the file gives them.
+
+    Args:
+        every: Take only every n-th layer, by name; large files are slow in dense float64.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(str(path)).items():
@@ -97,7 +100,7 @@ def dense_deltas(path: Path) -> dict[str, Tensor]:
         if match is None:
             raise AssertionError(f"not a plain kohya tensor: {key}")
         groups.setdefault(match["layer"], {})[match["side"] or "alpha"] = tensor.double()
-    return {layer: _dense(slots) for layer, slots in groups.items()}
+    return {layer: _dense(groups[layer]) for layer in sorted(groups)[::every]}
 
 
 def _dense(slots: Mapping[str, Tensor]) -> Tensor:
@@ -109,11 +112,11 @@ def _dense(slots: Mapping[str, Tensor]) -> Tensor:
     return scale * up @ down.flatten(1)
 
 
-def weighted_sum(files: Sequence[tuple[Path, float]]) -> dict[str, Tensor]:
+def weighted_sum(files: Sequence[tuple[Path, float]], *, every: int = 1) -> dict[str, Tensor]:
     """``sum_i w_i * delta_i`` per layer in float64, over files of one spelling."""
     total: dict[str, Tensor] = {}
     for path, weight in files:
-        for layer, delta in dense_deltas(path).items():
+        for layer, delta in dense_deltas(path, every=every).items():
             total[layer] = total.get(layer, torch.zeros_like(delta)) + weight * delta
     return total
 

@@ -17,6 +17,7 @@ from ..merge.base import BaseCheckpoint
 from ..merge.read import SourceReader
 from ..merge.sources import Source, open_source
 from ..report import histogram_text, percent
+from .hosts import hosts_that_load
 
 # Ranks at which the share of the norm kept is told.
 CURVE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -83,7 +84,7 @@ class InspectReport:
             ("Stored as", ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())),
             ("Norm", f"{self.norm:.4g}"),
             *(("", f"{block:<6}{value:10.4g}") for block, value in self.norm_by_block.items()),
-            ("Norm kept", _listed(f"{percent(kept)} at rank {rank}" for rank, kept in self.kept_at_rank.items())),
+            ("Norm kept", _listed(f"{percent(v)} at rank {rank}" for rank, v in self.kept_at_rank.items())),
             ("True rank", "up to {largest:.0f}, {mean:.1f} on average".format(**self.numerical_rank)),
             ("Written as", self.written_as),
             ("Loads in", ""),
@@ -128,7 +129,7 @@ def inspect(path: Path, *, base: Path | None = None, tensors: bool = True) -> In
         unsupported=list(source.unsupported),
         embeddings=sorted(source.embeddings),
         needs=_needs(source),
-        hosts=dialects.hosts(source.architecture.id, source.dialect, source.header.tensors),
+        hosts=hosts_that_load(source),
         written_as=_written_as(source),
         notes=sorted({*source.notes_of_layers(), *measured.notes}),
         norm=whole**0.5,
@@ -213,10 +214,11 @@ def _needs(source: Source) -> list[str]:
 
 def _written_as(source: Source) -> str:
     """One tensor name as a merge of this file would spell it."""
+    style = source.style if source.architecture.opaque else None
     for layer in source.layers:
         try:
-            prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto", source.style)[0]
+            prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto", style)[0]
         except LoraMergeError as error:
             return str(error)
-        return dialects.output_key(prefix, "up", "auto", source.style)
+        return dialects.output_key(prefix, "up", "auto", style)
     return "nothing: no layer of it can be merged"

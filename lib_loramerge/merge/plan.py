@@ -7,6 +7,7 @@ refused here.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from .. import architectures, blocks, dialects
 from ..errors import IncompatibleError, RecipeError, UnsupportedError
 from ..files import LORA_SUFFIXES, model_hash
-from ..recipe import LoraInput, MergeRecipe, nearest
+from ..metadata import SourceMeta, build_metadata
+from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .sources import LayerShape, Source, open_source
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ALPHA_BYTES = 4
+# One tensor's entry in the header beside its name and sizes: dtype, brackets, two long offsets.
+_ENTRY_BYTES = 75
 # LoRAs that change how many steps sampling takes; their deltas are large and brittle.
 _STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd", "dmd2", "tcd")
 
@@ -128,7 +132,7 @@ class MergePlan:
     params: Mapping[str, Any]
     sources: tuple[SourcePlan, ...]
     architecture: architectures.Architecture
-    style: str
+    style: str | None
     layers: tuple[LayerPlan, ...]
     left_out: tuple[str, ...]
     embeddings: Mapping[str, tuple[int, str]]
@@ -204,25 +208,24 @@ def plan_merge(
         )
     dtype, notes = _output_dtype(recipe, sources)
     embeddings, clashes = _embeddings(plans)
-    item = ITEM_BYTES[dtype]
-    predicted = _predicted_bytes(recipe, layers, item)
-    return MergePlan(
+    plan = MergePlan(
         recipe=_resolved(recipe, plans),
         method=method,
         params=params,
         sources=plans,
         architecture=architecture,
-        style=sources[0].style,
+        style=sources[0].style if architecture.opaque else None,
         layers=layers,
         left_out=left_out,
         embeddings=embeddings,
         dtype=dtype,
         base=base,
-        predicted_bytes=predicted,
+        predicted_bytes=0,
         exact_prediction=recipe.retain is None and recipe.size is None,
         warnings=(*_warnings(plans), *notes, *clashes),
         skipped=skipped,
     )
+    return replace(plan, predicted_bytes=predicted_bytes(plan))
 
 
 def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
@@ -235,18 +238,10 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
     from ..methods import METHODS
 
     if recipe.mode not in METHODS:
-        close = nearest(recipe.mode, METHODS)
-        raise RecipeError(
-            f"There is no mode {recipe.mode!r}. "
-            + (f"Did you mean {' or '.join(close)}? " if close else "")
-            + f"Modes: {', '.join(METHODS)}."
-        )
+        hint = nearest_hint(recipe.mode, METHODS)
+        raise RecipeError(f"There is no mode {recipe.mode!r}.{hint} Modes: {', '.join(METHODS)}.")
     method = METHODS[recipe.mode]
-    known = {param.name: param for param in method.params}
-    for name in recipe.params:
-        if name not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise RecipeError(f"Mode {method.name} has no parameter {name!r}; {has}.")
+    params = check_params(method.params, recipe.params, mode=method.name)
     count = len(recipe.inputs)
     if count < method.minimum or (method.maximum is not None and count > method.maximum):
         wanted = (
@@ -255,9 +250,7 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
         if method.maximum is not None and method.minimum != method.maximum:
             wanted = f"{method.minimum} to {method.maximum}"
         raise RecipeError(f"Mode {method.name} merges {wanted} LoRAs, and {count} were given.")
-    return method, {
-        name: param.check(recipe.params.get(name, param.default)) for name, param in known.items()
-    }
+    return method, params
 
 
 def _check_hashes(inputs: Sequence[LoraInput], sources: Sequence[Source]) -> None:
@@ -389,7 +382,7 @@ def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
         if shape != known[0][1]:
             raise IncompatibleError(
                 f"{layer} is {_shape_text(known[0][1])} in {known[0][0].path.name} and {_shape_text(shape)} "
-                f"in {source.path.name}. They were trained on different base models (or one of them on a "
+                f"in {source.path.name}. They were trained on different base models (or one on a "
                 "variant such as an inpainting model), so they cannot be merged. Ranks have nothing to do with it."
             )
     return known[0][1] if known else None
@@ -456,13 +449,6 @@ def _output_dtype(recipe: MergeRecipe, sources: Sequence[Source]) -> tuple[str, 
     return "float32", []
 
 
-def _predicted_bytes(recipe: MergeRecipe, layers: Sequence[LayerPlan], item: int) -> int:
-    # 3 tensors a layer, each with its name twice over in quotes, braces and offsets.
-    header = sum(3 * (len(layer.layer) + 95) for layer in layers) + 6000
-    total = header + sum(layer.bytes(item) for layer in layers)
-    return min(total, int(recipe.size * 1_000_000)) if recipe.size is not None else total
-
-
 def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]], list[str]]:
     """Union of the embeddings in the files; the first file wins where two differ in name only."""
     chosen: dict[str, tuple[int, str]] = {}
@@ -491,7 +477,7 @@ def _warnings(plans: Sequence[SourcePlan]) -> list[str]:
         title = f"{source.path.stem} {source.header.metadata.get('ss_output_name', '')}".lower()
         if len(plans) > 1 and any(word in title for word in _STEP_DISTILLED):
             notes.append(
-                f"{source.path.name} looks like a few-step LoRA (LCM, Lightning, Turbo ...). Merged, its strength "
+                f"{source.path.name} looks like a few-step LoRA (LCM, Lightning ...). Merged, its strength "
                 "can no longer be set apart from the others; most people keep such a file separate."
             )
         if plan.input.te == 0 and plan.input.unet == 0:
@@ -500,6 +486,74 @@ def _warnings(plans: Sequence[SourcePlan]) -> list[str]:
     paths = Counter(plan.path for plan in plans)
     notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
     return notes
+
+
+def predicted_bytes(plan: MergePlan) -> int:
+    """Size of the file, an upper bound by a few bytes a tensor."""
+    item = ITEM_BYTES[plan.dtype]
+    tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in plan.layers)
+    total = metadata_bytes(plan) + tensors
+    return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
+
+
+def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
+    """Bytes that a layer's tensors take in the header, with room for the longest offsets."""
+    slots = ("up", "down", "alpha")
+    if layer.rank is None:
+        slots = ("w_norm", "b_norm") if layer.vector else ("diff",)
+    slots += ("diff_b",) if layer.bias and not layer.vector else ()
+    total = 0
+    for prefix, _ in output_names(plan, layer.layer):
+        for slot in slots:
+            key = dialects.output_key(prefix, slot, plan.recipe.dialect, plan.style)
+            numbers = 1 if slot == "alpha" else len(f"{layer.rank or 1},{layer.out},{layer.in_}")
+            total += len(key) + numbers + _ENTRY_BYTES
+    return total
+
+
+def metadata_bytes(plan: MergePlan) -> int:
+    """Bytes that the metadata of this merge takes at most, padding included."""
+    hashes = ["0" * 64] * len(plan.sources)
+    return len(json.dumps(merged_metadata(plan, "x" * 64, hashes), ensure_ascii=False).encode()) + 256
+
+
+def merged_metadata(
+    plan: MergePlan,
+    name: str,
+    hashes: Sequence[str],
+    *,
+    linear: Sequence[tuple[int, float]] = (),
+    conv: Sequence[tuple[int, float]] = (),
+    whole: bool = False,
+) -> dict[str, str]:
+    """What the merged file will say of itself.
+
+    Args:
+        name: Stem of the file.
+        hashes: ``sshs_model_hash`` of each source.
+        linear, conv: (rank, alpha) of the layers written.
+        whole: Some layers are not low rank.
+    """
+    inputs = zip(plan.recipe.inputs, hashes, strict=True)
+    recipe = replace(
+        plan.recipe,
+        params=dict(plan.params),
+        inputs=tuple(replace(entry, hash=value) for entry, value in inputs),
+    )
+    return build_metadata(
+        name=name,
+        architecture=plan.architecture,
+        sources=[
+            SourceMeta(entry.path.stem, entry.source.header.metadata, value)
+            for entry, value in zip(plan.sources, hashes, strict=True)
+        ],
+        recipe=recipe,
+        ranks=[rank for rank, _ in linear],
+        alphas=[alpha for _, alpha in linear],
+        conv_ranks=[rank for rank, _ in conv],
+        conv_alphas=[alpha for _, alpha in conv],
+        module="lycoris.kohya" if whole else "networks.lora",
+    )
 
 
 def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, architectures.Rows | None], ...]:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,21 @@ from ..methods import LayerContext
 from ..report import InputReport, LayerResult, MergeReport, relative, worst
 from .device import compute_device
 from .memory import peak_memory_bytes
-from .plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, output_names, same_rank
+from .plan import (
+    ALPHA_BYTES,
+    ITEM_BYTES,
+    LayerPlan,
+    MergePlan,
+    entries_bytes,
+    merged_metadata,
+    metadata_bytes,
+    output_names,
+    same_rank,
+)
 from .read import SourceReader, total
 
 # What is left of LoRAs that cancel each other: below this part of the inputs' size a layer is noise.
 CANCELLED = 1e-7
-# Header bytes of one layer beside its name: three entries with dtype, shape and offsets.
-_ENTRY_BYTES = 285
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,7 @@ class _Merger:
         self.readers = readers
         self.device = device
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
+        self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.recipe.dialect, plan.style)
 
     def inputs(self, layer: LayerPlan) -> list[LayerDelta]:
         """What each contributing input changes in the layer, at strength 1."""
@@ -202,6 +211,9 @@ class _Merger:
         )
         method = self.plan.method
         merged = method.merge(deltas, weights, context, **self.plan.params)
+        if isinstance(merged, LowRank) and not self.has_alpha:
+            # Readers of such files take the scale as 1, so it has to be in the factors.
+            merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
         return merged, total(deltas, weights) if method.name == "add" else None
 
     def _vector_weights(self, weights: Sequence[float]) -> list[float]:
@@ -363,12 +375,9 @@ class _Merger:
             up = up.reshape(*up.shape, 1, 1)
             down = down.reshape(down.shape[0], layer.in_, *kernel)
         tensors = {self._key(prefix, "up"): up, self._key(prefix, "down"): down}
-        if self._writes_alpha(prefix):
+        if self.has_alpha:
             tensors[self._key(prefix, "alpha")] = torch.tensor(delta.alpha, dtype=torch.float32)
         return tensors
-
-    def _writes_alpha(self, prefix: str) -> bool:
-        return dialects.writes_alpha(prefix, self.plan.recipe.dialect, self.plan.style)
 
     def _shaped(self, layer: LayerPlan, weight: Tensor) -> Tensor:
         if layer.kernel:
@@ -383,7 +392,7 @@ class _Merger:
             if rows is None:
                 yield prefix, delta
             else:
-                yield prefix, take_rows(delta, rows.taken(layer.out))
+                yield prefix, take_rows(delta, rows.cut(layer.out))
 
     def _key(self, prefix: str, slot: str) -> str:
         return dialects.output_key(prefix, slot, self.plan.recipe.dialect, self.plan.style)
@@ -417,9 +426,9 @@ def _allot(
     assert plan.recipe.size is not None
     spectra = _collect(plan.layers, merger.spectrum, "look", progress, cancel, workers)
     item = ITEM_BYTES[plan.dtype]
-    costs, names, fixed = [], [], _metadata_bound(plan)
+    costs, names, fixed = [], [], metadata_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
-        entry = len(output_names(plan, layer.layer)) * (_ENTRY_BYTES + 3 * len(layer.layer))
+        entry = entries_bytes(plan, layer)
         if spectrum is None:
             fixed += layer.bytes(item) + entry
             continue
@@ -440,12 +449,6 @@ def _allot(
             f"it needs at least {(fixed + least) / 1e6:.3f} MB."
         )
     return dict(zip(names, ranks.allot(costs, budget), strict=True))
-
-
-def _metadata_bound(plan: MergePlan) -> int:
-    """Bytes that the metadata of this merge takes at most."""
-    text = _metadata(plan, Path(f"{'x' * 64}.safetensors"), (), ["0" * 64] * len(plan.sources))
-    return sum(len(key.encode()) + len(value.encode()) * 2 + 8 for key, value in text.items()) + 512
 
 
 def _merge_layers(
@@ -519,31 +522,14 @@ def _completed_groups(plan: MergePlan, merger: _Merger, merged: list[_Merged]) -
 def _metadata(
     plan: MergePlan, output: Path, merged: Sequence[_Merged], hashes: Sequence[str]
 ) -> dict[str, str]:
-    from dataclasses import replace
-
-    from ..metadata import SourceMeta, build_metadata
-
-    recipe = replace(
-        plan.recipe,
-        params=dict(plan.params),
-        inputs=tuple(
-            replace(entry, hash=value) for entry, value in zip(plan.recipe.inputs, hashes, strict=True)
-        ),
-    )
-    linear = [m for m in merged if m.result.rank and not m.conv]
-    conv = [m for m in merged if m.result.rank and m.conv]
-    return build_metadata(
-        name=output.stem,
-        architecture=plan.architecture,
-        sources=[
-            SourceMeta(entry.path.stem, entry.source.header.metadata, value)
-            for entry, value in zip(plan.sources, hashes, strict=True)
-        ],
-        recipe=recipe,
-        ranks=[m.result.rank for m in linear],
-        alphas=[m.alpha for m in linear],
-        conv_ranks=[m.result.rank for m in conv],
-        conv_alphas=[m.alpha for m in conv],
+    sized = [m for m in merged if m.result.rank and m.alpha is not None]
+    return merged_metadata(
+        plan,
+        output.stem,
+        hashes,
+        linear=[(m.result.rank or 0, m.alpha or 0.0) for m in sized if not m.conv],
+        conv=[(m.result.rank or 0, m.alpha or 0.0) for m in sized if m.conv],
+        whole=any(m.result.rank is None for m in merged),
     )
 
 

@@ -129,7 +129,8 @@ class Source:
         if self.unknown:
             raise UnknownKeyError(
                 f"{self.path.name}: {_count(len(self.unknown), 'tensor')} not understood: "
-                f"{_some(self.unknown)}. Nothing was written; --skip-unsupported merges the rest and lists what was left out."
+                f"{_some(self.unknown)}. Nothing was written; --skip-unsupported merges the rest "
+                "and lists what was left out."
             )
         if self.unsupported:
             more = len(self.unsupported) - 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from ..delta import Delta
 
@@ -55,6 +55,8 @@ class MergeMethod:
         source: The paper or program it comes from.
         formula: The formula, in a line.
         avoid: When not to use it.
+        vector_weights: What becomes of the weights where biases and norms are added up, which have no
+            rank and no angles; None leaves them as they are.
     """
 
     name: str
@@ -73,6 +75,14 @@ class MergeMethod:
     source: str = ""
     formula: str = ""
     avoid: str = ""
+    vector_weights: Callable[[Sequence[float]], Sequence[float]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What people and programs are told of the method; functions left out."""
+        told = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("merge", "vector_weights")
+        }
+        return told | {"params": [param.to_json() for param in self.params]}
 
 
 METHODS: dict[str, MergeMethod] = {}
@@ -97,6 +107,7 @@ def merge_method(
     source: str = "",
     formula: str = "",
     avoid: str = "",
+    vector_weights: Callable[[Sequence[float]], Sequence[float]] | None = None,
 ) -> Callable[[Merge], Merge]:
     """Register a function as the merge method ``name``; the function itself is returned unchanged."""
 
@@ -105,7 +116,7 @@ def merge_method(
             raise ValueError(f"merge method {name!r} is registered twice")
         METHODS[name] = MergeMethod(
             name, label, summary, merge, tuple(params), exact, linear, uses_rank, random, ordered,
-            minimum, maximum, experimental, source, formula, avoid,
+            minimum, maximum, experimental, source, formula, avoid, vector_weights,
         )  # fmt: skip
         return merge
 

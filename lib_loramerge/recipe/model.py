@@ -81,6 +81,38 @@ class Param:
             return check_choice(self.name, value, self.choices)
         return check_text(self.name, value, LONGEST_NAME)
 
+    def range_text(self) -> str:
+        """What it may be, and what it is when not given: ``"0.01 to 1, default 0.5"``."""
+        if self.choices:
+            limits = ", ".join(self.choices)
+        elif isinstance(self.default, bool):
+            limits = "yes or no"
+        else:
+            low = "" if self.minimum is None else f"{self.minimum:g}"
+            high = "" if self.maximum is None else f"{self.maximum:g}"
+            limits = (
+                f"{low} to {high}"
+                if low and high
+                else f"from {low}"
+                if low
+                else f"up to {high}"
+                if high
+                else "any"
+            )
+        return f"{limits}, default {self.default}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything about it, for programs; absent limits are null."""
+        return {
+            "name": self.name,
+            "type": type(self.default).__name__,
+            "default": self.default,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "choices": list(self.choices),
+            "help": self.help,
+        }
+
     def _check_flag(self, value: object) -> bool:
         if isinstance(value, str):
             if value.strip().lower() in _TRUE:
