@@ -1,0 +1,364 @@
+"""Writing: the right bytes, whole or not at all, and never over another file unasked."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from lib_loramerge.errors import Cancelled, OutputError
+from lib_loramerge.files import (
+    LoraFolder,
+    check_space,
+    check_target,
+    free_space,
+    model_hash,
+    open_file,
+    place,
+    write_file,
+)
+from tests.fixtures import SD1_LAYERS, lora_tensors
+
+TENSORS = lora_tensors(SD1_LAYERS, alpha=2.0, dtype=torch.float16)
+METADATA = {"ss_output_name": "x", "modelspec.title": "日本 \"quoted\"\n"}
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such names, limits or signals")
+
+
+@pytest.fixture(params=["unnamed", "named", "no links"])
+def way(request, monkeypatch):
+    """Each way that a system lets a file appear whole; the last is exFAT's."""
+    if request.param != "unnamed":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    if request.param == "no links":
+
+        def no_links(*_args, **_options):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", no_links)
+    return request.param
+
+
+def kohya_hashes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[str, str]:
+    """Both hashes as kohya's trainer defines them, on a file made by the safetensors library."""
+    content = save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    return (
+        hashlib.sha256(content[start:]).hexdigest(),
+        hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    )
+
+
+def test_what_was_written_is_what_the_safetensors_library_reads(tmp_path, way):
+    path = tmp_path / "a.safetensors"
+    written = write_file(path, TENSORS, METADATA)
+    loaded = load_file(path)
+    assert set(loaded) == set(TENSORS)
+    assert all(torch.equal(loaded[key], TENSORS[key]) and loaded[key].dtype == torch.float16 for key in TENSORS)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata == {**METADATA, "sshs_model_hash": written.model_hash, "sshs_legacy_hash": written.legacy_hash}
+    assert written.path == path
+    assert written.size == path.stat().st_size
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=12),
+        st.tuples(DTYPES, st.lists(st.integers(0, 5), max_size=3)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.dictionaries(st.sampled_from(["ss_a", "ss_b\n", "x", "日本"]), st.text(max_size=9)),
+)
+def test_data_are_in_the_order_of_the_safetensors_library_and_both_hashes_are_kohyas(tmp_path_factory, kinds, metadata):
+    tensors = {key: torch.ones(shape, dtype=dtype) * 3 for key, (dtype, shape) in kinds.items()}
+    path = tmp_path_factory.mktemp("order") / "a.safetensors"
+    written = write_file(path, tensors, metadata)
+    assert (written.model_hash, written.legacy_hash) == kohya_hashes(tensors, metadata)
+    content = path.read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    assert start % 8 == 0
+    assert hashlib.sha256(content[start:]).hexdigest() == written.model_hash == model_hash(path)
+
+
+@pytest.mark.parametrize("note", ["", "x" * 70_000, "y" * 1_050_000, "z" * 1_200_000])
+def test_the_legacy_hash_is_kohyas_wherever_its_window_falls(tmp_path, note):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{n}": torch.randn(70_000, generator=generator).to(torch.float16) for n in range(9)}
+    metadata = {"ss_note": note, "other": "o" * 999}
+    written = write_file(tmp_path / "a.safetensors", tensors, metadata)
+    assert (written.model_hash, written.legacy_hash) == kohya_hashes(tensors, metadata)
+
+
+def test_the_bytes_do_not_depend_on_the_order_of_tensors_and_metadata(tmp_path):
+    for name, order in (("a", 1), ("b", -1)):
+        write_file(
+            tmp_path / f"{name}.safetensors",
+            dict(list(TENSORS.items())[::order]),
+            dict(list(METADATA.items())[::order]),
+        )
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_tensors_of_any_layout_are_written_as_they_look(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {"t": base.T, "slice": base[:, 1:3], "same": base, "also": base, "grad": base.clone().requires_grad_()}
+    write_file(tmp_path / "a.safetensors", tensors, {})
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[key], tensors[key].detach()) for key in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_no_nan_or_infinity_leaves(tmp_path, way, dtype, bad):
+    tensor = torch.full((30,), torch.finfo(dtype).max, dtype=dtype)
+    tensor[:15] *= -1
+    write_file(tmp_path / "largest.safetensors", {"x": tensor}, {})
+    tensor[11] = bad
+    with pytest.raises(OutputError, match="'lora_x'"):
+        write_file(tmp_path / "a.safetensors", {"a": torch.ones(9), "lora_x": tensor}, {})
+    assert os.listdir(tmp_path) == ["largest.safetensors"]
+
+
+def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path, way):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+    with pytest.raises(OutputError, match="exists already"):
+        write_file(path, TENSORS, METADATA)
+    assert path.read_text() == "old"
+    write_file(path, TENSORS, METADATA, overwrite=True)
+    assert set(load_file(path)) == set(TENSORS)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_merges_that_race_for_one_name_one_wins_and_its_file_is_whole(tmp_path, way, overwrite):
+    path = tmp_path / "a.safetensors"
+    gate = threading.Barrier(6)
+    results: list[object] = []
+
+    def work(number: int) -> None:
+        tensors = {"x": torch.full((1000,), float(number))}
+        try:
+            results.append(write_file(path, tensors, {}, overwrite=overwrite, before_rename=gate.wait))
+        except OutputError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lost = [result for result in results if isinstance(result, OutputError)]
+    assert len(results) == 6
+    assert len(lost) == (0 if overwrite else 5)
+    assert all("exists already" in str(error) for error in lost)
+    assert len(set(load_file(path)["x"].tolist())) == 1
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_stopping_at_the_last_moment_leaves_everything_as_it_was(tmp_path, way, overwrite):
+    path = tmp_path / "a.safetensors"
+    if overwrite:
+        path.write_text("old")
+
+    def stop() -> None:
+        raise Cancelled("Stopped.")
+
+    with pytest.raises(Cancelled):
+        write_file(path, TENSORS, METADATA, overwrite=overwrite, before_rename=stop)
+    assert os.listdir(tmp_path) == (["a.safetensors"] if overwrite else [])
+    assert not overwrite or path.read_text() == "old"
+    assert not [thread for thread in threading.enumerate() if "loramerge" in thread.name]
+
+
+def test_a_tensor_that_cannot_be_had_leaves_nothing(tmp_path, way):
+    class Failing(dict):
+        def __getitem__(self, key):
+            raise RuntimeError("our bug")
+
+    with pytest.raises(RuntimeError, match="our bug"):
+        write_file(tmp_path / "a.safetensors", Failing(TENSORS), METADATA)
+    assert os.listdir(tmp_path) == []
+
+
+KILLED = """
+import os, sys, time, torch
+sys.path.insert(0, {root!r})
+if {named}:
+    os.__dict__.pop("O_TMPFILE", None)
+from lib_loramerge.files import write_file
+
+def wait():
+    print("here", flush=True)
+    time.sleep(60)
+
+class Slow(dict):
+    def __getitem__(self, key):
+        if key == "k5" and {middle}:
+            wait()
+        return dict.__getitem__(self, key)
+
+tensors = Slow({{f"k{{n}}": torch.ones(700_000) for n in range(9)}})
+write_file({path!r}, tensors, {{}}, overwrite=True, before_rename=wait)
+"""
+
+
+@POSIX
+@pytest.mark.parametrize(("named", "middle"), [(False, True), (True, True), (True, False)])
+def test_a_kill_leaves_the_old_file_and_nothing_that_is_listed(tmp_path, named, middle):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+    code = KILLED.format(root=str(Path(__file__).parents[1]), named=named, middle=middle, path=str(path))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "here\n"
+        during = set(os.listdir(tmp_path))
+        if named:  # A file in use is no stray, whoever writes the same name meanwhile.
+            place._remove_stale(path)
+            assert set(os.listdir(tmp_path)) == during
+        child.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+    assert LoraFolder([tmp_path]).names() == ["a"]
+    if not named and hasattr(os, "O_TMPFILE"):
+        assert os.listdir(tmp_path) == ["a.safetensors"]
+    write_file(path, TENSORS, METADATA, overwrite=True)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_strays_of_other_targets_are_left_alone(tmp_path):
+    other = place._temporary_path(tmp_path / "b.safetensors")
+    other.write_text("of another merge")
+    write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+    assert other.exists()
+
+
+@POSIX
+def test_a_disk_that_fills_up_is_told_and_nothing_is_left(tmp_path, way):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="disk is full"):
+            write_file(tmp_path / "a.safetensors", {"x": torch.ones(900_000), "y": torch.ones(900_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_when_flushed_is_told_and_nothing_is_left(tmp_path, way, monkeypatch, number):
+    def full(_number):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_larger_than_the_free_space_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    assert free_space(tmp_path) > 0
+    check_space(tmp_path, 1)
+    monkeypatch.setattr(place, "free_space", lambda _folder: 1_500)
+    with pytest.raises(OutputError, match=r"too full: .* are needed, 1,500 bytes are free"):
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_may_not_be_written_is_told_before_the_work(tmp_path, monkeypatch, number):
+    original = os.open
+
+    def protected(path, flags, *arguments, **options):  # Root may write anywhere, so chmod would prove nothing.
+        if flags & (os.O_CREAT | os.O_RDWR):
+            raise OSError(number, os.strerror(number))
+        return original(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", protected)
+    with pytest.raises(OutputError, match="folder is protected"):
+        check_target(tmp_path / "a.safetensors", False)
+    with pytest.raises(OutputError, match="folder is protected"):
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+
+
+def test_impossible_places_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    for path, told in [
+        (tmp_path / "file" / "a.safetensors", "is a file|cannot be written"),
+        (tmp_path / "missing" / "a.safetensors", "make the folder first"),
+        (tmp_path / "folder.safetensors", "is a folder"),
+        (tmp_path / "a.pt", r"must end in \.safetensors"),
+        (tmp_path / f"{'n' * 300}.safetensors", "too long"),
+        (tmp_path / "a\0.safetensors", "is not a file name"),
+    ]:
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match=told):
+                check_target(path, overwrite)
+
+
+NAMES = ["a b", "it's", "日本語のローラ", "ñ é", "a,b", "x" * 238, "日" * 81, "%s {0}", "-rf", ".hidden"]
+if os.name != "nt":
+    NAMES += ['say "hi"', "line\nbreak", "tab\t", "back\\slash", "a:b<c>", "*", "\udcff"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_any_name_that_the_disk_takes_can_be_written_read_and_found(tmp_path, way, name):
+    path = tmp_path / f"{name}.safetensors"
+    metadata = {"ss_output_name": name, "modelspec.title": name}
+    try:
+        path.touch()
+    except OSError:  # macOS refuses names that are not UTF-8.
+        pytest.skip("this disk does not take the name")
+    path.unlink()
+    write_file(path, TENSORS, metadata)
+    write_file(path, TENSORS, metadata, overwrite=True)
+    with open_file(path) as file:
+        assert file.metadata["ss_output_name"] == name.replace("\udcff", "?")
+    assert LoraFolder([tmp_path]).find(name) == path
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@POSIX
+def test_a_written_file_has_the_usual_permissions(tmp_path, way):
+    (tmp_path / "usual").touch()
+    write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_overwriting_a_link_replaces_the_link_and_not_what_it_points_to(tmp_path, way):
+    (tmp_path / "elsewhere").write_text("precious")
+    try:
+        (tmp_path / "a.safetensors").symlink_to(tmp_path / "elsewhere")
+    except OSError:
+        pytest.skip("no links on this system")
+    with pytest.raises(OutputError, match="exists already"):
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+    write_file(tmp_path / "a.safetensors", TENSORS, METADATA, overwrite=True)
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
+def test_the_hash_of_a_pickle_is_of_the_whole_file_as_the_webui_takes_it(tmp_path):
+    torch.save(TENSORS, tmp_path / "a.pt")
+    assert model_hash(tmp_path / "a.pt") == hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()
