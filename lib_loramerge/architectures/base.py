@@ -158,7 +158,9 @@ _VERBATIM_TEXT_ENCODERS = (
 
 
 def component(layer: str) -> str:
-    """Part of the base model that a layer belongs to: ``"unet"`` (any denoiser), ``"te"``, ``"te1"``, ``"te2"``, ``"te3"``."""
+    """Part of the base model that a layer is in: ``"unet"`` (any denoiser), ``"te"``, ``"te1"``, ``"te2"``, ``"te3"``."""
+    if layer.startswith("lora_unet_"):
+        return "unet"
     for prefix, name in _VERBATIM_TEXT_ENCODERS:
         if layer.startswith(prefix):
             return name

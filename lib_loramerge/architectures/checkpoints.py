@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .base import Rows, component, layer_path
-from .dit import diffusers_members, dotted_path
+from .dit import diffusers_members, dotted_paths
 from .text_encoders import CLIP_EDGES, CLIP_LEAVES, OPEN_CLIPS, paths
 from .unet import UNETS, by_ldm
 
@@ -84,14 +84,12 @@ def _unet(architecture_id: str, path: str) -> Iterator[Source]:
 
 
 def _transformer(architecture_id: str, path: str) -> Iterator[Source]:
-    dotted = dotted_path(architecture_id, path)
-    if dotted is None:
-        return
-    # The scales of query and key norms are the one tensor that is not called weight.
-    names = ("scale", "weight") if dotted.endswith(("query_norm", "key_norm")) else ("weight",)
-    for name in names:
-        for prefix in _DENOISER:
-            yield (CheckpointKey(f"{prefix}{dotted}.{name}"),)
+    for dotted in dotted_paths(architecture_id, path):
+        # The scales of query and key norms are the one tensor that is not called weight.
+        names = ("scale", "weight") if dotted.endswith(("query_norm", "key_norm")) else ("weight",)
+        for name in names:
+            for prefix in _DENOISER:
+                yield (CheckpointKey(f"{prefix}{dotted}.{name}"),)
     members = diffusers_members(architecture_id, path)
     if members:
         for prefix in ("", "transformer."):

@@ -79,8 +79,10 @@ class Layers:
 
     def __init__(self, layers: Mapping[str, Slots]):
         self.slots = layers
-        self.denoiser = [name for name in layers if component(name) == "unet"]
-        self.encoders = [name for name in layers if component(name) != "unet"]
+        self.denoiser: list[str] = []
+        self.encoders: list[str] = []
+        for name in layers:
+            (self.denoiser if component(name) == "unet" else self.encoders).append(name)
         self._text = "\n".join(self.denoiser)
 
     def has(self, *needles: str) -> bool:
@@ -93,7 +95,7 @@ class Layers:
 
     def highest(self, root: str) -> int:
         """Highest block number after ``root``; -1 if there is none."""
-        return max((int(n) for n in re.findall(rf"(?<![a-z]_){root}_(\d+)_", self._text)), default=-1)
+        return max((int(n) for n in re.findall(rf"unet_{root}_(\d+)_", self._text)), default=-1)
 
     def width(self, pattern: str, measure: Callable[[Slots], int | None] = in_features) -> int | None:
         """Width of the first denoiser layer that matches and whose tensors tell it."""
@@ -172,15 +174,21 @@ def _flux1_or_chroma(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, 
     return "flux1", "double and single blocks"
 
 
+# Layers of a joint transformer block that read its hidden width.
+_JOINT_HIDDEN = (
+    r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|adaLN_modulation_1$|norm1_linear$|_mlp_fc1$"
+)
+
+
 def _joint(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
     """Transformers whose blocks attend to picture and text together."""
     if layers.has("img_mlp_net_", "_img_mod_1", "_txt_mod_1"):
         return "qwen_image", "its blocks have img_mlp and txt_mlp"
     native = layers.has("joint_blocks_")
-    diffusers = layers.search(r"(?<!joint_)(?<!single_)transformer_blocks_\d+_attn_(?:to_[qkv]|add_[qkv]_proj|to_add_out|to_out)")
-    if not (native or diffusers) or layers.has("joint_transformer_blocks_", "single_transformer_blocks_"):
+    diffusers = layers.search(r"unet_transformer_blocks_\d+_attn_(?:to_[qkv]|add_[qkv]_proj|to_add_out|to_out)")
+    if not (native or diffusers):
         return None
-    hidden = layers.width(r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|adaLN_modulation_1$|norm1_linear$")
+    hidden = layers.width(_JOINT_HIDDEN)
     if native or hidden in (1536, 2432):
         large = hidden == 2432 or (hidden is None and layers.highest("joint_blocks") > 23)
         width = f" of width {hidden}" if hidden else ""
@@ -212,6 +220,8 @@ def _lumina_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str]
 
 def _video_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
     del metadata
+    if layers.width(r"unet_blocks_\d+_attn[12]_to_[qkv]$") == 1408:
+        return "hunyuan_dit", "blocks of width 1408"
     if layers.search(r"_blocks_\d+_(?:self|cross)_attn_(?:q|k|v|o|k_img|v_img)$") or layers.search(
         r"unet_blocks_\d+_(?:attn[12]_(?:to_[qkv]|add_[kv]_proj|to_out_0)|ffn_(?:0|2|net_0_proj|net_2))$"
     ):
@@ -254,7 +264,7 @@ _UNET_EDGES = ("unet_conv_in", "unet_conv_out", "unet_time_embed", "unet_label_e
 
 
 def _unet(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    if not layers.has(*_UNET_ROOTS):
+    if not layers.has(*_UNET_ROOTS) or layers.has("lora_prior_unet_"):
         return None
     context = layers.width(r"_attn2_to_[kv]$")
     if context in _CONTEXT:
@@ -323,6 +333,24 @@ def _by_text_encoder(layers: Layers) -> tuple[str, str] | None:
     return None
 
 
+# Base models that have the text encoder by which the first one was guessed.
+_SHARED_ENCODERS = {
+    "sd1": ("sd1", "sdxl", "sd3", "sd3_large", "flux1"),
+    "sdxl": ("sdxl", "sd3", "sd3_large"),
+    "sdxl_refiner": ("sdxl_refiner", "sdxl"),
+    "flux1": ("flux1", "chroma", "sd3", "sd3_large"),
+}
+
+
+def _text_encoder_alone(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """Base model of a file without a denoiser; several share their text encoders, so metadata may choose."""
+    found = _by_text_encoder(layers)
+    if found is None:
+        return None
+    said = _from_metadata(metadata)
+    return said if said is not None and said[0] in _SHARED_ENCODERS.get(found[0], ()) else found
+
+
 # Start of a metadata value to our id; the first that fits counts.
 _METADATA: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("ss_base_model_version", (
@@ -354,7 +382,8 @@ def _from_metadata(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-_TESTS = (_flux_like, _opaque, _joint, _lumina_like, _video_like, _unet)
+# The U-Net comes first because most files are for one, and nothing else has its names.
+_TESTS = (_unet, _flux_like, _opaque, _joint, _lumina_like, _video_like)
 
 
 def detect(layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = None) -> Detection:
@@ -375,7 +404,7 @@ def detect(layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = Non
         if found is not None:
             return Detection(ARCHITECTURES[found[0]], found[1])
     if not prepared.denoiser:
-        encoder = _by_text_encoder(prepared)
+        encoder = _text_encoder_alone(prepared, metadata)
         if encoder is not None:
             return Detection(ARCHITECTURES[encoder[0]], encoder[1])
     if not prepared.denoiser or prepared.has(*_UNET_EDGES, *_UNET_ROOTS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Union
 
@@ -23,15 +23,17 @@ class Names:
     """Layer names of one family of diffusion transformers.
 
     Attributes:
-        layers: Checkpoint path to its diffusers members; () when diffusers has the same name or none.
-        other: Further spellings, path to checkpoint path and rows.
+        layers: Checkpoint path to its diffusers members.
         roots: Starts of checkpoint paths. A path that starts like this is taken
             as it stands even if it is in no row, since it can only mean itself.
+        own: Path in the model's own code to checkpoint path, where hosts renamed it.
+        partial: Spellings of adapters alone, to checkpoint path and rows.
     """
 
     layers: Mapping[str, Members]
-    other: Mapping[str, tuple[str, Rows | None]]
     roots: tuple[str, ...]
+    own: Mapping[str, str] = field(default_factory=dict)
+    partial: Mapping[str, tuple[str, Rows | None]] = field(default_factory=dict)
 
 
 _SWAPPED = Rows(((1, 2), (0, 1)), 2)
@@ -119,8 +121,12 @@ _FLUX = {
 }
 
 _CHROMA_APPROXIMATOR = {
+    "distilled_guidance_layer.in_proj": _one("distilled_guidance_layer.in_proj"),
+    "distilled_guidance_layer.out_proj": _one("distilled_guidance_layer.out_proj"),
+    **{
     f"distilled_guidance_layer.layers.{{}}.{ours}": _one(f"distilled_guidance_layer.layers.{{}}.{theirs}")
     for ours, theirs in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+    },
 }
 
 _FLUX2_DOUBLE = {
@@ -153,37 +159,64 @@ _FLUX2_EDGES = {
 # and so do we; the trainers use the names of the model's own code.
 _HUNYUAN_LEAVES = {
     "img_attn.qkv": "img_attn_qkv", "img_attn.proj": "img_attn_proj",
+    "img_attn.norm.query_norm": "img_attn_q_norm", "img_attn.norm.key_norm": "img_attn_k_norm",
     "img_mlp.0": "img_mlp.fc1", "img_mlp.2": "img_mlp.fc2", "img_mod.lin": "img_mod.linear",
     "txt_attn.qkv": "txt_attn_qkv", "txt_attn.proj": "txt_attn_proj",
+    "txt_attn.norm.query_norm": "txt_attn_q_norm", "txt_attn.norm.key_norm": "txt_attn_k_norm",
     "txt_mlp.0": "txt_mlp.fc1", "txt_mlp.2": "txt_mlp.fc2", "txt_mod.lin": "txt_mod.linear",
 }  # fmt: skip
-_HUNYUAN_OTHER: dict[str, tuple[str, Rows | None]] = {
-    **{
-        f"double_blocks.{{}}.{theirs}": (f"double_blocks.{{}}.{ours}", None)
-        for ours, theirs in _HUNYUAN_LEAVES.items()
-    },
-    "single_blocks.{}.modulation.linear": ("single_blocks.{}.modulation.lin", None),
-    "time_in.mlp.0": ("time_in.in_layer", None),
-    "time_in.mlp.2": ("time_in.out_layer", None),
-    "guidance_in.mlp.0": ("guidance_in.in_layer", None),
-    "guidance_in.mlp.2": ("guidance_in.out_layer", None),
+_REFINER_BLOCKS = "txt_in.individual_token_refiner.blocks.{}"
+_HUNYUAN_OWN = {
+    **{f"double_blocks.{{}}.{theirs}": f"double_blocks.{{}}.{ours}" for ours, theirs in _HUNYUAN_LEAVES.items()},
+    "single_blocks.{}.modulation.linear": "single_blocks.{}.modulation.lin",
+    "single_blocks.{}.q_norm": "single_blocks.{}.norm.query_norm",
+    "single_blocks.{}.k_norm": "single_blocks.{}.norm.key_norm",
+    "time_in.mlp.0": "time_in.in_layer",
+    "time_in.mlp.2": "time_in.out_layer",
+    "guidance_in.mlp.0": "guidance_in.in_layer",
+    "guidance_in.mlp.2": "guidance_in.out_layer",
+    "txt_in.t_embedder.mlp.0": "txt_in.t_embedder.in_layer",
+    "txt_in.t_embedder.mlp.2": "txt_in.t_embedder.out_layer",
+    "txt_in.c_embedder.linear_1": "txt_in.c_embedder.in_layer",
+    "txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer",
+    f"{_REFINER_BLOCKS}.self_attn_qkv": f"{_REFINER_BLOCKS}.self_attn.qkv",
+    f"{_REFINER_BLOCKS}.self_attn_proj": f"{_REFINER_BLOCKS}.self_attn.proj",
+    f"{_REFINER_BLOCKS}.mlp.fc1": f"{_REFINER_BLOCKS}.mlp.0",
+    f"{_REFINER_BLOCKS}.mlp.fc2": f"{_REFINER_BLOCKS}.mlp.2",
 }
 _REFINER: dict[str, Members] = {
-    "self_attn_qkv": _fused(("attn.to_q", "attn.to_k", "attn.to_v"), _QKV),
-    "self_attn_proj": _one("attn.to_out.0"),
-    "mlp.fc1": _one("ff.net.0.proj"),
-    "mlp.fc2": _one("ff.net.2"),
+    "self_attn.qkv": _fused(("attn.to_q", "attn.to_k", "attn.to_v"), _QKV),
+    "self_attn.proj": _one("attn.to_out.0"),
+    "mlp.0": _one("ff.net.0.proj"),
+    "mlp.2": _one("ff.net.2"),
     "adaLN_modulation.1": _one("norm_out.linear"),
 }
-_HUNYUAN_VIDEO_EDGES = {
-    **_FLUX_EDGES,
+_HUNYUAN_COMMON = {
+    **_in_blocks("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
+    **_in_blocks("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
+    **_in_blocks(_REFINER_BLOCKS.removesuffix(".{}"), "context_embedder.token_refiner.refiner_blocks", _REFINER),
+    "img_in.proj": _one("x_embedder.proj"),
     "txt_in.input_embedder": _one("context_embedder.proj_in"),
-    "txt_in.t_embedder.mlp.0": _one("context_embedder.time_text_embed.timestep_embedder.linear_1"),
-    "txt_in.t_embedder.mlp.2": _one("context_embedder.time_text_embed.timestep_embedder.linear_2"),
-    "txt_in.c_embedder.linear_1": _one("context_embedder.time_text_embed.text_embedder.linear_1"),
-    "txt_in.c_embedder.linear_2": _one("context_embedder.time_text_embed.text_embedder.linear_2"),
+    "txt_in.t_embedder.in_layer": _one("context_embedder.time_text_embed.timestep_embedder.linear_1"),
+    "txt_in.t_embedder.out_layer": _one("context_embedder.time_text_embed.timestep_embedder.linear_2"),
+    "txt_in.c_embedder.in_layer": _one("context_embedder.time_text_embed.text_embedder.linear_1"),
+    "txt_in.c_embedder.out_layer": _one("context_embedder.time_text_embed.text_embedder.linear_2"),
+    "final_layer.linear": _one("proj_out"),
+    "final_layer.adaLN_modulation.1": _one("norm_out.linear", _SWAPPED),
 }
-del _HUNYUAN_VIDEO_EDGES["txt_in"]
+_HUNYUAN_VIDEO = {
+    **_HUNYUAN_COMMON,
+    **{path: members for path, members in _FLUX_EDGES.items() if path.startswith(("time_in", "vector_in", "guid"))},
+}
+_HUNYUAN_IMAGE = {
+    **_HUNYUAN_COMMON,
+    "time_in.in_layer": _one("time_guidance_embed.timestep_embedder.linear_1"),
+    "time_in.out_layer": _one("time_guidance_embed.timestep_embedder.linear_2"),
+    "guidance_in.in_layer": _one("time_guidance_embed.guidance_embedder.linear_1"),
+    "guidance_in.out_layer": _one("time_guidance_embed.guidance_embedder.linear_2"),
+    **{f"byt5_in.fc{n}": _one(f"context_embedder_2.linear_{n}") for n in (1, 2, 3)},
+}
+_HUNYUAN_ROOTS = (*_FLUX_ROOTS, "byt5_in")
 
 # --- Stable Diffusion 3 -------------------------------------------------------------------
 
@@ -343,50 +376,32 @@ _ANIMA = {
     "final_layer.adaln_modulation.2": _one("norm_out.linear_2"),
 }  # fmt: skip
 
-_MODULE_HUNYUAN_ROOTS = (*_FLUX_ROOTS, "byt5_in", "token_refiner")
+_SD3_ROOTS = ("joint_blocks", "t_embedder", "y_embedder", "x_embedder", "final_layer", "context_embedder")
+_WAN_ROOTS = (
+    "blocks", "text_embedding", "time_embedding", "time_projection", "img_emb", "head", "patch_embedding",
+)  # fmt: skip
 
 NAMES: dict[str, Names] = {
-    "flux1": Names(_FLUX, _XLABS, _FLUX_ROOTS),
-    "chroma": Names(
-        {**_FLUX, **_CHROMA_APPROXIMATOR}, _XLABS, (*_FLUX_ROOTS, "distilled_guidance_layer")
-    ),
+    "flux1": Names(_FLUX, _FLUX_ROOTS, partial=_XLABS),
+    "chroma": Names({**_FLUX, **_CHROMA_APPROXIMATOR}, (*_FLUX_ROOTS, "distilled_guidance_layer"), partial=_XLABS),
     "flux2": Names(
         {
             **_in_blocks("double_blocks", "transformer_blocks", _FLUX2_DOUBLE),
             **_in_blocks("single_blocks", "single_transformer_blocks", _FLUX2_SINGLE),
             **_FLUX2_EDGES,
         },
-        {},
         (*_FLUX_ROOTS, *_MODULATIONS),
     ),
-    "hunyuan_image": Names(_FLUX, _HUNYUAN_OTHER, _MODULE_HUNYUAN_ROOTS),
-    "hunyuan_video": Names(
-        {
-            **_in_blocks("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
-            **_in_blocks("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
-            **_in_blocks(
-                "txt_in.individual_token_refiner.blocks", "context_embedder.token_refiner.refiner_blocks", _REFINER
-            ),
-            **_HUNYUAN_VIDEO_EDGES,
-        },
-        _HUNYUAN_OTHER,
-        _MODULE_HUNYUAN_ROOTS,
-    ),
-    "sd3": Names(
-        _sd3(23), {}, ("joint_blocks", "t_embedder", "y_embedder", "x_embedder", "final_layer", "context_embedder")
-    ),
-    "sd3_large": Names(
-        _sd3(37), {}, ("joint_blocks", "t_embedder", "y_embedder", "x_embedder", "final_layer", "context_embedder")
-    ),
-    "lumina2": Names(_LUMINA2, {}, _LUMINA_ROOTS),
-    "zimage": Names(_ZIMAGE, {}, _LUMINA_ROOTS),
-    "qwen_image": Names(_QWEN, {}, ("transformer_blocks", *(path.split(".")[0] for path in _QWEN_EDGES))),
-    "wan": Names(
-        _WAN, {},
-        ("blocks", "text_embedding", "time_embedding", "time_projection", "img_emb", "head", "patch_embedding"),
-    ),
-    "anima": Names(_ANIMA, {}, ("blocks", "llm_adapter", "x_embedder", "t_embedder", "final_layer")),
-}  # fmt: skip
+    "hunyuan_image": Names(_HUNYUAN_IMAGE, _HUNYUAN_ROOTS, own=_HUNYUAN_OWN),
+    "hunyuan_video": Names(_HUNYUAN_VIDEO, _HUNYUAN_ROOTS, own=_HUNYUAN_OWN),
+    "sd3": Names(_sd3(23), _SD3_ROOTS),
+    "sd3_large": Names(_sd3(37), _SD3_ROOTS),
+    "lumina2": Names(_LUMINA2, _LUMINA_ROOTS),
+    "zimage": Names(_ZIMAGE, _LUMINA_ROOTS),
+    "qwen_image": Names(_QWEN, ("transformer_blocks", *(path.split(".")[0] for path in _QWEN_EDGES))),
+    "wan": Names(_WAN, _WAN_ROOTS),
+    "anima": Names(_ANIMA, ("blocks", "llm_adapter", "x_embedder", "t_embedder", "final_layer")),
+}
 
 
 # --- Looking names up ---------------------------------------------------------------------
@@ -401,6 +416,7 @@ class _Tables:
 
     spellings: Mapping[str, tuple[str, Rows | None]]
     dotted: Mapping[str, str]
+    own: Mapping[str, str]
     members: Mapping[str, Members]
 
 
@@ -414,8 +430,10 @@ def _tables(architecture_id: str) -> _Tables | None:
     if names is None:
         return None
     spellings: dict[str, tuple[str, Rows | None]] = {}
-    for path, (target, rows) in names.other.items():
+    for path, (target, rows) in names.partial.items():
         spellings[_flat(path)] = (_flat(target), rows)
+    for path, target in names.own.items():
+        spellings[_flat(path)] = (_flat(target), None)
     for path, members in names.layers.items():
         for member, rows in members:
             spellings[_flat(member)] = (_flat(path), rows)
@@ -424,6 +442,7 @@ def _tables(architecture_id: str) -> _Tables | None:
     return _Tables(
         spellings,
         {_flat(path): path for path in names.layers},
+        {_flat(target): path for path, target in names.own.items()},
         {_flat(path): members for path, members in names.layers.items()},
     )
 
@@ -454,16 +473,14 @@ def resolve(architecture_id: str, flat: str) -> tuple[str, Rows | None] | None:
     return None
 
 
-def dotted_path(architecture_id: str, flat: str) -> str | None:
-    """Checkpoint path with its dots, for a flattened one; None if it is in no table."""
+def dotted_paths(architecture_id: str, flat: str) -> tuple[str, ...]:
+    """Paths with their dots of a flattened checkpoint path: the hosts' and, if it differs, the model's own."""
     tables = _tables(architecture_id)
     if tables is None:
-        return None
-    if flat in tables.dotted:
-        return tables.dotted[flat]
-    template, number = _template(flat)
-    path = tables.dotted.get(template)
-    return path and path.format(number)
+        return ()
+    template, number = (flat, "") if flat in tables.dotted else _template(flat)
+    found = (table.get(template) for table in (tables.dotted, tables.own))
+    return tuple(path.format(number) for path in found if path is not None)
 
 
 def diffusers_members(architecture_id: str, flat: str) -> Members:

@@ -12,7 +12,7 @@ from ..errors import IncompatibleError, UnsupportedError
 from .cloneofsimo import number_layers
 from .refusals import refusals
 from .registry import DIALECTS, RawLayer
-from .slots import KOHYA_STYLE, split_key, style_of
+from .slots import KOHYA_STYLE, SLOTS, split_key, style_of
 
 Shape = tuple[int, ...]
 
@@ -131,54 +131,58 @@ class _Reading:
         self.numbered: dict[str, dict[str, str]] = {}
         self.embeddings: dict[str, str] = {}
         self.unknown: list[str] = []
-        self._endings: Counter[str] = Counter()
-        self._located: dict[str, tuple[str, str, str] | None] = {}
+        self._endings: dict[str, int] = {}
+        self._slots: dict[str, dict[str, str]] = {}
+        self._strangers: dict[str, dict[str, str]] = {}
         self._recent = list(DIALECTS.values())
 
     def add(self, key: str) -> None:
         """Take one key."""
         name = _COMPILED.sub("", key) if "_orig_mod" in key or "module." in key else key
-        if name.startswith(_EMBEDDING):
-            self.embeddings[name[len(_EMBEDDING) :]] = key
-            return
-        split = split_key(name)
-        if split is None:
-            self.unknown.append(key)
-            return
-        if split.layer not in self._located:
-            self._located[split.layer] = self._locate(split.layer)
-        located = self._located[split.layer]
-        if located is None:
-            self.unknown.append(key)
-            return
-        if split.slot == "up":
-            self._endings[split.ending] += 1
-        dialect, part, path = located
-        if dialect == "cloneofsimo":
-            self.numbered.setdefault(split.layer, {})[split.slot] = key
-            return
-        spelling = _without_processor(split.layer)
-        raw = self.layers.get(spelling)
-        if raw is None:
-            raw = self.layers[spelling] = RawLayer(dialect, part, path)
-        if split.slot in raw.slots:
+        layer, _, ending = name.partition(".")
+        slot = SLOTS.get(ending)
+        if slot is None:
+            split = split_key(name)
+            if name.startswith(_EMBEDDING):
+                self.embeddings[name[len(_EMBEDDING) :]] = key
+                return
+            if split is None:
+                self.unknown.append(key)
+                return
+            layer, slot, ending = split
+        slots = self._slots.get(layer)
+        if slots is None:
+            slots = self._slots[layer] = self._open(layer)
+        if slot in slots:
             raise IncompatibleError(
-                f"{self.start}{spelling} has the same tensor twice, as {raw.slots[split.slot]} and as {key}. "
-                "Remove one of them."
+                f"{self.start}{layer} has the same tensor twice, as {slots[slot]} and as {key}. Remove one of them."
             )
-        raw.slots[split.slot] = key
+        slots[slot] = key
+        if slot == "up":
+            self._endings[ending] = self._endings.get(ending, 0) + 1
 
-    def _locate(self, layer: str) -> tuple[str, str, str] | None:
+    def _open(self, layer: str) -> dict[str, str]:
+        """Slots of a layer that is met for the first time."""
         for index, dialect in enumerate(self._recent):
             found = dialect.locate(layer)
-            if found is not None:
+            if found is None:
+                continue
+            if index:
                 # The next layer of a file is nearly always of the same dialect.
                 self._recent.insert(0, self._recent.pop(index))
-                return dialect.name, found[0], _flatten(found[1])
-        return None
+            if dialect.name == "cloneofsimo":
+                return self.numbered.setdefault(layer, {})
+            spelling = _without_processor(layer)
+            raw = self.layers.get(spelling)
+            if raw is None:
+                raw = self.layers[spelling] = RawLayer(dialect.name, found[0], _flatten(found[1]))
+            return raw.slots
+        return self._strangers.setdefault(layer, {})
 
     def drop_plain_weights(self) -> None:
         """Move tensors that are no adapter's to the unknown ones: weights and biases of a model."""
+        for strangers in self._strangers.values():
+            self.unknown.extend(strangers.values())
         for spelling in list(self.layers):
             slots = self.layers[spelling].slots
             for slot, beside in _PLAIN.items():
@@ -197,7 +201,7 @@ class _Reading:
         """The way this file spells most of its slots."""
         if not self._endings:
             return KOHYA_STYLE
-        ending = self._endings.most_common(1)[0][0]
+        ending = max(self._endings, key=self._endings.__getitem__)
         return style_of(ending, any("alpha" in raw.slots for raw in self.layers.values()))
 
 
