@@ -1,0 +1,371 @@
+// The browser's part of the LoRA Merge tab. The page asks the server again when the form has changed,
+// follows running merges, draws the block sliders and shows help on hover. Everything is found by
+// element id, so that it works in every version of Gradio, inside a WebUI and alone.
+(function () {
+    "use strict";
+
+    const TICK = 200; // ms between looks at the page
+    const ANSWER = 4000; // ms to wait for an answer before asking again
+    const POLL_ACTIVE = 400;
+    const POLL_IDLE = 5000;
+    const DRAFT = "loramerge_draft";
+    const FOLLOW = "loramerge_follow";
+
+    const state = {
+        argument: "",
+        signature: null, // of the form, as asked last
+        pending: null, // of the form, as seen at the last tick
+        asked: 0,
+        stamp: "",
+        polled: 0,
+        pollStamp: "",
+        active: false,
+        greeted: false,
+        follow: "",
+        open: new Set(), // rows whose options are shown
+    };
+
+    const root = () => (typeof window.gradioApp === "function" ? window.gradioApp() : document);
+    const find = (selector) => root().querySelector(selector);
+    const byId = (id) => find("#" + id);
+
+    function press(name, argument) {
+        const element = byId("loramerge_do_" + name);
+        const button = element && (element.tagName === "BUTTON" ? element : element.querySelector("button"));
+        if (!button) return false;
+        if (argument !== undefined) state.argument = argument;
+        button.click();
+        return true;
+    }
+
+    function valueOf(id) {
+        const element = find(`#${id} textarea, #${id} input`);
+        return element ? element.value : "";
+    }
+
+    // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
+    window.loramergeArgument = () => [state.argument];
+
+    window.loramergePrompt = () => {
+        const words = pageWords();
+        const area = words.prompt && find(`#${words.prompt} textarea`);
+        return area ? area.value : "";
+    };
+
+    window.loramergeCopy = (text) => {
+        if (!text) return;
+        const area = find("#loramerge_copy_text textarea, #loramerge_copy_text input");
+        const old = () => {
+            if (!area) return;
+            area.focus();
+            area.select();
+            document.execCommand("copy");
+        };
+        if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).catch(old);
+        else setTimeout(old, 50);
+    };
+
+    // --- words and hints ---------------------------------------------------------------------------------------------
+
+    let words = null;
+
+    function pageWords() {
+        if (words) return words;
+        const element = byId("loramerge_words");
+        if (!element) return { hints: {}, prompt: null };
+        words = JSON.parse(element.dataset.words);
+        return words;
+    }
+
+    function translated(text) {
+        const found = typeof window.getTranslation === "function" ? window.getTranslation(text) : undefined;
+        return found === undefined || found === null ? text : found;
+    }
+
+    function showHints() {
+        const hints = pageWords().hints;
+        for (const [id, hint] of Object.entries(hints)) {
+            const text = translated(hint);
+            const elements = id.includes("*")
+                ? root().querySelectorAll(`[id^="${id.split("*")[0]}"][id$="${id.split("*")[1]}"]`)
+                : [byId(id)];
+            for (const element of elements) {
+                if (element && element.title !== text) element.title = text;
+            }
+        }
+    }
+
+    // --- the form ----------------------------------------------------------------------------------------------------
+
+    function isShown(element) {
+        return Boolean(element && element.offsetParent !== null);
+    }
+
+    function signatureOfForm() {
+        const parts = [];
+        for (const element of root().querySelectorAll("#loramerge_form input, #loramerge_form textarea")) {
+            if (element.type === "file" || element.closest("#loramerge_fill")) continue;
+            parts.push(element.type === "checkbox" || element.type === "radio" ? element.checked : element.value);
+        }
+        parts.push(valueOf("loramerge_rows"));
+        return parts.join("\u0001");
+    }
+
+    function isListOpen() {
+        // While a list is open its field holds a search, not a value.
+        return Boolean(root().querySelector("#loramerge_form ul.options, #loramerge_form ul[role=listbox]"));
+    }
+
+    function askForFacts(now) {
+        const facts = find("#loramerge_facts [data-stamp]");
+        const stamp = facts ? facts.dataset.stamp : "";
+        const answered = stamp !== state.stamp;
+        if (answered) {
+            state.stamp = stamp;
+            state.asked = 0;
+            keepDraft();
+        }
+        if (state.asked && now - state.asked < ANSWER) return;
+        const signature = signatureOfForm();
+        const settled = signature === state.pending;
+        state.pending = signature;
+        if (!settled || signature === state.signature || isListOpen()) return;
+        if (press("ask")) {
+            state.signature = signature;
+            state.asked = now;
+        }
+    }
+
+    function keepDraft() {
+        const draft = valueOf("loramerge_draft");
+        try {
+            if (draft) sessionStorage.setItem(DRAFT, draft);
+        } catch (error) { /* A browser may forbid storage: then a reload starts afresh. */ }
+    }
+
+    function stored(key) {
+        try {
+            return sessionStorage.getItem(key) || "";
+        } catch (error) {
+            return "";
+        }
+    }
+
+    // --- merges ------------------------------------------------------------------------------------------------------
+
+    function followJobs(now) {
+        const jobs = find("#loramerge_jobs [data-stamp]");
+        if (!jobs) return;
+        if (jobs.dataset.stamp !== state.pollStamp) {
+            state.pollStamp = jobs.dataset.stamp;
+            state.polled = 0;
+            state.lastAnswer = now;
+            if (jobs.dataset.follow) state.follow = jobs.dataset.follow;
+            try {
+                sessionStorage.setItem(FOLLOW, state.follow);
+            } catch (error) { /* as above */ }
+            const active = jobs.dataset.state === "active";
+            if (state.active && !active) {
+                press("greet"); // The lists hold a new LoRA now,
+                state.signature = null; // and the name is taken.
+            }
+            state.active = active;
+        }
+        if (state.polled && now - state.polled < ANSWER) return;
+        const pause = state.active ? POLL_ACTIVE : POLL_IDLE;
+        if (now - (state.lastAnswer || 0) < pause) return;
+        if (press("poll", state.follow)) state.polled = now;
+    }
+
+    function sendToPrompt(tag) {
+        const id = pageWords().prompt;
+        const area = id && find(`#${id} textarea`);
+        if (!area) return;
+        area.value = area.value.trim() ? area.value.replace(/\s+$/, "") + " " + tag : tag;
+        if (typeof window.updateInput === "function") window.updateInput(area);
+        else area.dispatchEvent(new Event("input", { bubbles: true }));
+        if (typeof window.switch_to_txt2img === "function") window.switch_to_txt2img();
+    }
+
+    function onClick(event) {
+        const target = event.target.closest && event.target.closest("button");
+        if (!target || !target.closest("#loramerge_app")) return;
+        if (target.matches(".lm-drop")) {
+            target.disabled = true;
+            press("drop", target.dataset.job);
+        } else if (target.matches(".lm-refill")) {
+            press("refill", target.dataset.job);
+        } else if (target.matches(".lm-send")) {
+            sendToPrompt(target.dataset.tag);
+        } else {
+            const more = /^loramerge_row(\d+)_more$/.exec(target.id);
+            if (more) toggleRow(Number(more[1]));
+        }
+    }
+
+    // --- rows --------------------------------------------------------------------------------------------------------
+
+    function toggleRow(row) {
+        if (state.open.has(row)) state.open.delete(row);
+        else state.open.add(row);
+        showRowOptions();
+    }
+
+    function showRowOptions() {
+        for (const line of root().querySelectorAll("[id^=loramerge_row][id$=_options]")) {
+            const row = Number(line.id.match(/\d+/)[0]);
+            const used = [...line.querySelectorAll("input, textarea")].some((element) => element.value);
+            const shown = used || state.open.has(row);
+            line.classList.toggle("lm-open", shown);
+            const button = byId(`loramerge_row${row}_more`);
+            if (button) button.setAttribute("aria-expanded", String(shown));
+        }
+    }
+
+    // --- block sliders -----------------------------------------------------------------------------------------------
+
+    const sliders = { text: null, count: 0, list: "" };
+
+    function presetField() {
+        return find("#loramerge_preset_text textarea, #loramerge_preset_text input");
+    }
+
+    function blockIds() {
+        const element = byId("loramerge_sliders");
+        if (!element) return {};
+        return JSON.parse(element.dataset.blocks);
+    }
+
+    function setPresetText(text) {
+        const field = presetField();
+        if (!field || field.value === text) return;
+        field.value = text;
+        sliders.text = text;
+        field.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+
+    function drawSliders() {
+        const place = byId("loramerge_sliders");
+        const field = presetField();
+        if (!place || !field || !isShown(field)) return;
+        const elemental = find("#loramerge_preset_kind input:checked");
+        const hidden = Boolean(elemental && elemental.value.startsWith("Elemental"));
+        place.classList.toggle("lm-none", hidden);
+        if (hidden) return;
+        const layout = valueOf("loramerge_preset_layout").split(": ").pop();
+        const entries = field.value.split(",").map((entry) => entry.trim());
+        const ids = blockIds();
+        const wanted = Number(layout);
+        // A text of another length that is a list, too, decides; else the layout that is chosen.
+        const count = field.value.trim() && ids[entries.length] && layout === sliders.list ? entries.length : wanted;
+        if (field.value === sliders.text && count === sliders.count && layout === sliders.list) return;
+        sliders.text = field.value;
+        sliders.list = layout;
+        if (count !== sliders.count) {
+            sliders.count = count;
+            place.replaceChildren(...(ids[count] || []).map((id, index) => makeSlider(id, index)));
+        }
+        const same = entries.length === count;
+        [...place.children].forEach((cell, index) => {
+            const entry = same ? entries[index] : "1";
+            const number = Number(entry);
+            const plain = entry !== "" && Number.isFinite(number);
+            const [range, box] = cell.querySelectorAll("input");
+            if (document.activeElement !== box) box.value = entry;
+            range.disabled = !plain;
+            if (plain) range.value = String(number);
+        });
+    }
+
+    function makeSlider(id, index) {
+        const cell = document.createElement("label");
+        const name = document.createElement("span");
+        const range = document.createElement("input");
+        const box = document.createElement("input");
+        name.textContent = id;
+        range.type = "range";
+        Object.assign(range, { min: "-1", max: "2", step: "0.05", value: "1" });
+        range.setAttribute("aria-label", id);
+        box.type = "text";
+        box.setAttribute("aria-label", id);
+        range.addEventListener("input", () => {
+            box.value = range.value;
+            collectSliders();
+        });
+        box.addEventListener("input", () => collectSliders());
+        cell.append(name, range, box);
+        return cell;
+    }
+
+    function collectSliders() {
+        const boxes = [...root().querySelectorAll("#loramerge_sliders input[type=text]")];
+        setPresetText(boxes.map((box) => box.value.trim() || "0").join(","));
+    }
+
+    // --- keyboard ----------------------------------------------------------------------------------------------------
+
+    function openByKeyboard() {
+        // Gradio 3 draws the heads of its accordions as plain text that only a mouse can press.
+        for (const head of root().querySelectorAll("#loramerge_app div.label-wrap:not([tabindex])")) {
+            head.tabIndex = 0;
+            head.setAttribute("role", "button");
+            head.addEventListener("keydown", (event) => {
+                if (event.key !== "Enter" && event.key !== " ") return;
+                event.preventDefault();
+                head.click();
+            });
+        }
+        for (const range of root().querySelectorAll("#loramerge_app [id$=_slide] input[type=range]:not([aria-label])")) {
+            range.setAttribute("aria-label", translated("Strength slider"));
+        }
+    }
+
+    // --- the loop ----------------------------------------------------------------------------------------------------
+
+    function greet() {
+        state.greeted = true;
+        const draft = stored(DRAFT);
+        state.follow = stored(FOLLOW);
+        if (draft) press("restore", draft);
+        else press("greet");
+        press("poll", state.follow);
+        state.polled = Date.now();
+        showHints();
+        showRowOptions();
+    }
+
+    let hinted = 0;
+
+    function tick() {
+        if (document.visibilityState === "hidden") return;
+        const app = byId("loramerge_app");
+        if (!isShown(app) || !byId("loramerge_do_poll")) return;
+        const now = Date.now();
+        if (!state.greeted) {
+            greet();
+            return;
+        }
+        if (isShown(byId("loramerge_form"))) {
+            askForFacts(now);
+            showRowOptions();
+        }
+        drawSliders();
+        followJobs(now);
+        if (now - hinted > 1000) {
+            hinted = now;
+            showHints();
+            openByKeyboard();
+        }
+    }
+
+    function guardedTick() {
+        try {
+            tick();
+        } catch (error) {
+            console.error("LoRA Merge:", error);
+        }
+    }
+
+    document.addEventListener("click", onClick);
+    setInterval(guardedTick, TICK);
+})();

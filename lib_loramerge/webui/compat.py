@@ -1,0 +1,59 @@
+"""Every difference between the Gradio versions that the tab runs in: 3.41 to the newest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+MAJOR = int(gr.__version__.split(".")[0])
+
+
+def make(kind: str, **options: Any) -> Any:
+    """A component or layout block by the name of its class.
+
+    The WebUI keeps the first value it saw of every labelled component in
+    ``ui-config.json``; our defaults come from the settings, so all of ours
+    ask to be left out of that file.
+    """
+    block = getattr(gr, kind)(**options)
+    block.do_not_save_to_config = True
+    return block
+
+
+def on(
+    trigger: Callable[..., Any],
+    function: Callable[..., Any] | None,
+    inputs: Sequence[Any] = (),
+    outputs: Sequence[Any] = (),
+    *,
+    js: str | None = None,
+    queue: bool = False,
+) -> Any:
+    """Connect an event, such as ``button.click``.
+
+    Events skip Gradio's queue unless asked: the queue of a WebUI waits for
+    pictures, and its default limit of one run at a time for an event would let
+    one window hold up another. The work of a merge is done by our own queue.
+    """
+    options: dict[str, Any] = {"queue": queue, "show_progress": "hidden"}
+    if js is not None:
+        options["_js" if MAJOR < 4 else "js"] = js
+    if MAJOR < 6:
+        options["api_name"] = False
+    else:
+        options["api_visibility"] = "private"
+    return trigger(fn=function, inputs=list(inputs), outputs=list(outputs), **options)
+
+
+def launch_options(**wanted: Any) -> dict[str, Any]:
+    """The options of ``launch`` that this Gradio knows."""
+    known = inspect.signature(gr.Blocks.launch).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def update(**changes: Any) -> Any:
+    """A change of a component; handlers never return components."""
+    return gr.update(**changes)

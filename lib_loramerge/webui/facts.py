@@ -1,0 +1,135 @@
+"""Everything the tab tells before a merge, from headers alone. Knows no Gradio."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .. import blocks
+from ..errors import LoraMergeError
+from ..merge import Source, open_source
+from . import render, sidecar
+from .form import NO_PREVIEW, Reading, is_random, mode_name, read_form
+
+if TYPE_CHECKING:
+    from ..methods import MergeMethod
+    from .host import Host
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page shows for the form as it is now.
+
+    Attributes:
+        rows: Row number to the HTML below it: what the file is, or what is wrong.
+        plan: HTML of what will come out.
+        problems: Control to the sentence beside it.
+        name: A free name for the result.
+        activation_text: The union of the inputs' activation texts.
+        previews: Names of inputs that have a preview picture.
+        needs_base: Whether some input needs the base checkpoint.
+        random: Whether the seed matters.
+        ready: Whether Merge would be accepted.
+    """
+
+    rows: Mapping[int, str]
+    plan: str
+    problems: Mapping[str, str]
+    name: str = ""
+    activation_text: str = ""
+    previews: tuple[str, ...] = (NO_PREVIEW,)
+    needs_base: bool = False
+    random: bool = False
+    ready: bool = False
+
+
+@dataclass
+class _Draft:
+    rows: dict[int, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    sources: dict[int, Source] = field(default_factory=dict)
+
+
+def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod]) -> Facts:
+    """Look at every row and at the whole; never raises for what a user typed."""
+    reading = read_form(form, host, methods)
+    draft = _Draft(problems=dict(reading.problems))
+    _look_at_rows(reading, host, draft)
+    plan = _plan(reading, host, draft)
+    paths = [source.path for source in draft.sources.values()]
+    proposed = host.propose_name(reading.inputs) if reading.inputs else ""
+    _check_name(form, proposed, host, draft)
+    return Facts(
+        rows={**draft.rows, **_row_problems(draft.problems)},
+        plan=plan,
+        problems=draft.problems,
+        name=proposed,
+        activation_text=sidecar.union(paths).activation_text,
+        previews=(NO_PREVIEW, *_with_preview(reading, draft)),
+        needs_base=any(source.needs_base for source in draft.sources.values()) or bool(form.get("base")),
+        random=is_random(reading, methods, mode_name(form.get("mode"), methods)),
+        ready=reading.recipe is not None and not draft.problems,
+    )
+
+
+def _look_at_rows(reading: Reading, host: Host, draft: _Draft) -> None:
+    presets = host.presets()
+    for row, given in zip(reading.rows, reading.inputs, strict=True):
+        try:
+            draft.sources[row] = open_source(host.find(given.name))
+            blocks.resolve(given, presets, rng=random.Random(0))
+        except LoraMergeError as error:
+            draft.problems[f"row{row}"] = str(error)
+    first = next(iter(draft.sources.values()), None)
+    for row, source in draft.sources.items():
+        fits = first is None or source.architecture.id == first.architecture.id
+        draft.rows[row] = render.row_facts(source, fits)
+
+
+def _row_problems(problems: Mapping[str, str]) -> dict[int, str]:
+    return {
+        int(name.removeprefix("row")): render.error_box(text)
+        for name, text in problems.items()
+        if name.startswith("row") and name != "row" and name[3:].isdigit()
+    }
+
+
+def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
+    """The facts of the whole merge, or the sentence that says why there will be none."""
+    if not reading.inputs and not draft.problems:
+        return f'<div class="lm-quiet">{render.say("Pick a LoRA to see here what will come out.")}</div>'
+    if reading.recipe is None or draft.problems:
+        return f'<div class="lm-quiet">{render.say("Something in the form needs a look; it is marked in red.")}</div>'
+    try:
+        plan = host.plan(reading.recipe)
+    except LoraMergeError as error:
+        draft.problems["plan"] = str(error)
+        return render.error_box(str(error))
+    warnings = []
+    free = host.free_bytes()
+    if free is not None and free < plan.predicted_bytes:
+        warnings.append(
+            f"The disk of the LoRA folder has only {render.size_text(free)} left, and the file may take "
+            f"{render.size_text(plan.predicted_bytes)}."
+        )
+    return render.plan_facts(plan, warnings)
+
+
+def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draft) -> None:
+    name = str(form.get("name") or "").strip()
+    if not name or (name == form.get("name_auto") and name != proposed):
+        return  # About to be replaced by the new proposal.
+    try:
+        host.check_name(name, str(form.get("subfolder") or ""), bool(form.get("overwrite")))
+    except LoraMergeError as error:
+        draft.problems["name"] = str(error)
+
+
+def _with_preview(reading: Reading, draft: _Draft) -> list[str]:
+    return [
+        given.name
+        for row, given in zip(reading.rows, reading.inputs, strict=True)
+        if row in draft.sources and sidecar.preview_of(draft.sources[row].path) is not None
+    ]

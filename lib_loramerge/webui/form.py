@@ -1,0 +1,387 @@
+"""The tab's form as plain data: control values <-> recipe. Knows no Gradio.
+
+A form is a mapping from the name of a control to its value, as
+:mod:`lib_loramerge.webui.tab.controls` lists them; the controls of row 2 are
+``row2.lora``, ``row2.strength`` and so on, a parameter of a method is
+``param.ties.density``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LoraMergeError, RecipeError
+from ..recipe import LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
+from .sidecar import UserMetadata
+
+if TYPE_CHECKING:
+    from ..methods import MergeMethod
+    from .host import Host, LoraEntry
+
+MAX_ROWS = 16
+START_ROWS = 2
+ROW_FIELDS = ("on", "lora", "strength", "slide", "te", "linked", "blocks", "elements", "extra")
+EMPTY_ROW: Mapping[str, Any] = {
+    "on": True,
+    "lora": "",
+    "strength": 1.0,
+    "slide": 1.0,
+    "te": 1.0,
+    "linked": True,
+    "blocks": "",
+    "elements": "",
+    "extra": "",
+}
+RANK_RULES = {
+    "same": "Same as the inputs",
+    "number": "A number",
+    "full": "Keep everything",
+    "retain": "Keep a share",
+    "size": "Fit a size",
+}
+PRECISIONS = {
+    "same": "Same as the inputs",
+    "float16": "float16 (half)",
+    "bfloat16": "bfloat16",
+    "float32": "float32 (full)",
+}
+SPELLINGS = {"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"}
+NO_PREVIEW = "None"
+NO_SUBFOLDER = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a form says, as far as it can be understood.
+
+    Attributes:
+        recipe: None when something is missing or wrong.
+        inputs: The rows that count, in order.
+        rows: Row number of each of ``inputs``.
+        problems: Control, or ``"row3"`` for a row, to the sentence to show beside it.
+    """
+
+    recipe: MergeRecipe | None
+    inputs: tuple[LoraInput, ...] = ()
+    rows: tuple[int, ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> MergeRecipe:
+        """The recipe.
+
+        Raises:
+            RecipeError: There is none; the first problem.
+        """
+        if self.recipe is not None and not self.problems:
+            return self.recipe
+        raise RecipeError(next(iter(self.problems.values()), "Pick at least one LoRA first."))
+
+
+def key_of(labels: Mapping[str, str], value: object) -> str:
+    """The key of a choice from the text shown for it; other text as it is."""
+    text = str(value or "")
+    return next((key for key, label in labels.items() if label == text), text)
+
+
+def lora_name(value: object, entries: Sequence[LoraEntry]) -> str:
+    """The LoRA's name from what a dropdown holds: a name, a label of the list, or typed text.
+
+    A piece of text that is part of one name only means that LoRA.
+    """
+    text = str(value or "").strip()
+    by_label = {entry.label: entry.name for entry in entries}
+    names = set(by_label.values())
+    if text in names:
+        return text
+    if text in by_label:
+        return by_label[text]
+    # A label made before the list knew the base model, or after.
+    stem = text.split(" · ", 1)[0].strip()
+    if stem in names:
+        return stem
+    if text and not any(entry.alias == text for entry in entries):
+        containing = [entry.name for entry in entries if text.casefold() in entry.label.casefold()]
+        if len(containing) == 1:
+            return containing[0]
+    return text
+
+
+def lora_label(name: str, entries: Sequence[LoraEntry]) -> str:
+    """What the dropdown shows for a name; names that are not listed stay as they are."""
+    for entry in entries:
+        if entry.name == name:
+            return entry.label
+    for entry in entries:
+        if entry.alias == name:
+            return entry.label
+    return name
+
+
+def number(value: object, what: str) -> float:
+    """A finite number from a field that people type into.
+
+    Raises:
+        RecipeError: Empty, or no number.
+    """
+    if value is None or value == "":
+        raise RecipeError(f"{what} is empty: type a number.")
+    try:
+        result = float(str(value).replace(",", ".")) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RecipeError(f"{what} must be a number, got {value!r}.") from None
+    if not math.isfinite(result):
+        raise RecipeError(f"{what} must be a finite number, got {value!r}.")
+    return result
+
+
+def whole(value: object, what: str) -> int:
+    """A whole number from such a field.
+
+    Raises:
+        RecipeError: Empty, or no whole number.
+    """
+    result = number(value, what)
+    if not result.is_integer():
+        raise RecipeError(f"{what} must be a whole number, got {value!r}.")
+    return int(result)
+
+
+def row_count(form: Mapping[str, Any]) -> int:
+    """How many rows the page shows."""
+    try:
+        return max(1, min(MAX_ROWS, int(form.get("rows") or START_ROWS)))
+    except (TypeError, ValueError, OverflowError):
+        return START_ROWS
+
+
+def row_values(form: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The values of one row, by field."""
+    return {name: form.get(f"row{index}.{name}", EMPTY_ROW[name]) for name in ROW_FIELDS}
+
+
+def read_row(values: Mapping[str, Any], entries: Sequence[LoraEntry]) -> LoraInput | None:
+    """One row as an input of the recipe; None when it is off or empty.
+
+    Raises:
+        RecipeError: A field that cannot be understood.
+    """
+    name = lora_name(values["lora"], entries)
+    if not name or not values["on"]:
+        return None
+    unet = number(values["strength"], "Strength")
+    te = unet if values["linked"] else number(values["te"], "Text encoder strength")
+    given = LoraInput(name, te=te, unet=unet)
+    extra = str(values["extra"] or "").strip().strip(":").strip()
+    if extra:
+        given = _with_extra(given, extra)
+    blocks, elements = (str(values[key] or "").strip() for key in ("blocks", "elements"))
+    return replace(given, lbw=blocks or given.lbw, lbwe=elements or given.lbwe)
+
+
+def _with_extra(given: LoraInput, extra: str) -> LoraInput:
+    """Adds the options of a row's last field, which is a piece of the prompt's own grammar."""
+    if any("=" not in part for part in extra.split(":")):
+        raise RecipeError(f"Other options must look like dyn=8:te2=0.5, got {extra!r}.")
+    parsed = parse_input(f"x:te={given.te!r}:unet={given.unet!r}:{extra}")
+    return replace(parsed, name=given.name)
+
+
+def read_form(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod]) -> Reading:
+    """The form as a recipe, with a sentence for every control that is wrong."""
+    problems: dict[str, str] = {}
+    entries = host.loras()
+    inputs, rows = [], []
+    for index in range(row_count(form)):
+        try:
+            given = read_row(row_values(form, index), entries)
+        except LoraMergeError as error:
+            problems[f"row{index}"] = str(error)
+            continue
+        if given is not None:
+            inputs.append(given)
+            rows.append(index)
+    settings = _read_how(form, host, methods, problems)
+    if not inputs or problems:
+        return Reading(None, tuple(inputs), tuple(rows), problems)
+    try:
+        recipe = MergeRecipe(inputs=tuple(inputs), **settings)
+    except LoraMergeError as error:
+        problems["how"] = str(error)
+        return Reading(None, tuple(inputs), tuple(rows), problems)
+    return Reading(recipe, tuple(inputs), tuple(rows), problems)
+
+
+def _read_how(
+    form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod], problems: dict[str, str]
+) -> dict[str, Any]:
+    """The recipe's fields below the rows."""
+    mode = mode_name(form.get("mode"), methods)
+    method = methods.get(mode)
+    settings: dict[str, Any] = {
+        "mode": mode,
+        "dtype": key_of(PRECISIONS, form.get("dtype")) or "same",
+        "dialect": key_of(SPELLINGS, form.get("dialect")) or "auto",
+        "device": _device(form.get("device"), host),
+        "base": str(form.get("base") or "").strip() or None,
+        "skip_unsupported": bool(form.get("skip_unsupported")),
+    }
+    if method is None or method.uses_rank:
+        try:
+            settings |= _read_rank(form)
+        except LoraMergeError as error:
+            problems["rank_rule"] = str(error)
+    if method is not None:
+        settings["params"] = {}
+        for param in method.params:
+            value = form.get(f"param.{mode}.{param.name}")
+            try:
+                settings["params"][param.name] = param.check(param.default if value is None else value)
+            except LoraMergeError as error:
+                problems["mode"] = str(error)
+    try:
+        settings["seed"] = whole(form.get("seed") or 0, "Seed")
+    except LoraMergeError as error:
+        problems["seed"] = str(error)
+    return settings
+
+
+def _read_rank(form: Mapping[str, Any]) -> dict[str, Any]:
+    rule = key_of(RANK_RULES, form.get("rank_rule")) or "same"
+    if rule == "retain":
+        return {"retain": number(form.get("retain"), "The share to keep") / 100}
+    if rule == "size":
+        return {"size": number(form.get("size"), "The file size")}
+    settings: dict[str, Any] = {"rank": rule}
+    if rule == "number":
+        settings["rank"] = whole(form.get("rank"), "Rank")
+    if form.get("conv_rank") not in (None, "", 0):
+        settings["conv_rank"] = whole(form.get("conv_rank"), "Rank of convolutions")
+    return settings
+
+
+def _device(value: object, host: Host) -> str:
+    return next((key for label, key in host.devices() if value in (label, key)), str(value or "auto"))
+
+
+def mode_name(value: object, methods: Mapping[str, MergeMethod]) -> str:
+    """Name of a merge method from the label the dropdown shows."""
+    return next((name for name, method in methods.items() if value in (name, method.label)), str(value or "svd"))
+
+
+def is_random(reading: Reading, methods: Mapping[str, MergeMethod], mode: str) -> bool:
+    """Whether the seed matters: the method draws, or some block weight is R or U."""
+    method = methods.get(mode)
+    if method is not None and method.random:
+        return True
+    return any({"R", "U"} & {entry.strip() for entry in (given.lbw or "").split(",")} for given in reading.inputs)
+
+
+# --- the other way: from a recipe to control values -----------------------------------------------------------------
+
+
+def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> dict[str, Any]:
+    """The controls of one row for one input."""
+    rest = replace(given, name="x", te=1.0, unet=1.0, lbw=None, lbwe=None)
+    extra = format_input(rest).split(":")[1:]
+    return {
+        "on": True,
+        "lora": lora_label(given.name, entries),
+        "strength": given.unet,
+        "slide": max(-2.0, min(2.0, given.unet)),
+        "te": given.te,
+        "linked": given.te == given.unet,
+        "blocks": given.lbw or "",
+        "elements": given.lbwe or "",
+        "extra": ":".join(part for part in extra if "=" in part and part.split("=")[0] not in ("te", "unet")),
+    }
+
+
+def rows_of(inputs: Sequence[LoraInput], entries: Sequence[LoraEntry]) -> dict[str, Any]:
+    """All row controls for a list of inputs; rows beyond it are emptied.
+
+    Raises:
+        RecipeError: More inputs than the page has rows.
+    """
+    if len(inputs) > MAX_ROWS:
+        raise RecipeError(
+            f"{len(inputs)} LoRAs are more than the {MAX_ROWS} rows of this page. The command line takes more."
+        )
+    values: dict[str, Any] = {"rows": max(len(inputs), 1)}
+    for index in range(MAX_ROWS):
+        row = row_of(inputs[index], entries) if index < len(inputs) else EMPTY_ROW
+        values |= {f"row{index}.{name}": row[name] for name in ROW_FIELDS}
+    return values
+
+
+def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod]) -> dict[str, Any]:
+    """All control values that make this recipe.
+
+    Raises:
+        RecipeError: It has more inputs than the page has rows, or a method that is not here.
+    """
+    if recipe.mode not in methods:
+        raise RecipeError(f"The recipe uses the mode {recipe.mode!r}, which this version does not have.")
+    method = methods[recipe.mode]
+    rule = "number" if isinstance(recipe.rank, int) else recipe.rank
+    rule = "retain" if recipe.retain is not None else "size" if recipe.size is not None else rule
+    values = rows_of(recipe.inputs, host.loras())
+    values |= {
+        "mode": method.label,
+        "rank_rule": RANK_RULES[rule],
+        "conv_rank": recipe.conv_rank,
+        "dtype": PRECISIONS[recipe.dtype],
+        "dialect": SPELLINGS[recipe.dialect],
+        "base": recipe.base or "",
+        "seed": recipe.seed,
+        "skip_unsupported": recipe.skip_unsupported,
+    }
+    if isinstance(recipe.rank, int):
+        values["rank"] = recipe.rank
+    if recipe.retain is not None:
+        values["retain"] = recipe.retain * 100
+    if recipe.size is not None:
+        values["size"] = recipe.size
+    device = next((label for label, key in host.devices() if key == recipe.device), None)
+    if device is not None:
+        values["device"] = device
+    for param in method.params:
+        values[f"param.{method.name}.{param.name}"] = recipe.params.get(param.name, param.default)
+    return values
+
+
+def read_pasted(text: str, host: Host, methods: Mapping[str, MergeMethod]) -> tuple[dict[str, Any], list[str]]:
+    """Control values from pasted text: a prompt with LoRA tags, or a recipe as JSON.
+
+    Returns:
+        The values, and a sentence for everything that was left out.
+
+    Raises:
+        RecipeError: Nothing in it can be used.
+    """
+    if not text.strip():
+        raise RecipeError("Paste a prompt with <lora:...> tags, or a recipe, first.")
+    if text.lstrip().startswith("{"):
+        return form_of(from_json(text), host, methods), []
+    notes: list[str] = []
+    inputs = parse_prompt(text, skip_unsupported=True, notes=notes)
+    if not inputs:
+        raise RecipeError("There is no <lora:name:strength> tag in this text.")
+    return rows_of(inputs, host.loras()), notes
+
+
+def user_metadata(form: Mapping[str, Any]) -> UserMetadata | None:
+    """What goes into the WebUI's ``<name>.json``; None when there is nothing to say.
+
+    Raises:
+        RecipeError: The preferred weight is no number.
+    """
+    weight = form.get("preferred_weight")
+    data = UserMetadata(
+        activation_text=str(form.get("activation_text") or "").strip(),
+        preferred_weight=number(weight, "Preferred weight") if weight not in (None, "") else 0.0,
+        notes=str(form.get("notes") or "").strip(),
+    )
+    return None if data.empty else data

@@ -1,0 +1,283 @@
+"""What the tab says, as HTML. Every text that comes from files or people is escaped here.
+
+Words of ours go through :func:`say`, so that a test finds them all in the
+translations; they stand in elements of their own, because the WebUI
+translates whole texts of elements, not parts of sentences.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..report import percent
+
+if TYPE_CHECKING:
+    from ..merge import MergePlan, Source
+    from .jobs import Job
+
+MANY_RANKS = 4
+
+
+def say(text: str) -> str:
+    """One of our own words or sentences, ready for HTML."""
+    return f"<span>{html.escape(text)}</span>"
+
+
+def foreign(value: object) -> str:
+    """Text that is not ours: names, paths, metadata, messages that quote them."""
+    return html.escape(str(value))
+
+
+def size_text(count: float) -> str:
+    """Bytes as people read them; 1 MB is 1,000,000 bytes."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    if count >= 1e6:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e3:.1f} kB"
+
+
+def ranks_text(ranks: Mapping[int, int]) -> str:
+    """The ranks of a file in a few characters: ``32``, ``8, 16`` or ``4-64``."""
+    known = sorted(int(rank) for rank in ranks)
+    if not known:
+        return "–"
+    if len(known) <= MANY_RANKS:
+        return ", ".join(map(str, known))
+    return f"{known[0]}–{known[-1]}"
+
+
+def time_text(seconds: float) -> str:
+    """A duration in the largest unit that fits."""
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min"
+
+
+def error_box(text: str) -> str:
+    """An error beside what caused it; nothing for an empty text."""
+    return f'<div class="lm-error" role="alert">{foreign(text)}</div>' if text else ""
+
+
+def note_box(texts: Iterable[str]) -> str:
+    """Sentences that need no action."""
+    return "".join(f'<div class="lm-note">{foreign(text)}</div>' for text in texts)
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    """Label and value pairs; both are HTML already."""
+    return '<dl class="lm-table">' + "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows) + "</dl>"
+
+
+def _warnings(texts: Iterable[str]) -> str:
+    return "".join(f'<div class="lm-warning">{foreign(text)}</div>' for text in texts)
+
+
+def _dots(parts: Sequence[str]) -> str:
+    return '<i class="lm-dot">·</i>'.join(part for part in parts if part)
+
+
+def row_facts(source: Source, fits: bool = True) -> str:
+    """What one file is, below its row.
+
+    Args:
+        fits: Whether its base model is that of the first row.
+    """
+    parts = [
+        f'<b class="lm-base{"" if fits else " lm-other"}">{foreign(source.architecture.label)}</b>',
+        foreign(", ".join(source.kinds)),
+        f"{say('rank')} {foreign(ranks_text(source.ranks))}" if source.ranks else "",
+        f"{len(source.layers)} {say('layers')}",
+        foreign("/".join(source.dtypes)),
+        foreign(source.dialect),
+    ]
+    return f'<div class="lm-row-facts">{_dots(parts)}</div>'
+
+
+def plan_facts(plan: MergePlan, warnings: Sequence[str]) -> str:
+    """What will come out, before anything is computed."""
+    facts = plan.to_json()
+    upper = "" if facts["exact_prediction"] else say("at most") + " "
+    rows = [
+        (say("Base model"), foreign(facts["base_model"])),
+        (say("LoRAs"), str(len(facts["inputs"]))),
+        (say("Layers"), _layers(facts)),
+        (say("Rank"), upper + foreign(ranks_text(facts["ranks"]))),
+        (say("File size"), upper + f"<b>{size_text(facts['predicted_bytes'])}</b>"),
+        (say("Precision"), foreign(plan.dtype)),
+    ]
+    return _table(rows) + _warnings((*facts["warnings"], *facts["skipped"], *warnings))
+
+
+def _layers(facts: Mapping[str, Any]) -> str:
+    left_out = facts.get("layers_left_out") or 0
+    extra = f" ({left_out} {say('left out, their weight is 0')})" if left_out else ""
+    return f"{facts['layers']}{extra}"
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+STATES = {
+    "waiting": "Waiting",
+    "running": "Merging",
+    "done": "Done",
+    "failed": "Not merged",
+    "cancelled": "Cancelled",
+}
+PHASES = {"read": "Reading", "merge": "Merging", "write": "Writing"}
+
+
+def job_list(jobs: Sequence[Job], followed: str, stamp: str) -> str:
+    """Running and waiting merges with their bars and buttons.
+
+    The attributes of the outer element tell the page's script whether to ask
+    again, and for which job.
+    """
+    active = [job for job in jobs if not job.finished]
+    state = "active" if active else "idle"
+    body = "".join(_job(job) for job in active)
+    return (
+        f'<div class="lm-jobs" data-state="{state}" data-follow="{foreign(followed)}" data-stamp="{foreign(stamp)}">'
+        f"{body}</div>"
+    )
+
+
+def _job(job: Job) -> str:
+    waiting = job.state == "waiting"
+    button = say("Drop") if waiting else say("Cancel")
+    head = (
+        f'<div class="lm-job-head"><b>{foreign(job.title)}</b><span class="lm-grow"></span>'
+        f'<button type="button" class="lm-button lm-drop" data-job="{foreign(job.id)}">{button}</button></div>'
+    )
+    if waiting:
+        return f'<div class="lm-job">{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
+    share = max(0.0, min(1.0, job.fraction))
+    parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
+    if job.progress and job.progress.total:
+        parts.append(f"{job.progress.done} / {job.progress.total} {say('layers')}")
+    if job.eta is not None:
+        parts.append(f"{say('time left')} {time_text(job.eta)}")
+    return (
+        f'<div class="lm-job">{head}<div class="lm-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{share * 100:.0f}"><div style="width:{share * 100:.1f}%"></div></div>'
+        f'<div class="lm-quiet">{_dots(parts)}</div></div>'
+    )
+
+
+def job_result(job: Job, *, can_send: bool, show_path: bool, link: str | None = None) -> str:
+    """How a merge ended: its report, its error, or that it was cancelled."""
+    if job.state == "failed":
+        return f'<div class="lm-result">{_title(job)}{error_box(job.error)}{_buttons(job, False)}</div>'
+    if job.state == "cancelled":
+        text = f'<div class="lm-quiet">{say("Cancelled. Nothing was written.")}</div>'
+        return f'<div class="lm-result">{_title(job)}{text}{_buttons(job, False)}</div>'
+    if job.report is None:
+        return ""
+    report = job.report.to_json()
+    trial = job.request.trial
+    where = (
+        say("Not saved: it is gone when the WebUI ends. Press Merge and save to keep it.")
+        if trial
+        else _written(job, report, show_path, link)
+    )
+    parts = [
+        _title(job),
+        f'<div class="lm-written">{where}</div>',
+        _buttons(job, can_send),
+        _warnings((*report["warnings"], *job.notes)),
+        report_table(report),
+    ]
+    return f'<div class="lm-result">{"".join(parts)}</div>'
+
+
+def _written(job: Job, report: Mapping[str, Any], show_path: bool, link: str | None) -> str:
+    path = str(job.output or report["output"])
+    shown = foreign(path if show_path else path.replace("\\", "/").rsplit("/", 1)[-1])
+    if link:
+        return f'{say("Written")} <a href="{foreign(link)}" target="_blank" download>{shown}</a>'
+    return f"{say('Written')} <code>{shown}</code>"
+
+
+def _title(job: Job) -> str:
+    return (
+        f'<div class="lm-job-head lm-{foreign(job.state)}"><b>{foreign(job.title)}</b>'
+        f'<em class="lm-badge">{say(STATES.get(job.state, job.state))}</em></div>'
+    )
+
+
+def _buttons(job: Job, can_send: bool) -> str:
+    parts = []
+    if can_send and job.prompt_name:
+        parts.append(
+            f'<button type="button" class="lm-button lm-send" data-tag="{foreign(f"<lora:{job.prompt_name}:1>")}">'
+            f"{say('Send to txt2img prompt')}</button>"
+        )
+    parts.append(
+        f'<button type="button" class="lm-button lm-refill" data-job="{foreign(job.id)}">'
+        f"{say('Fill the form with its settings')}</button>"
+    )
+    return f'<div class="lm-buttons">{"".join(parts)}</div>'
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The numbers of a finished merge."""
+    ranks = {int(rank): count for rank, count in report["ranks"].items()}
+    rows = [
+        (say("File size"), f"{size_text(report['size_bytes'])}, {foreign(report['dtype'])}"),
+        (say("Base model"), foreign(report["base_model"])),
+        (say("Layers"), _layers(report)),
+        (say("Rank"), foreign(ranks_text(ranks))),
+        (say("Error"), f'<b class="lm-error-value">{foreign(percent(report["error"]))}</b>'),
+        (say("Kept"), foreign(percent(report["kept"]))),
+        (say("Time"), time_text(report["seconds"].get("total", 0.0))),
+        (say("Hash"), f"<code>{foreign(report['sshs_model_hash'][:12])}</code>"),
+    ]
+    details = _details(say("Worst layers"), _worst(report["worst_layers"])) if report["worst_layers"] else ""
+    details += _details(say("What went in"), "".join(_input(entry) for entry in report["inputs"]))
+    if report["skipped"]:
+        details += _details(say("Left out"), note_box(report["skipped"]))
+    return _table(rows) + details
+
+
+def _details(title: str, body: str) -> str:
+    return f'<details class="lm-details"><summary>{title}</summary>{body}</details>'
+
+
+def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
+    rows = "".join(
+        f"<tr><td>{foreign(percent(entry['error']))}</td><td>{foreign(entry['rank'] or '–')}</td>"
+        f"<td><code>{foreign(entry['layer'])}</code></td></tr>"
+        for entry in layers
+    )
+    head = f"<tr><th>{say('Error')}</th><th>{say('Rank')}</th><th>{say('Layer')}</th></tr>"
+    return f'<table class="lm-layers">{head}{rows}</table>'
+
+
+def _input(entry: Mapping[str, Any]) -> str:
+    blocks = entry["blocks"]
+    lines = [
+        f"<b>{foreign(entry['name'])}</b>",
+        _dots(
+            [
+                f"{say('text encoder')} {entry['te']:g}",
+                f"{say('denoiser')} {entry['unet']:g}",
+                f"{entry['layers']} {say('layers')}",
+                foreign(entry["dialect"]),
+            ]
+        ),
+    ]
+    if len(set(blocks.values())) > 1:
+        cells = "".join(f"<span><i>{foreign(block)}</i> {weight:g}</span>" for block, weight in blocks.items())
+        lines.append(f'<div class="lm-blocks">{cells}</div>')
+    return f'<div class="lm-input">{"<br>".join(lines)}</div>'
+
+
+def page_words(hints: Mapping[str, str], prompt: str | None) -> str:
+    """What the page's script needs to know: a hint for each element, and where the prompt is."""
+    data = foreign(json.dumps({"hints": dict(hints), "prompt": prompt}, ensure_ascii=False))
+    return f'<div id="loramerge_words" data-words="{data}" hidden></div>'

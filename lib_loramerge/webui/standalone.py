@@ -1,0 +1,171 @@
+"""``loramerge ui``: the tab alone in a browser, on this machine only, with REST beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+# Gradio asks the net for its version and fonts unless told otherwise; this page is for this machine alone.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from .. import demo as samples
+from ..errors import FileError, LoraMergeError
+from . import compat
+from .host import Host, StandaloneHost
+from .jobs import JobQueue
+from .tab import fill_tab
+
+ADDRESS = "127.0.0.1"
+FIRST_PORT = 7865
+TITLE = "LoRA Merge"
+
+
+def shared_file(name: str) -> Path:
+    """A file of the checkout's top, or its copy in an installed package."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / name
+    return inside if inside.exists() else package.parent / name
+
+
+def serve(
+    lora_dir: Path | None = None, port: int | None = None, demo: bool = False, open_browser: bool = True
+) -> None:
+    """Serve the tab until interrupted.
+
+    Args:
+        lora_dir: Folder of LoRAs, read and written; the current folder when not given.
+        port: None takes the first free one from 7865 on.
+        demo: Start with two sample LoRAs in a folder of their own.
+
+    Raises:
+        LoraMergeError: The folder does not exist, or the port is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="loramerge-demo-") as temporary:
+        folder = _folder(lora_dir, Path(temporary), demo)
+        page = Page(folder, port)
+        try:
+            print(f"LoRA Merge: {page.address}  (LoRAs in {folder}; Ctrl+C ends it)", flush=True)
+            if open_browser:
+                webbrowser.open(page.address)
+            page.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            page.close()
+
+
+def _folder(lora_dir: Path | None, temporary: Path, demo: bool) -> Path:
+    if demo:
+        folder = Path(lora_dir) if lora_dir is not None else temporary
+        folder.mkdir(parents=True, exist_ok=True)
+        samples.make_samples(folder)
+        return folder
+    folder = Path(lora_dir) if lora_dir is not None else Path.cwd()
+    if not folder.is_dir():
+        raise FileError(f"There is no folder {folder}. Name the folder of your LoRAs with --lora-dir.")
+    return folder
+
+
+class Page:
+    """A page being served; :meth:`close` ends it."""
+
+    def __init__(self, folder: Path, port: int | None = None, host: Host | None = None) -> None:
+        self.host = host or StandaloneHost([folder])
+        self.jobs = JobQueue(self.host)
+        self.port = port if port is not None else _free_port()
+        if port is not None and not _is_free(port):
+            raise LoraMergeError(f"Port {port} is taken. Choose another one with --port.")
+        with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
+            fill_tab(self.host, self.jobs)
+            compat.on(self.blocks.load, None, js=page_script())
+        options = compat.launch_options(
+            server_name=ADDRESS, server_port=self.port, prevent_thread_lock=True, quiet=True, show_api=False,
+            inbrowser=False, share=False, footer_links=[], ssr_mode=False,
+        )  # fmt: skip
+        self.app = self.blocks.launch(**options)[0]
+        self._add_rest()
+
+    def _add_rest(self) -> None:
+        from . import api
+
+        api.mount(self.app, self.host, self.jobs)
+
+    @property
+    def address(self) -> str:
+        return f"http://{ADDRESS}:{self.port}/"
+
+    def wait(self) -> None:
+        """Blocks until interrupted."""
+        self.blocks.block_thread()
+
+    def close(self) -> None:
+        self.jobs.close()
+        self.blocks.close(verbose=False)
+        self.host.close()
+
+
+_PAGE_STYLE = """
+.gradio-container { max-width: 1600px !important; }
+footer { display: none !important; }
+"""
+
+
+def page_script() -> str:
+    """Style, translations and the tab's own script as one JavaScript function.
+
+    Inside a WebUI the host loads the files and translates; here we do. The
+    style goes the same way, because some versions of Gradio rewrite a style
+    sheet given to them and lose parts of it.
+    """
+    style = shared_file("style.css").read_text(encoding="utf-8") + _PAGE_STYLE
+    script = shared_file("javascript").joinpath("lora_merge.js").read_text(encoding="utf-8")
+    words = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(shared_file("localizations").glob("*.json"))
+    }
+    translate = Path(__file__).with_name("standalone.js").read_text(encoding="utf-8")
+    return (
+        "() => {\nif (window.loramergeLoaded) return;\nwindow.loramergeLoaded = true;\n"
+        f"document.head.append(Object.assign(document.createElement('style'), {{textContent: {json.dumps(style)}}}));\n"
+        f"window.loramergeWords = {json.dumps(words, ensure_ascii=True)};\n{translate}\n{script}\n}}"
+    )
+
+
+def _free_port() -> int:
+    for port in range(FIRST_PORT, FIRST_PORT + 100):
+        if _is_free(port):
+            return port
+    raise LoraMergeError(f"No port from {FIRST_PORT} to {FIRST_PORT + 99} is free. Choose one with --port.")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((ADDRESS, port))
+        except OSError:
+            return False
+    return True
+
+
+def main(arguments: Any = None) -> None:
+    """For ``python -m lib_loramerge.webui.standalone``."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lora-dir", type=Path)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--no-browser", action="store_true")
+    options = parser.parse_args(arguments)
+    serve(options.lora_dir, options.port, options.demo, not options.no_browser)
+
+
+if __name__ == "__main__":
+    main()

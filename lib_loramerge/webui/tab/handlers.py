@@ -1,0 +1,428 @@
+"""What happens when something is pressed. Values travel by name; no Gradio component is returned."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...errors import LoraMergeError, RecipeError
+from ...files import read_header
+from ...metadata import read_recipe
+from ...methods import METHODS
+from ...recipe import format_prompt, to_command, to_json
+from .. import compat, facts, form, render
+from ..compat import update
+from ..jobs import MergeRequest
+from . import presets
+from .controls import CONTROLS, ROW_CONTROLS, param_control
+from .layout import mode_text
+
+if TYPE_CHECKING:
+    from ..host import Host
+    from ..jobs import Job, JobQueue
+
+Form = Mapping[str, Any]
+Changes = dict[str, Any]
+
+ROW_NAMES = tuple(f"row{index}.{control.name}" for index in range(form.MAX_ROWS) for control in ROW_CONTROLS)
+FORM_NAMES = (
+    *ROW_NAMES,
+    *(control.name for control in CONTROLS),
+    *(param_control(method.name, param).name for method in METHODS.values() for param in method.params),
+)
+ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
+SHOWN_FIRST = 60 * 60  # A finished merge is shown again after a reload for an hour.
+
+# JavaScript of the page, called with the values of the inputs.
+_ARGUMENT = "(...values) => loramergeArgument(values)"
+
+
+def connect(widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
+    """Attach every handler to its component."""
+    _Wiring(widgets, host, jobs).connect()
+
+
+class _Wiring:
+    """The tab's handlers, with what all of them need."""
+
+    def __init__(self, widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
+        self.widgets = widgets
+        self.host = host
+        self.jobs = jobs
+
+    # --- connecting ---------------------------------------------------------------------------------------------------
+
+    def on(
+        self,
+        trigger: Callable[..., Any],
+        handler: Callable[[Form], Changes],
+        inputs: Iterable[str] = (),
+        outputs: Iterable[str] = (),
+        *,
+        message: str = "message",
+        js: str | None = None,
+    ) -> Any:
+        """Connect a handler that takes and gives values by name.
+
+        A :class:`LoraMergeError` is shown in the place ``message``; all else stays as it is.
+        """
+        names, places = list(inputs), list(dict.fromkeys([*outputs, message]))
+
+        def run(*values: Any) -> list[Any]:
+            try:
+                changes = {message: "", **handler(dict(zip(names, values)))}
+            except LoraMergeError as error:
+                changes = {message: render.error_box(str(error))}
+            return [changes.get(place, update()) for place in places]
+
+        return compat.on(
+            trigger, run, [self.widgets[name] for name in names], [self.widgets[name] for name in places], js=js
+        )
+
+    def button(self, name: str, handler: Callable[[Form], Changes], *args: Any, **kwargs: Any) -> Any:
+        return self.on(self.widgets[f"button.{name}"].click, handler, *args, **kwargs)
+
+    def browser(self, trigger: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str], js: str) -> None:
+        """Connect a piece of JavaScript that needs nothing of the server."""
+        compat.on(
+            trigger, None, [self.widgets[name] for name in inputs], [self.widgets[name] for name in outputs], js=js
+        )
+
+    def connect(self) -> None:
+        for index in range(form.MAX_ROWS):
+            self._connect_row(index)
+        self._connect_rows()
+        self._connect_form()
+        self._connect_jobs()
+        self._connect_copy()
+        presets.connect(self)
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _connect_row(self, index: int) -> None:
+        strength, slide, te, linked = (f"row{index}.{name}" for name in ("strength", "slide", "te", "linked"))
+        # Strength, its slider and the text encoder follow one another in the browser, at once.
+        self.browser(
+            self.widgets[strength].input, [strength, te, linked], [slide, te],
+            "(s, te, same) => [Math.max(-2, Math.min(2, Number(s) || 0)), same ? s : te]",
+        )  # fmt: skip
+        self.browser(
+            self.widgets[slide].input, [slide, te, linked], [strength, te], "(s, te, same) => [s, same ? s : te]"
+        )
+        self.browser(
+            self.widgets[te].input, [te, strength], [linked], "(te, s) => [te !== null && Number(te) === Number(s)]"
+        )
+        self.browser(
+            self.widgets[linked].input, [linked, te, strength], [te], "(same, te, s) => [same ? s : te]"
+        )
+        if index > 0:
+            pair = [f"row{row}.{name}" for row in (index - 1, index) for name in form.ROW_FIELDS]
+            half = len(form.ROW_FIELDS)
+            swap = f"(...v) => [...v.slice({half}), ...v.slice(0, {half})]"
+            self.browser(self.widgets[f"button.row{index}.up"].click, pair, pair, swap)
+            self.browser(self.widgets[f"button.row{index - 1}.down"].click, pair, pair, swap)
+        self.button(
+            f"row{index}.remove", lambda values: self.remove_row(values, index), ("rows", *ROW_NAMES),
+            ("rows", *ROW_NAMES, *ROW_PLACES), message="rows_message",
+        )  # fmt: skip
+
+    def remove_row(self, values: Form, index: int) -> Changes:
+        """Rows after the removed one move up."""
+        count = form.row_count(values)
+        kept = [form.row_values(values, row) for row in range(count) if row != index]
+        return self.show_rows({"rows": max(1, len(kept)), **_spread(kept)}, changed=range(index, count))
+
+    def show_rows(self, values: Form, changed: Iterable[int] = range(form.MAX_ROWS)) -> Changes:
+        """Row values with their lists, and which rows are seen."""
+        count = form.row_count(values)
+        changes: Changes = {"rows": count}
+        names, weights, elements = self._choices()
+        for row in changed:
+            shown = row < count
+            for name in form.ROW_FIELDS:
+                value = values.get(f"row{row}.{name}", form.EMPTY_ROW[name])
+                changes[f"row{row}.{name}"] = value
+            if shown:
+                lists = {"lora": names, "blocks": weights, "elements": elements}
+                for name, choices in lists.items():
+                    value = changes[f"row{row}.{name}"]
+                    changes[f"row{row}.{name}"] = update(choices=choices, value=value)
+            changes[f"row{row}"] = update(visible=shown)
+        return changes
+
+    def _choices(self) -> tuple[list[str], list[str], list[str]]:
+        """What the lists of a row hold."""
+        known = self.host.presets()
+        return [entry.label for entry in self.host.loras()], ["", *known.weights], ["", *known.elements]
+
+    def _connect_rows(self) -> None:
+        every_row = ("rows", *ROW_NAMES, *ROW_PLACES)
+        self.button("add", self.add_row, ("rows", *ROW_NAMES), every_row, message="rows_message")
+        self.button("clear", lambda _: self.show_rows({"rows": form.START_ROWS}), (), every_row, message="rows_message")
+        outputs = (*every_row, "fill_file", "base", "subfolder", "preset_pick")
+        for name in ("refresh", "greet"):
+            self.button(
+                name,
+                lambda values, look=name == "refresh": self.refresh(values, look),
+                ("rows", *ROW_NAMES, "base", "subfolder", "fill_file", "preset_pick", "preset_kind"),
+                outputs, message="rows_message",
+            )  # fmt: skip
+        everything = (*FORM_NAMES, *ROW_PLACES, *_shown_by_choice())
+        self.button("fill_text", self.fill_from_text, ("fill_text",), everything, message="rows_message")
+        self.button(
+            "paste_prompt", self.fill_from_text, ("fill_text",), (*everything, "fill_text"), message="rows_message",
+            js="() => [loramergePrompt()]",
+        )  # fmt: skip
+        self.button("fill_file", self.fill_from_file, ("fill_file",), everything, message="rows_message")
+        self.button("refill", self.fill_from_job, ("argument",), everything, message="rows_message", js=_ARGUMENT)
+        self.button("restore", self.restore, ("argument",), everything, message="rows_message", js=_ARGUMENT)
+
+    def add_row(self, values: Form) -> Changes:
+        count = form.row_count(values)
+        if count >= form.MAX_ROWS:
+            raise RecipeError(f"{form.MAX_ROWS} rows are the most this page has. The command line takes more LoRAs.")
+        return self.show_rows({"rows": count + 1}, changed=[count])
+
+    def refresh(self, values: Form, look: bool) -> Changes:
+        """Fills every list again; what is chosen stays."""
+        if look:
+            self.host.refresh()
+        names, weights, elements = self._choices()
+        changes: Changes = {}
+        entries = self.host.loras()
+        for row in range(form.row_count(values)):
+            current = form.row_values(values, row)
+            lora = form.lora_label(form.lora_name(current["lora"], entries), entries)
+            changes[f"row{row}.lora"] = update(choices=names, value=lora)
+            changes[f"row{row}.blocks"] = update(choices=weights, value=current["blocks"])
+            changes[f"row{row}.elements"] = update(choices=elements, value=current["elements"])
+        changes["fill_file"] = update(choices=names, value=values["fill_file"])
+        changes["base"] = update(choices=["", *self.host.checkpoints()], value=values["base"])
+        changes["subfolder"] = update(choices=self.host.subfolders(), value=values["subfolder"])
+        changes["preset_pick"] = presets.choices(self.host, values)
+        return changes
+
+    def fill_from_text(self, values: Form) -> Changes:
+        wanted, notes = form.read_pasted(str(values["fill_text"] or ""), self.host, METHODS)
+        changes = self.show_form(wanted)
+        return {**changes, "fill_text": update(), "rows_message": render.note_box(notes)}
+
+    def fill_from_file(self, values: Form) -> Changes:
+        name = form.lora_name(values["fill_file"], self.host.loras())
+        if not name:
+            raise RecipeError("Pick a merged file first.")
+        path = self.host.find(name)
+        recipe = read_recipe(read_header(path).metadata)
+        if recipe is None:
+            raise RecipeError(f"{path.name} does not say how it was made: it was not merged by LoRA Merge.")
+        return self.show_form(form.form_of(recipe, self.host, METHODS))
+
+    def fill_from_job(self, values: Form) -> Changes:
+        job = self.jobs.get(str(values["argument"] or ""))
+        if job is None:
+            raise RecipeError("That merge is not remembered any more.")
+        wanted = form.form_of(job.request.recipe, self.host, METHODS)
+        if not job.request.trial:
+            wanted |= {"name": job.request.name, "subfolder": job.request.subfolder}
+        return self.show_form(wanted)
+
+    def show_form(self, wanted: Form) -> Changes:
+        """Control values, and which controls are seen with them."""
+        rows = {name: value for name, value in wanted.items() if name == "rows" or name.startswith("row")}
+        rest = {name: value for name, value in wanted.items() if name in FORM_NAMES and name not in ROW_NAMES}
+        changes = {**rest, **self.show_rows(rows)}
+        if "mode" in wanted:
+            changes |= _with_values(self.by_choice(wanted), wanted)
+        return changes
+
+    def restore(self, values: Form) -> Changes:
+        """The form as this window left it before it was loaded again."""
+        try:
+            draft = json.loads(str(values["argument"] or ""))
+        except ValueError:
+            return {}
+        if not isinstance(draft, dict):
+            return {}
+        plain = (str, int, float, bool, type(None))
+        kept = {name: value for name, value in draft.items() if name in FORM_NAMES and isinstance(value, plain)}
+        return self.show_form({**kept, "mode": kept.get("mode") or next(iter(METHODS.values())).label})
+
+    # --- how, facts ---------------------------------------------------------------------------------------------------
+
+    def _connect_form(self) -> None:
+        seen = _shown_by_choice()
+        for name in ("mode", "rank_rule"):
+            self.on(self.widgets[name].input, self.by_choice, ("mode", "rank_rule"), seen, message="how_message")
+        self.button(
+            "ask", self.ask, FORM_NAMES,
+            (*(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("facts", "lora")), "facts", "how_message", "name_message", "name",
+             "name_auto", "activation_text", "activation_auto", "preview", "base", "seed", "draft"),
+            message="rows_message",
+        )  # fmt: skip
+
+    def by_choice(self, values: Form) -> Changes:
+        """What is seen depends on the mode and on the rank rule."""
+        mode = form.mode_name(values.get("mode"), METHODS)
+        method = METHODS.get(mode)
+        rule = form.key_of(form.RANK_RULES, values.get("rank_rule") or form.RANK_RULES["same"])
+        ranked = method is None or method.uses_rank
+        changes: Changes = {
+            "rank_rule": update(visible=ranked),
+            "rank": update(visible=ranked and rule == "number"),
+            "retain": update(visible=ranked and rule == "retain"),
+            "size": update(visible=ranked and rule == "size"),
+            "mode_text": mode_text(mode) if method is not None else render.error_box(f"There is no mode {mode}."),
+        }
+        for name, other in METHODS.items():
+            if other.params:
+                changes[f"params.{name}"] = update(visible=name == mode)
+        return changes
+
+    def ask(self, values: Form) -> Changes:
+        """The facts, for the form as it is now."""
+        found = facts.gather(values, self.host, METHODS)
+        changes: Changes = {
+            f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)
+        }
+        entries = self.host.loras()
+        for row in range(form.row_count(values)):
+            # A part of a name was typed, or the list knows the base model by now.
+            typed = values[f"row{row}.lora"]
+            label = form.lora_label(form.lora_name(typed, entries), entries)
+            if typed and label != typed:
+                changes[f"row{row}.lora"] = label
+        how = [found.problems[name] for name in ("how", "mode", "rank_rule", "seed", "base") if name in found.problems]
+        # The stamp tells the page's script that its question was answered.
+        changes["facts"] = f'<div data-stamp="{time.time()}">{found.plan}</div>'
+        changes["how_message"] = "".join(map(render.error_box, how))
+        changes["name_message"] = render.error_box(found.problems.get("name", ""))
+        for control, auto, proposed in (
+            ("name", "name_auto", found.name),
+            ("activation_text", "activation_auto", found.activation_text),
+        ):
+            if (values[control] or "") == (values[auto] or "") and (values[auto] or "") != proposed:
+                changes[control] = changes[auto] = proposed
+        preview = values["preview"] if values["preview"] in found.previews else form.NO_PREVIEW
+        changes["preview"] = update(choices=list(found.previews), value=preview)
+        changes["base"] = update(visible=found.needs_base)
+        changes["seed"] = update(visible=found.random)
+        changes["rows_message"] = update()
+        changes["draft"] = json.dumps({name: value for name, value in values.items() if _worth_keeping(name, value)})
+        return changes
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def _connect_jobs(self) -> None:
+        outputs = ("jobs", "result")
+        self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, outputs)
+        self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, outputs)
+        self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_ARGUMENT)
+        self.button("drop", self.drop, ("argument",), outputs, message="argument", js=_ARGUMENT)
+
+    def start(self, values: Form, *, trial: bool) -> Changes:
+        recipe = form.read_form(values, self.host, METHODS).check()
+        name = str(values["name"] or "").strip() or self.host.propose_name(recipe.inputs)
+        preview = str(values["preview"] or "")
+        request = MergeRequest(
+            recipe=recipe,
+            name=name,
+            subfolder=str(values["subfolder"] or "").strip(),
+            overwrite=bool(values["overwrite"]),
+            trial=trial,
+            user_metadata=None if trial else form.user_metadata(values),
+            preview="" if preview == form.NO_PREVIEW or trial else preview,
+        )
+        job = self.jobs.submit(request)
+        return self._state(job)
+
+    def poll(self, values: Form) -> Changes:
+        return {**self._state(self._followed(str(values["argument"] or ""))), "argument": update()}
+
+    def drop(self, values: Form) -> Changes:
+        job = self.jobs.cancel(str(values["argument"] or ""))
+        if job is not None:
+            deadline = time.monotonic() + 1.0
+            while not job.finished and time.monotonic() < deadline:
+                self.jobs.wait(self.jobs.version, 0.1)
+        return {**self._state(job), "argument": update()}
+
+    def _followed(self, job_id: str) -> Job | None:
+        """The job that a page shows: its own, else the one at work, else the last one done."""
+        job = self.jobs.get(job_id) or self.jobs.current()
+        if job is None:
+            recent = [job for job in self.jobs.list() if job.ended and time.time() - job.ended < SHOWN_FIRST]
+            job = recent[-1] if recent else None
+        return job
+
+    def _state(self, job: Job | None) -> Changes:
+        known = self.jobs.list()
+        changes: Changes = {"jobs": render.job_list(known, job.id if job else "", f"{time.time()}")}
+        if job is not None and job.finished:
+            changes["result"] = render.job_result(
+                job,
+                can_send=self.host.prompt_elem_id is not None,
+                show_path=not self.host.hide_dirs(),
+            )
+        elif job is not None:
+            changes["result"] = ""
+        return changes
+
+    # --- copying ------------------------------------------------------------------------------------------------------
+
+    def _connect_copy(self) -> None:
+        kinds: dict[str, Callable[[Form], str]] = {
+            "copy_prompt": self.as_prompt,
+            "copy_recipe": self.as_json,
+            "copy_command": self.as_command,
+        }
+        for name, make in kinds.items():
+            event = self.button(
+                name, lambda values, make=make: {"copy_text": make(values)}, FORM_NAMES, ("copy_text",)
+            )
+            compat.on(event.then, None, [self.widgets["copy_text"]], [], js="text => { loramergeCopy(text); return []; }")
+
+    def as_prompt(self, values: Form) -> str:
+        return format_prompt(form.read_form(values, self.host, METHODS).check().inputs)
+
+    def as_json(self, values: Form) -> str:
+        recipe = form.read_form(values, self.host, METHODS).check()
+        return json.dumps(to_json(recipe), ensure_ascii=False, indent=1)
+
+    def as_command(self, values: Form) -> str:
+        recipe = form.read_form(values, self.host, METHODS).check()
+        name = str(values["name"] or "").strip() or self.host.propose_name(recipe.inputs)
+        folder = [] if self.host.hide_dirs() else ["--lora-dir", str(self.host.write_dir())]
+        words = to_command(recipe, name)
+        return shlex.join([*words[:2], *folder, *words[2:]])
+
+
+def _spread(rows: Iterable[Mapping[str, Any]]) -> Changes:
+    return {f"row{index}.{name}": value for index, row in enumerate(rows) for name, value in row.items()}
+
+
+def _shown_by_choice() -> tuple[str, ...]:
+    return (
+        "rank_rule", "rank", "retain", "size", "mode_text",
+        *(f"params.{name}" for name, method in METHODS.items() if method.params),
+    )  # fmt: skip
+
+
+def _with_values(changes: Changes, wanted: Form) -> Changes:
+    """Visibility and value of a control in one change."""
+    merged = {}
+    for name, change in changes.items():
+        if name in wanted and isinstance(change, dict):
+            change = {**change, "value": wanted[name]}
+        merged[name] = change
+    return merged
+
+
+def _worth_keeping(name: str, value: object) -> bool:
+    """Whether a draft needs the value: most of a form is as it was made."""
+    if name.startswith("row") and "." in name:
+        return value != form.EMPTY_ROW[name.split(".", 1)[1]]
+    return value not in ("", None)
+

@@ -1,0 +1,290 @@
+"""Where every control of the tab stands. Makes components; connects nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...blocks import BLOCK_IDS
+from ...methods import METHODS
+from .. import compat, render
+from ..form import MAX_ROWS, PRECISIONS, RANK_RULES, START_ROWS
+from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+HOW = ("mode", "rank_rule", "rank", "retain", "size", "dtype", "device", "base", "seed")
+HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
+RESULT = ("name", "subfolder", "overwrite")
+RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
+PRESET_KINDS = ("Block weights", "Elemental weights")
+
+
+def lay_out(host: Host) -> dict[str, Any]:
+    """All components by name: controls, ``button.<name>``, and the places that handlers write to."""
+    return _Layout(host).widgets
+
+
+class _Layout:
+    """Makes the components in the order in which they stand on the page."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.widgets: dict[str, Any] = {}
+        self._controls = {control.name: control for control in CONTROLS}
+        with compat.make("Column", elem_id="loramerge_app"):
+            compat.make("HTML", value=render.page_words(hints(), host.prompt_elem_id), visible=True, elem_id="loramerge_page")
+            with compat.make("Tabs", elem_id="loramerge_tabs"):
+                with compat.make("Tab", label="Merge", elem_id="loramerge_page_merge"):
+                    self._merge_page()
+                with compat.make("Tab", label="Block presets", elem_id="loramerge_page_presets"):
+                    self._preset_page()
+            with compat.make("Row", elem_id="loramerge_hidden"):
+                self._hidden()
+
+    # Pieces
+
+    def control(self, control: Control, **changes: Any) -> Any:
+        """One control of the form."""
+        options = {**control.options, **changes}
+        widget = compat.make(control.kind, elem_id=element_id(control.name), **options)
+        self.widgets[control.name] = widget
+        return widget
+
+    def button(self, name: str, **options: Any) -> Any:
+        """One of our buttons, by its name in the table."""
+        self.widgets[f"button.{name}"] = compat.make(
+            "Button", value=BUTTONS[name][0], elem_id=element_id(name), **{"size": "sm", **options}
+        )
+        return self.widgets[f"button.{name}"]
+
+    def place(self, name: str, value: str = "") -> Any:
+        """An empty place for HTML from handlers."""
+        self.widgets[name] = compat.make("HTML", value=value, elem_id=element_id(name))
+        return self.widgets[name]
+
+    @contextmanager
+    def section(self, name: str, title: str) -> Iterator[None]:
+        with compat.make("Column", elem_id=f"loramerge_section_{name}"):
+            compat.make("HTML", value=f"<h3>{render.say(title)}</h3>", elem_id=f"loramerge_title_{name}")
+            yield
+
+    # The page
+
+    def _merge_page(self) -> None:
+        with compat.make("Row", elem_id="loramerge_columns"):
+            with compat.make("Column", scale=5, min_width=320, elem_id="loramerge_form"):
+                self._rows()
+                self._how()
+                self._result()
+            with compat.make("Column", scale=3, min_width=280, elem_id="loramerge_side"):
+                self._side()
+
+    def _rows(self) -> None:
+        with self.section("loras", "LoRAs"):
+            for index in range(MAX_ROWS):
+                self._row(index)
+            with compat.make("Row", elem_id="loramerge_row_tools"):
+                self.button("add", scale=0, min_width=120)
+                self.button("refresh", scale=0, min_width=130)
+                self.button("clear", scale=0, min_width=80)
+            with compat.make("Accordion", label="Fill from a prompt, a recipe or a merged file", open=False, elem_id="loramerge_fill"):
+                self._fill()
+            self.place("rows_message")
+
+    def _row(self, index: int) -> None:
+        controls = {control.name: control for control in ROW_CONTROLS}
+
+        def put(name: str) -> None:
+            self.control(replace(controls[name], name=f"row{index}.{name}"))
+
+        with compat.make("Column", visible=index < START_ROWS, elem_id=f"loramerge_row{index}") as group:
+            with compat.make("Row", elem_id=f"loramerge_row{index}_line"):
+                for name in ("on", "lora", "strength", "slide", "te", "linked", "blocks"):
+                    put(name)
+                with compat.make("Row", elem_id=f"loramerge_row{index}_buttons"):
+                    for name, (text, _) in ROW_BUTTONS.items():
+                        self.widgets[f"button.row{index}.{name}"] = compat.make(
+                            "Button", value=text, elem_id=f"loramerge_row{index}_{name}", size="sm", scale=0, min_width=26
+                        )
+            with compat.make("Row", elem_id=f"loramerge_row{index}_options"):
+                put("elements")
+                put("extra")
+            self.place(f"row{index}.facts")
+        self.widgets[f"row{index}"] = group
+
+    def _fill(self) -> None:
+        with compat.make("Row"):
+            self.widgets["fill_text"] = compat.make(
+                "Textbox", label="Prompt or recipe", lines=2, max_lines=8, scale=4, min_width=220,
+                placeholder="<lora:style:0.8> <lora:face:0.5:lbw=MIDD>", elem_id="loramerge_fill_source",
+            )  # fmt: skip
+            with compat.make("Column", scale=1, min_width=150):
+                self.button("fill_text")
+                self.button("paste_prompt", visible=self.host.prompt_elem_id is not None)
+        with compat.make("Row"):
+            self.widgets["fill_file"] = compat.make(
+                "Dropdown", label="Merged file", choices=[], value="", allow_custom_value=True, scale=4, min_width=220,
+                elem_id="loramerge_fill_name",
+            )  # fmt: skip
+            with compat.make("Column", scale=1, min_width=150):
+                self.button("fill_file")
+
+    def _how(self) -> None:
+        settings = self.host.settings()
+        devices = self.host.devices()
+        with self.section("how", "How"):
+            with compat.make("Row", elem_id="loramerge_how_line"):
+                labels = [method.label for method in METHODS.values()]
+                method = METHODS.get(settings.mode) or next(iter(METHODS.values()))
+                self.control(self._controls["mode"], choices=labels, value=method.label)
+                rule, rank = _rank_setting(settings.rank)
+                self.control(self._controls["rank_rule"], value=rule, visible=method.uses_rank)
+                self.control(self._controls["rank"], value=rank, visible=method.uses_rank and rule == RANK_RULES["number"])
+                self.control(self._controls["retain"])
+                self.control(self._controls["size"])
+                self.control(self._controls["dtype"], value=PRECISIONS.get(settings.dtype, PRECISIONS["same"]))
+                device = next((label for label, key in devices if key == settings.device), devices[0][0])
+                self.control(self._controls["device"], choices=[label for label, _ in devices], value=device)
+            self.place("mode_text", mode_text(method.name))
+            self._params(method.name)
+            with compat.make("Row", elem_id="loramerge_needed_line"):
+                self.control(self._controls["base"])
+                self.control(self._controls["seed"])
+            with compat.make("Accordion", label="More", open=False, elem_id="loramerge_how_more"):
+                with compat.make("Row"):
+                    for name in HOW_MORE:
+                        self.control(self._controls[name])
+            self.place("how_message")
+
+    def _params(self, shown: str) -> None:
+        for method in METHODS.values():
+            if not method.params:
+                continue
+            with compat.make("Row", visible=method.name == shown, elem_id=f"loramerge_params_{method.name}") as row:
+                for param in method.params:
+                    self.control(param_control(method.name, param))
+            self.widgets[f"params.{method.name}"] = row
+
+    def _result(self) -> None:
+        with self.section("result", "Result"):
+            with compat.make("Row", elem_id="loramerge_result_line"):
+                self.control(self._controls["name"])
+                self.control(self._controls["subfolder"], visible=not self.host.hide_dirs())
+                self.control(self._controls["overwrite"])
+            self.place("name_message")
+            with compat.make("Accordion", label="Activation text, notes and picture", open=False, elem_id="loramerge_result_more"):
+                for line in RESULT_MORE:
+                    with compat.make("Row"):
+                        for name in line:
+                            self.control(self._controls[name])
+
+    def _side(self) -> None:
+        with self.section("facts", "What will come out"):
+            self.place("facts")
+        with compat.make("Row", elem_id="loramerge_go_line"):
+            self.button("merge", variant="primary", size="lg", min_width=140)
+            self.button("try", size="lg", min_width=140, visible=self.host.can_try)
+        self.place("message")
+        self.place("jobs", render.job_list([], "", ""))
+        self.place("result")
+        with compat.make("Accordion", label="Copy", open=False, elem_id="loramerge_copy"):
+            with compat.make("Row"):
+                for name in ("copy_prompt", "copy_recipe", "copy_command"):
+                    self.button(name, min_width=100)
+            self.widgets["copy_text"] = compat.make(
+                "Textbox", label="Copied to the clipboard", lines=2, max_lines=12, interactive=True, elem_id="loramerge_copy_text"
+            )
+
+    # Presets
+
+    def _preset_page(self) -> None:
+        with compat.make("Row", elem_id="loramerge_preset_line"):
+            self.widgets["preset_kind"] = compat.make(
+                "Radio", label="Kind", choices=list(PRESET_KINDS), value=PRESET_KINDS[0], elem_id="loramerge_preset_kind",
+                scale=1, min_width=220,
+            )  # fmt: skip
+            self.widgets["preset_pick"] = compat.make(
+                "Dropdown", label="Preset", choices=[], value="", allow_custom_value=True, elem_id="loramerge_preset_pick",
+                scale=2, min_width=180,
+            )  # fmt: skip
+            self.widgets["preset_layout"] = compat.make(
+                "Dropdown", label="Blocks", choices=list(PRESET_LAYOUTS), value=next(iter(PRESET_LAYOUTS)), scale=2,
+                min_width=180, elem_id="loramerge_preset_layout",
+            )  # fmt: skip
+            self.button("preset_reload", scale=0, min_width=120)
+        self.widgets["preset_text"] = compat.make(
+            "Textbox", label="Weights", lines=2, max_lines=8, elem_id="loramerge_preset_text",
+            placeholder="1,0.5,R,U,X,X+0.1 …",
+        )  # fmt: skip
+        self.place("preset_sliders", f'<div id="loramerge_sliders" data-blocks="{_block_data()}"></div>')
+        with compat.make("Row", elem_id="loramerge_preset_save_line"):
+            self.widgets["preset_name"] = compat.make(
+                "Textbox", label="Preset name", lines=1, max_lines=1, elem_id="loramerge_preset_name", scale=2, min_width=180
+            )
+            self.button("preset_save", variant="primary", scale=1, min_width=120)
+            self.button("preset_delete", scale=1, min_width=120)
+            self.widgets["preset_row"] = compat.make(
+                "Number", label="Row", value=1, precision=0, minimum=1, maximum=MAX_ROWS, elem_id="loramerge_preset_row",
+                scale=0, min_width=90,
+            )  # fmt: skip
+            self.button("preset_use", scale=1, min_width=120)
+        self.place("preset_message")
+
+    def _hidden(self) -> None:
+        """What the page's script presses and fills; never shown."""
+        for control in CONTROLS:
+            if control.hidden:
+                self.control(control)
+        for name in ("argument", "draft", "copied"):
+            self.widgets[name] = compat.make("Textbox", label=name, value="", elem_id=f"loramerge_{name}")
+        for name in ("greet", "ask", "poll", "drop", "refill", "restore"):
+            self.widgets[f"button.{name}"] = compat.make("Button", value=name, elem_id=f"loramerge_do_{name}")
+
+
+PRESET_LAYOUTS: Mapping[str, int] = {
+    "SD 1 and 2: 17": 17,
+    "SD 1 and 2, all blocks: 26": 26,
+    "SDXL: 12": 12,
+    "SDXL, all blocks: 20": 20,
+    "Flux: 61": 61,
+}
+
+
+def _block_data() -> str:
+    import json
+
+    return render.foreign(json.dumps({str(count): list(ids) for count, ids in BLOCK_IDS.items()}))
+
+
+def _rank_setting(rank: str) -> tuple[str, int]:
+    """Label of the rank rule and the number that a setting means."""
+    if rank in ("same", "full"):
+        return RANK_RULES[rank], 32
+    return RANK_RULES["number"], int(rank) if rank.isdigit() else 32
+
+
+def mode_text(mode: str) -> str:
+    """The plain sentence below the mode."""
+    method = METHODS[mode]
+    parts = [render.say(method.summary)]
+    if method.avoid:
+        parts.append(f'<span class="lm-quiet">{render.say(method.avoid)}</span>')
+    if method.experimental:
+        parts.append(f'<em class="lm-badge">{render.say("Experimental")}</em>')
+    return f'<div class="lm-mode">{" ".join(parts)}</div>'
+
+
+def hints() -> dict[str, str]:
+    """Element id to the help shown on hover; ``row*`` stands for every row."""
+    found = {element_id(control.name): control.hint for control in CONTROLS if control.hint}
+    found |= {f"loramerge_row*_{control.name}": control.hint for control in ROW_CONTROLS if control.hint}
+    found |= {f"loramerge_row*_{name}": hint for name, (_, hint) in ROW_BUTTONS.items()}
+    found |= {element_id(name): hint for name, (_, hint) in BUTTONS.items()}
+    for method in METHODS.values():
+        for param in method.params:
+            found[element_id(f"param.{method.name}.{param.name}")] = param.help
+    return found

@@ -1,0 +1,96 @@
+"""The page of presets: pick, edit, save into ``preset.txt``, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...blocks import delete_preset, save_preset
+from ...errors import RecipeError
+from .. import form, render
+from ..compat import update
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+ELEMENTS = "Elemental weights"
+
+
+def choices(host: Host, values: Mapping[str, Any]) -> Any:
+    """The list of presets of the kind that is chosen; what is picked stays."""
+    return update(choices=["", *_known(host, values)], value=values["preset_pick"])
+
+
+def _known(host: Host, values: Mapping[str, Any]) -> Mapping[str, str]:
+    known = host.presets()
+    return known.elements if values["preset_kind"] == ELEMENTS else known.weights
+
+
+def connect(wiring: Any) -> None:
+    """Attach the handlers of the page."""
+    host: Host = wiring.host
+    widgets = wiring.widgets
+    place = "preset_message"
+
+    def pick(values: Mapping[str, Any]) -> dict[str, Any]:
+        name = str(values["preset_pick"] or "")
+        text = _known(host, values).get(name)
+        if text is None:
+            return {}
+        return {"preset_text": text, "preset_name": name}
+
+    def change_kind(values: Mapping[str, Any]) -> dict[str, Any]:
+        elemental = values["preset_kind"] == ELEMENTS
+        listed = update(choices=["", *_known(host, values)], value="")
+        return {
+            "preset_pick": listed,
+            "preset_text": "",
+            "preset_name": "",
+            "preset_layout": update(visible=not elemental),
+        }
+
+    def save(values: Mapping[str, Any]) -> dict[str, Any]:
+        name = str(values["preset_name"] or "").strip()
+        if not name:
+            raise RecipeError("Give the preset a name first.")
+        save_preset(host.preset_path(), name, str(values["preset_text"] or "").strip())
+        return {**lists(values, name), place: render.note_box([f"{name} is saved in {host.preset_path().name}."])}
+
+    def delete(values: Mapping[str, Any]) -> dict[str, Any]:
+        name = str(values["preset_name"] or "").strip()
+        delete_preset(host.preset_path(), name)
+        return {**lists(values, ""), place: render.note_box([f"{name} is deleted from {host.preset_path().name}."])}
+
+    def lists(values: Mapping[str, Any], picked: str) -> dict[str, Any]:
+        known = host.presets()
+        changes: dict[str, Any] = {
+            "preset_pick": update(choices=["", *_known(host, values)], value=picked)
+        }
+        for row in range(form.MAX_ROWS):
+            current = form.row_values(values, row)
+            changes[f"row{row}.blocks"] = update(choices=["", *known.weights], value=current["blocks"])
+            changes[f"row{row}.elements"] = update(choices=["", *known.elements], value=current["elements"])
+        return changes
+
+    def reload(values: Mapping[str, Any]) -> dict[str, Any]:
+        problems = host.presets().problems
+        return {**lists(values, str(values["preset_pick"] or "")), place: render.note_box(problems)}
+
+    def use(values: Mapping[str, Any]) -> dict[str, Any]:
+        row = form.whole(values["preset_row"], "Row") - 1
+        if not 0 <= row < form.row_count(values):
+            raise RecipeError(f"There are {form.row_count(values)} rows on the Merge page.")
+        field = "elements" if values["preset_kind"] == ELEMENTS else "blocks"
+        text = str(values["preset_text"] or "").strip()
+        note = render.note_box([f"Row {row + 1} uses these weights now."])
+        return {f"row{row}.{field}": text, place: note}
+
+    fields = tuple(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("blocks", "elements"))
+    own = ("preset_kind", "preset_pick", "preset_text", "preset_name", "preset_row", "rows")
+    shown = ("preset_pick", "preset_text", "preset_name", "preset_layout")
+    wiring.on(widgets["preset_pick"].input, pick, ("preset_kind", "preset_pick"), shown, message=place)
+    wiring.on(widgets["preset_kind"].input, change_kind, ("preset_kind", "preset_pick"), shown, message=place)
+    wiring.button("preset_save", save, (*own, *fields), ("preset_pick", *fields), message=place)
+    wiring.button("preset_delete", delete, (*own, *fields), ("preset_pick", *fields), message=place)
+    wiring.button("preset_reload", reload, (*own, *fields), ("preset_pick", *fields), message=place)
+    wiring.button("preset_use", use, (*own, *fields), fields, message=place)
