@@ -7,6 +7,7 @@ FastAPI and pydantic answer alike.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -16,13 +17,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import anyio
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic
+from starlette.concurrency import run_in_threadpool
 
 from .. import __version__
-from ..analysis import inspect as inspect_lora
 from ..errors import (
     FileError,
     IncompatibleError,
@@ -162,6 +162,8 @@ class Service:
     def inspect(self, body: Mapping[str, Any]) -> Any:
         name = _Fields(body, ("name",)).text("name")
         _refuse_path(name)
+        from ..analysis import inspect as inspect_lora  # Not at the WebUI's start, see the package's docstring.
+
         content = inspect_lora(self.host.find(name, strict=True)).to_json()
         content.pop("path", None)
         return content
@@ -236,7 +238,7 @@ class _Gate:
     def __init__(self, host: Host, api_auth: str | None) -> None:
         self._host = host
         self._users = None if api_auth is None or not api_auth.strip() else parse_users(api_auth)
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
 
     def endpoint(self, route: _Route) -> Callable[..., Awaitable[JSONResponse]]:
         async def endpoint(request: Request) -> JSONResponse:
@@ -261,9 +263,8 @@ class _Gate:
         try:
             check_credentials(self._users, request.headers.get("authorization"))
             content = dict(given) if route.body is None else await read_json(request)
-            if self._limiter is None:
-                self._limiter = anyio.CapacityLimiter(MAX_AT_ONCE)
-            result = await anyio.to_thread.run_sync(route.answer, content, limiter=self._limiter)
+            async with self._places:
+                result = await run_in_threadpool(route.answer, content)
             return JSONResponse(plain(result), status_code=route.status)
         except Refusal as refusal:
             return _refused(refusal)

@@ -17,17 +17,19 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import blocks
 from ..errors import FileError, IncompatibleError, LoraMergeError, OutputError, RecipeError
 from ..files import output_path
-from ..merge import MergePlan, plan_merge
 from ..recipe import LoraInput, MergeRecipe, nearest
 from . import settings
 from .labels import Label, Labels
 from .listing import FoundFile, Listing, natural_key, scan, subfolders
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..merge import MergePlan
 
 RESCAN_SECONDS = 2.0
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
@@ -283,6 +285,8 @@ class Host:
         Raises:
             LoraMergeError: Whatever stops this merge.
         """
+        from ..merge import plan_merge  # Not at the WebUI's start, see the package's docstring.
+
         return plan_merge(
             recipe,
             find=lambda name: self.find(name, strict),

@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Cancelled, LoraMergeError, OutputError
-from ..merge import Progress, run_merge
 from ..recipe import MergeRecipe
-from ..report import MergeReport
 from . import sidecar
 from .host import ConflictError, Host
 from .sidecar import UserMetadata
 from .trial import Trials
+
+if TYPE_CHECKING:
+    from ..merge import Progress
+    from ..report import MergeReport
 
 MAX_WAITING = 32
 MAX_FINISHED = 50
@@ -304,6 +306,8 @@ class JobQueue:
             return True
 
     def _run(self, job: Job) -> None:
+        from ..merge import run_merge  # Not at the WebUI's start, see the package's docstring.
+
         request = job.request
         # Planned again: the job may have waited, and the files may have changed.
         plan = self.host.plan(request.recipe, request.strict, check_hashes=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..dialects import parse_file
 from ..errors import LoraMergeError
 from ..files import read_header
 from .listing import FoundFile
@@ -55,6 +54,8 @@ def from_file(path: Path) -> Label:
     """A label from the header of a file; empty for what cannot be understood."""
     if path.suffix.lower() != ".safetensors":
         return Label()
+    from ..dialects import parse_file  # Not at the WebUI's start, see the package's docstring.
+
     try:
         header = read_header(path)
         shapes = {key: info.shape for key, info in header.tensors.items()}
