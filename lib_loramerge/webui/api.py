@@ -121,7 +121,11 @@ class Service:
         return {"loras": [{field: getattr(entry, field) for field in fields} for entry in self.host.loras()]}
 
     def methods(self, _: Mapping[str, Any]) -> Any:
-        return {"version": __version__, "methods": [_method_json(name) for name in METHODS], "dtypes": list(DTYPES)}
+        return {
+            "version": __version__,
+            "methods": [_method_json(name) for name in METHODS],
+            "dtypes": list(DTYPES),
+        }
 
     def presets(self, _: Mapping[str, Any]) -> Any:
         presets = self.host.presets()
@@ -137,7 +141,9 @@ class Service:
 
     def merge(self, body: Mapping[str, Any]) -> Any:
         texts = ("activation_text", "negative_text", "notes", "description")
-        fields = _Fields(body, ("recipe", "name", "subfolder", "overwrite", "trial", "preferred_weight", "preview", *texts))
+        fields = _Fields(
+            body, ("recipe", "name", "subfolder", "overwrite", "trial", "preferred_weight", "preview", *texts)
+        )
         trial = fields.flag("trial")
         name, subfolder, preview = fields.text("name"), fields.text("subfolder"), fields.text("preview")
         if not trial and not name.strip():
@@ -145,7 +151,8 @@ class Service:
         for value in (name, subfolder, preview):
             _refuse_path(value)
         data = UserMetadata(
-            preferred_weight=fields.number("preferred_weight"), **{field: fields.text(field) for field in texts}
+            preferred_weight=fields.number("preferred_weight"),
+            **{field: fields.text(field) for field in texts},
         )
         request = MergeRequest(
             recipe=self._recipe(fields),
@@ -162,7 +169,9 @@ class Service:
     def inspect(self, body: Mapping[str, Any]) -> Any:
         name = _Fields(body, ("name",)).text("name")
         _refuse_path(name)
-        from ..analysis import inspect as inspect_lora  # Not at the WebUI's start, see the package's docstring.
+        from ..analysis import (
+            inspect as inspect_lora,
+        )  # Not at the WebUI's start, see the package's docstring.
 
         content = inspect_lora(self.host.find(name, strict=True)).to_json()
         content.pop("path", None)
@@ -179,7 +188,9 @@ class Service:
 
     def _known(self, job: Any, body: Mapping[str, Any]) -> Any:
         if job is None:
-            raise Refusal(404, f"There is no job {body['job_id'][:40]!r}; finished jobs are forgotten after a while.")
+            raise Refusal(
+                404, f"There is no job {body['job_id'][:40]!r}; finished jobs are forgotten after a while."
+            )
         return job
 
     def _job_json(self, job: Any) -> Any:
@@ -273,7 +284,9 @@ class _Gate:
             return _error(status, str(error))
         except Exception as error:  # A bug of ours: the caller gets JSON, the console the traceback.
             self._host.log(f"{route.method} {route.path} failed unexpectedly", error)
-            return _error(500, f"Unexpected error ({type(error).__name__}). The console of the host tells more.")
+            return _error(
+                500, f"Unexpected error ({type(error).__name__}). The console of the host tells more."
+            )
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -355,7 +368,9 @@ class _Fields:
 
 def _refuse_path(name: str) -> None:
     if _PATH.search(name):
-        raise Refusal(400, f"{name[:80]!r} is not a name inside the LoRA folder; paths are not accepted here.")
+        raise Refusal(
+            400, f"{name[:80]!r} is not a name inside the LoRA folder; paths are not accepted here."
+        )
 
 
 # Who may come in
@@ -425,7 +440,18 @@ def plain(value: Any) -> Any:
 
 def _method_json(name: str) -> dict[str, Any]:
     method = METHODS[name]
-    fields = ("name", "label", "summary", "exact", "uses_rank", "random", "minimum", "maximum", "experimental", "source")
+    fields = (
+        "name",
+        "label",
+        "summary",
+        "exact",
+        "uses_rank",
+        "random",
+        "minimum",
+        "maximum",
+        "experimental",
+        "source",
+    )
     return {
         **{field: getattr(method, field, None) for field in fields},
         "params": [plain(param) for param in method.params],
@@ -439,7 +465,12 @@ def _request_body(route: _Route) -> dict[str, Any] | None:
 
 
 def _responses(route: _Route) -> dict[int | str, dict[str, Any]]:
-    errors = {400: "Bad request", 401: "Wrong password", 404: "No such name or job", 409: "Name taken, or queue full"}
+    errors = {
+        400: "Bad request",
+        401: "Wrong password",
+        404: "No such name or job",
+        409: "Name taken, or queue full",
+    }
     errors |= {413: "Body too large", 422: "Cannot be merged"}
     described: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": schema.error_schema()}}}

@@ -148,7 +148,9 @@ class Host:
             raise UnknownNameError(self._unknown_text(name))
         if len(found) > 1:
             names = " and ".join(file.name for file in found)
-            raise IncompatibleError(f"Several LoRAs are called {name}: {names}. Give the name with its folder.")
+            raise IncompatibleError(
+                f"Several LoRAs are called {name}: {names}. Give the name with its folder."
+            )
         path = found[0].path
         if strict and not self._inside(path):
             raise FileError(f"{name} is a link that leads out of the LoRA folder, so it is not read here.")
@@ -216,7 +218,8 @@ class Host:
                 return path
         close = nearest(text, self.checkpoints())
         raise UnknownNameError(
-            f"There is no checkpoint called {text}. " + (f"Did you mean {' or '.join(close)}?" if close else "")
+            f"There is no checkpoint called {text}. "
+            + (f"Did you mean {' or '.join(close)}?" if close else "")
         )
 
     def _listed_checkpoint(self, title: str) -> Path | None:
@@ -310,14 +313,17 @@ class Host:
         for other in self.listing().by_stem.get(path.stem, ()):
             if other.path != path and other.path.exists() and not _same_file(other.path, path):
                 raise ConflictError(
-                    f"A LoRA called {path.stem} is in {other.subfolder or 'the LoRA folder'} already, and the name "
-                    "alone must tell LoRAs apart in a prompt. Choose another name."
+                    f"A LoRA called {path.stem} is in {other.subfolder or 'the LoRA folder'} already, "
+                    "and the name alone must tell LoRAs apart in a prompt. Choose another name."
                 )
         return path
 
     def propose_name(self, inputs: Sequence[LoraInput]) -> str:
         """A free name made of the inputs' names."""
-        stems = [re.sub(r'[\\/:*?"<>|,\x00-\x1f]+', " ", entry.name.rpartition("/")[2]).strip(" .") for entry in inputs]
+        stems = [
+            re.sub(r'[\\/:*?"<>|,\x00-\x1f]+', " ", entry.name.rpartition("/")[2]).strip(" .")
+            for entry in inputs
+        ]
         start = "+".join(stem for stem in stems if stem)[:80].strip(" .+") or "merged"
         taken = {file.path.stem.casefold() for file in self.listing().files}
         name, number = start, 1
@@ -399,7 +405,7 @@ class StandaloneHost(Host):
         return self._checkpoint_files().get(title)
 
     def _checkpoint_files(self) -> dict[str, Path]:
-        files = {}
+        files: dict[str, Path] = {}
         for folder in self._base_dirs:
             if folder.is_dir():
                 for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
@@ -430,7 +436,7 @@ class WebuiHost(Host):
     # Folders and LoRAs
 
     def lora_dirs(self) -> tuple[Path, ...]:
-        """``--lora-dir`` and A1111's ``--lyco-dir-backcompat``; both are set by the built-in Lora extension."""
+        """``--lora-dir`` and A1111's ``--lyco-dir-backcompat``, options of the built-in Lora extension."""
         folders = [_option("lora_dir") or os.path.join(_models_path(), "Lora")]
         lycoris = _option("lyco_dir_backcompat")
         if lycoris and os.path.isdir(lycoris):
@@ -547,16 +553,19 @@ class WebuiHost(Host):
 
     def _forget_contents(self) -> None:
         networks = _networks()
-        cached = getattr(networks, "load_lora_state_dict", None)
+        cached: Any = getattr(networks, "load_lora_state_dict", None)
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
         # Not shared.sd_model: reading that may load a model.
-        model = getattr(getattr(_module("sd_models"), "model_data", None), "sd_model", None)
+        model: Any = getattr(getattr(_module("sd_models"), "model_data", None), "sd_model", None)
         if hasattr(model, "current_lora_hash"):
             model.current_lora_hash = None
         objects = getattr(model, "forge_objects_original", None)
         if objects is not None:
-            for patcher in (getattr(objects, "unet", None), getattr(getattr(objects, "clip", None), "patcher", None)):
+            for patcher in (
+                getattr(objects, "unet", None),
+                getattr(getattr(objects, "clip", None), "patcher", None),
+            ):
                 loader = getattr(patcher, "lora_loader", None)
                 if loader is not None:
                     loader.loaded_hash = None
@@ -574,7 +583,9 @@ class WebuiHost(Host):
         """
         networks = _networks()
         if networks is None or not hasattr(networks, "available_networks"):
-            raise LoraMergeError("This WebUI has no LoRA support switched on, so a merge cannot be tried without saving.")
+            raise LoraMergeError(
+                "This WebUI has no LoRA support switched on, so a merge cannot be tried without saving."
+            )
         self._trials[name] = path
         _follow(networks, self._put_trials_back)
         self._put_trials_back()

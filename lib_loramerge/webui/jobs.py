@@ -32,6 +32,8 @@ MAX_WAITING = 32
 MAX_FINISHED = 50
 NOTIFY_SECONDS = 0.1
 
+Notes = list[str]
+
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 
 
@@ -178,13 +180,19 @@ class JobQueue:
         if output is not None and not request.overwrite:
             taken = sidecar.taken(output, request.user_metadata, preview)
             if taken:
-                raise ConflictError(f"{taken[0].name} exists already. Choose another name, or allow overwriting.")
+                raise ConflictError(
+                    f"{taken[0].name} exists already. Choose another name, or allow overwriting."
+                )
         with self._changed:
             unfinished = [job for job in self._jobs.values() if not job.finished]
             if len(unfinished) > MAX_WAITING:
-                raise ConflictError(f"{MAX_WAITING} merges are waiting already. Wait until some are done, or drop them.")
+                raise ConflictError(
+                    f"{MAX_WAITING} merges are waiting already. Wait until some are done, or drop them."
+                )
             if output is not None and any(job.output == output for job in unfinished):
-                raise ConflictError(f"Another merge that is not done yet writes {output.name}. Choose another name.")
+                raise ConflictError(
+                    f"Another merge that is not done yet writes {output.name}. Choose another name."
+                )
             job = Job(request, output if output is not None else self.trials.new_path())
             self._jobs[job.id] = job
             self._forget_old()
@@ -251,7 +259,8 @@ class JobQueue:
         inputs = {self.host.find(entry.name, request.strict) for entry in request.recipe.inputs}
         if any(_same(output, path) for path in inputs):
             raise ConflictError(
-                f"{output.name} is one of the LoRAs being merged, so it cannot be overwritten. Choose another name."
+                f"{output.name} is one of the LoRAs being merged, so it cannot be overwritten. "
+                "Choose another name."
             )
         return output
 
@@ -326,7 +335,7 @@ class JobQueue:
             job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
             self._finish(job, DONE)
 
-    def _publish(self, request: MergeRequest, output: Path, replaced: bool) -> list[str]:
+    def _publish(self, request: MergeRequest, output: Path, replaced: bool) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""
         if request.trial:
             self.trials.add(output, request.recipe)

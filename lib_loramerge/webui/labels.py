@@ -63,7 +63,9 @@ def from_file(path: Path) -> Label:
     except LoraMergeError:
         return Label()
     ranks = Counter(
-        shapes[part.slots["down"]][0] for part in parsed.parts if "down" in part.slots and shapes[part.slots["down"]]
+        shapes[part.slots["down"]][0]
+        for part in parsed.parts
+        if "down" in part.slots and shapes[part.slots["down"]]
     )
     return Label(_SHORT.get(parsed.architecture.id, parsed.architecture.label), _rank_text(ranks))
 

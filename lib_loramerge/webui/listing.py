@@ -96,7 +96,9 @@ def _listing(raw: Sequence[tuple[Path, Path, str, tuple[int, int]]]) -> Listing:
     )
 
 
-def _free_name(folder: Path, path: Path, relative: str, stems: Counter[str], taken: Mapping[str, FoundFile]) -> str:
+def _free_name(
+    folder: Path, path: Path, relative: str, stems: Counter[str], taken: Mapping[str, FoundFile]
+) -> str:
     """The stem, or what tells files of one stem apart."""
     candidates = [path.stem] if stems[path.stem] == 1 else []
     candidates += [relative if "/" in relative else f"./{relative}", f"{folder.name}/{relative}"]
@@ -107,9 +109,7 @@ def _free_name(folder: Path, path: Path, relative: str, stems: Counter[str], tak
     return str(path)
 
 
-def _walk(
-    folder: Path, hidden: bool, seen: set[str], depth: int
-) -> Iterable[tuple[Path, tuple[int, int]]]:
+def _walk(folder: Path, hidden: bool, seen: set[str], depth: int) -> Iterable[tuple[Path, tuple[int, int]]]:
     try:
         real = os.path.realpath(folder)
         if real in seen or depth <= 0:
@@ -139,7 +139,9 @@ def subfolders(folder: Path, limit: int = 2000) -> list[str]:
         current, prefix = waiting.pop()
         try:
             with os.scandir(current) as iterator:
-                names = [e.name for e in iterator if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+                names = [
+                    e.name for e in iterator if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")
+                ]
         except OSError:
             continue
         for name in names:
@@ -151,4 +153,6 @@ def subfolders(folder: Path, limit: int = 2000) -> list[str]:
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Sorts ``lora2`` before ``lora10``, upper and lower case alike."""
     parts = re.split(r"([0-9]+)", text.casefold())
-    return [(0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part) for part in parts if part]
+    return [
+        (0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part) for part in parts if part
+    ]

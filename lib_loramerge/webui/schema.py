@@ -56,7 +56,10 @@ def input_schema() -> Schema:
 
 def recipe_schema() -> Schema:
     """The recipe, as it is also kept in a merged file's metadata (``loramerge_recipe``)."""
-    rank = {"oneOf": [{"type": "integer", "minimum": 1}, {"type": "string", "enum": ["same", "full"]}], "default": "same"}
+    rank = {
+        "oneOf": [{"type": "integer", "minimum": 1}, {"type": "string", "enum": ["same", "full"]}],
+        "default": "same",
+    }
     return _object(
         {
             "version": {"type": "integer", "enum": [1]},
@@ -70,7 +73,9 @@ def recipe_schema() -> Schema:
             "dtype": _text(enum=list(DTYPES), default="same"),
             "device": _text("cpu, cuda, cuda:N, mps, xpu or auto", default="auto"),
             "seed": {"type": "integer", "default": 0},
-            "base": _text("title of a checkpoint of the host's list, for adapters that need it", nullable=True),
+            "base": _text(
+                "title of a checkpoint of the host's list, for adapters that need it", nullable=True
+            ),
             "dialect": _text(enum=list(DIALECTS), default="auto"),
             "skip_unsupported": {"type": "boolean", "default": False},
         },
@@ -85,7 +90,11 @@ def merge_schema() -> Schema:
             "name": _text("file name without folder; not needed for a trial"),
             "subfolder": _text("folder below the LoRA folder", default=""),
             "overwrite": {"type": "boolean", "default": False},
-            "trial": {"type": "boolean", "default": False, "description": "usable in prompts until the host ends, not saved"},
+            "trial": {
+                "type": "boolean",
+                "default": False,
+                "description": "usable in prompts until the host ends, not saved",
+            },
             "activation_text": _text(default=""),
             "preferred_weight": _number(default=0),
             "negative_text": _text(default=""),
@@ -121,7 +130,11 @@ def job_schema() -> Schema:
             "progress": {**progress, "nullable": True},
             "output": _text("path below the LoRA folder, once done", nullable=True),
             "prompt_name": _text("NAME in <lora:NAME:1>, once done"),
-            "report": {"type": "object", "nullable": True, "description": "what was written, and how exact it is"},
+            "report": {
+                "type": "object",
+                "nullable": True,
+                "description": "what was written, and how exact it is",
+            },
             "error": _text("why it failed"),
             "notes": {"type": "array", "items": _text()},
         }

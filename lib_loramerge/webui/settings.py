@@ -53,7 +53,9 @@ def rows(modes: tuple[str, ...], dtypes: tuple[str, ...], devices: tuple[str, ..
     """The settings page, top to bottom."""
     return (
         SettingRow("mode", "Default merge method", choices=modes),
-        SettingRow("dtype", "Default precision of merged files", "same: the widest of the inputs", choices=dtypes),
+        SettingRow(
+            "dtype", "Default precision of merged files", "same: the widest of the inputs", choices=dtypes
+        ),
         SettingRow("device", "Default device", "a merge takes seconds on the CPU", choices=devices),
         SettingRow("rank", "Default rank", "same: as the inputs; full: keep everything; or a number"),
         SettingRow(

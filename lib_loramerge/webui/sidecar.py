@@ -16,7 +16,16 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-PREVIEW_SUFFIXES = (".png", ".preview.png", ".jpg", ".preview.jpg", ".jpeg", ".preview.jpeg", ".webp", ".preview.webp")
+PREVIEW_SUFFIXES = (
+    ".png",
+    ".preview.png",
+    ".jpg",
+    ".preview.jpg",
+    ".jpeg",
+    ".preview.jpeg",
+    ".webp",
+    ".preview.webp",
+)
 MAX_JSON_BYTES = 4 << 20
 MAX_PREVIEW_BYTES = 64 << 20
 
@@ -100,7 +109,9 @@ def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite
     """
     existing = taken(lora, data, preview)
     if existing and not overwrite:
-        raise OutputError(f"{existing[0].name} exists already and was left as it is; allow overwriting to replace it.")
+        raise OutputError(
+            f"{existing[0].name} exists already and was left as it is; allow overwriting to replace it."
+        )
     written = []
     try:
         if data is not None and not data.empty:
@@ -113,7 +124,9 @@ def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite
             _replace(path, _png_bytes(preview))
             written.append(path)
     except OSError as error:
-        raise OutputError(f"{path.name} could not be written beside the merged LoRA: {error.strerror or error}.") from error
+        raise OutputError(
+            f"{path.name} could not be written beside the merged LoRA: {error.strerror or error}."
+        ) from error
     return written
 
 
@@ -153,7 +166,9 @@ def _joined(texts: Iterable[str]) -> str:
 def _png_bytes(preview: Path) -> bytes:
     """The picture as PNG; a PNG is copied as it is."""
     if preview.stat().st_size > MAX_PREVIEW_BYTES:
-        raise OutputError(f"The preview {preview.name} is larger than {MAX_PREVIEW_BYTES >> 20} MiB and was not copied.")
+        raise OutputError(
+            f"The preview {preview.name} is larger than {MAX_PREVIEW_BYTES >> 20} MiB and was not copied."
+        )
     content = preview.read_bytes()
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
@@ -164,7 +179,9 @@ def _png_bytes(preview: Path) -> bytes:
             buffer = io.BytesIO()
             image.convert("RGBA" if "A" in image.getbands() else "RGB").save(buffer, format="PNG")
     except Exception as error:  # Pillow raises many kinds for a damaged or hostile picture.
-        raise OutputError(f"The preview {preview.name} is not a picture that can be read, so it was not copied.") from error
+        raise OutputError(
+            f"The preview {preview.name} is not a picture that can be read, so it was not copied."
+        ) from error
     return buffer.getvalue()
 
 

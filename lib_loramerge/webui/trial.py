@@ -7,6 +7,7 @@ LoRA folder. Its name is never used again: hosts remember what they loaded under
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -85,10 +86,9 @@ class Trials:
             if trial is None:
                 return
             self._unregister(name)
-            try:
+            # Windows keeps a file that the host has mapped; the folder goes at exit.
+            with contextlib.suppress(OSError):
                 trial.path.unlink(missing_ok=True)
-            except OSError:
-                pass  # Windows keeps a file that the host has mapped; the folder goes at exit.
 
     def remove_of(self, recipe: MergeRecipe) -> list[str]:
         """Removes the trials of a recipe that was saved under a real name; gives their names."""
@@ -123,7 +123,12 @@ def remove_stale_folders() -> None:
     limit = time.time() - STALE_SECONDS
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
-            if folder.is_dir() and not folder.is_symlink() and folder.stat().st_mtime < limit and not _in_use(folder):
+            if (
+                folder.is_dir()
+                and not folder.is_symlink()
+                and folder.stat().st_mtime < limit
+                and not _in_use(folder)
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -48,7 +49,13 @@ class FakeHost:
         self.url = ""
         self.log: list[str] = []
         self._command = [sys.executable, str(SERVE), "--extension", str(ROOT), "--data-dir", str(data_dir)]
-        self._command += ["--lora-dir", str(self.lora_dir), "--options", json.dumps(dict(options or {})), *flags]
+        self._command += [
+            "--lora-dir",
+            str(self.lora_dir),
+            "--options",
+            json.dumps(dict(options or {})),
+            *flags,
+        ]
         self._command += ["--forge"] if forge else []
         self._lines: queue.Queue[str | None] = queue.Queue()
 
@@ -62,7 +69,12 @@ class FakeHost:
             stderr=subprocess.STDOUT,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTHONIOENCODING": "utf-8",
+                "OMP_NUM_THREADS": "1",
+            },
         )
         threading.Thread(target=self._read, daemon=True).start()
         self.wait_until_ready()
@@ -74,10 +86,8 @@ class FakeHost:
     def stop(self) -> None:
         """Ends the process as a user who presses Ctrl+C would; by force if it does not."""
         if self._process.poll() is None:
-            try:
+            with contextlib.suppress(OSError):
                 self.post("/fake/stop")
-            except OSError:
-                pass
             try:
                 self._process.wait(10)
             except subprocess.TimeoutExpired:
@@ -103,7 +113,7 @@ class FakeHost:
                 return
 
     def restart(self) -> None:
-        """"Reload UI": the same process unloads its extensions and loads them again."""
+        """ "Reload UI": the same process unloads its extensions and loads them again."""
         self.post("/fake/restart")
         self.wait_until_ready()
 
@@ -136,7 +146,9 @@ class FakeHost:
         """(status, JSON) of a request; the text where the answer is no JSON."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} if data is not None else {}
-        request = urllib.request.Request(self.url + path, data=data, method=method, headers={**sent, **(headers or {})})
+        request = urllib.request.Request(
+            self.url + path, data=data, method=method, headers={**sent, **(headers or {})}
+        )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=timeout) as answer:

@@ -58,7 +58,11 @@ def serve_page() -> str:
     ui_gradio_extensions.reload_javascript()
     script_callbacks.call("before_ui")
     shared.demo = ui.create_ui()
-    auth = [tuple(pair.split(":", 1)) for pair in cmd_opts.gradio_auth.split(",")] if cmd_opts.gradio_auth else None
+    auth = (
+        [tuple(pair.split(":", 1)) for pair in cmd_opts.gradio_auth.split(",")]
+        if cmd_opts.gradio_auth
+        else None
+    )
     app, url, _ = shared.demo.launch(
         server_name="127.0.0.1",
         server_port=cmd_opts.port or free_port(),

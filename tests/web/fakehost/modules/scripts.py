@@ -18,12 +18,20 @@ def list_scripts(folder, suffix):
     for extension in extensions.active():
         place = os.path.join(extension, folder)
         if os.path.isdir(place):
-            found += [(extension, os.path.join(place, name)) for name in sorted(os.listdir(place)) if name.endswith(suffix)]
+            found += [
+                (extension, os.path.join(place, name))
+                for name in sorted(os.listdir(place))
+                if name.endswith(suffix)
+            ]
     return found
 
 
 def list_files_with_name(name):
-    return [path for path in (os.path.join(folder, name) for folder in extensions.active()) if os.path.isfile(path)]
+    return [
+        path
+        for path in (os.path.join(folder, name) for folder in extensions.active())
+        if os.path.isfile(path)
+    ]
 
 
 def load_scripts():

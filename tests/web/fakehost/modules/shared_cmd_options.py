@@ -6,8 +6,12 @@ from modules import paths_internal
 parser = argparse.ArgumentParser()
 parser.add_argument("--data-dir", default=paths_internal.data_path)
 parser.add_argument("--models-dir", default=paths_internal.models_path)
-parser.add_argument("--lora-dir", type=os.path.abspath, default=os.path.join(paths_internal.models_path, "Lora"))
-parser.add_argument("--lyco-dir-backcompat", type=os.path.abspath, default=os.path.join(paths_internal.models_path, "LyCORIS"))
+parser.add_argument(
+    "--lora-dir", type=os.path.abspath, default=os.path.join(paths_internal.models_path, "Lora")
+)
+parser.add_argument(
+    "--lyco-dir-backcompat", type=os.path.abspath, default=os.path.join(paths_internal.models_path, "LyCORIS")
+)
 parser.add_argument("--extension", action="append", default=[])
 parser.add_argument("--forge", action="store_true")
 parser.add_argument("--options", default="{}", help="JSON of settings that the user has changed")
@@ -29,4 +33,6 @@ parser.add_argument("--theme", default=None)
 
 cmd_opts = parser.parse_args()
 cmd_opts.webui_is_non_local = any([cmd_opts.share, cmd_opts.listen, cmd_opts.server_name])
-cmd_opts.disable_extension_access = cmd_opts.webui_is_non_local and not cmd_opts.enable_insecure_extension_access
+cmd_opts.disable_extension_access = (
+    cmd_opts.webui_is_non_local and not cmd_opts.enable_insecure_extension_access
+)

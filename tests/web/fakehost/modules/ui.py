@@ -9,13 +9,19 @@ def create_ui():
     for kind in script_callbacks.callbacks["ui_settings"]:
         kind[1]()
     with gr.Blocks(analytics_enabled=False) as txt2img:
-        gr.Textbox(label="Prompt", elem_id="txt2img_prompt", show_label=False, lines=3, elem_classes=["prompt"])
+        gr.Textbox(
+            label="Prompt", elem_id="txt2img_prompt", show_label=False, lines=3, elem_classes=["prompt"]
+        )
         gr.Textbox(label="Negative prompt", elem_id="txt2img_neg_prompt", show_label=False, lines=3)
         gr.Button("Generate", elem_id="txt2img_generate")
     with gr.Blocks(analytics_enabled=False) as settings:
         for key, info in shared.opts.data_labels.items():
             _setting(key, info)
-    interfaces = [(txt2img, "txt2img", "txt2img"), *script_callbacks.call("ui_tabs"), (settings, "Settings", "settings")]
+    interfaces = [
+        (txt2img, "txt2img", "txt2img"),
+        *script_callbacks.call("ui_tabs"),
+        (settings, "Settings", "settings"),
+    ]
     with gr.Blocks(theme=gr.themes.Default(), analytics_enabled=False, title="Stable Diffusion") as demo:
         with gr.Tabs(elem_id="tabs"):
             for interface, label, ident in interfaces:
@@ -32,6 +38,8 @@ def _setting(key, info):
     value = getattr(shared.opts, key)
     kind = info.component
     if kind is None:
-        kind = {bool: gr.Checkbox, str: gr.Textbox, int: gr.Number, float: gr.Number}.get(type(info.default), gr.JSON)
+        kind = {bool: gr.Checkbox, str: gr.Textbox, int: gr.Number, float: gr.Number}.get(
+            type(info.default), gr.JSON
+        )
     arguments = info.component_args() if callable(info.component_args) else (info.component_args or {})
     kind(label=info.label, value=value, elem_id=f"setting_{key}", **arguments)

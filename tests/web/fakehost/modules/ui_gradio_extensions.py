@@ -10,7 +10,9 @@ _original = gr.routes.templates.TemplateResponse
 
 
 def _web(path):
-    return html.escape(f"file={os.path.relpath(path) if path.startswith(os.getcwd()) else path}?{os.path.getmtime(path)}")
+    return html.escape(
+        f"file={os.path.relpath(path) if path.startswith(os.getcwd()) else path}?{os.path.getmtime(path)}"
+    )
 
 
 def _head():
@@ -27,7 +29,10 @@ def _head():
 def reload_javascript():
     """Puts every extension's scripts and style sheets into the page that Gradio sends."""
     head = _head()
-    sheets = "".join(f'<link rel="stylesheet" property="stylesheet" href="{_web(p)}">' for p in scripts.list_files_with_name("style.css"))
+    sheets = "".join(
+        f'<link rel="stylesheet" property="stylesheet" href="{_web(p)}">'
+        for p in scripts.list_files_with_name("style.css")
+    )
 
     def response(*args, **kwargs):
         answer = _original(*args, **kwargs)

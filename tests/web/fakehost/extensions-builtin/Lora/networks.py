@@ -38,7 +38,12 @@ def update_available_networks_by_names(names):
 
 
 def list_available_networks():
-    for known in (available_networks, available_network_aliases, available_network_hash_lookup, forbidden_network_aliases):
+    for known in (
+        available_networks,
+        available_network_aliases,
+        available_network_hash_lookup,
+        forbidden_network_aliases,
+    ):
         known.clear()
     os.makedirs(shared.cmd_opts.lora_dir, exist_ok=True)
     process_network_files()

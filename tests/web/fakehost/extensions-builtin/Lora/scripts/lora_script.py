@@ -9,7 +9,9 @@ TAG = re.compile(r"<lora:([^:>]+)(?::([-0-9.]+))?[^>]*>")
 def add_routes(_, app):
     @app.get("/sdapi/v1/loras")
     def loras():
-        return [{"name": entry.name, "path": entry.filename} for entry in networks.available_networks.values()]
+        return [
+            {"name": entry.name, "path": entry.filename} for entry in networks.available_networks.values()
+        ]
 
     @app.post("/sdapi/v1/refresh-loras")
     def refresh():
