@@ -261,6 +261,7 @@ recipes = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(recipes)
 def test_a_recipe_reads_back_from_its_json(recipe):
     assert from_json(to_json(recipe)) == recipe

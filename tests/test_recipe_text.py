@@ -232,6 +232,7 @@ def lbw_strengths(fields):
     return (te if te is not None else (known or [1.0])[0], unet if unet is not None else (known or [1.0])[0])
 
 
+@settings(deadline=None)
 @given(positional, keyed)
 def test_strengths_are_what_the_webui_makes_of_the_tag(positions, keys):
     fields = [*positions, *keys]
@@ -240,6 +241,7 @@ def test_strengths_are_what_the_webui_makes_of_the_tag(positions, keys):
     assert (found.te, found.unet) == webui_strengths(fields)
 
 
+@settings(deadline=None)
 @given(positional, keyed)
 def test_with_block_weights_strengths_are_what_lora_block_weight_makes_of_the_tag(positions, keys):
     fields = [*positions, *keys]
@@ -281,7 +283,7 @@ lora_inputs = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(lora_inputs, min_size=1, max_size=4))
 def test_what_is_written_as_a_prompt_reads_back_as_the_same_loras(inputs):
     assert parse_prompt(format_prompt(inputs)) == tuple(inputs)
@@ -304,7 +306,7 @@ def test_a_name_that_a_tag_cannot_hold_is_refused_rather_than_changed(name):
         format_prompt([LoraInput(name)])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_is_read_or_refused_and_what_is_read_reads_back(text):
     for wrapped in (text, f"<lora:{text}>", f"a:{text}"):
