@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .core import Spectrum, decompose, decompose_whole, truncate
+from .core import Spectrum, decompose, decompose_whole, gram, truncate
 from .types import Dense, LowRank
 
-_DEPTH = 2  # Times the start block is multiplied by W W^T.
 _WIDTH = 2  # Columns of the start block per wanted rank.
-_EXACT_PART = 4  # The iteration pays while its subspace is below 1/4 of the shorter side.
+_CONVERGED = 4e-6  # Part of the squared error by which all further blocks may still lower it.
+_PAYS = 0.4  # Part of the shorter side up to which the iteration is faster than the whole eigenproblem.
 
 
 def decompose_dense(delta: Dense, rank: int | None = None) -> Spectrum:
@@ -24,21 +25,18 @@ def decompose_dense(delta: Dense, rank: int | None = None) -> Spectrum:
             For a small part of the shorter side a block Krylov iteration is several times faster.
 
     Returns:
-        A spectrum of ``rank`` values or more. Its truncations miss the least error by less than 1e-5
-        of it.
+        A spectrum of ``rank`` values or more. Its truncations miss the least error by less than 1e-5 of it.
 
     Source: Musco and Musco 2015, Randomized block Krylov methods, https://arxiv.org/abs/1504.05477. We start
-        from the inputs' joint row space (``delta.start``), which holds most of the result; nothing is random
-        from one run to the next.
+        from the inputs' joint row space (``delta.start``), which holds most of the result, and go on until
+        the error stops falling; nothing is random from one run to the next.
     """
     weight = delta.weight
-    side = min(delta.out, delta.in_)
-    if rank is None or rank * _WIDTH * (_DEPTH + 1) * _EXACT_PART > side * 2:
-        whole = weight.double()
-        return decompose_whole(whole, float(torch.linalg.vector_norm(whole)), delta.kernel)
-    basis = _krylov(weight.float(), _start_block(delta, rank))
-    inside = LowRank(basis, basis.mT @ weight.to(basis.dtype), float(basis.shape[1]), delta.kernel)
     energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+    basis = _krylov(weight.float(), _start_block(delta, rank), rank, energy) if rank else None
+    if basis is None:
+        return decompose_whole(weight.double(), energy**0.5, delta.kernel)
+    inside = LowRank(basis, basis.mT @ weight.double(), float(basis.shape[1]), delta.kernel)
     spectrum = decompose(inside, energy**0.5)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
 
@@ -60,11 +58,31 @@ def _start_block(delta: Dense, rank: int) -> Tensor:
     return torch.cat([block, noise], dim=1).to(delta.weight.device)
 
 
-def _krylov(weight: Tensor, start: Tensor) -> Tensor:
-    """(out, (depth + 1) c) float64 orthonormal basis of the block Krylov space of ``weight weight^T``."""
+def _krylov(weight: Tensor, start: Tensor, rank: int, energy: float) -> Tensor | None:
+    """(out, c) float64 orthonormal columns that hold the ``rank`` largest left singular vectors.
+
+    None when they are not found in few enough columns.
+    """
+    most = int(_PAYS * min(weight.shape))
+    if start.shape[1] > most // 2:
+        return None
     block = torch.linalg.qr(weight @ start).Q
-    blocks = [block]
-    for _ in range(_DEPTH):
-        block = torch.linalg.qr(weight @ (weight.mT @ block)).Q
-        blocks.append(block)
-    return torch.linalg.qr(torch.cat(blocks, dim=1).double()).Q
+    basis, image = block, block.mT @ weight  # (out, c), (c, in)
+    found: list[float] = []
+    while basis.shape[1] <= most:
+        found.append(float(torch.linalg.eigvalsh(gram(image))[-rank:].sum()))
+        if _still_to_gain(found) <= _CONVERGED * (energy - found[-1]):
+            return torch.linalg.qr(basis.double()).Q
+        block = weight @ image[-block.shape[1] :].mT
+        for _ in range(2):  # once leaves rounding errors of the size of what is taken away
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, block.mT @ weight])
+    return None
+
+
+def _still_to_gain(found: list[float]) -> float:
+    """What further steps would add to a sequence that gains by an ever smaller factor."""
+    if len(found) < 3:
+        return math.inf
+    last, before = found[-1] - found[-2], found[-2] - found[-3]
+    return last * last / (before - last) if 0 < last < before else max(0.0, last)

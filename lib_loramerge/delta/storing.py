@@ -119,9 +119,10 @@ def realize(delta: LowRank) -> LowRank:
 
 
 def fit(delta: LowRank, dtype: torch.dtype) -> LowRank:
-    """Bring factors into the normal range of ``dtype`` by powers of two, which are exact; mostly nothing to do.
+    """Bring factors into the normal range of ``dtype`` by powers of two, which are exact.
 
-    Each component is balanced between up and down first; what is left to do goes into alpha.
+    Mostly there is nothing to do. Otherwise each component is balanced between up and down first; what is
+    left to do goes into alpha.
     """
     if _in_range(delta.up, dtype) and _in_range(delta.down, dtype):
         return delta
@@ -151,42 +152,49 @@ def rounding_error(exact: LowRank, up: Tensor, down: Tensor) -> float:
 def orthogonal_rounding_error(exact: LowRank, up: Tensor, down: Tensor, values: Tensor) -> float:
     """:func:`rounding_error` for factors with orthogonal components, as :func:`truncate` makes them.
 
-    The distance of each component from its rounded self is taken in full; distances of different components
-    are orthogonal to first order, and rounding is far below second order. Where a component is off by more
-    than rounding can be, the general formula is taken.
+    Where a component is off by more than rounding can be, the general formula is taken.
 
     Args:
         exact: The factors before rounding.
         up, down: The factors as written.
         values: (rank,) float64 singular values of the exact delta.
     """
-    errors = component_errors(exact.up, exact.down, up, down)
-    if not off_by_rounding(errors, values / exact.scale, up.dtype):
+    error_sq, farthest = rounding_of_orthogonal(exact.up, exact.down, up, down, values / exact.scale)
+    if not float(farthest) <= torch.finfo(up.dtype).eps:
         return rounding_error(exact, up, down)
-    return exact.scale**2 * float(errors.sum())
+    return exact.scale**2 * max(0.0, float(error_sq))
 
 
-def component_errors(up: Tensor, down: Tensor, written_up: Tensor, written_down: Tensor) -> Tensor:
-    """(..., rank) float64 on the CPU: ``norm(written_up_j written_down_j - up_j down_j)**2`` of each component.
+def rounding_of_orthogonal(
+    up: Tensor, down: Tensor, written_up: Tensor, written_down: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared distance of ``written_up @ written_down`` from ``up @ down``, to first order in the rounding.
+
+    With U^T U = V V^T = diag(s), the square of ``U dV + dU V`` is made of the lengths of the rows and columns
+    of dU and dV, and of one product of two small matrices.
 
     Args:
-        up, down: (..., out, rank) and (..., rank, in) factors before rounding.
+        up, down: (..., out, rank) and (..., rank, in); components orthogonal, of squared length ``values``.
         written_up, written_down: The same after rounding.
+        values: (..., rank) float64.
+
+    Returns:
+        (...) the squared distance, and the largest relative distance of one factor's component from its
+        rounded self; float64 on the CPU.
     """
     d_up, d_down = written_up.to(up.dtype) - up, written_down.to(down.dtype) - down
-    u_sq, v_sq = _sums(up, up, -2), _sums(down, down, -1)
-    du_sq, dv_sq = _sums(d_up, d_up, -2), _sums(d_down, d_down, -1)
-    u_du, v_dv = _sums(up, d_up, -2), _sums(down, d_down, -1)
-    first = u_sq * dv_sq + du_sq * v_sq + 2 * u_du * v_dv
-    return first + du_sq * dv_sq + 2 * (u_du * dv_sq + du_sq * v_dv)
+    du_sq, dv_sq = _squares(d_up, -2), _squares(d_down, -1)
+    both = ((up.mT @ d_up) * (d_down @ down.mT)).sum((-2, -1)).cpu().double()
+    error_sq = (values * (du_sq + dv_sq)).sum(-1) + 2 * both
+    return error_sq, (torch.maximum(du_sq, dv_sq) / values).amax(-1).sqrt()
 
 
-def _sums(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    return (a * b).sum(dim).cpu().double()
+def _squares(factor: Tensor, dim: int) -> Tensor:
+    return factor.square().sum(dim).cpu().double()
 
 
 def _check_finite(error_sq: float, alpha: float, dtype: torch.dtype) -> None:
-    """An overflow anywhere in the written tensors makes their distance from the exact ones infinite or NaN."""
+    """Refuse an overflow: anywhere in the written tensors it makes their distance infinite or NaN."""
     if not (math.isfinite(error_sq) and abs(alpha) < torch.finfo(torch.float32).max):
         name = str(dtype).removeprefix("torch.")
         raise OutputError(
@@ -205,11 +213,6 @@ def roots_in_range(values: Tensor, side: int, dtype: torch.dtype) -> bool:
     limits = torch.finfo(dtype)
     largest, mean = float(values[0]) ** 0.5, (float(values.mean()) / side) ** 0.5
     return largest < limits.max / 2 and mean >= _SUBNORMAL * limits.tiny
-
-
-def off_by_rounding(errors: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether components are off by no more than rounding to ``dtype`` can be."""
-    return bool((errors <= (8 * torch.finfo(dtype).eps * values) ** 2).all())
 
 
 def _in_range(factor: Tensor, dtype: torch.dtype) -> bool:

@@ -16,9 +16,8 @@ from torch import Tensor
 from .core import Grams, Spectrum, decompose, gram
 from .storing import (
     Stored,
-    component_errors,
-    off_by_rounding,
     roots_in_range,
+    rounding_of_orthogonal,
     store_truncated,
     working_dtype,
     write_layer,
@@ -109,16 +108,17 @@ def _store_batch(
     right = torch.stack([right for _, right in mixings]).to(ups.device, work)
     up, down = ups.to(work) @ left, right.mT @ downs.to(work)
     written_up, written_down = up.to(dtype), down.to(dtype)
-    errors = component_errors(up, down, written_up, written_down)
+    every = torch.stack([spectrum.values[:rank] for spectrum in spectra])
+    errors, farthest = rounding_of_orthogonal(up, down, written_up, written_down, every)
     written_up, written_down = written_up.cpu(), written_down.cpu()
     results = []
     for index, spectrum in enumerate(spectra):
         values = spectrum.values[:rank]
         usual = working_dtype(spectrum, dtype) == work and roots_in_range(values, side, dtype)
-        if not (usual and off_by_rounding(errors[index], values, dtype)):
+        if not (usual and float(farthest[index]) <= torch.finfo(dtype).eps):
             results.append(_moved(store_truncated(spectrum, rank, dtype)))
             continue
-        error_sq = spectrum.tail(rank) + float(errors[index].sum())
+        error_sq = spectrum.tail(rank) + max(0.0, float(errors[index]))
         factors = written_up[index].clone(), written_down[index].clone()
         results.append(Stored(*factors, float(rank), spectrum.source.kernel, error_sq, spectrum.energy))
     return results

@@ -120,4 +120,7 @@ def _not_addable(deltas: Sequence[Delta], layer: str) -> str:
         str(delta.rank) if isinstance(delta, LowRank) else "none (full weights)" for delta in deltas
     )
     modes = ", ".join(name for name, method in METHODS.items() if name != "add" and not method.experimental)
-    return f"Mode add needs equal ranks, but layer {layer or '(unnamed)'} has ranks {ranks}. Use one of: {modes}."
+    return (
+        f"Mode add needs equal ranks, but layer {layer or '(unnamed)'} has ranks {ranks}. "
+        f"Use one of: {modes}."
+    )

@@ -1,0 +1,152 @@
+"""Work on threads: same bytes from any number of them, prompt to stop, and the process left as it was."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from lib_loramerge.delta import LowRank, parallel_map, single_thread, stack, write_layer, write_layers
+from lib_loramerge.errors import Cancelled
+from tests.delta_cases import low_rank
+
+
+def layers():
+    shapes = [(64, 96), (130, 70), (64, 96), (200, 40), (33, 35), (70, 70), (64, 96)]
+    return [
+        stack([low_rank(*s, 12, seed=i, dtype=torch.float16), low_rank(*s, 20, seed=i + 50)], [0.7, -0.4])
+        for i, s in enumerate(shapes)
+    ]
+
+
+def write(delta):
+    return write_layer(delta, torch.float16, lambda spectrum: min(16, spectrum.rank))
+
+
+def same(a, b):
+    return (
+        torch.equal(a.up, b.up)
+        and torch.equal(a.down, b.down)
+        and (a.alpha, a.error_sq, a.exact_sq) == (b.alpha, b.error_sq, b.exact_sq)
+    )
+
+
+def test_any_number_of_workers_and_any_order_give_the_same_bytes():
+    jobs = layers()
+    plain = list(parallel_map(write, jobs, workers=1))
+    for workers in (2, 4, 7):
+        assert all(same(a, b) for a, b in zip(plain, parallel_map(write, jobs, workers=workers), strict=True))
+    order = list(range(len(jobs)))
+    random.Random(1).shuffle(order)
+    shuffled = list(parallel_map(write, [jobs[i] for i in order], workers=3))
+    assert all(same(plain[i], result) for i, result in zip(order, shuffled, strict=True))
+
+
+def test_threads_and_random_states_are_left_as_they_were():
+    torch.set_num_threads(3)
+    try:
+        torch.manual_seed(5)
+        torch_state, python_state, numpy_state = (
+            torch.get_rng_state(),
+            random.getstate(),
+            np.random.get_state(),
+        )
+        list(parallel_map(write, layers(), workers=2))
+        assert torch.get_num_threads() == 3
+        assert torch.equal(torch_state, torch.get_rng_state())
+        assert python_state == random.getstate()
+        assert all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state()))
+        with pytest.raises(ZeroDivisionError):
+            list(parallel_map(lambda job: 1 / 0, [1], workers=2))
+        assert torch.get_num_threads() == 3
+        with single_thread():
+            with single_thread():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_workers_run_on_one_torch_thread_without_gradients():
+    def look(_):
+        return torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert set(parallel_map(look, range(4), workers=2)) == {(1, False)}
+
+
+def test_results_come_in_order_and_jobs_are_taken_only_a_little_ahead():
+    taken = []
+
+    def jobs():
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    results = parallel_map(lambda i: i * i, jobs(), workers=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    assert len(taken) < 20
+    assert list(results) == [i * i for i in range(3, 100)]
+
+
+def test_cancelling_stops_soon_and_leaves_no_thread():
+    stop = threading.Event()
+    done = []
+
+    def slow(job):
+        time.sleep(0.02)
+        done.append(job)
+        return job
+
+    started = time.monotonic()
+    results = parallel_map(slow, range(1000), workers=2, cancel=stop.is_set)
+    with pytest.raises(Cancelled):
+        [stop.set() for result in results if result == 3]
+    assert time.monotonic() - started < 5
+    assert len(done) < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loramerge")]
+
+
+def test_leaving_the_loop_early_ends_the_work():
+    done = []
+    for result in parallel_map(lambda job: done.append(job) or job, range(1000), workers=2):
+        if result == 5:
+            break
+    time.sleep(0.05)
+    assert len(done) < 100
+
+
+def test_layers_taken_together_come_out_as_one_by_one():
+    jobs = layers()
+    jobs.append(stack([low_rank(20, 30, 16, seed=1), low_rank(20, 30, 16, seed=2)], [1.0, 1.0]))
+    jobs.append(stack([low_rank(64, 96, 16, seed=1)] * 2, [1.0, -1.0]))
+    tiny = low_rank(64, 96, 32, seed=1)
+    jobs.append(LowRank(tiny.up * 1e-9, tiny.down, 32.0))
+    rules = [lambda spectrum, most=8 + i % 2: min(most, spectrum.rank) for i in range(len(jobs))]
+    for dtype in (torch.float16, torch.float32):
+        for one, delta, rule in zip(write_layers(jobs, dtype, rules, workers=2), jobs, rules, strict=True):
+            other = write_layer(delta, dtype, rule)
+            if other is None:
+                assert one is None
+                continue
+            assert (one.rank, one.alpha, one.up.dtype) == (other.rank, other.alpha, dtype)
+            assert one.error_sq == pytest.approx(other.error_sq, rel=1e-3)
+            torch.testing.assert_close(
+                one.delta().dense(),
+                other.delta().dense(),
+                rtol=0,
+                atol=2e-3 * float(other.delta().dense().abs().max()),
+            )
+
+
+def test_taking_layers_together_turns_tf32_off_and_on_again():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        write_layers(layers()[:1], torch.float16, [lambda spectrum: 4])
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
