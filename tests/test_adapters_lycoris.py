@@ -81,6 +81,17 @@ def test_tucker_convolutions_equal_the_forward_pass_of_lycoris(module_class, sha
     assert_equal(delta.weight.dense(), weight)
 
 
+@pytest.mark.parametrize("wd", [False, True], ids=["plain", "DoRA"])
+@pytest.mark.parametrize(
+    ("module_class", "rank"),
+    [(LoConModule, 16), (LohaModule, 8), (LohaModule, 32), (LokrModule, 8), (LokrModule, 64)],
+)
+@pytest.mark.parametrize("shape", [(320, 320), (320, 768), (320, 4, 3, 3), (4, 320, 3, 3), (320, 320, 1, 1)])
+def test_layers_of_the_real_models_equal_the_forward_pass_of_lycoris(module_class, rank, shape, wd):
+    saved, weight, _, base = judged(module_class, shape, rank=rank, weight_decompose=wd)
+    assert_equal(ours(saved, shape, base=base if wd else None).weight.dense(), weight)
+
+
 LOKR_FORMS = {
     "small whole, large factored": ({"rank": 1}, {"lokr_w1", "lokr_w2_a"}),
     "both factored": ({"rank": 1, "decompose_both": True}, {"lokr_w1_a", "lokr_w2_a"}),

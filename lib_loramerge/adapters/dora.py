@@ -86,9 +86,9 @@ def _build(layer: Layer) -> Dense:
     base, delta = base.reshape(shape), delta.reshape(shape).to(base.dtype)
     side = axis(tuple(layer.slots[slot].shape), base.shape[0], base.shape[1], slot)
     others = (1, 2) if side == "out" else (0, 2)
-    length = torch.linalg.vector_norm(base + delta, dim=others, keepdim=True, dtype=torch.float64)
+    length = (base + delta).square_().sum(others, keepdim=True, dtype=torch.float64).sqrt_()
     gain = layer.slots[slot].double().reshape(length.shape) / length.clamp_min(torch.finfo(torch.float32).eps)
-    weight = (gain - 1).to(base.dtype) * base + gain.to(base.dtype) * delta
+    weight = (delta * gain.to(base.dtype)).addcmul_(base, (gain - 1).to(base.dtype))
     return Dense(weight.flatten(1), kernel)
 
 

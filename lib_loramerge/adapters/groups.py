@@ -113,7 +113,7 @@ def _companions_only(present: frozenset[str], where: str) -> Group:
     if unknown:
         raise UnsupportedError(f"{where}: nothing here can merge the slot {_listed(unknown)}.")
     if "diff_b" in present:
-        rest = sorted(present - {"diff_b", "alpha"})
+        rest = sorted(present - {"diff_b", "alpha", "scale", "scalar"})
         if rest:
             raise IncompatibleError(f"{where}: {_listed(rest)} is there without the factors it belongs to.")
         return Group(ADAPTERS["bias"])

@@ -116,21 +116,23 @@ def _from_singular_values(p1: Tensor, q1: Tensor, p2: Tensor, q2: Tensor, kernel
     The singular values of a Kronecker product are the products of its factors'
     singular values, and so are its vectors: the large matrix is never formed.
     """
-    u1, s1, v1 = _svd(p1, q1)
-    u2, s2, v2 = _svd(p2, q2)
+    up1, s1, down1 = _svd(p1, q1)
+    up2, s2, down2 = _svd(p2, q2)
     values = torch.outer(s1, s2).flatten()
     order = torch.argsort(values, descending=True, stable=True)
     noise = values[order[0]] * torch.finfo(torch.float32).eps
     keep = order[: max(1, int((values > noise).sum()))]
     i, j = keep // len(s2), keep % len(s2)
-    root = values[keep].sqrt()
-    up = (u1[:, None, i] * u2[None, :, j]).flatten(0, 1) * root
-    down = (v1[i][:, :, None] * v2[j][:, None, :]).flatten(1) * root[:, None]
-    return LowRank(up.to(p1.dtype), down.to(q1.dtype), float(len(keep)), kernel)
+    up = (up1[:, None, i] * up2[None, :, j]).flatten(0, 1)
+    down = (down1[i][:, :, None] * down2[j][:, None, :]).flatten(1)
+    return LowRank(up, down, float(len(keep)), kernel)
 
 
 def _svd(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(p.double() @ q.double(), full_matrices=False)
+    """(up, singular values float64, down) of ``p q``; up and down share the root of the values."""
+    u, s, v = torch.linalg.svd(p.double() @ q.double(), full_matrices=False)
+    root = s.sqrt()
+    return (u * root).to(p.dtype), s, (root[:, None] * v).to(q.dtype)
 
 
 def _scale_rank(shapes: Shapes) -> int | None:

@@ -58,25 +58,26 @@ def _build_diag(layer: Layer) -> Dense:
 
 
 def _turned_blocks(layer: Layer, rotation: Tensor) -> Dense:
-    """Each block of output rows becomes ``R^T W``."""
-    assert layer.base is not None
+    """Each block of output rows becomes ``R^T W``, so the change is ``(R - I)^T W``."""
+    base = _base_rows(layer)
     blocks, size, _ = rotation.shape
-    rows = layer.base.double().reshape(blocks, size, -1)
-    return _difference(layer, torch.einsum("knm,kni->kmi", rotation, rows))
+    turn = _turn(rotation, base).transpose(1, 2)
+    return _rescaled(layer, (turn @ base.reshape(blocks, size, -1)).reshape(base.shape))
 
 
 def _build_boft(layer: Layer) -> Dense:
     """``R_m ... R_1 W``, stage i on outputs regrouped so that 2^i blocks are mixed."""
-    assert layer.base is not None
-    rotation = _rotation(layer)
-    stages, _, size, _ = rotation.shape
-    weight = layer.base.double().flatten(1)
+    base = _base_rows(layer)
+    turn = _turn(_rotation(layer), base)
+    stages, _, size, _ = turn.shape
+    columns = base.shape[1]
+    change = torch.zeros_like(base)
     for stage in range(stages):
         half = 2**stage * (size // 2)
-        grouped = weight.reshape(-1, 2, half, weight.shape[1]).transpose(1, 2)
-        turned = torch.einsum("bij,bjc->bic", rotation[stage], grouped.reshape(-1, size, weight.shape[1]))
-        weight = turned.reshape(-1, half, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-    return _difference(layer, weight)
+        grouped = (base + change).reshape(-1, 2, half, columns).transpose(1, 2).reshape(-1, size, columns)
+        turned = (turn[stage] @ grouped).reshape(-1, half, 2, columns).transpose(1, 2)
+        change = change + turned.reshape(base.shape)
+    return _rescaled(layer, change)
 
 
 def _rotation(layer: Layer) -> Tensor:
@@ -98,14 +99,24 @@ def _rotation(layer: Layer) -> Tensor:
     return torch.linalg.solve(eye - skew, eye + skew)  # the two factors commute
 
 
-def _difference(layer: Layer, turned: Tensor) -> Dense:
+def _turn(rotation: Tensor, base: Tensor) -> Tensor:
+    """``R - I``: the change itself, so that a small turn is not lost in the size of the weight."""
+    return (rotation - torch.eye(rotation.shape[-1], dtype=rotation.dtype)).to(base.dtype)
+
+
+def _base_rows(layer: Layer) -> Tensor:
     assert layer.base is not None
-    base = wide(layer.base)
-    turned = turned.reshape(base.shape[0], -1)
+    return wide(layer.base).flatten(1)
+
+
+def _rescaled(layer: Layer, change: Tensor) -> Dense:
+    """``rescale * (W + change) - W``, row by row."""
+    assert layer.base is not None
     if "rescale" in layer.slots:
-        turned = turned * layer.slots["rescale"].double().reshape(-1, 1)
-    weight = (turned - base.double().flatten(1)).to(base.dtype)
-    return Dense(weight, plain_kernel(tuple(base.shape[2:])))
+        scale = layer.slots["rescale"].double().reshape(-1, 1)
+        change = change * scale.to(change.dtype)
+        change.addcmul_(_base_rows(layer), (scale - 1).to(change.dtype))
+    return Dense(change, plain_kernel(tuple(layer.base.shape[2:])))
 
 
 OFT = register(
