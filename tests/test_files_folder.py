@@ -23,7 +23,15 @@ def put(folder: Path, *names: str) -> None:
 
 
 def test_names_are_those_of_the_webui_with_the_subfolder_where_two_share_one(tmp_path):
-    put(tmp_path, "b.safetensors", "A.pt", "sub/c.v1.5.CKPT", "sub/b.safetensors", "notes.txt", "x.safetensors.part")
+    put(
+        tmp_path,
+        "b.safetensors",
+        "A.pt",
+        "sub/c.v1.5.CKPT",
+        "sub/b.safetensors",
+        "notes.txt",
+        "x.safetensors.part",
+    )
     folder = LoraFolder([tmp_path])
     assert folder.names() == ["A", "b", "sub/b", "c.v1.5"]
     for name in folder.names():
@@ -114,7 +122,13 @@ def test_paths_are_taken_only_where_allowed(tmp_path, monkeypatch):
     put(tmp_path, "outside/a.safetensors", "lora/b.safetensors", "lora/outside/c.safetensors")
     monkeypatch.chdir(tmp_path)
     inside = LoraFolder([tmp_path / "lora"])
-    paths = [str(tmp_path / "outside/a.safetensors"), "outside/a.safetensors", "../outside/a", "outside/a", "./outside/a"]
+    paths = [
+        str(tmp_path / "outside/a.safetensors"),
+        "outside/a.safetensors",
+        "../outside/a",
+        "outside/a",
+        "./outside/a",
+    ]
     for path in paths:
         with pytest.raises(FileError):
             inside.find(path)
@@ -151,7 +165,8 @@ def test_ordinary_names_are_taken(tmp_path, name):
 
 
 BAD = [
-    "", " ", ".", "..", "...", "../x", "a/../../x", "/etc/x", "C:\\x", "C:x", "\\\\server\\x", "a/b", "a\\b", "a\0b",
+    "", " ", ".", "..", "...", "../x", "a/../../x", "/etc/x", "C:\\x", "C:x",
+    "\\\\server\\x", "a/b", "a\\b", "a\0b",
     "a\nb", "a<b", "a>b", "a|b", "a?b", "a*b", 'a"b', "a:b", "x.", "x ", " x", "CON", "con", "nul", "Aux.txt",
     "COM1", "com¹.x", "LPT9", "CONIN$", "prn .x", "\ud800", "x" * 300, "日" * 82,
 ]  # fmt: skip
@@ -186,5 +201,7 @@ def test_links_that_lead_out_are_refused_and_a_linked_folder_itself_is_fine(tmp_
         output_path(tmp_path / "lora", "x", "out/deeper")
     with pytest.raises(OutputError, match="is a link"):
         output_path(tmp_path / "lora", "link")
-    assert output_path(tmp_path / "lora", "x", "near").parent.resolve() == (tmp_path / "lora" / "in").resolve()
+    assert (
+        output_path(tmp_path / "lora", "x", "near").parent.resolve() == (tmp_path / "lora" / "in").resolve()
+    )
     assert output_path(tmp_path / "entry", "x") == tmp_path / "entry" / "x.safetensors"

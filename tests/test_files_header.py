@@ -23,9 +23,7 @@ from lib_loramerge.files import open_file, read_header, refuse_non_lora
 from lib_loramerge.files.header import HEADERS, parse_header
 from tests.fixtures import SD1_LAYERS, lora_tensors, sample_data
 
-QUIET = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PLACE = Path("a.safetensors")
 
 
@@ -109,8 +107,14 @@ def test_a_header_tells_dtype_shape_place_and_metadata(tmp_path):
         (built(one(shape=[3]), bytes(8)), "needs 12 bytes"),
         (built(one(place=[4, 12]), bytes(12)), "belong to no tensor"),
         (built({**one(), "u": one()["t"]}, bytes(8)), "overlaps"),
-        (built(None, bytes(16), raw=b'{"t":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"t":{}}'), "twice"),
-        (built(None, bytes(8), raw=b'{"\\ud800":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'), "broken text"),
+        (
+            built(None, bytes(16), raw=b'{"t":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"t":{}}'),
+            "twice",
+        ),
+        (
+            built(None, bytes(8), raw=b'{"\\ud800":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'),
+            "broken text",
+        ),
         (struct.pack("<Q", 100_000_001) + b'{"a":' + os.urandom(99), "header of 100.0 MB"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -158,7 +162,10 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        (["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"], "checkpoint"),
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"],
+            "checkpoint",
+        ),
         (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "denoiser"),
         (["transformer_blocks.0.attn.to_q.weight"], "denoiser"),
         (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "denoiser"),
@@ -170,7 +177,10 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
         (["clip_g", "clip_l"], "embedding"),
         (["<cat>"], "embedding"),
         (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
-        (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "a ControlNet"),
+        (
+            ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
+            "a ControlNet",
+        ),
         (["lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.down.0.weight"], "LLLite"),
         (["ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"], "IP-Adapter"),
         (["ip_adapter.0.to_q_lora.down.weight"], "IP-Adapter"),
@@ -209,7 +219,9 @@ def test_a_huge_list_in_a_header_is_refused_before_it_is_parsed(tmp_path):
     content = built(None, raw=b'{"a": [' + b"[]," * 3_100_000 + b"[]]}")
     start = time.process_time()
     assert "more than any adapter file holds" in refusal(tmp_path, content)
-    assert time.process_time() - start < 5  # Parsing it takes no time to speak of; this only rules out a hang.
+    assert (
+        time.process_time() - start < 5
+    )  # Parsing it takes no time to speak of; this only rules out a hang.
 
 
 def test_a_header_is_read_again_only_when_its_file_changed(tmp_path):
@@ -273,7 +285,9 @@ EDITS = st.lists(
     st.tuples(
         st.sampled_from(["replace", "insert", "delete", "copy"]),
         st.floats(0, 1, exclude_max=True),
-        st.sampled_from([b"0", b"9", b"-", b'"', b"{", b"[", b"]", b",", b"\\u", b"\xff", b" ", b"null", b"1e9", b"NaN"]),
+        st.sampled_from(
+            [b"0", b"9", b"-", b'"', b"{", b"[", b"]", b",", b"\\u", b"\xff", b" ", b"null", b"1e9", b"NaN"]
+        ),
     ),
     min_size=1,
     max_size=4,

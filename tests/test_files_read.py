@@ -76,9 +76,9 @@ def test_nan_and_infinity_are_found_and_named(tmp_path, dtype, bad):
     tensor = torch.zeros(40, 40)
     tensor[17, 3] = float("nan") if "e4m3fn" in str(dtype) else bad  # It has no infinities.
     save_file({"lora_unet_x.lora_up.weight": tensor.to(dtype)}, tmp_path / "broken.safetensors")
-    with open_file(tmp_path / "broken.safetensors") as file:
-        with pytest.raises(FileError, match=r"broken\.safetensors.*lora_unet_x\.lora_up\.weight.*1 values of 1,600"):
-            file.read("lora_unet_x.lora_up.weight")
+    told = r"broken\.safetensors.*lora_unet_x\.lora_up\.weight.*1 values of 1,600"
+    with open_file(tmp_path / "broken.safetensors") as file, pytest.raises(FileError, match=told):
+        file.read("lora_unet_x.lora_up.weight")
 
 
 def test_infinities_of_both_signs_and_sums_that_overflow_are_judged_right(tmp_path):
@@ -94,7 +94,9 @@ def test_infinities_of_both_signs_and_sums_that_overflow_are_judged_right(tmp_pa
 @pytest.mark.parametrize(("dtype", "size"), [("F4", 4), ("F8_E8M0", 8), ("C64", 64)])
 def test_a_dtype_of_no_ordinary_numbers_is_refused_by_name(tmp_path, dtype, size):
     path = tmp_path / "a.safetensors"
-    path.write_bytes(built({"x": {"dtype": dtype, "shape": [4], "data_offsets": [0, size // 2]}}, bytes(size // 2)))
+    path.write_bytes(
+        built({"x": {"dtype": dtype, "shape": [4], "data_offsets": [0, size // 2]}}, bytes(size // 2))
+    )
     with open_file(path) as file, pytest.raises(UnsupportedError, match=dtype):
         file.read("x")
 
@@ -148,7 +150,9 @@ TENSORS = {**lora_tensors(SD1_LAYERS, alpha=2.0, dtype=torch.float16), "x.alpha"
 def test_a_pickled_lora_reads_as_its_safetensors_twin(tmp_path, suffix, wrapped, zipped):
     path = tmp_path / f"a{suffix}"
     torch.save(
-        {"state_dict": TENSORS, "epoch": 3} if wrapped else TENSORS, path, _use_new_zipfile_serialization=zipped
+        {"state_dict": TENSORS, "epoch": 3} if wrapped else TENSORS,
+        path,
+        _use_new_zipfile_serialization=zipped,
     )
     (tmp_path / "b.safetensors").write_bytes(save(TENSORS))
     with open_file(path) as file, open_file(tmp_path / "b.safetensors") as twin:
@@ -164,9 +168,17 @@ def test_the_bare_list_of_the_first_lora_tool_gets_the_names_of_its_later_files(
     pairs = [torch.ones(4, 1), torch.ones(1, 3), torch.ones(5, 1), torch.ones(1, 2)]
     torch.save(pairs, tmp_path / "a.pt")
     torch.save(pairs[:2], tmp_path / "a.text_encoder.pt")
-    assert set(read_header(tmp_path / "a.pt").tensors) == {"unet:0:up", "unet:0:down", "unet:1:up", "unet:1:down"}
+    assert set(read_header(tmp_path / "a.pt").tensors) == {
+        "unet:0:up",
+        "unet:0:down",
+        "unet:1:up",
+        "unet:1:down",
+    }
     assert read_header(tmp_path / "a.pt").tensors["unet:1:up"].shape == (5, 1)
-    assert set(read_header(tmp_path / "a.text_encoder.pt").tensors) == {"text_encoder:0:up", "text_encoder:0:down"}
+    assert set(read_header(tmp_path / "a.text_encoder.pt").tensors) == {
+        "text_encoder:0:up",
+        "text_encoder:0:down",
+    }
     torch.save(pairs[:3], tmp_path / "odd.pt")
     with pytest.raises(FileError, match="do not pair up"):
         read_header(tmp_path / "odd.pt")
@@ -175,8 +187,19 @@ def test_the_bare_list_of_the_first_lora_tool_gets_the_names_of_its_later_files(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 768)}, "name": "cat", "step": 5}, "embedding"),
-        ({768: ({"linear.0.weight": torch.ones(2)}, {"linear.0.weight": torch.ones(2)}), "step": 1}, "hypernetwork"),
+        (
+            {
+                "string_to_token": {"*": 265},
+                "string_to_param": {"*": torch.ones(2, 768)},
+                "name": "cat",
+                "step": 5,
+            },
+            "embedding",
+        ),
+        (
+            {768: ({"linear.0.weight": torch.ones(2)}, {"linear.0.weight": torch.ones(2)}), "step": 1},
+            "hypernetwork",
+        ),
         ({"state_dict": {"first_stage_model.encoder.conv_in.weight": torch.ones(2)}}, "checkpoint"),
         (5, "no LoRA"),
         ({}, "no tensors"),

@@ -31,7 +31,7 @@ from lib_loramerge.files import (
 from tests.fixtures import SD1_LAYERS, lora_tensors
 
 TENSORS = lora_tensors(SD1_LAYERS, alpha=2.0, dtype=torch.float16)
-METADATA = {"ss_output_name": "x", "modelspec.title": "日本 \"quoted\"\n"}
+METADATA = {"ss_output_name": "x", "modelspec.title": '日本 "quoted"\n'}
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no such names, limits or signals")
 
 
@@ -64,16 +64,24 @@ def test_what_was_written_is_what_the_safetensors_library_reads(tmp_path, way):
     written = write_file(path, TENSORS, METADATA)
     loaded = load_file(path)
     assert set(loaded) == set(TENSORS)
-    assert all(torch.equal(loaded[key], TENSORS[key]) and loaded[key].dtype == torch.float16 for key in TENSORS)
+    assert all(
+        torch.equal(loaded[key], TENSORS[key]) and loaded[key].dtype == torch.float16 for key in TENSORS
+    )
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata == {**METADATA, "sshs_model_hash": written.model_hash, "sshs_legacy_hash": written.legacy_hash}
+    assert metadata == {
+        **METADATA,
+        "sshs_model_hash": written.model_hash,
+        "sshs_legacy_hash": written.legacy_hash,
+    }
     assert written.path == path
     assert written.size == path.stat().st_size
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8])
+DTYPES = st.sampled_from(
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8]
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -86,7 +94,9 @@ DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.fl
     ),
     st.dictionaries(st.sampled_from(["ss_a", "ss_b\n", "x", "日本"]), st.text(max_size=9)),
 )
-def test_data_are_in_the_order_of_the_safetensors_library_and_both_hashes_are_kohyas(tmp_path_factory, kinds, metadata):
+def test_data_are_in_the_order_of_the_safetensors_library_and_both_hashes_are_kohyas(
+    tmp_path_factory, kinds, metadata
+):
     tensors = {key: torch.ones(shape, dtype=dtype) * 3 for key, (dtype, shape) in kinds.items()}
     path = tmp_path_factory.mktemp("order") / "a.safetensors"
     written = write_file(path, tensors, metadata)
@@ -118,7 +128,13 @@ def test_the_bytes_do_not_depend_on_the_order_of_tensors_and_metadata(tmp_path):
 
 def test_tensors_of_any_layout_are_written_as_they_look(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"t": base.T, "slice": base[:, 1:3], "same": base, "also": base, "grad": base.clone().requires_grad_()}
+    tensors = {
+        "t": base.T,
+        "slice": base[:, 1:3],
+        "same": base,
+        "also": base,
+        "grad": base.clone().requires_grad_(),
+    }
     write_file(tmp_path / "a.safetensors", tensors, {})
     loaded = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(loaded[key], tensors[key].detach()) for key in tensors)
@@ -291,7 +307,9 @@ def test_a_file_larger_than_the_free_space_is_refused_before_it_is_begun(tmp_pat
 def test_a_folder_that_may_not_be_written_is_told_before_the_work(tmp_path, monkeypatch, number):
     original = os.open
 
-    def protected(path, flags, *arguments, **options):  # Root may write anywhere, so chmod would prove nothing.
+    def protected(
+        path, flags, *arguments, **options
+    ):  # Root may write anywhere, so chmod would prove nothing.
         if flags & (os.O_CREAT | os.O_RDWR):
             raise OSError(number, os.strerror(number))
         return original(path, flags, *arguments, **options)

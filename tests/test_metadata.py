@@ -123,14 +123,36 @@ def test_a_parents_base_model_is_told_only_where_it_agrees_with_what_was_recogni
 
 def test_nothing_private_of_the_parents_is_passed_on():
     text = json.dumps(built())
-    for secret in ("john", "private", "secret", "1234", "1700000000", "AAAA", "a" * 64, "b" * 8, "2024-01-01"):
+    for secret in (
+        "john",
+        "private",
+        "secret",
+        "1234",
+        "1700000000",
+        "AAAA",
+        "a" * 64,
+        "b" * 8,
+        "2024-01-01",
+    ):
         assert secret not in text
-    for key in ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "ss_clip_skip", "ss_dataset_dirs"):
+    for key in (
+        "sshs_model_hash",
+        "sshs_legacy_hash",
+        "lora_adapter_metadata",
+        "ss_clip_skip",
+        "ss_dataset_dirs",
+    ):
         assert key not in built()
 
 
 def test_paths_in_the_recipe_become_names():
-    for path in ("C:\\Users\\john\\a.safetensors", "/home/john/loras/a.safetensors", "~/a.pt", "../a.CKPT", "D:a"):
+    for path in (
+        "C:\\Users\\john\\a.safetensors",
+        "/home/john/loras/a.safetensors",
+        "~/a.pt",
+        "../a.CKPT",
+        "D:a",
+    ):
         recipe = MergeRecipe((LoraInput(path),), base="/home/john/base model.safetensors")
         kept = read_recipe(built(sources=SOURCES[:1], recipe=recipe))
         assert kept.inputs[0].name == "a"
@@ -168,7 +190,18 @@ def test_tags_are_summed_per_parent_and_the_rarest_dropped_where_there_are_too_m
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "5", "null", '{"a": 5}', '{"a": {"b": "c"}}', '{"a": {"b": NaN}}', '{"a": {"b": -5}}', "[" * 99999],
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "null",
+        '{"a": 5}',
+        '{"a": {"b": "c"}}',
+        '{"a": {"b": NaN}}',
+        '{"a": {"b": -5}}',
+        "[" * 99999,
+    ],
 )
 def test_broken_tags_of_a_parent_count_as_none(text):
     assert "ss_tag_frequency" not in built(sources=[SourceMeta("x", {"ss_tag_frequency": text})])
@@ -193,7 +226,10 @@ def test_the_alias_can_stand_in_a_prompt(name, told):
 
 
 def test_long_values_of_the_parents_are_cut():
-    sources = [SourceMeta(f"n{n}" * 99, {"modelspec.tags": f"t{n}" * 200, "ss_resolution": "9" * 9999}) for n in range(40)]
+    sources = [
+        SourceMeta(f"n{n}" * 99, {"modelspec.tags": f"t{n}" * 200, "ss_resolution": "9" * 9999})
+        for n in range(40)
+    ]
     metadata = built(sources=sources)
     assert all(len(value) <= 64 * 1024 for value in metadata.values())
     assert len(metadata["modelspec.merged_from"]) <= 2000

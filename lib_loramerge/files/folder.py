@@ -192,7 +192,7 @@ def output_path(folder: str | os.PathLike[str], name: str, subfolder: str = "") 
     """
     parts = [part for part in re.split(r"[/\\]", subfolder.strip()) if part]
     if subfolder.strip().startswith(("/", "\\")):
-        raise OutputError(f"The subfolder {subfolder!r} begins with a slash, but is a folder inside the LoRA one.")
+        raise OutputError(f"The subfolder {subfolder!r} begins with a slash; it is inside the LoRA folder.")
     for part in parts:
         _check_name(part, "subfolder")
     stem = name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name

@@ -166,7 +166,9 @@ OTHER_KINDS: tuple[OtherKind, ...] = (
     OtherKind("the denoiser of a whole model", _any(DENOISER_PART)),
     OtherKind(
         "a VAE",
-        _any(r"(?:vae\.)?(?:encoder|decoder)\.(?:conv_in|down|up|mid|down_blocks|up_blocks|mid_block|conv1)\."),
+        _any(
+            r"(?:vae\.)?(?:encoder|decoder)\.(?:conv_in|down|up|mid|down_blocks|up_blocks|mid_block|conv1)\."
+        ),
     ),
     OtherKind("a CLIP vision model", _any(r"(?:vision_model|visual)\.")),
     OtherKind("a text encoder", _any(TEXT_ENCODER_PART)),
