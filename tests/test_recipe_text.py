@@ -300,7 +300,7 @@ def test_a_hash_is_the_one_thing_text_does_not_carry():
     assert parse_prompt(format_prompt([known])) == (replace(known, hash=None),)
 
 
-@pytest.mark.parametrize("name", ["a:b", "a>b", "<lora:b:1>"])
+@pytest.mark.parametrize("name", ["a:b", "a>b", "<lora:b:1>", "a ", "\na"])
 def test_a_name_that_a_tag_cannot_hold_is_refused_rather_than_changed(name):
     with pytest.raises(RecipeError, match="cannot be written"):
         format_prompt([LoraInput(name)])

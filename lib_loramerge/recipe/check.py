@@ -113,8 +113,8 @@ def check_whole(
     return number
 
 
-def check_text(name: str, value: object, longest: int) -> str:
-    """``value`` as text that is not empty, not padded, and not longer than ``longest``.
+def check_text(name: str, value: object, longest: int, *, padded: bool = False) -> str:
+    """``value`` as text that is not empty, not padded (unless allowed), and not longer than ``longest``.
 
     Raises:
         RecipeError: For anything else; NUL can stand in no name or path and is refused too.
@@ -127,7 +127,7 @@ def check_text(name: str, value: object, longest: int) -> str:
         raise RecipeError(f"{name} must be at most {longest} characters long, got {len(value)}.")
     if "\0" in value:
         raise RecipeError(f"{name} must not contain a NUL character, got {shown(value)}.")
-    if value != value.strip():
+    if value != value.strip() and not padded:
         raise RecipeError(f"{name} must not begin or end with a space, got {shown(value)}.")
     return value
 

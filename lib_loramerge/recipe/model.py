@@ -191,7 +191,8 @@ class LoraInput:
     hash: str | None = None
 
     def __post_init__(self) -> None:
-        check_text("The name of a LoRA", self.name, LONGEST_NAME)
+        # A file's name may end with a space; only text (a prompt) cannot say so.
+        check_text("The name of a LoRA", self.name, LONGEST_NAME, padded=True)
         where = f"{shown(self.name)}: "
         for name in ("te", "unet", "te1", "te2", "te3", "x"):
             value = getattr(self, name)
