@@ -1,7 +1,9 @@
-"""Looking at LoRA files without merging them: what they are, and how they get on."""
+"""Looking at LoRA files without merging them: what they are, how they get on, what rank they need."""
 
 from __future__ import annotations
 
+from .advise import AdviceReport, advise
+from .compare import CompareReport, compare
 from .inspect import InspectReport, inspect
 
-__all__ = ["InspectReport", "inspect"]
+__all__ = ["AdviceReport", "CompareReport", "InspectReport", "advise", "compare", "inspect"]

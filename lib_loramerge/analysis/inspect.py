@@ -134,7 +134,7 @@ def inspect(path: Path, *, base: Path | None = None, tensors: bool = True) -> In
         notes=sorted({*source.notes_of_layers(), *measured.notes}),
         norm=whole**0.5,
         norm_by_block={block: value**0.5 for block, value in sorted(measured.norm_sq.items())},
-        kept_at_rank={rank: (kept / whole) ** 0.5 for rank, kept in measured.kept_sq.items() if whole > 0},
+        kept_at_rank=_curve(measured),
         numerical_rank={
             "largest": float(max(measured.ranks, default=0)),
             "mean": sum(measured.ranks) / len(measured.ranks) if measured.ranks else 0.0,
@@ -201,6 +201,15 @@ def _add_curve(measured: _Measured, values: torch.Tensor, energy: float) -> None
     for rank in CURVE_RANKS:
         kept = float(squares[:rank].sum()) if rank < len(squares) else energy
         measured.kept_sq[rank] = measured.kept_sq.get(rank, 0.0) + kept
+
+
+def _curve(measured: _Measured) -> dict[int, float]:
+    """Share of the norm kept at each rank, up to the first that keeps all."""
+    top, energy = max(measured.ranks, default=0), max(measured.kept_sq.values(), default=0.0)
+    shown = [rank for rank in CURVE_RANKS if rank < top]
+    return {rank: (measured.kept_sq[rank] / energy) ** 0.5 for rank in shown if energy} | (
+        {top: 1.0} if top else {}
+    )
 
 
 def _needs(source: Source) -> list[str]:

@@ -382,8 +382,8 @@ def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
         if shape != known[0][1]:
             raise IncompatibleError(
                 f"{layer} is {_shape_text(known[0][1])} in {known[0][0].path.name} and {_shape_text(shape)} "
-                f"in {source.path.name}. They were trained on different base models (or one on a "
-                "variant such as an inpainting model), so they cannot be merged. Ranks have nothing to do with it."
+                f"in {source.path.name}. They were trained on different base models (or one on a variant "
+                "such as an inpainting model), so they cannot be merged. Ranks have nothing to do with it."
             )
     return known[0][1] if known else None
 

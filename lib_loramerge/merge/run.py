@@ -29,10 +29,11 @@ from ..delta import (
     take_rows,
     write_layer,
 )
-from ..errors import Cancelled, IncompatibleError, LoraMergeError, OutputError
+from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, model_hash, write_file
 from ..methods import LayerContext
 from ..report import InputReport, LayerResult, MergeReport, relative, worst
+from .base import BaseCheckpoint
 from .device import compute_device
 from .memory import peak_memory_bytes
 from .plan import (
@@ -120,9 +121,7 @@ def run_merge(
     check_target(output, overwrite)
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
-        base = _open_base(plan, stack)
-        readers = [stack.enter_context(SourceReader(entry.source, base)) for entry in plan.sources]
-        merger = _Merger(plan, readers, compute_device(plan.recipe.device))
+        merger = stack.enter_context(open_merger(plan))
         hashes = stack.enter_context(_background_hashes(plan))
         with clock.phase("look"):
             allotted = (
@@ -130,7 +129,7 @@ def run_merge(
             )
         with clock.phase("merge"):
             merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
-        embeddings = {name: readers[index].read(key) for name, (index, key) in plan.embeddings.items()}
+        embeddings = {name: merger.readers[index].read(key) for name, (index, key) in plan.embeddings.items()}
         source_hashes = hashes()
     # The inputs are closed here: one of them may be the file that is replaced.
     if plan.recipe.size is None:
@@ -153,12 +152,15 @@ def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
         raise Cancelled("Stopped. Nothing was written.")
 
 
-def _open_base(plan: MergePlan, stack: ExitStack) -> Any:
-    if plan.base is None or not plan.needs_base:
-        return None
-    from .base import BaseCheckpoint
-
-    return stack.enter_context(BaseCheckpoint(plan.base))
+@contextmanager
+def open_merger(plan: MergePlan) -> Iterator[Merger]:
+    """Open a plan's files; the merger reads and merges single layers while they are open."""
+    with ExitStack() as stack:
+        base = None
+        if plan.base is not None and plan.needs_base:
+            base = stack.enter_context(BaseCheckpoint(plan.base))
+        readers = [stack.enter_context(SourceReader(entry.source, base)) for entry in plan.sources]
+        yield Merger(plan, readers, compute_device(plan.recipe.device))
 
 
 @contextmanager
@@ -174,7 +176,7 @@ def _background_hashes(plan: MergePlan) -> Iterator[Callable[[], list[str]]]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Merger:
+class Merger:
     """Merges single layers of a plan. Safe to use from several threads."""
 
     def __init__(self, plan: MergePlan, readers: Sequence[SourceReader], device: torch.device):
@@ -413,7 +415,7 @@ def _moved(delta: Delta | None, device: torch.device) -> Delta:
 
 def _allot(
     plan: MergePlan,
-    merger: _Merger,
+    merger: Merger,
     progress: Callable[[Progress], None] | None,
     cancel: Callable[[], bool] | None,
     workers: int | None,
@@ -424,7 +426,7 @@ def _allot(
         OutputError: Not even the header fits.
     """
     assert plan.recipe.size is not None
-    spectra = _collect(plan.layers, merger.spectrum, "look", progress, cancel, workers)
+    spectra = for_each_layer(plan.layers, merger.spectrum, "look", progress, cancel, workers)
     item = ITEM_BYTES[plan.dtype]
     costs, names, fixed = [], [], metadata_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
@@ -453,7 +455,7 @@ def _allot(
 
 def _merge_layers(
     plan: MergePlan,
-    merger: _Merger,
+    merger: Merger,
     allotted: Mapping[str, int] | None,
     progress: Callable[[Progress], None] | None,
     cancel: Callable[[], bool] | None,
@@ -462,17 +464,17 @@ def _merge_layers(
     def merge(layer: LayerPlan) -> _Merged:
         return merger.merge(layer, None if allotted is None else allotted.get(layer.layer))
 
-    merged = _collect(plan.layers, merge, "merge", progress, cancel, workers)
+    merged = for_each_layer(plan.layers, merge, "merge", progress, cancel, workers)
     return _completed_groups(plan, merger, merged)
 
 
-def _collect(
+def for_each_layer(
     layers: Sequence[LayerPlan],
     function: Callable[[LayerPlan], Any],
     phase: str,
-    progress: Callable[[Progress], None] | None,
-    cancel: Callable[[], bool] | None,
-    workers: int | None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+    workers: int | None = None,
 ) -> list[Any]:
     """``function`` of every layer, in the order of ``layers``.
 
@@ -494,7 +496,7 @@ def _collect(
     return results
 
 
-def _completed_groups(plan: MergePlan, merger: _Merger, merged: list[_Merged]) -> list[_Merged]:
+def _completed_groups(plan: MergePlan, merger: Merger, merged: list[_Merged]) -> list[_Merged]:
     """Add zero layers where a host takes q, k, v and out of an attention only together."""
     written = {entry.result.layer for entry in merged if entry.tensors}
     shapes = {layer.layer: layer for layer in plan.layers}
@@ -598,4 +600,4 @@ def _input_report(plan: MergePlan, index: int, source_hash: str) -> InputReport:
     )
 
 
-__all__ = ["LoraMergeError", "Progress", "run_merge"]
+__all__ = ["Merger", "Progress", "for_each_layer", "open_merger", "run_merge"]

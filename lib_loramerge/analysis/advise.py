@@ -1,0 +1,210 @@
+"""What each rank would cost and lose, told before merging from the singular values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import ranks
+from ..merge.plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, entries_bytes, metadata_bytes
+from ..merge.run import for_each_layer, open_merger
+from ..report import percent
+
+TARGETS = (0.01, 0.05, 0.10)
+# Points of the curve of files with ranks allotted across layers.
+_SIZE_POINTS = 24
+
+
+@dataclass(frozen=True)
+class RankPoint:
+    """One rank for all layers: what it costs and what it loses.
+
+    Attributes:
+        error: Relative Frobenius error of the cut, rounding aside.
+        kept: Share of the norm that is kept.
+    """
+
+    rank: int
+    size_bytes: int
+    error: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class SizePoint:
+    """A file size with the ranks allotted for the least total error."""
+
+    size_bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class AdviceReport:
+    """Error and size against the rank for one recipe.
+
+    Attributes:
+        smallest_rank: Error, as a fraction, to the smallest rank for all that stays below it.
+        smallest_size: The same to the smallest file in bytes, ranks allotted.
+        numerical_rank: Largest rank any layer really has; more keeps nothing more.
+        whole_bytes: Bytes that no rank changes: header, norms, layers written whole.
+        kept_by_block: Block id to the share of its norm kept at each rank of ``uniform``.
+    """
+
+    base_model: str
+    mode: str
+    dtype: str
+    layers: int
+    uniform: Sequence[RankPoint]
+    allotted: Sequence[SizePoint]
+    smallest_rank: Mapping[str, int]
+    smallest_size: Mapping[str, int]
+    numerical_rank: int
+    mean_rank: float
+    whole_bytes: int
+    kept_by_block: Mapping[str, Sequence[float]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_text(self) -> str:
+        rows = [
+            f"{self.base_model}, mode {self.mode}, {self.dtype}, {self.layers} layers",
+            f"True rank: up to {self.numerical_rank}, {self.mean_rank:.1f} on average",
+            f"{'rank':>6}{'size':>12}{'error':>10}{'kept':>10}",
+            *(
+                f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{percent(p.kept):>10}"
+                for p in self.uniform
+            ),
+            "Smallest that stays below an error of",
+            *(
+                f"  {percent(float(target)):>6}: rank {rank}, or {self.smallest_size[target] / 1e6:.2f} MB "
+                "with ranks allotted (--size)"
+                for target, rank in self.smallest_rank.items()
+            ),
+        ]
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    plan: LayerPlan
+    squares: np.ndarray
+    per_rank: int
+    fixed: int
+
+
+def advise(plan: MergePlan) -> AdviceReport:
+    """Error and size at every rank, from the singular values of the merged layers.
+
+    Raises:
+        LoraMergeError: What the merge would refuse, too.
+    """
+    with open_merger(plan) as merger:
+        spectra = for_each_layer(plan.layers, merger.spectrum, "look")
+    item = ITEM_BYTES[plan.dtype]
+    layers, whole = [], metadata_bytes(plan)
+    for layer, spectrum in zip(plan.layers, spectra, strict=True):
+        fixed = entries_bytes(plan, layer) + (layer.out * item if layer.bias else 0)
+        if spectrum is None:
+            whole += layer.bytes(item) + entries_bytes(plan, layer)
+        elif spectrum.rank:
+            squares = spectrum.values.double().numpy() ** 2
+            layers.append(_Layer(layer, squares, (layer.out + layer.width) * item, fixed + ALPHA_BYTES))
+    top = max((len(layer.squares) for layer in layers), default=0)
+    total = float(sum(layer.squares.sum() for layer in layers))
+    tails = _tails(layers, top)
+    points = _shown_ranks(top)
+    return AdviceReport(
+        base_model=plan.architecture.label,
+        mode=plan.method.name,
+        dtype=plan.dtype,
+        layers=len(plan.layers),
+        uniform=[_rank_point(layers, rank, whole, float(tails[rank]), total) for rank in points],
+        allotted=_allotted(layers, whole, total),
+        smallest_rank={
+            f"{target:g}": int(np.argmax(tails <= target**2 * total * (1 + 1e-12))) for target in TARGETS
+        },
+        smallest_size={
+            f"{target:g}": whole + _smallest_size(layers, target**2 * total) for target in TARGETS
+        },
+        numerical_rank=top,
+        mean_rank=sum(len(layer.squares) for layer in layers) / len(layers) if layers else 0.0,
+        whole_bytes=whole,
+        kept_by_block=_kept_by_block(layers, points),
+    )
+
+
+def _shown_ranks(top: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 ... up to the largest rank, which is always among them."""
+    ranks_shown = {1, 3, top} | {1 << bit for bit in range(12)} | {3 << bit for bit in range(11)}
+    return sorted(rank for rank in ranks_shown if 0 < rank <= top)
+
+
+def _tails(layers: Sequence[_Layer], top: int) -> np.ndarray:
+    """(top + 1,) squared error of one rank for all, for each rank from 0."""
+    tails = np.zeros(top + 1)
+    for layer in layers:
+        count = len(layer.squares)
+        tails[: count + 1] += np.concatenate([np.cumsum(layer.squares[::-1])[::-1], [0.0]])
+    return tails
+
+
+def _rank_point(layers: Sequence[_Layer], rank: int, whole: int, tail: float, total: float) -> RankPoint:
+    size = whole + sum(min(rank, len(layer.squares)) * layer.per_rank + layer.fixed for layer in layers)
+    share = tail / total if total else 0.0
+    return RankPoint(rank, size, share**0.5, max(0.0, 1 - share) ** 0.5)
+
+
+def _steps(layers: Sequence[_Layer]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and squared norms of all components, the best bargain first."""
+    if not layers:
+        return np.zeros(0), np.zeros(0)
+    gains = np.concatenate([layer.squares for layer in layers])
+    costs = np.concatenate(
+        [
+            np.concatenate([[layer.per_rank + layer.fixed], np.full(len(layer.squares) - 1, layer.per_rank)])
+            for layer in layers
+        ]
+    )
+    # A layer's singular values fall, so its components are taken in their order by themselves.
+    order = np.argsort(-gains / costs, kind="stable")
+    return costs[order], gains[order]
+
+
+def _smallest_size(layers: Sequence[_Layer], allowed_sq: float) -> int:
+    costs, gains = _steps(layers)
+    left = gains.sum() - np.cumsum(gains)
+    if not len(costs):
+        return 0
+    return int(
+        np.cumsum(costs)[min(len(costs) - 1, int(np.argmax(left <= allowed_sq + 1e-12 * gains.sum())))]
+    )
+
+
+def _allotted(layers: Sequence[_Layer], whole: int, total: float) -> list[SizePoint]:
+    costs = [
+        ranks.LayerCost(np.sqrt(layer.squares).tolist(), layer.per_rank, layer.fixed) for layer in layers
+    ]
+    largest = sum(len(layer.squares) * layer.per_rank + layer.fixed for layer in layers)
+    points = []
+    for budget in np.unique(np.geomspace(max(1, largest // 64), max(1, largest), _SIZE_POINTS).astype(int)):
+        chosen = ranks.allot(costs, int(budget))
+        tail = sum(float(layer.squares[rank:].sum()) for layer, rank in zip(layers, chosen, strict=True))
+        points.append(SizePoint(whole + int(budget), (tail / total) ** 0.5 if total else 0.0))
+    return points
+
+
+def _kept_by_block(layers: Sequence[_Layer], points: Sequence[int]) -> dict[str, list[float]]:
+    blocks: dict[str, list[_Layer]] = {}
+    for layer in layers:
+        blocks.setdefault(layer.plan.block or "other", []).append(layer)
+    kept = {}
+    for block, members in sorted(blocks.items()):
+        total = sum(float(layer.squares.sum()) for layer in members)
+        kept[block] = [
+            (sum(float(layer.squares[:rank].sum()) for layer in members) / total) ** 0.5 for rank in points
+        ]
+    return kept

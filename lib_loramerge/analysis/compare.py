@@ -1,0 +1,242 @@
+"""How LoRAs get on with each other: where they agree, overlap, and fight.
+
+Everything comes from the factors. Deltas count with the strengths and block
+weights of the recipe, so what is compared is what would be added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from ..delta import Delta, Dense, LowRank, inner, norm, overlap, sign_conflict
+from ..merge.plan import LayerPlan, MergePlan
+from ..merge.run import for_each_layer, open_merger
+from ..report import percent
+
+# Cosines beyond which two LoRAs are called the same, agreeing, unrelated, or opposed.
+SAME, AGREE, UNRELATED, OPPOSED = 0.9, 0.3, 0.05, -0.1
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How two deltas stand to each other.
+
+    Attributes:
+        cosine: Of the angle between them, -1 to 1; 0 is unrelated.
+        inputs: Overlap of their input spaces, 0 to 1; None for dense deltas.
+        outputs: The same of their output spaces.
+        sign_conflict: Share of the elements in which their signs differ.
+        norms: Frobenius norms of both, strengths included.
+    """
+
+    cosine: float
+    inputs: float | None
+    outputs: float | None
+    sign_conflict: float
+    norms: tuple[float, float]
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """First norm by second; None when the second is 0."""
+        return self.norms[0] / self.norms[1] if self.norms[1] else None
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """Two LoRAs compared, as a whole, by block and by layer.
+
+    Attributes:
+        shared: Number of layers that both change.
+        blocks: Block id to relation.
+        layers: Layer name to relation, shared layers only.
+        verdict: What it means, in plain words.
+    """
+
+    names: tuple[str, str]
+    shared: int
+    whole: Relation
+    blocks: Mapping[str, Relation]
+    layers: Mapping[str, Relation]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """All pairs of a recipe's inputs."""
+
+    base_model: str
+    names: Sequence[str]
+    pairs: Sequence[PairReport]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_text(self) -> str:
+        return "\n\n".join([f"Base model   {self.base_model}", *(_pair_text(pair) for pair in self.pairs)])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One layer of one pair: products that can be added up over layers."""
+
+    layer: LayerPlan
+    pair: tuple[int, int]
+    product: float
+    norms_sq: tuple[float, float]
+    conflict: float | None
+    spaces: tuple[float, float] | None
+
+
+def compare(plan: MergePlan) -> CompareReport:
+    """Compare every pair of a plan's inputs, layer by layer.
+
+    Raises:
+        LoraMergeError: What a merge would refuse, too.
+    """
+    pairs = list(combinations(range(len(plan.sources)), 2))
+    with open_merger(plan) as merger:
+
+        def look(layer: LayerPlan) -> list[_Seen]:
+            deltas = {
+                index: (weight, built.weight)
+                for (index, _, _), weight, built in zip(
+                    layer.inputs, layer.weights, merger.inputs(layer), strict=True
+                )
+                if built.weight is not None
+            }
+            return [seen for pair in pairs if (seen := _look(layer, pair, deltas)) is not None]
+
+        seen = [entry for entries in for_each_layer(plan.layers, look, "compare") for entry in entries]
+    names = [entry.name for entry in plan.recipe.inputs]
+    return CompareReport(
+        base_model=plan.architecture.label,
+        names=names,
+        pairs=[_pair(names, pair, [entry for entry in seen if entry.pair == pair]) for pair in pairs],
+    )
+
+
+def _look(layer: LayerPlan, pair: tuple[int, int], deltas: Mapping[int, tuple[float, Delta]]) -> _Seen | None:
+    sides = [deltas.get(index) for index in pair]
+    norms_sq = [0.0 if side is None else (side[0] * norm(side[1])) ** 2 for side in sides]
+    if not any(norms_sq):
+        return None
+    first, second = sides
+    if first is None or second is None:
+        return _Seen(layer, pair, 0.0, (norms_sq[0], norms_sq[1]), None, None)
+    a, b = first[1], second[1]
+    sign = 1.0 if first[0] * second[0] > 0 else -1.0
+    spaces = None
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        common = overlap(a, b)
+        product, spaces = (
+            common.cosine * norms_sq[0] ** 0.5 * norms_sq[1] ** 0.5 * sign,
+            (common.inputs, common.outputs),
+        )
+    else:
+        product = inner(a, b) * first[0] * second[0]
+    conflict = None
+    if not (isinstance(a, Dense) and a.weight.dim() == 1):
+        conflict = sign_conflict(a, b)
+        conflict = conflict if sign > 0 else 1 - conflict
+    return _Seen(layer, pair, product, (norms_sq[0], norms_sq[1]), conflict, spaces)
+
+
+def _pair(names: Sequence[str], pair: tuple[int, int], seen: Sequence[_Seen]) -> PairReport:
+    blocks: dict[str, list[_Seen]] = {}
+    for entry in seen:
+        blocks.setdefault(entry.layer.block or "other", []).append(entry)
+    shared = [entry for entry in seen if all(entry.norms_sq)]
+    whole = _relation(seen)
+    by_block = {block: _relation(entries) for block, entries in sorted(blocks.items())}
+    return PairReport(
+        names=(names[pair[0]], names[pair[1]]),
+        shared=len(shared),
+        whole=whole,
+        blocks=by_block,
+        layers={entry.layer.layer: _relation([entry]) for entry in shared},
+        verdict=_verdict((names[pair[0]], names[pair[1]]), whole, by_block, len(shared)),
+    )
+
+
+def _relation(seen: Sequence[_Seen]) -> Relation:
+    """Sum of several layers; overlaps and conflicts are means, weighted by what both put in."""
+    first, second = (sum(entry.norms_sq[side] for entry in seen) for side in (0, 1))
+    product = sum(entry.product for entry in seen)
+    size = (first * second) ** 0.5
+    inputs, outputs = (
+        _mean((entry.spaces[side], _common(entry)) for entry in seen if entry.spaces) for side in (0, 1)
+    )
+    conflict = _mean((entry.conflict, _common(entry)) for entry in seen if entry.conflict is not None)
+    return Relation(
+        cosine=max(-1.0, min(1.0, product / size)) if size else 0.0,
+        inputs=inputs,
+        outputs=outputs,
+        sign_conflict=conflict if conflict is not None else 0.0,
+        norms=(first**0.5, second**0.5),
+    )
+
+
+def _common(entry: _Seen) -> float:
+    return (entry.norms_sq[0] * entry.norms_sq[1]) ** 0.5
+
+
+def _mean(pairs: Iterable[tuple[float, float]]) -> float | None:
+    values = list(pairs)
+    weight = sum(w for _, w in values)
+    return sum(value * w for value, w in values) / weight if weight else None
+
+
+def _verdict(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Relation], shared: int) -> str:
+    a, b = names
+    if not shared:
+        return f"{a} and {b} change no layer in common: a plain sum is exact for both."
+    sentences = [_agreement(whole)]
+    fighting = [block for block, relation in blocks.items() if relation.cosine <= OPPOSED]
+    if fighting and whole.cosine > OPPOSED:
+        sentences.append(
+            f"They pull against each other in {', '.join(fighting)}: lower one of them there with block weights "
+            "(lbw=), or let one go first with mode np."
+        )
+    loud = [name for name, other in ((a, 1), (b, 0)) if whole.norms[1 - other] > 3 * whole.norms[other] > 0]
+    if loud:
+        sentences.append(f"{loud[0]} is more than three times as strong as the other at these strengths.")
+    return " ".join(sentences)
+
+
+def _agreement(whole: Relation) -> str:
+    if whole.cosine >= SAME:
+        return (
+            "Nearly the same change, as from one training run: average them, or the sum is twice as strong."
+        )
+    if whole.cosine >= AGREE:
+        return "They agree in much: the sum is louder than either. Lower the strengths, or use mode average."
+    if whole.cosine <= OPPOSED:
+        return (
+            "They pull against each other: part of both is lost in a sum. Try mode np, ties or block weights."
+        )
+    if abs(whole.cosine) <= UNRELATED:
+        return "Nearly orthogonal: a plain sum keeps all of both."
+    return "A little related: a plain sum is a good choice."
+
+
+def _pair_text(pair: PairReport) -> str:
+    whole = pair.whole
+    rows = [
+        f"{pair.names[0]}  and  {pair.names[1]}: {pair.shared} layers in common",
+        f"  {pair.verdict}",
+        f"  {'block':<8}{'cosine':>8}{'inputs':>9}{'outputs':>9}{'signs':>9}{'norms':>18}",
+        _row("all", whole),
+        *(_row(block, relation) for block, relation in pair.blocks.items()),
+    ]
+    return "\n".join(rows)
+
+
+def _row(title: str, relation: Relation) -> str:
+    spaces = "".join(
+        f"{'-' if value is None else percent(value):>9}" for value in (relation.inputs, relation.outputs)
+    )
+    norms = f"{relation.norms[0]:.3g} : {relation.norms[1]:.3g}"
+    return f"  {title:<8}{relation.cosine:>8.3f}{spaces}{percent(relation.sign_conflict):>9}{norms:>18}"
