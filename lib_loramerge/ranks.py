@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import OutputError
+
 if TYPE_CHECKING:
     from .delta import Spectrum
     from .recipe import MergeRecipe
@@ -70,11 +72,18 @@ def allot(layers: Sequence[LayerCost], budget: int) -> list[int]:
     Returns:
         One rank per layer, 0 where the layer is left out.
 
+    Raises:
+        OutputError: The budget does not hold the ranks that layers must have at least.
+
     Source: the greedy solution of the fractional knapsack (Dantzig 1957); singular values fall, so a layer's
         components are taken in order by themselves.
     """
     ranks = [min(layer.least, len(layer.values)) for layer in layers]
     left = budget - sum(layer.per_rank * rank + layer.fixed for layer, rank in zip(layers, ranks) if rank)
+    if left < 0:
+        raise OutputError(
+            f"The size limit is too small by {-left / 1e6:.3f} MB for the layers that must be there."
+        )
     owner, upto, cost, worth = _items(layers, ranks)
     order = np.lexsort((upto, owner, -worth))
     closed: set[int] = set()

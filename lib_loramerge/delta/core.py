@@ -52,7 +52,7 @@ class Spectrum:
         values: (k,) float64 on the CPU, descending; noise is left out, so k is the numerical rank.
         energy: Squared Frobenius norm of the delta.
         size: Frobenius size of the inputs, ``sum_i |w_i| * norm(delta_i)``.
-        source: The delta itself.
+        source: The delta itself; None when only the values were asked for, so that they hold no factors.
         mixing: ``mixing(k)`` gives two (R, k) float64 matrices: the best approximation of rank k has
             ``up = source.up @ left`` and ``down = right^T @ source.down``. None when only the values
             were asked for.
@@ -62,7 +62,7 @@ class Spectrum:
     values: Tensor
     energy: float
     size: float
-    source: LowRank
+    source: LowRank | None = None
     mixing: Mixing | None = None
     beyond: float = 0.0
 
@@ -115,7 +115,7 @@ def decompose(
     weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
     core = weighted.mT @ small.up @ weighted
     if not vectors:
-        return Spectrum(_above_noise(torch.linalg.eigvalsh(core), size), energy, size, delta)
+        return Spectrum(_above_noise(torch.linalg.eigvalsh(core), size), energy, size)
     squares, q = torch.linalg.eigh(core)
     values = _above_noise(squares, size)
 
@@ -139,7 +139,7 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
 
     Source: Eckart and Young 1936.
     """
-    if spectrum.mixing is None:
+    if spectrum.mixing is None or spectrum.source is None:
         raise ValueError("this spectrum was made without vectors")
     rank = min(rank, spectrum.rank)
     left, right = spectrum.mixing(rank)
@@ -207,10 +207,10 @@ def decompose_whole(
     wide = whole.shape[0] <= whole.shape[1]
     square = gram(whole if wide else whole.mT)
     energy = float(square.diagonal().sum())
+    if not vectors:
+        return Spectrum(_above_noise(torch.linalg.eigvalsh(square).cpu(), size), energy, size)
     eye = torch.eye(square.shape[0], dtype=whole.dtype, device=whole.device)
     source = LowRank(*((eye, whole) if wide else (whole, eye)), float(square.shape[0]), kernel)
-    if not vectors:
-        return Spectrum(_above_noise(torch.linalg.eigvalsh(square).cpu(), size), energy, size, source)
     squares, q = (part.cpu() for part in torch.linalg.eigh(square))
     values = _above_noise(squares, size)
 

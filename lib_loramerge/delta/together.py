@@ -91,14 +91,26 @@ def _write_batch(
     results: list[Stored | None] = [None] * len(deltas)
     for rank, members in by_rank.items():
         if rank:
-            batch = _store_batch(ups[members], downs[members], [spectra[i] for i in members], rank, dtype)
+            batch = _store_batch(
+                ups[members],
+                downs[members],
+                [spectra[i] for i in members],
+                rank,
+                dtype,
+                [deltas[i].kernel for i in members],
+            )
             for index, stored in zip(members, batch):
                 results[index] = stored
     return results
 
 
 def _store_batch(
-    ups: Tensor, downs: Tensor, spectra: Sequence[Spectrum], rank: int, dtype: torch.dtype
+    ups: Tensor,
+    downs: Tensor,
+    spectra: Sequence[Spectrum],
+    rank: int,
+    dtype: torch.dtype,
+    kernels: Sequence[tuple[int, ...]],
 ) -> list[Stored]:
     """Truncation and rounding of layers that keep the same rank. Unusual layers go one by one."""
     mixings = [spectrum.mixing(rank) for spectrum in spectra if spectrum.mixing]
@@ -112,7 +124,7 @@ def _store_batch(
     errors, farthest = rounding_of_orthogonal(up, down, written_up, written_down, every)
     written_up, written_down = written_up.cpu(), written_down.cpu()
     results = []
-    for index, spectrum in enumerate(spectra):
+    for index, (spectrum, kernel) in enumerate(zip(spectra, kernels)):
         values = spectrum.values[:rank]
         usual = working_dtype(spectrum, dtype) == work and roots_in_range(values, side, dtype)
         if not (usual and float(farthest[index]) <= torch.finfo(dtype).eps):
@@ -120,7 +132,7 @@ def _store_batch(
             continue
         error_sq = spectrum.tail(rank) + max(0.0, float(errors[index]))
         factors = written_up[index].clone(), written_down[index].clone()
-        results.append(Stored(*factors, float(rank), spectrum.source.kernel, error_sq, spectrum.energy))
+        results.append(Stored(*factors, float(rank), kernel, error_sq, spectrum.energy))
     return results
 
 
