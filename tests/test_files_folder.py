@@ -74,8 +74,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
 def test_a_lora_is_found_by_the_name_that_its_metadata_gives(tmp_path):
     for name, alias in (("file_a", "ink"), ("file_b", "oil"), ("file_c", "oil"), ("file_d", "file_a")):
         save_file({"x.alpha": torch.ones(1)}, tmp_path / f"{name}.safetensors", {"ss_output_name": alias})
-    put(tmp_path, "broken.safetensors")
+    deceptive = {"a": '{"ss_output_name": "deep"}', "ss_output_name": 'say "日本"'}
+    save_file({"x.alpha": torch.ones(1)}, tmp_path / "file_e.safetensors", deceptive)
+    put(tmp_path, "broken.safetensors", "ink.txt")
     folder = LoraFolder([tmp_path])
+    assert folder.find('say "日本"') == tmp_path / "file_e.safetensors"
+    with pytest.raises(FileError, match="no LoRA 'deep'"):
+        folder.find("deep")
     assert folder.find("ink") == tmp_path / "file_a.safetensors"
     assert folder.find("file_a") == tmp_path / "file_a.safetensors"  # A file's own name comes first.
     with pytest.raises(FileError, match="2 files"):

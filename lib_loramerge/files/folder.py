@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib_loramerge.errors import FileError, LoraMergeError, OutputError
-from lib_loramerge.files.read import LORA_SUFFIXES, read_header
+from lib_loramerge.errors import FileError, OutputError
+from lib_loramerge.files.header import stored_name
+from lib_loramerge.files.read import LORA_SUFFIXES
 from lib_loramerge.recipe import nearest
 
 NAME_BYTES = 255
@@ -104,17 +105,8 @@ class LoraFolder:
 
     def _by_alias(self, name: str, files: list[LoraPath]) -> list[LoraPath]:
         """Files whose ``ss_output_name`` is the name; prompts written by A1111 use it."""
-        found = []
-        for file in files:
-            if file.path.suffix.lower() != ".safetensors":
-                continue
-            try:
-                metadata = read_header(file.path).metadata
-            except LoraMergeError:  # A broken file elsewhere in the folder is not what was asked for.
-                continue
-            if metadata.get("ss_output_name") == name:
-                found.append(file)
-        return found
+        tensors = [file for file in files if file.path.suffix.lower() == ".safetensors"]
+        return [file for file in tensors if stored_name(file.path) == name]
 
     def _unknown(self, name: str, files: list[LoraPath]) -> FileError:
         if self.allow_paths and _looks_like_path(name):
