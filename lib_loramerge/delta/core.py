@@ -109,7 +109,7 @@ def decompose(
         return _decompose_short(delta, size, vectors)
     small = small or grams(delta)
     gains = delta.component_gains()
-    energy, inputs = _sizes(small, gains, delta.parts)
+    energy, inputs = sizes(small, gains, delta.parts)
     size = inputs if size is None else size
     low, solve = _root(small.down)
     weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
@@ -155,7 +155,7 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.element_size() >= 4 else tensor.float().double()
 
 
-def _sizes(small: Grams, gains: Tensor, parts: Sequence[int]) -> tuple[float, float]:
+def sizes(small: Grams, gains: Tensor, parts: Sequence[int]) -> tuple[float, float]:
     """Squared norm of the delta, and the sum of the norms of its parts."""
     product = small.up * small.down
     energy = float(gains @ product @ gains)
@@ -195,7 +195,7 @@ def _decompose_short(delta: LowRank, size: float | None, vectors: bool) -> Spect
     """:func:`decompose` for more components than the shorter side has: that side takes their place."""
     gains = delta.component_gains()
     if size is None:
-        _, size = _sizes(grams(delta), gains, delta.parts)
+        _, size = sizes(grams(delta), gains, delta.parts)
     whole = (delta.up.double() * gains.to(delta.up.device)) @ delta.down.double()
     return decompose_whole(whole, size, delta.kernel, vectors=vectors)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import Spectrum, decompose, gram, truncate
+from .core import NOISE, Grams, Spectrum, decompose, gram, grams, sizes, truncate
 from .dense import decompose_dense
 from .types import Delta, LowRank
 
@@ -53,6 +53,7 @@ def write_layer(
     choose: Callable[[Spectrum], int] | None = None,
     *,
     most: int | None = None,
+    fixed_alpha: bool = False,
 ) -> Stored | None:
     """What is written of one merged layer: the cut, the rounding, and the measured error.
 
@@ -61,19 +62,21 @@ def write_layer(
         dtype: Output dtype.
         choose: Rank rule, given the spectrum; None keeps all components as they are (low-rank deltas only).
         most: The largest rank that ``choose`` can give, where that is known; makes dense deltas much faster.
+        fixed_alpha: The file has no alpha tensors, so alpha cannot take part of the scale.
 
     Returns:
         None when nothing is left of the layer (weights 0, or inputs that cancel).
     """
     if choose is None and isinstance(delta, LowRank):
-        stored = store(delta, dtype)
-        return stored if stored.exact_sq > 0 else None
+        return store(delta, dtype, fixed_alpha=fixed_alpha)
     spectrum = decompose(delta) if isinstance(delta, LowRank) else decompose_dense(delta, most)
     rank = choose(spectrum) if choose else spectrum.rank
-    return store_truncated(spectrum, rank, dtype) if rank else None
+    return store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha) if rank else None
 
 
-def store_truncated(spectrum: Spectrum, rank: int, dtype: torch.dtype) -> Stored:
+def store_truncated(
+    spectrum: Spectrum, rank: int, dtype: torch.dtype, *, fixed_alpha: bool = False
+) -> Stored:
     """The best approximation of a rank, rounded to ``dtype``; its error against the exact delta is measured.
 
     The error has two parts that are orthogonal to each other: what the rank leaves out, known from the
@@ -83,46 +86,53 @@ def store_truncated(spectrum: Spectrum, rank: int, dtype: torch.dtype) -> Stored
     values = spectrum.values[:rank]
     best = truncate(spectrum, rank, working_dtype(spectrum, dtype))
     if not roots_in_range(values, max(best.out, best.in_), dtype):
-        best = fit(best, dtype)
+        best = fit(best, dtype, fixed_alpha=fixed_alpha)
     up, down = best.up.to(dtype), best.down.to(dtype)
     rounding = orthogonal_rounding_error(best, up, down, values)
     _check_finite(rounding, best.alpha, dtype)
     return Stored(up, down, best.alpha, best.kernel, spectrum.tail(rank) + rounding, spectrum.energy)
 
 
-def store(delta: LowRank, dtype: torch.dtype) -> Stored:
-    """Any low-rank delta rounded to ``dtype`` with all its components.
+def store(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> Stored | None:
+    """Any low-rank delta rounded to ``dtype`` with all its components; None when its parts cancel.
 
     Raises:
         OutputError: The delta is too large for this dtype.
     """
-    exact = fit(realize(delta), dtype)
-    up, down = exact.up.to(dtype), exact.down.to(dtype)
-    error_sq = rounding_error(exact, up, down)
-    _check_finite(error_sq, exact.alpha, dtype)
-    exact_sq = exact.scale**2 * float((gram(exact.up.mT) * gram(exact.down)).sum())
-    return Stored(up, down, exact.alpha, exact.kernel, error_sq, max(0.0, exact_sq))
+    small = grams(delta)
+    energy, size = sizes(small, delta.component_gains(), delta.parts)
+    if energy <= (NOISE * size) ** 2:
+        return None
+    exact = realize(delta, torch.float64 if torch.finfo(dtype).bits >= 32 else torch.float32)
+    fitted = fit(exact, dtype, fixed_alpha=fixed_alpha)
+    up, down = fitted.up.to(dtype), fitted.down.to(dtype)
+    if fitted is exact:
+        error_sq = _rounding_of_parts(exact, up, down, small, delta.gains)
+    else:
+        error_sq = rounding_error(fitted, up, down)
+    _check_finite(error_sq, fitted.alpha, dtype)
+    return Stored(up, down, fitted.alpha, fitted.kernel, error_sq, energy)
 
 
-def realize(delta: LowRank) -> LowRank:
+def realize(delta: LowRank, dtype: torch.dtype = torch.float64) -> LowRank:
     """The same delta without gains: the root of each multiplied into both factors, its sign into up.
 
-    Alpha stays as ``stack`` chose it. Factors come in float64, so that nothing is rounded yet.
+    Alpha stays as ``stack`` chose it.
     """
     if delta.gains is None:
-        return delta
+        return replace(delta, up=delta.up.to(dtype), down=delta.down.to(dtype))
     gains = delta.gains.to(delta.up.device)
     root = gains.abs().sqrt()
-    up = delta.up.double() * (root * gains.sign())
-    down = delta.down.double() * root[:, None]
+    up = delta.up.to(dtype) * (root * gains.sign()).to(dtype)
+    down = delta.down.to(dtype) * root.to(dtype)[:, None]
     return LowRank(up, down, delta.alpha, delta.kernel, delta.parts)
 
 
-def fit(delta: LowRank, dtype: torch.dtype) -> LowRank:
+def fit(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> LowRank:
     """Bring factors into the normal range of ``dtype`` by powers of two, which are exact.
 
-    Mostly there is nothing to do. Otherwise each component is balanced between up and down first; what is
-    left to do goes into alpha.
+    Mostly there is nothing to do, and ``delta`` itself is returned. Otherwise each component is balanced
+    between up and down first; what is left to do goes into alpha.
     """
     if _in_range(delta.up, dtype) and _in_range(delta.down, dtype):
         return delta
@@ -132,7 +142,9 @@ def fit(delta: LowRank, dtype: torch.dtype) -> LowRank:
     shift = torch.exp2(shift.round())
     up, down = up * shift, down / shift[:, None]
     largest = max(float(up.abs().max()), float(down.abs().max()))
-    power = -round(math.log2(largest)) if largest > 0 else 0
+    if fixed_alpha or largest == 0:
+        return replace(delta, up=up, down=down)
+    power = -round(math.log2(largest))
     return replace(delta, up=up * 2.0**power, down=down * 2.0**power, alpha=delta.alpha * 4.0**-power)
 
 
@@ -147,6 +159,33 @@ def rounding_error(exact: LowRank, up: Tensor, down: Tensor) -> float:
     right = torch.cat([d_down, exact.down.double()])
     error_sq = exact.scale**2 * float((gram(left.mT) * gram(right)).sum())
     return 0.0 if error_sq < 0 else error_sq
+
+
+def _rounding_of_parts(exact: LowRank, up: Tensor, down: Tensor, small: Grams, gains: Tensor | None) -> float:
+    """:func:`rounding_error` to first order, with the Gram matrices that are known already.
+
+    Args:
+        exact: What :func:`realize` made of a delta.
+        up, down: The factors as written.
+        small: The Gram matrices of the delta's own factors, and
+        gains: their gains.
+    """
+    d_up, d_down = up.to(exact.up.dtype) - exact.up, down.to(exact.down.dtype) - exact.down
+    farthest = max(_farthest(d_up, exact.up, 0), _farthest(d_down, exact.down, 1))
+    if not farthest <= torch.finfo(up.dtype).eps:
+        return rounding_error(exact, up, down)
+    gains = torch.ones(exact.rank, dtype=torch.float64) if gains is None else gains
+    root, signed = gains.abs().sqrt(), gains.abs().sqrt() * gains.sign()
+    error_sq = (small.up * signed[:, None] * signed * (d_down @ d_down.mT).cpu()).sum()
+    error_sq += ((d_up.mT @ d_up).cpu() * small.down * root[:, None] * root).sum()
+    error_sq += 2 * ((exact.up.mT @ d_up) * (d_down @ exact.down.mT)).sum().cpu()
+    return exact.scale**2 * max(0.0, float(error_sq))
+
+
+def _farthest(difference: Tensor, factor: Tensor, dim: int) -> float:
+    """Largest relative distance of a component; 0 for components of no size."""
+    ratio = difference.square().sum(dim) / factor.square().sum(dim).clamp(min=torch.finfo(factor.dtype).tiny)
+    return float(ratio.max()) ** 0.5
 
 
 def orthogonal_rounding_error(exact: LowRank, up: Tensor, down: Tensor, values: Tensor) -> float:
