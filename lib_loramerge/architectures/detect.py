@@ -127,6 +127,8 @@ _HIDDEN = (
 def _flux_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
     if layers.has("double_stream_modulation", "single_stream_modulation", "to_qkv_mlp_proj", "ff_linear_in"):
         return "flux2", "its blocks share their modulation, as those of Flux.2 do"
+    if layers.has("distilled_guidance_layer"):
+        return "chroma", "it has a distilled guidance layer"
     flux_blocks = layers.has("double_blocks_", "single_blocks_")
     if not flux_blocks and not layers.has("single_transformer_blocks_"):
         return None
@@ -164,8 +166,6 @@ def _hunyuan(layers: Layers, hidden: int | None, flux_blocks: bool) -> tuple[str
 
 
 def _flux1_or_chroma(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str]:
-    if layers.has("distilled_guidance_layer"):
-        return "chroma", "it has a distilled guidance layer"
     if layers.has("_mod_lin", "modulation_lin", "norm1_linear", "norm1_context_linear", "guidance_in", "vector_in"):
         return "flux1", "double and single blocks with their own modulation"
     said = _from_metadata(metadata)
@@ -274,42 +274,54 @@ def _unet(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None
     return _unet_without_context(layers, metadata)
 
 
+# Places that some of these U-Nets have and others do not.
+_FOUR_LEVELS = r"(?:input|output)_blocks_(?:9|10|11)_|(?:down|up)_blocks_3_"
+_ATTENTION_AT_FULL_RESOLUTION = (
+    r"down_blocks_0_attentions_|up_blocks_3_attentions_|input_blocks_[12]_1_|output_blocks_(?:9|10|11)_1_"
+)
+_ATTENTION_AT_THE_LOWEST = r"up_blocks_0_attentions_|output_blocks_[012]_1_(?:proj|norm|transformer)"
+
+
 def _unet_without_context(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    fourth = layers.search(r"(?:input|output)_blocks_(?:9|10|11)_|(?:down|up)_blocks_3_")
-    if layers.search(r"transformer_blocks_[4-9]_") or any(name.startswith("lora_te2_") for name in layers.encoders):
-        return "sdxl", "attention deeper than three blocks, or a second text encoder"
+    if layers.search(_ATTENTION_AT_FULL_RESOLUTION):
+        return _sd1_or_sd2(layers, metadata, "attention at the full resolution")
+    if layers.search(_ATTENTION_AT_THE_LOWEST) or layers.search(r"transformer_blocks_[4-9]_"):
+        return "sdxl", "attention where only this U-Net has it"
+    four = layers.search(_FOUR_LEVELS)
     if layers.search(r"transformer_blocks_[1-3]_") or layers.has("label_emb", "add_embedding"):
-        # The refiner has four levels of resolution, the base three.
-        return ("sdxl_refiner" if fourth else "sdxl"), "deep attention or a label embedding"
-    said = _from_metadata(metadata)
-    if fourth:
-        return _sd1_or_sd2(layers, said)
-    if said is not None and said[0] in _CONTEXT.values():
-        return said
+        return ("sdxl_refiner" if four else "sdxl"), f"{'four' if four else 'three'} levels with deep attention"
+    if four:
+        return _sd1_or_sd2(layers, metadata, "four levels of resolution")
     encoder = _by_text_encoder(layers)
     if encoder is not None:
         return encoder
-    if layers.search(r"(?:down_blocks|up_blocks)_[12]_attentions|(?:input_blocks_1_1|output_blocks_8_1)_"):
-        return _sd1_or_sd2(layers, None)
+    said = _from_metadata(metadata)
+    if said is not None and said[0] in _CONTEXT.values():
+        return said
     return None
 
 
-def _sd1_or_sd2(layers: Layers, said: tuple[str, str] | None) -> tuple[str, str]:
+def _sd1_or_sd2(layers: Layers, metadata: Mapping[str, str], reason: str) -> tuple[str, str]:
+    """Version 1 or 2; the metadata decides only where no tensor does."""
     encoder = _by_text_encoder(layers)
     if encoder is not None and encoder[0] in ("sd1", "sd2"):
-        return encoder
-    if said is not None and said[0] in ("sd1", "sd2"):
-        return said
+        return encoder[0], f"{reason}, and {encoder[1]}"
     for name in layers.denoiser:
         down = layers.slots[name].get("down")
-        if down is not None and name.endswith(("_proj_in", "_proj_out")) and "attn" not in name:
-            if len(down) == 4:
-                return "sd1", "four levels of resolution, and proj_in is a convolution"
-            return "sd2", "four levels of resolution, and proj_in is linear"
-    return "sd1", "four levels of resolution"
+        if down is not None and re.search(r"(?<!attn)_proj_(?:in|out)$", name):
+            kind = ("sd1", "a convolution") if len(down) == 4 else ("sd2", "linear")
+            return kind[0], f"{reason}, and {name[10:]} is {kind[1]}"
+    said = _from_metadata(metadata)
+    if said is not None and said[0] in ("sd1", "sd2"):
+        return said[0], f"{reason}, and {said[1]}"
+    return "sd1", reason
 
 
 _ENCODER_READS = r"text_model_encoder_layers_\d+_(?:self_attn_[qkv]_proj|self_attn_out_proj|mlp_fc1)$"
+
+
+# Widths of Qwen3 0.6B and Gemma 2 2B.
+_LANGUAGE_MODELS = {1024: "anima", 2304: "lumina2"}
 
 
 def _by_text_encoder(layers: Layers) -> tuple[str, str] | None:
@@ -322,6 +334,9 @@ def _by_text_encoder(layers: Layers) -> tuple[str, str] | None:
         return "sdxl", "a second text encoder of CLIP's kind"
     if any("_encoder_block_" in name for name in layers.encoders):
         return "flux1", "a T5 text encoder"
+    language = layers.encoder_width(r"^lora_te_(?:transformer_)?(?:model_)?layers_\d+_self_attn_[qkv]_proj$")
+    if language in _LANGUAGE_MODELS:
+        return _LANGUAGE_MODELS[language], f"a language model of width {language} as text encoder"
     width = layers.encoder_width(_ENCODER_READS)
     deep = any(re.search(r"encoder_layers_(?:1[2-9]|2\d|3[01])_", name) for name in layers.encoders)
     if width == 768 and not deep:
@@ -403,12 +418,12 @@ def detect(layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = Non
         found = test(prepared, metadata)
         if found is not None:
             return Detection(ARCHITECTURES[found[0]], found[1])
-    if not prepared.denoiser:
-        encoder = _text_encoder_alone(prepared, metadata)
-        if encoder is not None:
-            return Detection(ARCHITECTURES[encoder[0]], encoder[1])
-    if not prepared.denoiser or prepared.has(*_UNET_EDGES, *_UNET_ROOTS):
-        said = _from_metadata(metadata)
-        if said is not None:
+    encoder = _text_encoder_alone(prepared, metadata)
+    if encoder is not None and (not prepared.denoiser or encoder[0] in _LANGUAGE_MODELS.values()):
+        return Detection(ARCHITECTURES[encoder[0]], encoder[1])
+    said = _from_metadata(metadata)
+    if said is not None:
+        is_unet = prepared.has(*_UNET_EDGES, *_UNET_ROOTS)
+        if not prepared.denoiser or (is_unet and said[0] in _CONTEXT.values()):
             return Detection(ARCHITECTURES[said[0]], said[1])
     return Detection(ARCHITECTURES["unknown"], "neither its layer names nor its metadata are known to us")

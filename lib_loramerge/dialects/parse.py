@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..architectures import Architecture, Rows, canonical_path, detect, layer_name
+from ..architectures import Architecture, Detection, Rows, canonical_path, detect, layer_name
 from ..errors import IncompatibleError, UnsupportedError
 from .cloneofsimo import number_layers
 from .refusals import refusals
@@ -83,11 +83,7 @@ def parse_file(
     layers = reading.layers
     if reading.numbered:
         layers = {**layers, **number_layers(reading.numbered, tensors, start)}
-    shapes = {
-        layer_name(raw.part, raw.path): {slot: tensors[key] for slot, key in raw.slots.items()}
-        for raw in layers.values()
-    }
-    detection = detect(shapes, metadata)
+    detection = _detect(layers, tensors, metadata)
     parts: list[Part] = []
     orphans: list[str] = []
     for spelling, raw in layers.items():
@@ -203,6 +199,21 @@ class _Reading:
             return KOHYA_STYLE
         ending = max(self._endings, key=self._endings.__getitem__)
         return style_of(ending, any("alpha" in raw.slots for raw in self.layers.values()))
+
+
+def _detect(
+    layers: Mapping[str, RawLayer], tensors: Mapping[str, Shape], metadata: Mapping[str, str]
+) -> Detection:
+    shapes = {
+        layer_name(raw.part, raw.path): {slot: tensors[key] for slot, key in raw.slots.items()}
+        for raw in layers.values()
+    }
+    detection = detect(shapes, metadata)
+    if detection.architecture.id == "unknown":
+        # Some tool may have changed the case of the names; no two layers differ in that alone.
+        lower = {name.lower(): slots for name, slots in shapes.items()}
+        detection = detect(lower, metadata)
+    return detection
 
 
 def _without_processor(layer: str) -> str:

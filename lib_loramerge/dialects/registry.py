@@ -79,7 +79,7 @@ _RAW_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5": "te3", "t5xxl": "te3", 
 _XLABS = r"(?:double|single)_blocks\.\d+\.processor\."
 _ANY_PREFIX = (
     r"lora_(?:unet|te[123]?|prior_unet|prior_te|transformer)_|oft_unet_|lycoris_|(?:model[._])?diffusion_model[._]|"
-    r"(?:unet|transformer|transformer_2|prior|text_encoder(?:_[234])?)\.|(?:[a-z0-9_]+\.)?base_model\.model\.|text_encoders\.|"
+    r"(?:unet|transformer|transformer_2|prior|text_encoder(?:_[234])?)\.|base_model\.model\.|text_encoders\.|"
     r"(?:clip_l|clip_g|t5|t5xxl|llama|qwen)\.|bundle_emb\.|lllite_|ip_adapter\.|"
 ) + _XLABS
 
@@ -122,7 +122,10 @@ _TABLE = (
     ),
     Dialect(
         "peft", "PEFT's save_pretrained",
-        re.compile(r"(?P<part>(?:[a-z0-9_]+\.)?)base_model\.model\.(?P<path>.+)", re.I),
+        re.compile(
+            r"(?P<part>(?:(?:unet|transformer|transformer_2|prior|text_encoder(?:_[234])?)\.)?)base_model\.model\.(?P<path>.+)",
+            re.I,
+        ),
         {**_DENOISERS, **_ENCODERS},
         "base_model.model.down_blocks.0.attentions.0.proj_in.lora_A.weight",
     ),

@@ -76,7 +76,7 @@ def split_key(key: str) -> SplitKey | None:
     if ":" in key:
         layer, _, ending = key.rpartition(":")
         return SplitKey(layer, ending, ending) if ending in ("up", "down") else None
-    return _split_dotted(key, SLOTS) or _split_named(key) or _split_dotted(key.lower(), _LOWER, key)
+    return _split_named(key) or _split_dotted(key, SLOTS) or _split_dotted(key.lower(), _LOWER, key)
 
 
 def _split_dotted(key: str, slots: Mapping[str, str], original: str | None = None) -> SplitKey | None:
@@ -99,12 +99,12 @@ def _split_dotted(key: str, slots: Mapping[str, str], original: str | None = Non
 
 def _split_named(key: str) -> SplitKey | None:
     """`X.lora_A.NAME.weight`, `X.lora_magnitude_vector.NAME`, `X.hada_w1_a.NAME`."""
-    parts = key.split(".")
-    if len(parts) >= 4 and parts[-1] in ("weight", "bias"):
-        slot = (_NAMED if parts[-1] == "weight" else _NAMED_BIAS).get(parts[-3])
+    parts = key.rsplit(".", 3)
+    if len(parts) == 4 and parts[3] in ("weight", "bias"):
+        slot = (_NAMED if parts[3] == "weight" else _NAMED_BIAS).get(parts[1])
         if slot is not None:
-            return SplitKey(".".join(parts[:-3]), slot, ".".join(parts[-3:]))
-    if len(parts) >= 3:
+            return SplitKey(parts[0], slot, ".".join(parts[1:]))
+    if len(parts) >= 3 and f"{parts[-2]}.{parts[-1]}" not in SLOTS:
         slot = _NAMED.get(parts[-2])
         if slot is not None:
             return SplitKey(".".join(parts[:-2]), slot, ".".join(parts[-2:]))
