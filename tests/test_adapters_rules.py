@@ -371,8 +371,12 @@ def test_a_residual_that_does_not_fit_is_refused():
         build({**slots, **parts}, where=WHERE)
     with pytest.raises(IncompatibleError, match="do not fit"):
         build({**slots, **parts, "bias_values": rand(2)}, where=WHERE)
-    with pytest.raises(IncompatibleError, match="elements"):
-        build({**slots, "bias": rand(3, 3)}, where=WHERE)
+    for size in ([4, 5], [-4, -4], [32767, 32767], []):
+        with pytest.raises(IncompatibleError, match="bias_size"):
+            build({**slots, **parts, "bias_size": torch.tensor(size, dtype=torch.int16)}, where=WHERE)
+    for shape in ((3, 3), (4,)):
+        with pytest.raises(IncompatibleError, match="whole weight"):
+            describe({**shapes(slots), "bias": shape}, where=WHERE)
     del parts["bias_size"]
     with pytest.raises(IncompatibleError, match="bias_size is missing"):
         build({**slots, **parts}, where=WHERE)

@@ -80,7 +80,7 @@ def _build(layer: Layer) -> Delta:
         passed = torch.einsum("okr,ri->oik", through, a2.double()).flatten(1)
         return Dense((passed + b1.double() @ b2.double()).to(b1.dtype), layer.facts.kernel)
     # Each kernel position has its own (out, rank) block and meets only its own columns of the input.
-    eye = torch.eye(through.shape[1], dtype=a2.dtype)
+    eye = torch.eye(through.shape[1], dtype=a2.dtype, device=a2.device)
     spread = torch.einsum("ri,kl->kril", a2, eye).flatten(2).flatten(0, 1)
     return _joined(b1, b2, through.to(b1.dtype).flatten(1), spread, layer.facts.kernel)
 

@@ -89,6 +89,11 @@ def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) ->
     facts = kind.describe(shapes, where, kernel)
     notes = facts.notes + scale_notes(shapes)
     check_biases(shapes, facts, where)
+    if "bias" in shapes and facts.columns and math.prod(shapes["bias"]) != (facts.out or 0) * facts.columns:
+        raise IncompatibleError(
+            f"{where}: bias has the shape {tuple(shapes['bias'])}; only LyCORIS's residual of the whole weight "
+            f"({facts.out}, {facts.columns}) is known under this name."
+        )
     if "bias" in shapes or "bias_indices" in shapes:
         facts, notes = replace(facts, rank=None), (*notes, RESIDUAL)
     return replace(facts, bias=has_bias(shapes), notes=notes)

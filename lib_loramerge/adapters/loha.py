@@ -82,7 +82,7 @@ def whole_as_low_rank(weight: Tensor, kernel: Shape) -> LowRank:
     """A matrix as the product of itself and an identity on its shorter side."""
     out, columns = weight.shape
     rank = min(out, columns)
-    eye = torch.eye(rank, dtype=weight.dtype)
+    eye = torch.eye(rank, dtype=weight.dtype, device=weight.device)
     up, down = (eye, weight) if out <= columns else (weight, eye)
     return LowRank(up, down, float(rank), kernel)
 

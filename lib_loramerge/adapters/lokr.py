@@ -106,7 +106,7 @@ def _exact_factors(p: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
         return p, q
     whole = q if p is None else (p.double() @ q.double()).to(q.dtype)
     rows, columns = whole.shape
-    eye = torch.eye(min(rows, columns), dtype=whole.dtype)
+    eye = torch.eye(min(rows, columns), dtype=whole.dtype, device=whole.device)
     return (eye, whole) if rows <= columns else (whole, eye)
 
 

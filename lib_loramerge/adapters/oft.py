@@ -95,13 +95,14 @@ def _rotation(layer: Layer) -> Tensor:
     size = float(torch.linalg.vector_norm(skew))
     if 0 < limit < size:
         skew = skew * (limit / size)
-    eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(eye - skew, eye + skew)  # the two factors commute
 
 
 def _turn(rotation: Tensor, base: Tensor) -> Tensor:
     """``R - I``: the change itself, so that a small turn is not lost in the size of the weight."""
-    return (rotation - torch.eye(rotation.shape[-1], dtype=rotation.dtype)).to(base.dtype)
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    return (rotation - eye).to(base.dtype)
 
 
 def _base_rows(layer: Layer) -> Tensor:

@@ -109,15 +109,20 @@ def read_residual(layer: Layer) -> Tensor | None:
         return None
     indices, values = slots["bias_indices"].long(), slots["bias_values"].reshape(-1)
     size = [int(n) for n in slots["bias_size"].reshape(-1)]
+    if min(size, default=0) < 1 or math.prod(size) != (layer.facts.out or 0) * (layer.facts.columns or 1):
+        # Checked before any memory is taken; LyCORIS stores sizes as int16, which overflow.
+        raise IncompatibleError(f"{layer.where}: bias_size {tuple(size)} is not the size of this layer.")
     indices = indices.reshape(len(size), -1) if indices.dim() < 2 else indices
     if indices.shape != (len(size), values.numel()):
         raise IncompatibleError(
             f"{layer.where}: bias_indices {tuple(indices.shape)}, bias_values {tuple(values.shape)} and "
             f"bias_size {tuple(size)} do not fit each other."
         )
-    if values.numel() and (bool((indices < 0).any()) or bool((indices.amax(1) >= torch.tensor(size)).any())):
+    if values.numel() and (
+        bool((indices < 0).any()) or bool((indices.amax(1).cpu() >= torch.tensor(size)).any())
+    ):
         raise IncompatibleError(f"{layer.where}: bias_indices point outside the shape {tuple(size)}.")
-    dense = torch.zeros(size, dtype=wide(values).dtype)
+    dense = torch.zeros(size, dtype=wide(values).dtype, device=values.device)
     return dense.index_put_(tuple(indices), wide(values), accumulate=True)
 
 
