@@ -91,8 +91,8 @@ def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) ->
     check_biases(shapes, facts, where)
     if "bias" in shapes and facts.columns and math.prod(shapes["bias"]) != (facts.out or 0) * facts.columns:
         raise IncompatibleError(
-            f"{where}: bias has the shape {tuple(shapes['bias'])}; only LyCORIS's residual of the whole weight "
-            f"({facts.out}, {facts.columns}) is known under this name."
+            f"{where}: bias has the shape {tuple(shapes['bias'])}; only LyCORIS's residual of the whole "
+            f"weight ({facts.out}, {facts.columns}) is known under this name."
         )
     if "bias" in shapes or "bias_indices" in shapes:
         facts, notes = replace(facts, rank=None), (*notes, RESIDUAL)
