@@ -4,6 +4,6 @@ The host executes this file outside ``sys.modules``, and keeps the extension's f
 while it does so. Therefore nothing but the import and the registration stands here.
 """
 
-from lib_loramerge import webui
+from lib_loramerge.webui import extension
 
-webui.register()
+extension.register()

@@ -52,6 +52,7 @@ class PairReport:
         shared: Number of layers that both change.
         blocks: Block id to relation.
         layers: Layer name to relation, shared layers only.
+        layer_blocks: Layer name to block id, for the same layers.
         verdict: What it means, in plain words.
     """
 
@@ -60,6 +61,7 @@ class PairReport:
     whole: Relation
     blocks: Mapping[str, Relation]
     layers: Mapping[str, Relation]
+    layer_blocks: Mapping[str, str]
     verdict: str
 
 
@@ -131,10 +133,8 @@ def _look(layer: LayerPlan, pair: tuple[int, int], deltas: Mapping[int, tuple[fl
     spaces = None
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         common = overlap(a, b)
-        product, spaces = (
-            common.cosine * norms_sq[0] ** 0.5 * norms_sq[1] ** 0.5 * sign,
-            (common.inputs, common.outputs),
-        )
+        product = common.cosine * norms_sq[0] ** 0.5 * norms_sq[1] ** 0.5 * sign
+        spaces = (common.inputs, common.outputs)
     else:
         product = inner(a, b) * first[0] * second[0]
     conflict = None
@@ -157,6 +157,7 @@ def _pair(names: Sequence[str], pair: tuple[int, int], seen: Sequence[_Seen]) ->
         whole=whole,
         blocks=by_block,
         layers={entry.layer.layer: _relation([entry]) for entry in shared},
+        layer_blocks={entry.layer.layer: entry.layer.block or "other" for entry in shared},
         verdict=_verdict((names[pair[0]], names[pair[1]]), whole, by_block, len(shared)),
     )
 

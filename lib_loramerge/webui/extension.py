@@ -1,0 +1,84 @@
+"""What a WebUI loads: settings, the tab, REST.
+
+A WebUI executes ``scripts/lora_merge.py``, which imports this module and calls :func:`register`. The
+extension's folder is on ``sys.path`` only meanwhile; modules inside the package are found later as well.
+Therefore what builds the page is imported at once, and what reads and merges files (``merge``, ``analysis``,
+``dialects``, ``adapters``) after the WebUI has started, by :func:`warm_up`, or when first used. That halves
+what we add to the start.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+from typing import Any
+
+from . import api, settings
+from .host import Host, WebuiHost
+from .jobs import JobQueue
+from .tab import build_tab
+
+TITLE = "LoRA Merge"
+IDENT = "loramerge"
+
+_services: tuple[Host, JobQueue] | None = None
+
+
+def services() -> tuple[Host, JobQueue]:
+    """The host and the queue of this process; they outlive a reload of the page and of the UI."""
+    global _services
+    if _services is None:
+        host = WebuiHost()
+        _services = (host, JobQueue(host))
+    return _services
+
+
+def register() -> None:
+    """Tells the host what we have; called while it loads its extensions."""
+    from modules import script_callbacks
+
+    script_callbacks.on_ui_settings(add_settings)
+    script_callbacks.on_ui_tabs(make_tabs)
+    script_callbacks.on_app_started(add_routes)
+    script_callbacks.on_script_unloaded(let_go)
+
+
+def add_settings() -> None:
+    from modules import shared
+
+    host, _ = services()
+    devices = tuple(value for _, value in host.devices())
+    settings.add_to_host(shared, settings.rows(tuple(api.METHODS), tuple(api.DTYPES), devices))
+
+
+def make_tabs() -> list[tuple[Any, str, str]]:
+    tab = build_tab(*services())
+    for block in tab.blocks.values():
+        # The host would write every value into ui-config.json and put stale ones back at the next start.
+        block.do_not_save_to_config = True
+    return [(tab, TITLE, IDENT)]
+
+
+def add_routes(demo: Any, app: Any) -> None:
+    """Adds REST where the host serves its own; ``demo`` is None with ``--nowebui``."""
+    from modules import shared
+
+    # A host that has loaded its extensions anew has forgotten them.
+    services()[1].trials.register_all()
+    threading.Thread(target=warm_up, name="loramerge-import", daemon=True).start()
+    options = shared.cmd_opts
+    if getattr(options, "api", False) or getattr(options, "nowebui", False):
+        api.mount(app, *services(), api_auth=getattr(options, "api_auth", None))
+
+
+def warm_up() -> None:
+    """Imports the rest, so that the first look at the tab is as quick as the later ones."""
+    for name in ("merge.run", "analysis"):
+        import_module(f"lib_loramerge.{name}")
+
+
+def let_go() -> None:
+    """Ends our threads and takes our hands off the host, before its extensions are loaded anew."""
+    host, jobs = services()
+    jobs.close()
+    host.close()
