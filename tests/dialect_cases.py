@@ -28,7 +28,12 @@ def tensors_of(rows: list) -> dict[str, Shape]:
 
 
 def lora(
-    layers: Iterable[str | tuple[str, int, int]], out: int = 3072, in_: int = 3072, *, up: str = "lora_B.weight", rank: int = 4
+    layers: Iterable[str | tuple[str, int, int]],
+    out: int = 3072,
+    in_: int = 3072,
+    *,
+    up: str = "lora_B.weight",
+    rank: int = 4,
 ) -> dict[str, Shape]:
     """Keys and shapes of plain LoRA layers; a layer may bring its own width as (name, out, in)."""
     down = up.replace("lora_B", "lora_A").replace("up", "down")

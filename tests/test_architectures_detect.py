@@ -39,12 +39,17 @@ def test_widths_are_read_from_every_adapter_kind(kind):
 
 
 def test_oft_tells_the_output_width_only():
-    assert (in_features({"oft_blocks": (10, 32, 32)}), out_features({"oft_blocks": (10, 32, 32)})) == (None, 320)
+    assert (in_features({"oft_blocks": (10, 32, 32)}), out_features({"oft_blocks": (10, 32, 32)})) == (
+        None,
+        320,
+    )
     assert out_features({"oft_blocks": (3, 10, 32, 32)}) == 320
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("context", "expected"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (1280, "sdxl_refiner")])
+@pytest.mark.parametrize(
+    ("context", "expected"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (1280, "sdxl_refiner")]
+)
 @pytest.mark.parametrize("name", [K, K_DIFFUSERS])
 def test_the_context_width_of_cross_attention_tells_the_unet(kind, context, expected, name):
     found = detect({name: slots(kind, 640, context)}, {})
@@ -111,7 +116,11 @@ def encoder(prefix: str, layer: int, width: int) -> dict[str, dict[str, tuple[in
         (encoder("lora_te_", 3, 1024), {}, "sd2"),
         (encoder("lora_te_", 30, 1280), {}, "sdxl_refiner"),
         (encoder("lora_te1_", 3, 768) | encoder("lora_te2_", 30, 1280), {}, "sdxl"),
-        (encoder("lora_te1_", 3, 768) | encoder("lora_te2_", 30, 1280), {"ss_base_model_version": "sd3_medium"}, "sd3"),
+        (
+            encoder("lora_te1_", 3, 768) | encoder("lora_te2_", 30, 1280),
+            {"ss_base_model_version": "sd3_medium"},
+            "sd3",
+        ),
         ({"lora_te3_encoder_block_0_layer_0_SelfAttention_q": slots("lora", 4096, 4096)}, {}, "flux1"),
         ({"lora_te_layers_0_self_attn_q_proj": slots("lora", 2048, 1024)}, {}, "anima"),
         ({"lora_te_layers_0_self_attn_q_proj": slots("lora", 2048, 2304)}, {}, "lumina2"),
@@ -128,14 +137,29 @@ def test_text_encoders_alone_tell_what_they_can(layers, metadata, expected):
     [
         (["double_blocks_0_img_attn_proj"], 3072, {}, "flux1"),
         (["double_blocks_0_img_attn_proj"], 3072, {"ss_base_model_version": "chroma"}, "chroma"),
-        (["double_blocks_0_img_attn_proj", "double_blocks_0_img_mod_lin"], 3072, {"ss_base_model_version": "chroma"}, "flux1"),
+        (
+            ["double_blocks_0_img_attn_proj", "double_blocks_0_img_mod_lin"],
+            3072,
+            {"ss_base_model_version": "chroma"},
+            "flux1",
+        ),
         (["double_blocks_0_img_attn_proj"], 6144, {}, "flux2"),
         (["double_blocks_0_img_attn_proj"], 4096, {}, "flux2"),
         (["double_blocks_0_img_attn_qkv"], 3584, {}, "hunyuan_image"),
         (["double_blocks_19_img_attn_qkv"], 3072, {}, "hunyuan_video"),
-        (["transformer_blocks_19_attn_to_q", "single_transformer_blocks_0_attn_to_q"], 3072, {}, "hunyuan_video"),
+        (
+            ["transformer_blocks_19_attn_to_q", "single_transformer_blocks_0_attn_to_q"],
+            3072,
+            {},
+            "hunyuan_video",
+        ),
         (["transformer_blocks_3_attn_add_q_proj"], 3072, {}, "flux1"),
-        (["transformer_blocks_3_attn_add_q_proj"], 3072, {"modelspec.architecture": "qwen-image/lora"}, "qwen_image"),
+        (
+            ["transformer_blocks_3_attn_add_q_proj"],
+            3072,
+            {"modelspec.architecture": "qwen-image/lora"},
+            "qwen_image",
+        ),
         (["transformer_blocks_30_attn_add_q_proj"], 3072, {}, "qwen_image"),
         (["transformer_blocks_3_attn_to_q"], 1536, {}, "sd3"),
         (["transformer_blocks_3_attn_to_q"], 2432, {}, "sd3_large"),
@@ -149,7 +173,9 @@ def test_text_encoders_alone_tell_what_they_can(layers, metadata, expected):
         (["double_stream_blocks_0_block_attn1_to_q"], 2560, {}, "hidream"),
     ],
 )
-def test_transformers_that_share_names_are_told_by_width_depth_and_then_metadata(names, width, metadata, expected):
+def test_transformers_that_share_names_are_told_by_width_depth_and_then_metadata(
+    names, width, metadata, expected
+):
     assert detect(square(*names, width=width), metadata).architecture.id == expected
 
 

@@ -18,7 +18,12 @@ MODELS = {
     "chroma": ("ChromaTransformer2DModel", {"num_layers": 2, "num_single_layers": 2}),
     "sd3": (
         "SD3Transformer2DModel",
-        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "dual_attention_layers": (0, 1)},
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "dual_attention_layers": (0, 1),
+        },
     ),
     "flux2": ("Flux2Transformer2DModel", {"num_layers": 2, "num_single_layers": 2}),
     "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2, "num_refiner_layers": 2}),
@@ -49,7 +54,9 @@ def trainable_layers(architecture: str) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_every_trainable_layer_of_the_diffusers_model_has_a_checkpoint_name_and_comes_back_from_it(architecture):
+def test_every_trainable_layer_of_the_diffusers_model_has_a_checkpoint_name_and_comes_back_from_it(
+    architecture,
+):
     layers = trainable_layers(architecture)
     assert len(layers) > 20
     for path in layers:
@@ -117,7 +124,10 @@ def make_checkpoint(architecture: str, special: dict[str, int]) -> dict[str, tup
             if path.startswith(LAST.get(architecture, "-")) and (".proj" in path or ".mlp" in path):
                 continue
             flat = path.replace(".", "_")
-            units = max((rows.of for _, rows in diffusers_layers(architecture, f"lora_unet_{flat}") if rows), default=1)
+            units = max(
+                (rows.of for _, rows in diffusers_layers(architecture, f"lora_unet_{flat}") if rows),
+                default=1,
+            )
             rows = special.get(path.rpartition(".")[2], 3 * units)
             weight = torch.arange(rows, dtype=torch.float64).add(100_000 * len(made))
             is_scale = path.endswith(("query_norm", "key_norm")) and template not in own

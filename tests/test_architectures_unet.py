@@ -117,7 +117,11 @@ def test_the_diffusers_model_has_the_same_layers_and_kernels(models, architectur
 def test_ldm_names_become_the_diffusers_names_that_its_converter_makes(models, architecture):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    truth = {layer: dotted for layer in unet_part(architecture) for dotted, _ in diffusers_layers(architecture, layer)}
+    truth = {
+        layer: dotted
+        for layer in unet_part(architecture)
+        for dotted, _ in diffusers_layers(architecture, layer)
+    }
     number = {layer: n for n, layer in enumerate(truth)}
     from lib_loramerge.architectures.unet import by_ldm
 
@@ -128,7 +132,9 @@ def test_ldm_names_become_the_diffusers_names_that_its_converter_makes(models, a
     bias = {key.replace(".weight", ".bias"): value for key, value in checkpoint.items()}
     config = dict(models[architecture].config)
     converted = convert_ldm_unet_checkpoint({**checkpoint, **bias}, config)
-    theirs = {key.removesuffix(".weight"): int(value) for key, value in converted.items() if key.endswith(".weight")}
+    theirs = {
+        key.removesuffix(".weight"): int(value) for key, value in converted.items() if key.endswith(".weight")
+    }
     assert theirs == {dotted: number[layer] for layer, dotted in truth.items()}
 
 

@@ -59,7 +59,9 @@ def test_what_is_written_is_read_as_the_same_layers_and_rows(name):
             others = {key: shape for key, shape in others.items() if not overlaps(name, key, part)}
             read = parse_file({**others, **again}, {})
             assert read.architecture.id == parsed.architecture.id
-            found = {(entry.layer, entry.rows) for entry in read.parts if set(entry.slots.values()) & set(again)}
+            found = {
+                (entry.layer, entry.rows) for entry in read.parts if set(entry.slots.values()) & set(again)
+            }
             assert found == {(part.layer, rows) for _, rows in written}
             compared[dialect] += 1
     assert compared["auto"] == compared["kohya"] > 0
@@ -149,7 +151,9 @@ def test_members_of_a_fused_layer_come_in_row_order():
     ],
 )
 def test_one_layer_under_two_spellings_is_an_error_that_names_both(first, second):
-    tensors = lora([(first, 320, 768), (second, 320, 768), (SD1_CANONICAL.replace("_to_k", "_to_v"), 320, 768)], up=KOHYA)
+    tensors = lora(
+        [(first, 320, 768), (second, 320, 768), (SD1_CANONICAL.replace("_to_k", "_to_v"), 320, 768)], up=KOHYA
+    )
     with pytest.raises(IncompatibleError) as caught:
         parse_file(tensors, {}, where="twice.safetensors")
     assert first in str(caught.value)
@@ -158,7 +162,12 @@ def test_one_layer_under_two_spellings_is_an_error_that_names_both(first, second
 
 
 def test_a_fused_layer_beside_one_of_its_members_is_an_error():
-    tensors = lora([("diffusion_model.double_blocks.0.img_attn.qkv", 9216, 3072), "transformer.transformer_blocks.0.attn.to_q"])
+    tensors = lora(
+        [
+            ("diffusion_model.double_blocks.0.img_attn.qkv", 9216, 3072),
+            "transformer.transformer_blocks.0.attn.to_q",
+        ]
+    )
     with pytest.raises(IncompatibleError, match="there twice"):
         parse_file(tensors, {})
 
@@ -170,7 +179,10 @@ def test_one_slot_under_two_spellings_is_an_error():
 
 
 def test_a_lone_alpha_is_an_orphan_and_no_layer():
-    tensors = {**lora([SD1_CANONICAL], 320, 768, up=KOHYA), f"{SD1_CANONICAL.replace('to_k', 'to_v')}.alpha": ()}
+    tensors = {
+        **lora([SD1_CANONICAL], 320, 768, up=KOHYA),
+        f"{SD1_CANONICAL.replace('to_k', 'to_v')}.alpha": (),
+    }
     parsed = parse_file(tensors, {})
     assert [part.layer for part in parsed.parts] == [SD1_CANONICAL]
     assert parsed.orphans == (f"{SD1_CANONICAL.replace('to_k', 'to_v')}.alpha",)
@@ -225,4 +237,6 @@ def test_the_order_of_the_keys_does_not_matter():
     for name in ("Flux split", "attention processors", "OneTrainer's raw format", "Qwen-Image"):
         tensors = CASES[name][0]
         backwards = parse_file(dict(reversed(tensors.items())), {})
-        assert {(p.layer, p.rows) for p in backwards.parts} == {(p.layer, p.rows) for p in parse_file(tensors, {}).parts}
+        assert {(p.layer, p.rows) for p in backwards.parts} == {
+            (p.layer, p.rows) for p in parse_file(tensors, {}).parts
+        }

@@ -47,7 +47,13 @@ PATHS = [
     "down_blocks.0.attentions.0.proj_in", "text_model.encoder.layers.0.mlp.fc1", "proj_out", "unet.conv_in",
     "transformer.transformer_blocks.0.attn.to_q", "base_model.model.conv_in", "model.layers.0.mlp", "diffusion_model_x",
 ]  # fmt: skip
-ENDINGS = [*SLOTS, "lora_A.default.weight", "lora_B.a_name.weight", "lora_magnitude_vector.default", "up.weight"]
+ENDINGS = [
+    *SLOTS,
+    "lora_A.default.weight",
+    "lora_B.a_name.weight",
+    "lora_magnitude_vector.default",
+    "up.weight",
+]
 
 
 @settings(max_examples=600, deadline=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 
 from .base import component, layer_path
 from .text_encoders import CLIP_ATTENTION, OPEN_CLIPS, paths
@@ -99,7 +99,7 @@ def companions(architecture_id: str, layer: str) -> tuple[str, ...]:
     return tuple(f"{stem}_self_attn_{name}" for name in CLIP_ATTENTION)
 
 
-@lru_cache(maxsize=None)
+@cache
 def layers(architecture_id: str) -> tuple[str, ...]:
     """Every layer of a base model by canonical name, where they are known: the U-Nets with their text encoders."""
     if architecture_id not in UNETS:

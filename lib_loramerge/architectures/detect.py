@@ -159,14 +159,20 @@ def _hunyuan(layers: Layers, hidden: int | None, flux_blocks: bool) -> tuple[str
         return "hunyuan_video", "it has a token refiner"
     if layers.search(r"(?:img|txt)_mlp_fc[12]$|(?:img|txt)_mod_linear$|_modulation_linear$"):
         return "hunyuan_video", "double blocks with fc1 and fc2, of width 3072"
-    roots = ("double_blocks", "single_blocks") if flux_blocks else ("transformer_blocks", "single_transformer_blocks")
+    roots = (
+        ("double_blocks", "single_blocks")
+        if flux_blocks
+        else ("transformer_blocks", "single_transformer_blocks")
+    )
     if layers.highest(roots[0]) > 18 or layers.highest(roots[1]) > 37:
         return "hunyuan_video", "it has more blocks than Flux.1, which has 19 double and 38 single ones"
     return None
 
 
 def _flux1_or_chroma(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str]:
-    if layers.has("_mod_lin", "modulation_lin", "norm1_linear", "norm1_context_linear", "guidance_in", "vector_in"):
+    if layers.has(
+        "_mod_lin", "modulation_lin", "norm1_linear", "norm1_context_linear", "guidance_in", "vector_in"
+    ):
         return "flux1", "double and single blocks with their own modulation"
     said = _from_metadata(metadata)
     if said is not None and said[0] == "chroma":
@@ -175,9 +181,7 @@ def _flux1_or_chroma(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, 
 
 
 # Layers of a joint transformer block that read its hidden width.
-_JOINT_HIDDEN = (
-    r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|adaLN_modulation_1$|norm1_linear$|_mlp_fc1$"
-)
+_JOINT_HIDDEN = r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|adaLN_modulation_1$|norm1_linear$|_mlp_fc1$"
 
 
 def _joint(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
@@ -185,7 +189,9 @@ def _joint(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | Non
     if layers.has("img_mlp_net_", "_img_mod_1", "_txt_mod_1"):
         return "qwen_image", "its blocks have img_mlp and txt_mlp"
     native = layers.has("joint_blocks_")
-    diffusers = layers.search(r"unet_transformer_blocks_\d+_attn_(?:to_[qkv]|add_[qkv]_proj|to_add_out|to_out)")
+    diffusers = layers.search(
+        r"unet_transformer_blocks_\d+_attn_(?:to_[qkv]|add_[qkv]_proj|to_add_out|to_out)"
+    )
     if not (native or diffusers):
         return None
     hidden = layers.width(_JOINT_HIDDEN)
@@ -204,8 +210,12 @@ def _joint(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | Non
 
 
 def _lumina_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    attention = r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|attn)_(?:qkv|to_[qkv]|out|to_out_0)$"
-    if not layers.search(r"(?:noise_refiner|context_refiner|unet_layers)_\d+_(?:att|feed_forward|adaLN|norm1)"):
+    attention = (
+        r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|attn)_(?:qkv|to_[qkv]|out|to_out_0)$"
+    )
+    if not layers.search(
+        r"(?:noise_refiner|context_refiner|unet_layers)_\d+_(?:att|feed_forward|adaLN|norm1)"
+    ):
         return None
     width = layers.width(attention) or layers.width(r"_feed_forward_(?:w1|linear_1|w3|linear_3)$")
     if width == 3840:
@@ -226,9 +236,9 @@ def _video_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] 
         r"unet_blocks_\d+_(?:attn[12]_(?:to_[qkv]|add_[kv]_proj|to_out_0)|ffn_(?:0|2|net_0_proj|net_2))$"
     ):
         return "wan", "blocks with self_attn, cross_attn and ffn"
-    if layers.search(r"blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]|output)_proj|mlp_layer[12]|adaln_modulation_)") or (
-        layers.has("llm_adapter_blocks_")
-    ):
+    if layers.search(
+        r"blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]|output)_proj|mlp_layer[12]|adaln_modulation_)"
+    ) or (layers.has("llm_adapter_blocks_")):
         return "anima", "blocks with q_proj, mlp.layer1 and adaln_modulation"
     if layers.search(r"transformer_blocks_\d+_norm[123]_linear_[12]$"):
         return "anima", "blocks whose norms have two linear layers"
@@ -260,7 +270,14 @@ _UNET_ROOTS = (
     "unet_input_blocks_", "unet_output_blocks_", "unet_middle_block_", "unet_down_blocks_", "unet_up_blocks_",
     "unet_mid_block_",
 )  # fmt: skip
-_UNET_EDGES = ("unet_conv_in", "unet_conv_out", "unet_time_embed", "unet_label_emb", "unet_add_embedding", "unet_out_")
+_UNET_EDGES = (
+    "unet_conv_in",
+    "unet_conv_out",
+    "unet_time_embed",
+    "unet_label_emb",
+    "unet_add_embedding",
+    "unet_out_",
+)
 
 
 def _unet(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
@@ -289,7 +306,9 @@ def _unet_without_context(layers: Layers, metadata: Mapping[str, str]) -> tuple[
         return "sdxl", "attention where only this U-Net has it"
     four = layers.search(_FOUR_LEVELS)
     if layers.search(r"transformer_blocks_[1-3]_") or layers.has("label_emb", "add_embedding"):
-        return ("sdxl_refiner" if four else "sdxl"), f"{'four' if four else 'three'} levels with deep attention"
+        return (
+            "sdxl_refiner" if four else "sdxl"
+        ), f"{'four' if four else 'three'} levels with deep attention"
     if four:
         return _sd1_or_sd2(layers, metadata, "four levels of resolution")
     encoder = _by_text_encoder(layers)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Union
+from functools import cache
 
 from .base import Rows
 
-Members = tuple[tuple[str, Union[Rows, None]], ...]
+Members = tuple[tuple[str, Rows | None], ...]
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ _CHROMA_APPROXIMATOR = {
     "distilled_guidance_layer.in_proj": _one("distilled_guidance_layer.in_proj"),
     "distilled_guidance_layer.out_proj": _one("distilled_guidance_layer.out_proj"),
     **{
-    f"distilled_guidance_layer.layers.{{}}.{ours}": _one(f"distilled_guidance_layer.layers.{{}}.{theirs}")
-    for ours, theirs in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+        f"distilled_guidance_layer.layers.{{}}.{ours}": _one(f"distilled_guidance_layer.layers.{{}}.{theirs}")
+        for ours, theirs in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
     },
 }
 
@@ -167,7 +166,10 @@ _HUNYUAN_LEAVES = {
 }  # fmt: skip
 _REFINER_BLOCKS = "txt_in.individual_token_refiner.blocks.{}"
 _HUNYUAN_OWN = {
-    **{f"double_blocks.{{}}.{theirs}": f"double_blocks.{{}}.{ours}" for ours, theirs in _HUNYUAN_LEAVES.items()},
+    **{
+        f"double_blocks.{{}}.{theirs}": f"double_blocks.{{}}.{ours}"
+        for ours, theirs in _HUNYUAN_LEAVES.items()
+    },
     "single_blocks.{}.modulation.linear": "single_blocks.{}.modulation.lin",
     "single_blocks.{}.q_norm": "single_blocks.{}.norm.query_norm",
     "single_blocks.{}.k_norm": "single_blocks.{}.norm.key_norm",
@@ -194,7 +196,9 @@ _REFINER: dict[str, Members] = {
 _HUNYUAN_COMMON = {
     **_in_blocks("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
     **_in_blocks("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
-    **_in_blocks(_REFINER_BLOCKS.removesuffix(".{}"), "context_embedder.token_refiner.refiner_blocks", _REFINER),
+    **_in_blocks(
+        _REFINER_BLOCKS.removesuffix(".{}"), "context_embedder.token_refiner.refiner_blocks", _REFINER
+    ),
     "img_in.proj": _one("x_embedder.proj"),
     "txt_in.input_embedder": _one("context_embedder.proj_in"),
     "txt_in.t_embedder.in_layer": _one("context_embedder.time_text_embed.timestep_embedder.linear_1"),
@@ -206,7 +210,11 @@ _HUNYUAN_COMMON = {
 }
 _HUNYUAN_VIDEO = {
     **_HUNYUAN_COMMON,
-    **{path: members for path, members in _FLUX_EDGES.items() if path.startswith(("time_in", "vector_in", "guid"))},
+    **{
+        path: members
+        for path, members in _FLUX_EDGES.items()
+        if path.startswith(("time_in", "vector_in", "guid"))
+    },
 }
 _HUNYUAN_IMAGE = {
     **_HUNYUAN_COMMON,
@@ -280,7 +288,9 @@ def _lumina(
         "attention.out": _one(f"{attention}.to_out.0"),
         "attention.q_norm": _one(f"{attention}.norm_q"),
         "attention.k_norm": _one(f"{attention}.norm_k"),
-        **{f"feed_forward.w{n}": _one(f"feed_forward.{name}") for n, name in enumerate(feed_forward, start=1)},
+        **{
+            f"feed_forward.w{n}": _one(f"feed_forward.{name}") for n, name in enumerate(feed_forward, start=1)
+        },
         modulation[0]: _one(modulation[1]),
     }
     return {
@@ -332,7 +342,14 @@ _QWEN: dict[str, Members] = {
     **{path: _one(path) for path in _QWEN_EDGES},
 }
 
-_WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_WAN_ATTENTION = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 _WAN = {
     **_in_blocks("blocks", "blocks", {
         **{f"self_attn.{ours}": _one(f"attn1.{theirs}") for ours, theirs in _WAN_ATTENTION.items()},
@@ -383,7 +400,9 @@ _WAN_ROOTS = (
 
 NAMES: dict[str, Names] = {
     "flux1": Names(_FLUX, _FLUX_ROOTS, partial=_XLABS),
-    "chroma": Names({**_FLUX, **_CHROMA_APPROXIMATOR}, (*_FLUX_ROOTS, "distilled_guidance_layer"), partial=_XLABS),
+    "chroma": Names(
+        {**_FLUX, **_CHROMA_APPROXIMATOR}, (*_FLUX_ROOTS, "distilled_guidance_layer"), partial=_XLABS
+    ),
     "flux2": Names(
         {
             **_in_blocks("double_blocks", "transformer_blocks", _FLUX2_DOUBLE),
@@ -424,7 +443,7 @@ def _flat(path: str) -> str:
     return path.replace(".", "_").replace("-", "_")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tables(architecture_id: str) -> _Tables | None:
     names = NAMES.get(architecture_id)
     if names is None:

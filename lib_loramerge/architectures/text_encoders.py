@@ -7,7 +7,7 @@ checkpoints hold them in OpenCLIP's own layout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 
 # Hugging Face leaf of a CLIP layer to OpenCLIP's.
 CLIP_LEAVES: dict[str, str] = {
@@ -67,7 +67,7 @@ def t5_paths() -> Iterator[str]:
     yield "encoder.final_layer_norm"
 
 
-@lru_cache(maxsize=None)
+@cache
 def paths(architecture_id: str) -> Mapping[str, Mapping[str, str]]:
     """Component to {flattened path: dotted path}; only components whose layers are known."""
     table = {
@@ -79,7 +79,7 @@ def paths(architecture_id: str) -> Mapping[str, Mapping[str, str]]:
     return table
 
 
-@lru_cache(maxsize=None)
+@cache
 def spellings(architecture_id: str) -> Mapping[str, Mapping[str, str]]:
     """Component to {any flattened spelling: canonical flattened path}."""
     table: dict[str, dict[str, str]] = {}

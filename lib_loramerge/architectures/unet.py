@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _up(unet: UNet) -> Iterator[UNetLayer]:
             yield UNetLayer(ldm, f"up_blocks.{level}.upsamplers.0.conv", f"OUT{n:02}", _3X3)
 
 
-@lru_cache(maxsize=None)
+@cache
 def unet_layers(architecture_id: str) -> tuple[UNetLayer, ...]:
     """Every layer of a U-Net, norms included; () for base models that have none."""
     unet = UNETS.get(architecture_id)
@@ -158,13 +158,13 @@ def unet_layers(architecture_id: str) -> tuple[UNetLayer, ...]:
     return (*edges, *_down(unet), *_mid(unet), *_up(unet))
 
 
-@lru_cache(maxsize=None)
+@cache
 def by_ldm(architecture_id: str) -> Mapping[str, UNetLayer]:
     """Flattened ldm path to layer."""
     return {layer.ldm_flat: layer for layer in unet_layers(architecture_id)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def by_any_name(architecture_id: str) -> Mapping[str, UNetLayer]:
     """Flattened path of either spelling to layer."""
     table = {layer.diffusers_flat: layer for layer in unet_layers(architecture_id)}

@@ -50,7 +50,9 @@ def unet_order() -> tuple[tuple[str, int], ...]:
 def text_encoder_order() -> tuple[tuple[str, int], ...]:
     """Flattened paths of the 48 layers of a text encoder file in order, with their width."""
     return tuple(
-        (f"text_model_encoder_layers_{number}_self_attn_{name}", 768) for number in range(12) for name in _CLIP
+        (f"text_model_encoder_layers_{number}_self_attn_{name}", 768)
+        for number in range(12)
+        for name in _CLIP
     )
 
 

@@ -51,7 +51,8 @@ def output_parts(
         return _diffusers(architecture_id, layer)
     if architecture_id in _DIFFUSERS_UNDER_KOHYA and component(layer) == "unet":
         return tuple(
-            (f"lora_unet_{name.replace('.', '_')}", rows) for name, rows in diffusers_layers(architecture_id, layer)
+            (f"lora_unet_{name.replace('.', '_')}", rows)
+            for name, rows in diffusers_layers(architecture_id, layer)
         ) or ((layer, None),)
     return ((layer, None),)
 
@@ -78,4 +79,3 @@ def output_key(prefix: str, slot: str, dialect: str = "auto", style: str | None 
     """
     chosen = style or (PEFT_STYLE if dialect == "diffusers" else KOHYA_STYLE)
     return f"{prefix}.{ending_for(slot, chosen)}"
-

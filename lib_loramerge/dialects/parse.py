@@ -266,4 +266,3 @@ def _dialect(layers: Mapping[str, RawLayer]) -> str:
     denoiser = [raw.dialect for raw in layers.values() if raw.part.endswith("unet")]
     counts = Counter(denoiser or [raw.dialect for raw in layers.values()])
     return counts.most_common(1)[0][0] if counts else "kohya"
-

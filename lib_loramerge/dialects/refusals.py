@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from .slots import split_key
 
-
 # Tensors that adapters and whole models both have.
 _PLAIN_SLOTS = frozenset({"ia3_weight", "bias", "scale"})
 
@@ -69,7 +68,7 @@ REFUSED: tuple[Kind, ...] = (
     ),
     _kind(
         "an adapter of PEFT's (IA)^3", r"\.ia3_l(?:\.[^.]+)?$",
-        "the file does not say whether it scales inputs or outputs",
+        "no WebUI reads it; LyCORIS's (IA)^3 can be merged",
     ),
     _kind("a HRA or bone adapter", r"\.(?:hra_u|bone_block|miss_block)\b", "no WebUI reads it"),
     _kind(
@@ -135,4 +134,6 @@ def refusals(keys: Iterable[str]) -> tuple[Refusal, ...]:
             if kind.claims(key):
                 found.setdefault(kind.name, []).append(key)
                 break
-    return tuple(Refusal(kind.name, kind.reason, tuple(found[kind.name])) for kind in REFUSED if kind.name in found)
+    return tuple(
+        Refusal(kind.name, kind.reason, tuple(found[kind.name])) for kind in REFUSED if kind.name in found
+    )

@@ -66,7 +66,7 @@ class RawLayer:
 
 def _component_by_path(path: str) -> str:
     """Component of a name that does not say it."""
-    if path.startswith(("text_model.", "text_projection")):
+    if path.startswith(("text_model.", "encoder.layers.", "text_projection")):
         return "te1"
     if path.startswith(("encoder.block.", "encoder.final_layer_norm")):
         return "te3"
