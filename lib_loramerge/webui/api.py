@@ -42,6 +42,7 @@ from .sidecar import UserMetadata
 
 PREFIX = "/loramerge/v1"
 MAX_BODY_BYTES = 1 << 20
+MAX_DRAINED_BYTES = 64 << 20
 # Reading headers takes the interpreter; the host's own requests go on beside this many of ours.
 MAX_AT_ONCE = 4
 
@@ -72,7 +73,8 @@ class Refusal(Exception):
 class _BasicInDocs(HTTPBasic):
     """Puts HTTP Basic into ``/docs``; who may come in is decided in :func:`check_credentials`."""
 
-    async def __call__(self, request: Request) -> None:  # type: ignore[override]
+    async def __call__(self) -> None:  # type: ignore[override]
+        # No parameter: some versions of FastAPI cannot resolve the annotations of such an object.
         return None
 
 
@@ -276,17 +278,25 @@ class _Gate:
             content = dict(given) if route.body is None else await read_json(request)
             async with self._places:
                 result = await run_in_threadpool(route.answer, content)
-            return JSONResponse(plain(result), status_code=route.status)
+            return JSONResponse(self._public(plain(result)), status_code=route.status)
         except Refusal as refusal:
             return _refused(refusal)
         except LoraMergeError as error:
             status = next(code for kind, code in _STATUS if isinstance(error, kind))
-            return _error(status, str(error))
+            return _error(status, self._public(str(error)))
         except Exception as error:  # A bug of ours: the caller gets JSON, the console the traceback.
             self._host.log(f"{route.method} {route.path} failed unexpectedly", error)
             return _error(
                 500, f"Unexpected error ({type(error).__name__}). The console of the host tells more."
             )
+
+    def _public(self, value: Any) -> Any:
+        """``value`` without the folders of this machine, which are nobody else's business."""
+        if isinstance(value, str):
+            return self._host.without_folders(value)
+        if isinstance(value, dict):
+            return {key: self._public(item) for key, item in value.items()}
+        return [self._public(item) for item in value] if isinstance(value, list) else value
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -297,14 +307,17 @@ async def read_json(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(400, "Send JSON, with the header Content-Type: application/json.")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise Refusal(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
     body = bytearray()
+    received = 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+        received += len(chunk)
+        if received <= MAX_BODY_BYTES:
+            body += chunk
+        elif received > MAX_DRAINED_BYTES:
+            break
+        # The rest is read and thrown away: a client that still sends would not read our answer.
+    if received > MAX_BODY_BYTES:
+        raise Refusal(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

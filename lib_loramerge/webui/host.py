@@ -242,6 +242,13 @@ class Host:
         """Whether a path may be typed where a name is expected."""
         return not self.restricted() and not self.hide_dirs()
 
+    def without_folders(self, text: str) -> str:
+        """A sentence with the names of LoRA files in place of their paths."""
+        for folder in self.lora_dirs():
+            for known in {str(folder), os.path.realpath(folder)}:
+                text = text.replace(known + os.sep, "").replace(known, "the LoRA folder")
+        return text
+
     # Settings, presets, devices
 
     def settings(self) -> Settings:
@@ -444,9 +451,12 @@ class WebuiHost(Host):
         return tuple(Path(os.path.abspath(folder)) for folder in folders)
 
     def refresh(self) -> None:
-        networks = _networks()
-        if networks is not None and hasattr(networks, "list_available_networks"):
-            networks.list_available_networks()
+        try:
+            networks = _networks()
+            if hasattr(networks, "list_available_networks"):
+                networks.list_available_networks()
+        except Exception as error:  # The host's code; our own list does not depend on it.
+            self.log("the WebUI could not list its LoRA folder", error)
         super().refresh()
 
     def _lists_hidden(self) -> bool:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MAX_WAITING = 32
 MAX_FINISHED = 50
 NOTIFY_SECONDS = 0.1
+# Writing is the last phase, and short: the bar is nearly full when it begins.
+WRITING_STARTS = 0.95
 
 Notes = list[str]
 
@@ -94,7 +96,14 @@ class Job:
         if self.state == DONE:
             return 1.0
         progress = self.progress
-        return min(1.0, progress.done / progress.total) if progress is not None and progress.total else 0.0
+        if progress is None or not progress.total:
+            return 0.0
+        share = min(1.0, progress.done / progress.total)
+        return (
+            WRITING_STARTS + (1 - WRITING_STARTS) * share
+            if progress.phase == "write"
+            else WRITING_STARTS * share
+        )
 
     @property
     def eta(self) -> float | None:
@@ -323,13 +332,14 @@ class JobQueue:
         output = job.output if request.trial else self._output(request)
         assert output is not None
         replaced = output.exists()
-        report = run_merge(
-            plan,
-            output,
-            overwrite=request.overwrite,
-            progress=lambda progress: self._tell(job, progress),
-            cancel=job._stop.is_set,
-        )
+        with folder_for(output):
+            report = run_merge(
+                plan,
+                output,
+                overwrite=request.overwrite,
+                progress=lambda progress: self._tell(job, progress),
+                cancel=job._stop.is_set,
+            )
         notes = self._publish(request, output, replaced)
         with self._changed:
             job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
@@ -395,6 +405,24 @@ class JobQueue:
     def _at_exit(self) -> None:
         self.close(timeout=2.0)
         self.trials.remove_all()
+
+
+@contextmanager
+def folder_for(output: Path) -> Iterator[None]:
+    """Makes the folder of a file to be written; what was made goes again when the work fails."""
+    missing = [folder for folder in output.parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"The folder {output.parent.name} could not be made: {reason}.") from error
+    try:
+        yield
+    except BaseException:
+        for folder in missing:  # The innermost first; one that is in use by now stays.
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _same(one: Path, other: Path) -> bool:

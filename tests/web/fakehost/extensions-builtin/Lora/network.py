@@ -13,7 +13,7 @@ def read_metadata(filename):
         with open(filename, "rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
             return json.loads(file.read(size)).get("__metadata__", {})
-    except (ValueError, struct.error):
+    except (ValueError, OverflowError, struct.error):
         return {}
 
 

@@ -1,0 +1,176 @@
+"""Driving the LoRA Merge tab in a real browser, by what a person sees and presses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+]
+PATIENCE = 30_000  # ms; the machine of the tests may be busy
+
+
+@contextmanager
+def launched() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Tab:
+    """The tab in one browser window.
+
+    Args:
+        url: Of the host's page.
+        title: Of the tab in the host's row of tabs; None when the page is the tab alone.
+    """
+
+    def __init__(
+        self,
+        browser: Browser,
+        url: str,
+        *,
+        title: str | None = "LoRA Merge",
+        width: int = 1400,
+        query: str = "",
+    ) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 1000}, locale="en-US")
+        self.page: Page = self.context.new_page()
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.set_default_timeout(PATIENCE)
+        self.url, self.title = url + query, title
+        self.load()
+
+    def __enter__(self) -> Tab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+    # --- the page -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Open the page, or open it again."""
+        self.page.goto(self.url)
+        if self.title is not None:
+            self.page.locator("#tabs button").filter(has_text=self.title).first.click()
+        self.page.wait_for_selector("#loramerge_merge")
+        # The page's script has asked its first questions when the facts and the jobs carry a stamp.
+        self.page.wait_for_selector("#loramerge_facts [data-stamp]", state="attached")
+        self.page.wait_for_selector('#loramerge_jobs [data-stamp]:not([data-stamp=""])', state="attached")
+
+    def press(self, name: str) -> None:
+        self.page.locator(f"#loramerge_{name}").click()
+
+    def open(self, name: str) -> None:
+        """Open a folded part."""
+        self.page.locator(f"#loramerge_{name} .label-wrap").first.click()
+
+    def show_page(self, title: str) -> None:
+        """Turn to another page of the tab."""
+        self.page.locator("#loramerge_tabs button").filter(has_text=title).first.click()
+
+    def field(self, name: str) -> Any:
+        return self.page.locator(
+            f"#loramerge_{name} textarea, #loramerge_{name} input:not([type=range])"
+        ).first
+
+    def value(self, name: str) -> str:
+        return self.field(name).input_value()
+
+    def text(self, name: str) -> str:
+        """Text of a place, in one line."""
+        return " ".join(self.page.locator(f"#loramerge_{name}").first.inner_text().split())
+
+    def expect_text(self, name: str, text: str | re.Pattern[str]) -> None:
+        expect(self.page.locator(f"#loramerge_{name}").first).to_contain_text(text, timeout=PATIENCE)
+
+    def expect_value(self, name: str, value: str | re.Pattern[str]) -> None:
+        expect(self.field(name)).to_have_value(value, timeout=PATIENCE)
+
+    # --- the form -----------------------------------------------------------------------------------------------------
+
+    def fill(self, name: str, value: object) -> None:
+        """Type into a field and leave it."""
+        field = self.field(name)
+        field.fill(str(value))
+        field.press("Tab")
+
+    def choose(self, name: str, text: str) -> None:
+        """Type a part of a choice into a list and click the first one that has it."""
+        field = self.field(name)
+        field.click()
+        field.fill(text)
+        option = self.page.locator("ul.options li, ul[role=listbox] li").filter(has_text=text).first
+        option.click()
+        expect(field).to_have_value(re.compile(re.escape(text), re.IGNORECASE))
+
+    def tick(self, name: str, on: bool) -> None:
+        self.page.locator(f"#loramerge_{name} input[type=checkbox]").set_checked(on)
+
+    def row(self, number: int, lora: str, strength: float | None = None) -> None:
+        """Fill a row, counted from 0."""
+        self.choose(f"row{number}_lora", lora)
+        if strength is not None:
+            self.fill(f"row{number}_strength", strength)
+
+    def rows(self) -> list[str]:
+        """What the rows that are seen hold."""
+        return [
+            self.value(f"row{index}_lora")
+            for index in range(16)
+            if self.page.locator(f"#loramerge_row{index}_line").is_visible()
+        ]
+
+    def wait_for_facts(self, text: str) -> None:
+        """Until the facts of the whole tell this, which says that the server saw the form as it is."""
+        self.expect_text("facts", text)
+
+    # --- merges -------------------------------------------------------------------------------------------------------
+
+    def merge(self, name: str | None = None) -> str:
+        """Press Merge and save, wait for the end, and give the text of the result."""
+        if name is not None:
+            self.fill("name", name)
+        before = self.job_stamp()
+        self.press("merge")
+        self.page.wait_for_function(
+            "old => { const e = document.querySelector('#loramerge_jobs [data-stamp]');"
+            " return e && e.dataset.stamp !== old && e.dataset.state === 'idle'"
+            " && document.querySelector('#loramerge_result .lm-result'); }",
+            arg=before,
+        )
+        return self.text("result")
+
+    def job_stamp(self) -> str:
+        return self.page.locator("#loramerge_jobs [data-stamp]").get_attribute("data-stamp") or ""
+
+    def wait_until_running(self, share: float = 0.0) -> None:
+        """Until a bar is seen that has passed ``share`` percent."""
+        self.page.wait_for_function(
+            "share => { const e = document.querySelector('#loramerge_jobs [role=progressbar]');"
+            " return e && Number(e.getAttribute('aria-valuenow')) > share; }",
+            arg=share,
+        )
+
+    def draft(self) -> dict[str, Any]:
+        return json.loads(self.value("draft") or "{}")

@@ -1,0 +1,134 @@
+"""The extension as a WebUI loads it: loaded, reloaded, and what it leaves in the process."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from tests.fixtures import SD1_LAYERS, make_lora
+from tests.web.hosting import ROOT, FakeHost
+
+SMALL = dict(list(SD1_LAYERS.items())[1:4])
+API = "/loramerge/v1"
+RECIPE = {"inputs": [{"name": "a"}, {"name": "b", "te": 0.5, "unet": 0.5}], "mode": "concat"}
+NOISE = re.compile(r"READY |SCRIPTS |Running on |Closing server|^$|IMPORTANT: You are using gradio|^-+$")
+
+
+def fill(data):
+    for seed, name in enumerate(("a", "b")):
+        make_lora(data / "models" / "Lora" / f"{name}.safetensors", SMALL, seed=seed)
+
+
+def components(host):
+    return {c["props"].get("elem_id") for c in host.get("/config")["components"]}
+
+
+def test_the_tab_the_settings_and_rest_are_there_and_the_log_is_clean(tmp_path):
+    fill(tmp_path)
+    with FakeHost(tmp_path, "--api") as host:
+        ids = components(host)
+        assert "tab_loramerge" in ids
+        assert len([ident for ident in ids if ident and ident.startswith("loramerge_")]) > 20
+        assert {"setting_loramerge_mode", "setting_loramerge_queue_lock"} <= ids
+        assert host.request("GET", f"{API}/loras")[0] == 200
+        assert host.post("/fake/status")["errors"] == []
+    assert [line for line in host.log if not NOISE.search(line)] == []
+
+
+def test_a_reload_of_the_ui_leaves_no_thread_and_keeps_what_was_tried(tmp_path):
+    fill(tmp_path)
+    with FakeHost(tmp_path, "--api") as host:
+        trial = host.wait_for_job(host.post(f"{API}/merge", {"recipe": RECIPE, "trial": True})["id"])
+        before = host.picture(f"<lora:{trial['prompt_name']}:1>")
+        host.restart()
+        status = host.post("/fake/status")
+        assert status["errors"] == []
+        assert host.picture(f"<lora:{trial['prompt_name']}:1>") == before
+        host.post("/sdapi/v1/refresh-loras")
+        assert host.picture(f"<lora:{trial['prompt_name']}:1>") == before
+        assert "tab_loramerge" in components(host)
+        assert host.get(f"{API}/jobs")["jobs"][0]["id"] == trial["id"], "finished jobs can still be read"
+        again = host.wait_for_job(host.post(f"{API}/merge", {"recipe": RECIPE, "name": "after"})["id"])
+        assert again["state"] == "done", again["error"]
+        ours = [name for name in host.post("/fake/status")["threads"] if name.startswith("loramerge")]
+        assert ours == []
+
+
+def test_what_was_tried_is_gone_when_the_webui_ends(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    data = tmp_path / "data"
+    fill(data)
+    with FakeHost(data, "--api") as host:
+        host.wait_for_job(host.post(f"{API}/merge", {"recipe": RECIPE, "trial": True})["id"])
+        assert len(list(temporary.glob("loramerge-trial-*/*.safetensors"))) == 1
+    assert list(temporary.glob("loramerge-trial-*")) == []
+
+
+@pytest.mark.parametrize(
+    "flag", [["--subpath", "ui"], ["--hide-ui-dir-config", "--freeze-settings"], ["--listen"]]
+)
+def test_the_tab_is_built_under_flags_that_restrict_it(tmp_path, flag):
+    fill(tmp_path)
+    with FakeHost(tmp_path, *flag) as host:
+        assert "tab_loramerge" in components(host)
+        assert host.post("/fake/status")["errors"] == []
+
+
+def test_it_loads_in_a_webui_without_any_lora_and_without_the_folder(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    lora_dir = tmp_path / "not made yet"
+    with FakeHost(data, "--api", lora_dir=lora_dir) as host:
+        assert "tab_loramerge" in components(host)
+        assert host.get(f"{API}/loras") == {"loras": []}
+        assert host.post("/fake/status")["errors"] == []
+
+
+def in_a_process(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_loading_imports_nothing_that_only_a_merge_needs():
+    """Our part of the WebUI's start: what reads and merges files comes later."""
+    names = in_a_process(
+        "import json, sys, gradio, torch, safetensors.torch\n"
+        "before = set(sys.modules)\n"
+        "import lib_loramerge.webui.extension\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    ours = {name.split(".")[1] for name in names if name.startswith("lib_loramerge.")}
+    assert not ours & {
+        "merge",
+        "analysis",
+        "dialects",
+        "adapters",
+        "architectures",
+        "metadata",
+        "cli",
+        "demo",
+    }
+    foreign = {name.split(".")[0] for name in names} - {"lib_loramerge"} - set(sys.stdlib_module_names)
+    assert foreign == set(), "a WebUI has imported all others before us"
+
+
+def test_loading_leaves_torch_warnings_and_signals_alone():
+    same = in_a_process(
+        "import json, signal, sys, threading, warnings, gradio, torch\n"
+        "def state(): return [torch.get_num_threads(), str(torch.get_default_dtype()), torch.is_grad_enabled(),\n"
+        "    torch.get_float32_matmul_precision(), len(warnings.filters), str(signal.getsignal(signal.SIGINT)),\n"
+        "    str(signal.getsignal(signal.SIGTERM)), threading.active_count(), sys.getrecursionlimit(),\n"
+        "    str(torch.load), sys.path]\n"
+        "before = state()\n"
+        "import lib_loramerge.webui.extension, lib_loramerge.merge.run\n"
+        "print(json.dumps([before, state()]))"
+    )
+    assert same[0] == same[1]
