@@ -23,7 +23,7 @@ _TEXT_LAYERS = 4
 
 def sample_layers() -> dict[str, tuple[int, int]]:
     """kohya layer name to (out, in) of the layers that the samples change."""
-    layers = {}
+    layers: dict[str, tuple[int, int]] = {}
     for block, width in _ATTENTION.items():
         stem = f"lora_unet_{block}_transformer_blocks_0"
         layers |= {f"{stem}_attn1_to_{part}": (width, width) for part in ("q", "k", "v", "out_0")}

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import ranks
+from ..merge.layer import open_merger
 from ..merge.plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, entries_bytes, metadata_bytes
-from ..merge.run import for_each_layer, open_merger
+from ..merge.run import for_each_layer
 from ..report import percent
 
 TARGETS = (0.01, 0.05, 0.10)

@@ -12,8 +12,9 @@ from itertools import combinations
 from typing import Any
 
 from ..delta import Delta, Dense, LowRank, inner, norm, overlap, sign_conflict
+from ..merge.layer import open_merger
 from ..merge.plan import LayerPlan, MergePlan
-from ..merge.run import for_each_layer, open_merger
+from ..merge.run import for_each_layer
 from ..report import percent
 
 # Cosines beyond which two LoRAs are called the same, agreeing, unrelated, or opposed.
@@ -198,8 +199,8 @@ def _verdict(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Relat
     fighting = [block for block, relation in blocks.items() if relation.cosine <= OPPOSED]
     if fighting and whole.cosine > OPPOSED:
         sentences.append(
-            f"They pull against each other in {', '.join(fighting)}: lower one of them there with block weights "
-            "(lbw=), or let one go first with mode np."
+            f"They pull against each other in {', '.join(fighting)}: lower one of them there with block "
+            "weights (lbw=), or let one go first with mode np."
         )
     loud = [name for name, other in ((a, 1), (b, 0)) if whole.norms[1 - other] > 3 * whole.norms[other] > 0]
     if loud:

@@ -112,7 +112,7 @@ class LayerDelta:
     notes: tuple[str, ...] = ()
 
 
-def place_rows(delta: _D, spans: Sequence[tuple[int, int]], total: int) -> _D:
+def place_rows(delta: Delta, spans: Sequence[tuple[int, int]], total: int) -> Delta:
     """Put a split layer (q of a fused qkv, say) into its rows of the fused one; other rows are zero.
 
     Args:
@@ -125,7 +125,7 @@ def place_rows(delta: _D, spans: Sequence[tuple[int, int]], total: int) -> _D:
     return replace(delta, weight=_placed(delta.weight, spans, total))
 
 
-def take_rows(delta: _D, spans: Sequence[tuple[int, int]]) -> _D:
+def take_rows(delta: Delta, spans: Sequence[tuple[int, int]]) -> Delta:
     """Rows ``spans`` of a fused layer's delta, in that order, as the delta of the split layer."""
     if isinstance(delta, LowRank):
         return replace(delta, up=_taken(delta.up, spans))

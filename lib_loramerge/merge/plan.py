@@ -498,10 +498,11 @@ def predicted_bytes(plan: MergePlan) -> int:
 
 def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
     """Bytes that a layer's tensors take in the header, with room for the longest offsets."""
-    slots = ("up", "down", "alpha")
+    slots = ["up", "down", "alpha"]
     if layer.rank is None:
-        slots = ("w_norm", "b_norm") if layer.vector else ("diff",)
-    slots += ("diff_b",) if layer.bias and not layer.vector else ()
+        slots = ["w_norm", "b_norm"] if layer.vector else ["diff"]
+    if layer.bias and not layer.vector:
+        slots.append("diff_b")
     total = 0
     for prefix, _ in output_names(plan, layer.layer):
         for slot in slots:
@@ -511,10 +512,14 @@ def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
     return total
 
 
-def metadata_bytes(plan: MergePlan) -> int:
-    """Bytes that the metadata of this merge takes at most, padding included."""
+def metadata_bytes(plan: MergePlan, name: str = "x" * 32) -> int:
+    """Bytes that the metadata of this merge takes at most, padding included.
+
+    Args:
+        name: Stem of the file, where it is known.
+    """
     hashes = ["0" * 64] * len(plan.sources)
-    return len(json.dumps(merged_metadata(plan, "x" * 64, hashes), ensure_ascii=False).encode()) + 256
+    return len(json.dumps(merged_metadata(plan, name, hashes), ensure_ascii=False).encode()) + 256
 
 
 def merged_metadata(

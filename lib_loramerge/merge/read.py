@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import adapters
-from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack, take_rows
+from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack
 from ..files import LoraFile, open_file
 from .sources import Source, SourcePart
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class SourceReader:
     """Reads one source's tensors and builds each layer's delta at strength 1.
 
-    A context manager: the file stays mapped while it is open, and must be closed
-    before a file of the same name is replaced.
+    A context manager: the file stays open meanwhile, and must be closed before a
+    file of the same name is replaced.
     """
 
     def __init__(self, source: Source, base: BaseCheckpoint | None = None):
@@ -60,7 +60,7 @@ class SourceReader:
             base=self._base_weight(part) if part.facts.needs_base else None,
             dyn=dyn,
         )
-        if part.spans is None:
+        if part.spans is None or part.out is None:
             return built
         weight = None if built.weight is None else place_rows(built.weight, part.spans, part.out)
         bias = None if built.bias is None else _placed_bias(built.bias, part.spans, part.out)
@@ -76,7 +76,7 @@ class SourceReader:
 
 
 def _placed_bias(bias: Tensor, spans: Sequence[tuple[int, int]], total: int) -> Tensor:
-    return place_rows(Dense(bias[:, None]), spans, total).weight[:, 0]
+    return place_rows(Dense(bias[:, None]), spans, total).dense()[:, 0]
 
 
 def _joined(parts: Sequence[LayerDelta]) -> LayerDelta:
@@ -99,6 +99,3 @@ def total(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
         (weight * delta.dense() for delta, weight in zip(deltas, weights, strict=True)), torch.zeros(())
     )
     return Dense(dense, deltas[0].kernel)
-
-
-__all__ = ["SourceReader", "take_rows", "total"]

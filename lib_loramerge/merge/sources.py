@@ -165,18 +165,19 @@ def open_source(path: Path) -> Source:
         IncompatibleError: Two spellings of one layer, or shapes that do not fit.
         UnsupportedError: A kind of file that cannot be merged at all.
     """
-    stat = path.stat() if path.is_file() else None
-    key = (str(path), stat.st_size, stat.st_mtime_ns) if stat else None
+    if not path.is_file():
+        return _understand(path, read_header(path))  # which says what is wrong
+    status = path.stat()
+    key = (str(path), status.st_size, status.st_mtime_ns)
     with _lock:
         if key in _remembered:
             _remembered.move_to_end(key)
             return _remembered[key]
     source = _understand(path, read_header(path))
-    if key is not None:
-        with _lock:
-            _remembered[key] = source
-            while len(_remembered) > REMEMBERED:
-                _remembered.popitem(last=False)
+    with _lock:
+        _remembered[key] = source
+        while len(_remembered) > REMEMBERED:
+            _remembered.popitem(last=False)
     return source
 
 
