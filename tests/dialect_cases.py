@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
 """Key lists for the tests of names: complete ones from trainers, and small ones of every dialect."""
 
 from __future__ import annotations

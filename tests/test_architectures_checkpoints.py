@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
 """Where a layer's weight lies in a checkpoint, judged by diffusers' converters and models."""
 
 from __future__ import annotations

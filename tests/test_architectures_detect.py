@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
 """The base model of a file from names and shapes, whatever the adapter kind, and from metadata last."""
 
 from __future__ import annotations

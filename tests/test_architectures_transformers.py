@@ -112,7 +112,7 @@ class Checkpoint(dict):
 
 
 def make_checkpoint(architecture: str, special: dict[str, int]) -> dict[str, tuple[str, Tensor]]:
-    """Flattened path to its tensor's name in the model's own code, and a weight whose rows are all different."""
+    """Flattened path to its tensor's name in the model's own code, and a weight with different rows."""
     names = NAMES[architecture]
     own = {target: path for path, target in names.own.items()}
     made: dict[str, tuple[str, Tensor]] = {}

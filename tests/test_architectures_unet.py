@@ -64,7 +64,9 @@ def test_the_sample_lists_beside_the_checkout_say_the_same_as_our_copy(architect
 
 MODELS = {
     "sd1": {"cross_attention_dim": 768},
-    "sd2": {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": (5, 10, 20, 20)},
+    "sd2": {
+        "cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": (5, 10, 20, 20),
+    },
     "sdxl": {
         "cross_attention_dim": 2048, "use_linear_projection": True, "attention_head_dim": (5, 10, 20),
         "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),

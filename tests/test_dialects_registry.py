@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
 """Properties of the tables of dialects, slots and refused files."""
 
 from __future__ import annotations

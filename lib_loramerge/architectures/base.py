@@ -153,12 +153,13 @@ COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 _VERBATIM_TEXT_ENCODERS = (
     ("lora_te1_", "te1"), ("lora_te2_", "te2"), ("lora_te3_", "te3"), ("lora_te_", "te"),
     ("lora_prior_te_", "te"), ("text_encoder_2.", "te2"), ("text_encoder_3.", "te3"),
-    ("text_encoder.", "te1"), ("text_encoders.", "te"), ("clip_l.", "te1"), ("clip_g.", "te2"), ("t5.", "te3"),
+    ("text_encoder.", "te1"), ("text_encoders.", "te"), ("clip_l.", "te1"), ("clip_g.", "te2"),
+    ("t5.", "te3"),
 )  # fmt: skip
 
 
 def component(layer: str) -> str:
-    """Part of the base model that a layer is in: ``"unet"`` (any denoiser), ``"te"``, ``"te1"``, ``"te2"``, ``"te3"``."""
+    """Part of the base model that a layer is in: ``"unet"`` for any denoiser, else ``"te"`` to ``"te3"``."""
     if layer.startswith("lora_unet_"):
         return "unet"
     for prefix, name in _VERBATIM_TEXT_ENCODERS:

@@ -101,7 +101,10 @@ def companions(architecture_id: str, layer: str) -> tuple[str, ...]:
 
 @cache
 def layers(architecture_id: str) -> tuple[str, ...]:
-    """Every layer of a base model by canonical name, where they are known: the U-Nets with their text encoders."""
+    """Every layer of a base model by canonical name; () where we have no complete list.
+
+    The models with a U-Net have one, their text encoders included.
+    """
     if architecture_id not in UNETS:
         return ()
     denoiser = [f"lora_unet_{entry.ldm_flat}" for entry in unet_layers(architecture_id)]

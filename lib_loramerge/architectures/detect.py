@@ -25,7 +25,7 @@ class Detection:
 
 
 def in_features(slots: Slots) -> int | None:
-    """Input width of a linear layer, from whatever adapter kind changes it; None if its tensors do not tell."""
+    """Input width of a linear layer, from an adapter of any kind; None if its tensors do not tell."""
     width = _width(slots, "down", 1) or _width(slots, "hada_w1_b", 1) or _width(slots, "diff", 1)
     if width:
         return width
@@ -181,7 +181,10 @@ def _flux1_or_chroma(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, 
 
 
 # Layers of a joint transformer block that read its hidden width.
-_JOINT_HIDDEN = r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|adaLN_modulation_1$|norm1_linear$|_mlp_fc1$"
+_JOINT_HIDDEN = (
+    r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|"
+    r"adaLN_modulation_1$|norm1_linear$|_mlp_fc1$"
+)
 
 
 def _joint(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
@@ -385,31 +388,36 @@ def _text_encoder_alone(layers: Layers, metadata: Mapping[str, str]) -> tuple[st
     return said if said is not None and said[0] in _SHARED_ENCODERS.get(found[0], ()) else found
 
 
-# Start of a metadata value to our id; the first that fits counts.
-_METADATA: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("ss_base_model_version", (
-        ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sdxl_refiner", "sdxl_refiner"), ("sdxl_", "sdxl"), ("sd3_5-large", "sd3_large"),
-        ("sd3_5_large", "sd3_large"), ("5-large", "sd3_large"), ("sd3", "sd3"), ("5-medium", "sd3"), ("medium", "sd3"),
-        ("flux2", "flux2"), ("flux_2", "flux2"), ("klein", "flux2"), ("flux", "flux1"), ("chroma", "chroma"),
-        ("lumina", "lumina2"), ("zimage", "zimage"), ("z_image", "zimage"), ("z-image", "zimage"), ("qwen", "qwen_image"),
-        ("wan", "wan"), ("anima", "anima"), ("hunyuan-image", "hunyuan_image"), ("hunyuan_image", "hunyuan_image"),
-        ("hunyuan_video", "hunyuan_video"), ("stable_cascade", "stable_cascade"),
-    )),
-    ("modelspec.architecture", (
-        ("stable-diffusion-v1", "sd1"), ("stable-diffusion-v2", "sd2"), ("stable-diffusion-xl-v1-refiner", "sdxl_refiner"),
-        ("stable-diffusion-xl", "sdxl"), ("stable-diffusion-3.5-large", "sd3_large"), ("stable-diffusion-3", "sd3"),
-        ("flux-2", "flux2"), ("flux", "flux1"), ("chroma", "chroma"), ("lumina", "lumina2"), ("z-image", "zimage"),
-        ("qwen", "qwen_image"), ("wan", "wan"), ("anima", "anima"), ("hunyuan-image", "hunyuan_image"),
-        ("hunyuan-video", "hunyuan_video"), ("stable-cascade", "stable_cascade"),
-    )),
-)  # fmt: skip
+# How ``ss_base_model_version`` and ``modelspec.architecture`` begin; underscores count as hyphens.
+_METADATA: dict[str, tuple[str, ...]] = {
+    "sd1": ("sd-v1", "stable-diffusion-v1"),
+    "sd2": ("sd-v2", "stable-diffusion-v2"),
+    "sdxl": ("sdxl-", "stable-diffusion-xl"),
+    "sdxl_refiner": ("sdxl-refiner", "stable-diffusion-xl-v1-refiner"),
+    "sd3": ("sd3", "medium", "5-medium", "stable-diffusion-3"),
+    "sd3_large": ("sd3-5-large", "sd3.5-large", "5-large", "stable-diffusion-3.5-large"),
+    "flux1": ("flux",),
+    "flux2": ("flux2", "flux-2", "klein"),
+    "chroma": ("chroma",),
+    "lumina2": ("lumina",),
+    "zimage": ("zimage", "z-image"),
+    "qwen_image": ("qwen",),
+    "wan": ("wan",),
+    "anima": ("anima",),
+    "hunyuan_image": ("hunyuan-image",),
+    "hunyuan_video": ("hunyuan-video",),
+    "stable_cascade": ("stable-cascade",),
+}
+_BY_START = sorted(
+    ((start, name) for name, starts in _METADATA.items() for start in starts), key=lambda row: -len(row[0])
+)
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    for key, starts in _METADATA:
-        value = str(metadata.get(key, "")).lower()
-        for start, name in starts:
-            if value.startswith(start):
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        value = str(metadata.get(key, ""))
+        for start, name in _BY_START:
+            if value.lower().replace("_", "-").startswith(start):
                 return name, f"its metadata says {value!r}"
     if str(metadata.get("ss_v2", "")).lower() == "true":
         return "sd2", "its metadata says version 2"

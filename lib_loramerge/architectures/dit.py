@@ -101,7 +101,8 @@ _FLUX_EDGES: dict[str, Members] = {
     "final_layer.adaLN_modulation.1": _one("norm_out.linear", _SWAPPED),
 }
 _FLUX_ROOTS = (
-    "double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer",
+    "double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in",
+    "final_layer",
 )  # fmt: skip
 
 # XLabs trains q, k, v of the single blocks only: the first three of the seven units of linear1.
@@ -475,7 +476,7 @@ def _template(flat: str) -> tuple[str, str]:
 
 
 def resolve(architecture_id: str, flat: str) -> tuple[str, Rows | None] | None:
-    """Flattened checkpoint path, and rows of it, for any flattened spelling of a layer; None if there is none."""
+    """Flattened checkpoint path, and rows of it, for any flattened spelling; None for no known layer."""
     tables = _tables(architecture_id)
     if tables is None:
         return None
@@ -493,7 +494,7 @@ def resolve(architecture_id: str, flat: str) -> tuple[str, Rows | None] | None:
 
 
 def dotted_paths(architecture_id: str, flat: str) -> tuple[str, ...]:
-    """Paths with their dots of a flattened checkpoint path: the hosts' and, if it differs, the model's own."""
+    """Dotted forms of a flattened checkpoint path: the hosts' and, if it differs, the model's own."""
     tables = _tables(architecture_id)
     if tables is None:
         return ()

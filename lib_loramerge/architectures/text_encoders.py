@@ -29,7 +29,8 @@ CLIP_EDGES: dict[str, str] = {
     "text_projection": "text_projection",
 }
 T5_LEAVES = (
-    "layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v", "layer.0.SelfAttention.o",
+    "layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v",
+    "layer.0.SelfAttention.o",
     "layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo",
     "layer.0.layer_norm", "layer.1.layer_norm",
 )  # fmt: skip

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..architectures import Architecture, Detection, Rows, canonical_path, detect, layer_name
 from ..errors import IncompatibleError, UnsupportedError
@@ -151,7 +152,8 @@ class _Reading:
             slots = self._slots[layer] = self._open(layer)
         if slot in slots:
             raise IncompatibleError(
-                f"{self.start}{layer} has the same tensor twice, as {slots[slot]} and as {key}. Remove one of them."
+                f"{self.start}{layer} has the same tensor twice, as {slots[slot]} and as {key}. "
+                "Remove one of them."
             )
         slots[slot] = key
         if slot == "up":
@@ -247,7 +249,7 @@ def _place(architecture: Architecture, raw: RawLayer, spelling: str) -> tuple[st
 
 
 def _refuse_twice(parts: list[Part], start: str) -> None:
-    for before, after in zip(parts, parts[1:]):
+    for before, after in pairwise(parts):
         if before.layer == after.layer and _overlap(before.rows, after.rows):
             raise IncompatibleError(
                 f"{start}one layer is there twice, as {before.spelling} and as {after.spelling}. "

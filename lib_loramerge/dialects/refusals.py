@@ -48,7 +48,7 @@ REFUSED: tuple[Kind, ...] = (
         "an IP-Adapter", r"^(?:ip_adapter|image_proj(?:_model)?)\.|\.processor\.to_[kv]_ip\b",
         "it adds new layers instead of changing those of the base model",
     ),
-    _kind("an hlora", r"^hlora", "its layers belong to a host that no public tool describes"),
+    _kind("an hlora", r"^hlora", "no public tool describes what its layers mean"),
     _kind(
         "a T-LoRA", r"\.(?:q_layer|p_layer)\.weight$|\.lambda_layer$",
         "it is relative to a decomposition of the base weights that is not in the file",
@@ -57,14 +57,15 @@ REFUSED: tuple[Kind, ...] = (
     _kind("a FourierFT adapter", r"\bfourierft_", "it stores a spectrum whose positions are not in the file"),
     _kind(
         "an AdaLoRA", r"\.lora_E\b|\.ranknum\b",
-        "its ranks are pruned by a mask that is only in the trainer's state",
+        "its scale depends on a number of ranks that is not in the file",
     ),
     _kind(
         "an adapter of PEFT's OFT", r"\.oft_[rR](?:\.[^.]+)?(?:\.weight)?$",
         "it stores the rotation in a packed form whose layout depends on the version of PEFT",
     ),
     _kind(
-        "an adapter of PEFT's BOFT", r"\.boft_[Rs](?:\.[^.]+)?$", "no WebUI reads it; LyCORIS's BOFT can be merged"
+        "an adapter of PEFT's BOFT", r"\.boft_[Rs](?:\.[^.]+)?$",
+        "no WebUI reads it; LyCORIS's BOFT can be merged",
     ),
     _kind(
         "an adapter of PEFT's (IA)^3", r"\.ia3_l(?:\.[^.]+)?$",
@@ -72,7 +73,8 @@ REFUSED: tuple[Kind, ...] = (
     ),
     _kind("a HRA or bone adapter", r"\.(?:hra_u|bone_block|miss_block)\b", "no WebUI reads it"),
     _kind(
-        "a LoRA of an embedding table", r"\.lora_embedding_[AB]\b", "no WebUI applies it to the token embeddings"
+        "a LoRA of an embedding table", r"\.lora_embedding_[AB]\b",
+        "no WebUI applies it to the token embeddings",
     ),
     _kind(
         "a ControlNet",
@@ -97,7 +99,8 @@ REFUSED: tuple[Kind, ...] = (
         "embeddings are used by name in the prompt",
     ),
     _kind(
-        "a T2I-Adapter", r"^(?:adapter\.)?body\.\d+\.", "it is a network of its own beside the base model", whole=True
+        "a T2I-Adapter", r"^(?:adapter\.)?body\.\d+\.",
+        "it is a network of its own beside the base model", whole=True,
     ),
     _kind(
         "a whole text encoder or language model",
@@ -127,7 +130,7 @@ class Refusal:
 
 
 def refusals(keys: Iterable[str]) -> tuple[Refusal, ...]:
-    """Kinds of unmergeable files that these keys belong to; each key counts for the first kind that claims it."""
+    """Kinds of unmergeable files that these keys show; each key counts for the first that claims it."""
     found: dict[str, list[str]] = {}
     for key in keys:
         for kind in REFUSED:

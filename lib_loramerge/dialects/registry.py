@@ -86,10 +86,13 @@ _ANY_PREFIX = (
 _TABLE = (
     Dialect(
         "kohya", "kohya's sd-scripts, LyCORIS, OneTrainer for U-Nets",
-        re.compile(r"(?P<part>lora_unet_+|lora_te[123]?_|oft_unet_|lora_prior_unet_|lora_prior_te_)(?P<path>[^.:]+)", re.I),
+        re.compile(
+            r"(?P<part>lora_unet_+|lora_te[123]?_|oft_unet_|lora_prior_unet_|lora_prior_te_)(?P<path>[^.:]+)",
+            re.I,
+        ),
         {
-            "lora_unet": "unet", "oft_unet": "unet", "lora_prior_unet": "prior_unet", "lora_te": "te", "lora_te1": "te1",
-            "lora_te2": "te2", "lora_te3": "te3", "lora_prior_te": "prior_te",
+            "lora_unet": "unet", "oft_unet": "unet", "lora_prior_unet": "prior_unet", "lora_te": "te",
+            "lora_te1": "te1", "lora_te2": "te2", "lora_te3": "te3", "lora_prior_te": "prior_te",
         },
         "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",
     ),

@@ -39,7 +39,8 @@ SLOTS: dict[str, str] = {
     "lora.up.weight": "up", "lora.down.weight": "down",
     "lora_linear_layer.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "network_alpha": "alpha",
-    "magnitude": "dora_scale", "lora_magnitude_vector": "dora_scale", "lora_magnitude_vector.weight": "dora_scale",
+    "magnitude": "dora_scale", "lora_magnitude_vector": "dora_scale",
+    "lora_magnitude_vector.weight": "dora_scale",
 }  # fmt: skip
 
 # PEFT puts the name of the adapter into the key when it is asked for the raw state.
