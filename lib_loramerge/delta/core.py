@@ -28,7 +28,7 @@ from torch import Tensor
 from .types import LowRank
 
 NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
-_CHUNK = 1024  # Columns turned to float64 at a time: 256 rows of them stay in the processor's cache.
+_CHUNK = 1 << 18  # Numbers turned to float64 at a time: they stay in the processor's cache.
 _BLOCK = 64  # Rows of a Gram matrix made by one product.
 _SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
 _NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
@@ -78,15 +78,28 @@ class Spectrum:
 def gram(rows: Tensor) -> Tensor:
     """``rows @ rows^T`` in float64, (..., R, R), of rows (..., R, n) in any float dtype."""
     rank, length = rows.shape[-2:]
-    total = rows.new_zeros((*rows.shape[:-1], rank), dtype=torch.float64)
-    for start in range(0, length, _CHUNK):
-        piece = _double(rows[..., start : start + _CHUNK])
-        for top in range(0, rank, _BLOCK):  # the lower triangle, in strips: it tells the upper one
-            end = min(top + _BLOCK, rank)
-            total[..., top:end, :end] += piece[..., top:end, :] @ piece[..., :end, :].mT
+    chunk = max(_CHUNK // max(rank, 1), 64)
+    total = None
+    for start in range(0, length, chunk):
+        product = _lower(_double(rows[..., start : start + chunk]))
+        total = product if total is None else total.add_(product)
+    if total is None:
+        return rows.new_zeros((*rows.shape[:-1], rank), dtype=torch.float64)
     for top in range(_BLOCK, rank, _BLOCK):
         total[..., :top, top : top + _BLOCK] = total[..., top : top + _BLOCK, :top].mT
     return total
+
+
+def _lower(piece: Tensor) -> Tensor:
+    """``piece @ piece^T``, the blocks above the diagonal left as they happen to be."""
+    rank = piece.shape[-2]
+    if rank <= _BLOCK:
+        return piece @ piece.mT
+    product = piece.new_zeros((*piece.shape[:-1], rank))
+    for top in range(0, rank, _BLOCK):
+        end = min(top + _BLOCK, rank)
+        product[..., top:end, :end] = piece[..., top:end, :] @ piece[..., :end, :].mT
+    return product
 
 
 def grams(delta: LowRank) -> Grams:
