@@ -233,6 +233,7 @@ def test_ctrl_c_stops_soon_and_leaves_nothing(tmp_path):
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     process.communicate(timeout=20)
-    assert process.returncode == 130
+    # Python ends by the signal itself when it came during an import; a shell sees 130 both times.
+    assert process.returncode in (130, -signal.SIGINT)
     assert time.monotonic() - sent < 5
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]

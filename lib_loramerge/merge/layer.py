@@ -20,9 +20,11 @@ from ..delta import (
     decompose,
     decompose_dense,
     norm,
+    parallel_map,
     relative_error,
     take_rows,
     write_layer,
+    write_layers,
 )
 from ..errors import OutputError
 from ..methods import LayerContext
@@ -46,6 +48,25 @@ class MergedLayer:
     conv: bool
     notes: tuple[str, ...]
     written_sq: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer merged but not yet cut to rank.
+
+    Attributes:
+        merged: The method's delta; None when only a bias changes.
+        wanted: What the error is measured against, where that is not ``merged``.
+        whole: It is written whole, without a rank.
+    """
+
+    layer: LayerPlan
+    inputs: Sequence[LayerDelta]
+    merged: Delta | None
+    wanted: Delta | None
+    bias: Tensor | None
+    notes: tuple[str, ...]
+    whole: bool
 
 
 @contextmanager
@@ -115,13 +136,27 @@ class Merger:
         return decompose_dense(merged) if isinstance(merged, Dense) else decompose(merged, vectors=False)
 
     def merge(self, layer: LayerPlan, allotted: int | None) -> MergedLayer:
-        """Everything about one layer of the result."""
-        try:
-            return self._merge(layer, allotted)
-        except OutputError as error:
-            raise OutputError(f"{layer.layer}: {error}") from error
+        """Everything about one layer of the result.
 
-    def _merge(self, layer: LayerPlan, allotted: int | None) -> MergedLayer:
+        Args:
+            allotted: Rank that a size rule gives the layer.
+        """
+        prepared = self.prepare(layer)
+        return self.finish(prepared, None if prepared.whole else self._store([prepared], [allotted])[0])
+
+    def merge_together(
+        self, layers: Sequence[LayerPlan], allotted: Sequence[int | None]
+    ) -> list[MergedLayer]:
+        """The same for several layers, on an accelerator, which is quick only with many at once."""
+        prepared = list(parallel_map(self.prepare, layers))
+        cut = [index for index, entry in enumerate(prepared) if not entry.whole]
+        stored = dict(
+            zip(cut, self._store([prepared[i] for i in cut], [allotted[i] for i in cut]), strict=True)
+        )
+        return [self.finish(entry, stored.get(index)) for index, entry in enumerate(prepared)]
+
+    def prepare(self, layer: LayerPlan) -> Prepared:
+        """Read a layer of every input and merge it; nothing is cut or rounded yet."""
         inputs = self.inputs(layer)
         notes = tuple(
             f"{self.plan.sources[index].path.name}: {note}"
@@ -129,24 +164,36 @@ class Merger:
             for note in entry.notes
         )
         merged, wanted = self.combine(layer, inputs)
-        bias = self._bias(layer, inputs)
-        if merged is None:
-            return self._whole(layer, None, bias, notes)
-        if layer.vector:
-            return self._whole(layer, merged, bias, notes)
-        if isinstance(merged, Dense) and layer.rank is None:
-            return self._whole(layer, merged, bias, notes)
-        stored = write_layer(merged, self.dtype, self._chooser(layer, merged, allotted))
-        if stored is not None and not self.plan.method.uses_rank and self._cancels(inputs, layer, stored):
-            stored = None
-        if stored is None:
-            gone = norm(wanted) ** 2 if wanted is not None else 0.0
-            return self._absent(layer, gone, bias, notes)
-        return self.low_rank(layer, stored, wanted, bias, notes)
+        whole = merged is None or layer.vector or (isinstance(merged, Dense) and layer.rank is None)
+        return Prepared(layer, inputs, merged, wanted, self._bias(layer, inputs), notes, whole)
+
+    def finish(self, prepared: Prepared, stored: Stored | None) -> MergedLayer:
+        """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
+        layer, wanted = prepared.layer, prepared.wanted
+        try:
+            if prepared.whole:
+                return self._whole(layer, prepared.merged, prepared.bias, prepared.notes)
+            if stored is None or (not self.plan.method.uses_rank and self._cancels(prepared, stored)):
+                gone = norm(wanted) ** 2 if wanted is not None else 0.0
+                return self._absent(layer, gone, prepared.bias, prepared.notes)
+            return self.low_rank(layer, stored, wanted, prepared.bias, prepared.notes)
+        except OutputError as error:
+            raise OutputError(f"{layer.layer}: {error}") from error
+
+    def _store(self, prepared: Sequence[Prepared], allotted: Sequence[int | None]) -> list[Stored | None]:
+        deltas = [entry.merged for entry in prepared if entry.merged is not None]
+        rules = [self._chooser(p.layer, d, a) for p, d, a in zip(prepared, deltas, allotted, strict=True)]
+        if self.device.type != "cpu":
+            return write_layers(deltas, self.dtype, rules)
+        try:
+            return [write_layer(d, self.dtype, rule) for d, rule in zip(deltas, rules, strict=True)]
+        except OutputError as error:
+            raise OutputError(f"{prepared[0].layer.layer}: {error}") from error
 
     def _chooser(
         self, layer: LayerPlan, merged: Delta, allotted: int | None
     ) -> Callable[[Spectrum], int] | None:
+        """The rank rule of one layer; None where all ranks are kept."""
         if not self.plan.method.uses_rank and isinstance(merged, LowRank):
             return None
         if allotted is not None:
@@ -156,13 +203,13 @@ class Merger:
             self.plan.recipe, spectrum, same=spectrum.rank if same is None else same, conv=bool(layer.kernel)
         )
 
-    def _cancels(self, inputs: Sequence[LayerDelta], layer: LayerPlan, stored: Stored) -> bool:
+    def _cancels(self, prepared: Prepared, stored: Stored) -> bool:
         """Whether what is left is only the rounding noise of inputs that cancel."""
-        if len(inputs) < 2 or stored.exact_sq == 0:
+        if len(prepared.inputs) < 2 or stored.exact_sq == 0:
             return stored.exact_sq == 0
         size = sum(
             abs(weight) * norm(entry.weight)
-            for weight, entry in zip(layer.weights, inputs, strict=True)
+            for weight, entry in zip(prepared.layer.weights, prepared.inputs, strict=True)
             if entry.weight is not None
         )
         return stored.exact_sq <= (CANCELLED * size) ** 2

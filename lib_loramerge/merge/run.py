@@ -29,6 +29,9 @@ from .plan import (
     metadata_bytes,
 )
 
+# Layers that an accelerator is given at once: enough to fill it, few enough to hold and to stop soon.
+BATCH = 64
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -181,11 +184,51 @@ def _merge_layers(
     cancel: Callable[[], bool] | None,
     workers: int | None,
 ) -> list[MergedLayer]:
-    def merge(layer: LayerPlan) -> MergedLayer:
-        return merger.merge(layer, None if allotted is None else allotted.get(layer.layer))
+    ranks_allotted = allotted or {}
+    if merger.device.type == "cpu":
 
-    merged = for_each_layer(plan.layers, merge, "merge", progress, cancel, workers)
+        def merge(layer: LayerPlan) -> MergedLayer:
+            return merger.merge(layer, ranks_allotted.get(layer.layer))
+
+        merged = for_each_layer(plan.layers, merge, "merge", progress, cancel, workers)
+    else:
+        merged = _merge_in_batches(plan, merger, ranks_allotted, progress, cancel)
     return _completed_groups(plan, merger, merged)
+
+
+def _merge_in_batches(
+    plan: MergePlan,
+    merger: Merger,
+    allotted: Mapping[str, int],
+    progress: Callable[[Progress], None] | None,
+    cancel: Callable[[], bool] | None,
+) -> list[MergedLayer]:
+    """All layers on an accelerator, those of one shape together; in the order of the plan."""
+    layers = plan.layers
+    order = _by_size(layers)
+    results: dict[int, MergedLayer] = {}
+    start = time.perf_counter()
+    for first in range(0, len(order), BATCH):
+        _raise_if_cancelled(cancel)
+        batch = [layers[index] for index in order[first : first + BATCH]]
+        merged = merger.merge_together(batch, [allotted.get(layer.layer) for layer in batch])
+        results.update(zip(order[first : first + BATCH], merged))
+        _tell(progress, "merge", len(results), len(layers), batch[-1].layer, start)
+    return [results[index] for index in range(len(layers))]
+
+
+def _by_size(layers: Sequence[LayerPlan]) -> list[int]:
+    """Order of work: large layers first, so that threads finish together, and one shape after another."""
+    return sorted(range(len(layers)), key=lambda i: (-layers[i].out * layers[i].width, layers[i].out, i))
+
+
+def _tell(
+    progress: Callable[[Progress], None] | None, phase: str, done: int, total: int, layer: str, start: float
+) -> None:
+    if progress is not None:
+        spent = time.perf_counter() - start
+        eta = spent / done * (total - done) if done >= 8 else None
+        progress(Progress(phase, done, total, layer, eta))
 
 
 def for_each_layer(
@@ -196,12 +239,8 @@ def for_each_layer(
     cancel: Callable[[], bool] | None = None,
     workers: int | None = None,
 ) -> list[Any]:
-    """``function`` of every layer, in the order of ``layers``.
-
-    Large layers go first and layers of one shape together, so that the threads
-    finish at the same time.
-    """
-    order = sorted(range(len(layers)), key=lambda i: (-layers[i].out * layers[i].width, layers[i].out, i))
+    """``function`` of every layer, in the order of ``layers``."""
+    order = _by_size(layers)
     results: list[Any] = [None] * len(layers)
     start = time.perf_counter()
     jobs = (layers[index] for index in order)
@@ -209,10 +248,7 @@ def for_each_layer(
         zip(order, parallel_map(function, jobs, workers=workers, cancel=cancel), strict=True), start=1
     ):
         results[index] = result
-        if progress is not None:
-            spent = time.perf_counter() - start
-            eta = spent / done * (len(layers) - done) if done >= 8 else None
-            progress(Progress(phase, done, len(layers), layers[index].layer, eta))
+        _tell(progress, phase, done, len(layers), layers[index].layer, start)
     return results
 
 
