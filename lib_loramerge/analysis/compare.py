@@ -29,7 +29,8 @@ class Relation:
         cosine: Of the angle between them, -1 to 1; 0 is unrelated.
         inputs: Overlap of their input spaces, 0 to 1; None for dense deltas.
         outputs: The same of their output spaces.
-        sign_conflict: Share of the elements in which their signs differ.
+        sign_conflict: Share of the elements, weighted by their product, in which the signs differ;
+            0.5 is what unrelated deltas give.
         norms: Frobenius norms of both, strengths included.
     """
 

@@ -1,0 +1,168 @@
+"""What compare, advise and inspect say, against dense float64 and against the merge itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib_loramerge import cli
+from lib_loramerge.analysis import advise, compare, inspect
+from lib_loramerge.blocks import bundled_preset_path, load_presets
+from lib_loramerge.files import LoraFolder
+from lib_loramerge.merge import MergePlan, plan_merge, run_merge
+from lib_loramerge.recipe import MergeRecipe, parse_inputs
+from tests.fixtures import SD1_LAYERS, dense_deltas, lora_tensors, make_lora, relative_error, weighted_sum
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_lora(tmp_path / "a.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=1)
+    # b is a third of a, and something of its own: they agree in part.
+    own = lora_tensors(SD1_LAYERS, rank=4, alpha=2, seed=2)
+    same = load_file(tmp_path / "a.safetensors")
+    for layer in SD1_LAYERS:
+        up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
+        own[up] = torch.cat([own[up], same[up] / 3], dim=1)
+        own[down] = torch.cat([own[down], same[down]])
+        own[f"{layer}.alpha"] = torch.tensor(4.0)
+    save_file(own, tmp_path / "b.safetensors")
+    return tmp_path
+
+
+def plan(folder: Path, *inputs: str, **fields) -> MergePlan:
+    recipe = MergeRecipe(inputs=parse_inputs(list(inputs)), **fields)
+    return plan_merge(recipe, find=LoraFolder([folder]).find, presets=load_presets([bundled_preset_path()]))
+
+
+def cosine(a, b) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.8, 0.5), (1.0, -0.7)])
+def test_cosines_are_those_of_the_dense_deltas(folder, first, second):
+    report = compare(plan(folder, f"a:{first}", f"b:{second}")).pairs[0]
+    a, b = dense_deltas(folder / "a.safetensors"), dense_deltas(folder / "b.safetensors")
+    a, b = {k: first * v for k, v in a.items()}, {k: second * v for k, v in b.items()}
+    whole = (
+        sum(float((a[k] * b[k]).sum()) for k in a)
+        / (
+            sum(float(v.square().sum()) for v in a.values())
+            * sum(float(v.square().sum()) for v in b.values())
+        )
+        ** 0.5
+    )
+    assert report.whole.cosine == pytest.approx(whole, abs=1e-9)
+    text = cosine(
+        a["lora_te_text_model_encoder_layers_3_mlp_fc1"], b["lora_te_text_model_encoder_layers_3_mlp_fc1"]
+    )
+    assert report.layers["lora_te_text_model_encoder_layers_3_mlp_fc1"].cosine == pytest.approx(
+        text, abs=1e-9
+    )
+    assert report.whole.norms[0] == pytest.approx(
+        sum(float(v.square().sum()) for v in a.values()) ** 0.5, rel=1e-9
+    )
+
+
+def test_overlap_of_spaces_is_the_mean_squared_cosine_of_their_angles(folder):
+    report = compare(plan(folder, "a", "b")).pairs[0]
+    tensors = [load_file(folder / f"{name}.safetensors") for name in "ab"]
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    bases = [torch.linalg.qr(t[f"{layer}.lora_down.weight"].double().T).Q for t in tensors]
+    wanted = float((torch.linalg.svdvals(bases[0].T @ bases[1]) ** 2).mean())
+    assert report.layers[layer].inputs == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_sign_conflict_is_the_weighted_share_of_elements_of_opposite_sign(folder):
+    report = compare(plan(folder, "a", "b")).pairs[0]
+    a, b = dense_deltas(folder / "a.safetensors"), dense_deltas(folder / "b.safetensors")
+    layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    product = a[layer] * b[layer]
+    wanted = float(-product[product < 0].sum() / product.abs().sum())
+    assert report.layers[layer].sign_conflict == pytest.approx(wanted, abs=0.03)
+
+
+def test_verdicts_tell_unrelated_from_same_and_opposed(folder):
+    make_lora(folder / "c.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=9)
+    assert "orthogonal" in compare(plan(folder, "a", "c")).pairs[0].verdict
+    assert "same" in compare(plan(folder, "a", "a:0.9")).pairs[0].verdict
+    assert "against" in compare(plan(folder, "a", "a:-1")).pairs[0].verdict
+
+
+def test_advice_and_merge_agree_on_error_and_size(folder):
+    advice = advise(plan(folder, "a:0.8", "b:-0.5"))
+    wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
+    for point in advice.uniform:
+        made = plan(folder, "a:0.8", "b:-0.5", rank=point.rank)
+        report = run_merge(made, folder / f"rank{point.rank}.safetensors")
+        assert report.error == pytest.approx(point.error, rel=1e-5, abs=1e-6)
+        assert point.size_bytes - 1500 <= report.size_bytes <= point.size_bytes
+        error = relative_error(dense_deltas(Path(report.output)), wanted)
+        assert error == pytest.approx(point.error, rel=1e-5, abs=1e-6)
+
+
+def test_the_smallest_rank_for_an_error_is_the_smallest(folder):
+    advice = advise(plan(folder, "a:0.8", "b:-0.5"))
+    wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
+    values = [torch.linalg.svdvals(delta) ** 2 for delta in wanted.values()]
+    total = sum(float(v.sum()) for v in values)
+
+    def error(rank: int) -> float:
+        return (sum(float(v[rank:].sum()) for v in values) / total) ** 0.5
+
+    for target, rank in advice.smallest_rank.items():
+        assert error(rank) <= float(target) + 1e-9
+        assert error(rank - 1) > float(target)
+    assert advice.numerical_rank == 8
+
+
+def test_the_smallest_file_for_an_error_is_really_made_by_a_size_rule(folder):
+    advice = advise(plan(folder, "a:0.8", "b:-0.5"))
+    size = advice.smallest_size["0.1"]
+    report = run_merge(plan(folder, "a:0.8", "b:-0.5", size=size / 1e6), folder / "sized.safetensors")
+    assert report.size_bytes <= size
+    assert report.error <= 0.1 * 1.02
+    by_rank = next(p for p in advice.uniform if p.rank >= advice.smallest_rank["0.1"])
+    assert size <= by_rank.size_bytes
+
+
+def test_inspect_measures_norm_and_rank_by_another_route(folder):
+    report = inspect(folder / "b.safetensors")
+    deltas = dense_deltas(folder / "b.safetensors")
+    assert report.norm == pytest.approx(
+        sum(float(d.square().sum()) for d in deltas.values()) ** 0.5, rel=1e-9
+    )
+    kept = sum(float((torch.linalg.svdvals(d)[:4] ** 2).sum()) for d in deltas.values())
+    assert report.kept_at_rank[4] == pytest.approx(kept**0.5 / report.norm, rel=1e-9)
+    assert report.numerical_rank["largest"] == 8
+    text = [k for k in deltas if k.startswith("lora_te")]
+    assert report.norm_by_block["BASE"] == pytest.approx(
+        sum(float(deltas[k].square().sum()) for k in text) ** 0.5, rel=1e-9
+    )
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_hosts_are_told_what_stops_them(tmp_path):
+    plain = make_lora(tmp_path / "plain.safetensors", SD1_LAYERS)
+    assert set(inspect(plain).hosts.values()) == {"yes"}
+    names = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.ones(2, 768),
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight": torch.ones(64, 2),
+    }
+    save_file(names, tmp_path / "dotted.safetensors")
+    hosts = inspect(tmp_path / "dotted.safetensors").hosts
+    assert hosts["A1111"].startswith("no")
+    assert hosts["Forge"] == "yes"
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare", "advise"])
+def test_pictures_are_drawn(folder, tmp_path, capsys, command):
+    target = tmp_path / f"{command}.png"
+    files = [str(folder / "a.safetensors"), str(folder / "b.safetensors")]
+    assert cli.main([command, *files, "--plot", str(target)]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert len(target.read_bytes()) > 5000
+    capsys.readouterr()
