@@ -163,6 +163,31 @@ CASES: dict[str, tuple[dict[str, Shape], str, str, dict[str, tuple | None]]] = {
             "lora_te2_text_model_encoder_layers_31_mlp_fc1": None,
         },
     ),
+    "SD3 of ComfyUI with its text encoders": (
+        lora([
+            ("diffusion_model.joint_blocks.0.x_block.attn.qkv", 4608, 1536),
+            ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", 3072, 768),
+            ("text_encoders.clip_g.transformer.text_model.encoder.layers.31.mlp.fc1", 5120, 1280),
+            ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", 4096, 4096),
+        ]), "comfy", "sd3",
+        {
+            "lora_unet_joint_blocks_0_x_block_attn_qkv": None, "lora_te1_text_model_encoder_layers_0_mlp_fc1": None,
+            "lora_te2_text_model_encoder_layers_31_mlp_fc1": None,
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q": None,
+        },
+    ),
+    "SDXL text encoders as transformers 5 names them": (
+        lora([
+            ("text_encoder.encoder.layers.0.mlp.fc1", 3072, 768), ("text_encoder_2.encoder.layers.31.mlp.fc1", 5120, 1280),
+        ]), "diffusers", "sdxl",
+        {
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1": None, "lora_te2_text_model_encoder_layers_31_mlp_fc1": None,
+        },
+    ),
+    "PEFT's text encoder alone": (
+        lora(["base_model.model.encoder.layers.3.self_attn.q_proj"], 768, 768), "peft", "sd1",
+        {"lora_te_text_model_encoder_layers_3_self_attn_q_proj": None},
+    ),
     "Flux fused": (
         lora([("lora_unet_double_blocks_18_img_attn_qkv", 9216, 3072), ("lora_unet_single_blocks_37_linear1", 21504, 3072)], up=KOHYA),
         "kohya", "flux1",

@@ -83,3 +83,15 @@ def test_every_base_model_has_a_label_and_what_metadata_needs(architecture):
         assert entry.base_model_version
         assert entry.modelspec
     assert entry.v2 == (architecture == "sd2")
+
+
+def test_a_unet_that_is_not_told_apart_still_has_its_blocks_in_both_spellings():
+    import gzip
+    import json
+    from pathlib import Path
+
+    own = json.loads(gzip.decompress((Path(__file__).parent / "data" / "unet_layers.json.gz").read_bytes()))
+    for architecture in ("sd1", "sdxl"):
+        for diffusers_name, (ldm, expected) in own[architecture].items():
+            for name in (diffusers_name, ldm):
+                assert block("unknown", f"lora_unet_{name}") == expected or expected is None

@@ -39,7 +39,7 @@ TARGETS = ["to_q", "to_k", "to_out.0", "proj_in", "conv1", "time_emb_proj", "ff.
 # Name to the configuration, and the slots that a layer of it has.
 CONFIGS = {
     "LoRA": ("LoraConfig", {"r": 4}, {"up", "down"}),
-    "DoRA": ("LoraConfig", {"r": 4, "use_dora": True}, {"up", "down", "dora_scale"}),
+    "DoRA": ("LoraConfig", {"r": 4, "use_dora": True}, {"up", "down", "magnitude"}),
     "LoRA with bias": ("LoraConfig", {"r": 4, "lora_bias": True}, {"up", "down", "up_bias"}),
     "LoHa": ("LoHaConfig", {"r": 4}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
     "LoKr": ("LoKrConfig", {"r": 2}, {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}),

@@ -240,3 +240,32 @@ def test_the_order_of_the_keys_does_not_matter():
         assert {(p.layer, p.rows) for p in backwards.parts} == {
             (p.layer, p.rows) for p in parse_file(tensors, {}).parts
         }
+
+
+def test_a_second_transformer_in_one_file_is_listed_and_never_taken_for_the_first():
+    first = lora(["transformer.blocks.0.attn1.to_q", "transformer.blocks.0.attn2.to_q"], 5120, 5120)
+    second = lora(["transformer_2.blocks.0.attn1.to_q"], 5120, 5120)
+    parsed = parse_file({**first, **second}, {})
+    assert sorted(parsed.unknown) == sorted(second)
+    assert len(parsed.parts) == 2
+
+
+def test_norm_layers_and_biases_of_lycoris_find_their_layers():
+    tensors = {
+        "lora_unet_down_blocks_0_attentions_0_norm.w_norm": (320,),
+        "lora_unet_down_blocks_0_attentions_0_norm.b_norm": (320,),
+        "lora_te_text_model_encoder_layers_0_layer_norm1.w_norm": (768,),
+        "lora_te_text_model_final_layer_norm.w_norm": (768,),
+        "lora_unet_conv_norm_out.w_norm": (320,),
+        f"{SD1_CANONICAL}.diff": (320, 768),
+        f"{SD1_CANONICAL}.diff_b": (320,),
+    }
+    parsed = parse_file(tensors, {})
+    assert parsed.unknown == ()
+    assert {part.layer for part in parsed.parts} == {
+        "lora_unet_input_blocks_1_1_norm",
+        "lora_te_text_model_encoder_layers_0_layer_norm1",
+        "lora_te_text_model_final_layer_norm",
+        "lora_unet_out_0",
+        SD1_CANONICAL,
+    }

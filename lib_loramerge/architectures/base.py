@@ -112,7 +112,7 @@ _TABLE = (
                  text_encoders={"te": "te", "te1": "te", "te2": "te"}),
     Architecture("sd3", "Stable Diffusion 3 / 3.5 medium", "sd3_medium", "stable-diffusion-3-medium",
                  "https://github.com/Stability-AI/sd3.5", text_encoders=_THREE),
-    Architecture("sd3_large", "Stable Diffusion 3.5 large", "sd3_5-large", "stable-diffusion-3.5-large",
+    Architecture("sd3_large", "Stable Diffusion 3.5 large", "sd3_5-large", "stable-diffusion-3-5-large",
                  "https://github.com/Stability-AI/sd3.5", text_encoders=_THREE),
     Architecture("flux1", "Flux.1", "flux1", "flux-1-dev", _BFL, text_encoders=_CLIP_AND_T5),
     Architecture("chroma", "Chroma", "chroma", "chroma", "https://huggingface.co/lodestones/Chroma",

@@ -14,6 +14,9 @@ _FLUX_IDS = frozenset({"chroma", "flux1"})
 _FLUX_BLOCKS = (("double_blocks_", "D", 19), ("single_blocks_", "S", 38))
 _FLUX_INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
 _UNET_BLOCK = re.compile(r"(input|output)_blocks_(\d+)_")
+_DIFFUSERS_UNET_BLOCK = re.compile(
+    r"(down|up)_blocks_(\d)_(resnets|attentions|downsamplers|upsamplers)_(\d)_"
+)
 _NUMBERED_BLOCK = re.compile(
     r"(?:double_blocks|single_blocks|joint_blocks|transformer_blocks|single_transformer_blocks|layers|blocks)_(\d+)_"
 )
@@ -40,6 +43,8 @@ def block(architecture_id: str, layer: str) -> str | None:
         return "BASE"
     if architecture_id in UNETS:
         return _unet_block(path)
+    if architecture_id == "unknown":
+        return _unet_block(path) or _diffusers_unet_block(path) or _transformer_block(path)
     return _transformer_block(path)
 
 
@@ -48,6 +53,21 @@ def _unet_block(path: str) -> str | None:
     if match is not None:
         return f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02}"
     return "M00" if path.startswith("middle_block_") else None
+
+
+def _diffusers_unet_block(path: str) -> str | None:
+    """Block of a layer by its diffusers name, for files that do not tell which U-Net they are for."""
+    if path.startswith("mid_block_"):
+        return "M00"
+    if path.startswith("conv_in"):
+        return "IN00"
+    match = _DIFFUSERS_UNET_BLOCK.match(path)
+    if match is None:
+        return None
+    level, number = int(match[2]), int(match[4])
+    if match[1] == "down":
+        return f"IN{3 * level + (3 if match[3] == 'downsamplers' else 1 + number):02}"
+    return f"OUT{3 * level + (2 if match[3] == 'upsamplers' else number):02}"
 
 
 def _flux_block(part: str, path: str) -> str | None:

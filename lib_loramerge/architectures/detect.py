@@ -339,7 +339,7 @@ def _sd1_or_sd2(layers: Layers, metadata: Mapping[str, str], reason: str) -> tup
     return "sd1", reason
 
 
-_ENCODER_READS = r"text_model_encoder_layers_\d+_(?:self_attn_[qkv]_proj|self_attn_out_proj|mlp_fc1)$"
+_ENCODER_READS = r"encoder_layers_\d+_(?:self_attn_[qkv]_proj|self_attn_out_proj|mlp_fc1)$"
 
 
 # Widths of Qwen3 0.6B and Gemma 2 2B.
@@ -350,7 +350,7 @@ def _by_text_encoder(layers: Layers) -> tuple[str, str] | None:
     """The base model by the text encoders alone."""
     if not layers.encoders:
         return None
-    if any(name.startswith("lora_te2_text_model") for name in layers.encoders):
+    if any(name.startswith("lora_te2_") and "_block_" not in name for name in layers.encoders):
         if any(name.startswith("lora_te3_") for name in layers.encoders):
             return "sd3", "three text encoders"
         return "sdxl", "a second text encoder of CLIP's kind"
@@ -395,7 +395,13 @@ _METADATA: dict[str, tuple[str, ...]] = {
     "sdxl": ("sdxl-", "stable-diffusion-xl"),
     "sdxl_refiner": ("sdxl-refiner", "stable-diffusion-xl-v1-refiner"),
     "sd3": ("sd3", "medium", "5-medium", "stable-diffusion-3"),
-    "sd3_large": ("sd3-5-large", "sd3.5-large", "5-large", "stable-diffusion-3.5-large"),
+    "sd3_large": (
+        "sd3-5-large",
+        "sd3.5-large",
+        "5-large",
+        "stable-diffusion-3-5-large",
+        "stable-diffusion-3.5-large",
+    ),
     "flux1": ("flux",),
     "flux2": ("flux2", "flux-2", "klein"),
     "chroma": ("chroma",),

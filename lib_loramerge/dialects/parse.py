@@ -115,8 +115,8 @@ _EMBEDDING = "bundle_emb."
 _PROCESSOR = re.compile(r"(?<!blocks)\.processor(?=\.)")
 _XLABS = re.compile(r"(?:double|single)_blocks[._]\d+[._]processor[._]")
 
-# Slots that a checkpoint has too; they are an adapter's only beside the slots after them.
-_PLAIN = {"ia3_weight": {"on_input"}, "bias": {"up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"}}
+# Slots that whole models have too. They are an adapter's only beside slots of an adapter's own.
+_PLAIN = frozenset({"ia3_weight", "bias", "scale", "alpha"})
 
 
 class _Reading:
@@ -183,9 +183,10 @@ class _Reading:
             self.unknown.extend(strangers.values())
         for spelling in list(self.layers):
             slots = self.layers[spelling].slots
-            for slot, beside in _PLAIN.items():
-                if slot in slots and not beside & slots.keys():
-                    self.unknown.append(slots.pop(slot))
+            if "ia3_weight" in slots and "on_input" not in slots:
+                self.unknown.append(slots.pop("ia3_weight"))
+            if "bias" in slots and slots.keys() <= _PLAIN:
+                self.unknown.append(slots.pop("bias"))
             if not slots:
                 del self.layers[spelling]
 

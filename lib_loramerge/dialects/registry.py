@@ -74,12 +74,12 @@ def _component_by_path(path: str) -> str:
 
 
 _ENCODERS = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3", "text_encoder_4": "te"}
-_DENOISERS = {"unet": "unet", "transformer": "unet", "transformer_2": "unet", "prior": "unet"}
+_DENOISERS = {"unet": "unet", "transformer": "unet", "prior": "unet"}
 _RAW_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5": "te3", "t5xxl": "te3", "llama": "te", "qwen": "te"}
 _XLABS = r"(?:double|single)_blocks\.\d+\.processor\."
 _ANY_PREFIX = (
     r"lora_(?:unet|te[123]?|prior_unet|prior_te|transformer)_|oft_unet_|lycoris_|(?:model[._])?diffusion_model[._]|"
-    r"(?:unet|transformer|transformer_2|prior|text_encoder(?:_[234])?)\.|base_model\.model\.|text_encoders\.|"
+    r"(?:unet|transformer|prior|text_encoder(?:_[234])?)\.|base_model\.model\.|text_encoders\.|"
     r"(?:clip_l|clip_g|t5|t5xxl|llama|qwen)\.|bundle_emb\.|lllite_|ip_adapter\.|"
 ) + _XLABS
 
@@ -117,7 +117,7 @@ _TABLE = (
     Dialect(
         "diffusers", "diffusers, ai-toolkit, OneTrainer's own format",
         re.compile(
-            r"(?P<part>(?:unet|transformer|transformer_2|prior|text_encoder(?:_[234])?)\.)(?!base_model\.model\.)(?P<path>.+)",
+            r"(?P<part>(?:unet|transformer|prior|text_encoder(?:_[234])?)\.)(?!base_model\.model\.)(?P<path>.+)",
             re.I,
         ),
         {**_DENOISERS, **_ENCODERS},
@@ -126,7 +126,7 @@ _TABLE = (
     Dialect(
         "peft", "PEFT's save_pretrained",
         re.compile(
-            r"(?P<part>(?:(?:unet|transformer|transformer_2|prior|text_encoder(?:_[234])?)\.)?)base_model\.model\.(?P<path>.+)",
+            r"(?P<part>(?:(?:unet|transformer|prior|text_encoder(?:_[234])?)\.)?)base_model\.model\.(?P<path>.+)",
             re.I,
         ),
         {**_DENOISERS, **_ENCODERS},

@@ -24,7 +24,7 @@ WRITTEN: dict[str, str] = {
     "a1": "a1.weight", "a2": "a2.weight", "b1": "b1.weight", "b2": "b2.weight", "bm": "bm.weight",
     "ia3_weight": "weight", "on_input": "on_input",
     "oft_blocks": "oft_blocks", "oft_diag": "oft_diag", "rescale": "rescale",
-    "dora_scale": "dora_scale",
+    "dora_scale": "dora_scale", "magnitude": "magnitude",
     "up_bias": "lora_up.bias", "down_bias": "lora_down.bias",
     "bias": "bias", "bias_indices": "bias_indices", "bias_values": "bias_values", "bias_size": "bias_size",
     "scale": "scale", "scalar": "scalar", "set_weight": "set_weight", "reshape_weight": "reshape_weight",
@@ -39,13 +39,12 @@ SLOTS: dict[str, str] = {
     "lora.up.weight": "up", "lora.down.weight": "down",
     "lora_linear_layer.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "network_alpha": "alpha",
-    "magnitude": "dora_scale", "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
 
 # PEFT puts the name of the adapter into the key when it is asked for the raw state.
 _NAMED: dict[str, str] = {
-    "lora_B": "up", "lora_A": "down", "lora_magnitude_vector": "dora_scale",
+    "lora_B": "up", "lora_A": "down", "lora_magnitude_vector": "magnitude",
     **{slot: slot for slot in WRITTEN if slot.startswith(("hada_", "lokr_"))},
 }  # fmt: skip
 _NAMED_BIAS = {"lora_B": "up_bias", "lora_A": "down_bias"}
