@@ -9,7 +9,10 @@ what we add to the start.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import time
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +24,7 @@ from .tab import build_tab
 TITLE = "LoRA Merge"
 IDENT = "loramerge"
 
+_LOADED = time.time()
 _services: tuple[Host, JobQueue] | None = None
 
 
@@ -72,9 +76,10 @@ def add_routes(demo: Any, app: Any) -> None:
 
 
 def warm_up() -> None:
-    """Imports the rest, so that the first look at the tab is as quick as the later ones."""
+    """Imports the rest and labels the LoRAs, so that the first look at the tab is quick."""
     for name in ("merge.run", "analysis"):
         import_module(f"lib_loramerge.{name}")
+    services()[0].refresh_labels_async()
 
 
 def let_go() -> None:
@@ -82,3 +87,21 @@ def let_go() -> None:
     host, jobs = services()
     jobs.close()
     host.close()
+    if _changed_on_disk():
+        # The extension was updated: the host is about to run the new script, which must find the new code.
+        jobs.trials.remove_all()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "lib_loramerge"]:
+            del sys.modules[name]
+
+
+def _changed_on_disk() -> bool:
+    """Whether any module of ours is newer on disk than in memory."""
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if name.partition(".")[0] == "lib_loramerge" and path:
+            try:
+                if os.stat(path).st_mtime > _LOADED:
+                    return True
+            except OSError:
+                return True
+    return False

@@ -25,7 +25,7 @@ from ..files import output_path
 from ..recipe import LoraInput, MergeRecipe, nearest
 from . import settings
 from .labels import Label, Labels
-from .listing import FoundFile, Listing, natural_key, scan, subfolders
+from .listing import FoundFile, Listing, natural_key, path_key, scan, subfolders
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Host:
         self._scanned = 0.0
         self._scan_lock = threading.Lock()
         self._labels = Labels(self._metadata_of)
+        self._reads_headers = True
         self._entries: tuple[tuple[int, int], list[LoraEntry]] | None = None
         self._presets: tuple[object, blocks.Presets] | None = None
 
@@ -121,7 +122,8 @@ class Host:
             self._rescan()
 
     def refresh_labels_async(self) -> None:
-        """Starts finding base model and rank of the files that have no label yet."""
+        """Starts finding base model and rank of the files that have no label yet, now and from now on."""
+        self._reads_headers = True
         self._labels.fill(self.listing().files)
 
     def wait_for_labels(self, timeout: float = 10.0) -> bool:
@@ -177,7 +179,7 @@ class Host:
     def _rescan(self) -> None:
         self._listing = scan(self.lora_dirs(), self._lists_hidden())
         self._scanned = time.monotonic()
-        self._labels.fill(self._listing.files)
+        self._labels.fill(self._listing.files, read=self._reads_headers)
 
     def _lists_hidden(self) -> bool:
         return True
@@ -188,6 +190,9 @@ class Host:
 
     def _alias_of(self, file: FoundFile) -> str:
         return file.path.stem
+
+    def _file_of_alias(self, alias: str) -> FoundFile | None:
+        return None
 
     def _metadata_of(self, file: FoundFile) -> Mapping[str, object]:
         return {}
@@ -317,7 +322,8 @@ class Host:
         path = output_path(self.write_dir(), name, subfolder)
         if path.exists() and not overwrite:
             raise ConflictError(f"{path.name} exists already. Choose another name, or allow overwriting.")
-        for other in self.listing().by_stem.get(path.stem, ()):
+        alias = self._file_of_alias(path.stem)
+        for other in (*self.listing().by_stem.get(path.stem, ()), *([alias] if alias else [])):
             if other.path != path and other.path.exists() and not _same_file(other.path, path):
                 raise ConflictError(
                     f"A LoRA called {path.stem} is in {other.subfolder or 'the LoRA folder'} already, "
@@ -334,7 +340,7 @@ class Host:
         start = "+".join(stem for stem in stems if stem)[:80].strip(" .+") or "merged"
         taken = {file.path.stem.casefold() for file in self.listing().files}
         name, number = start, 1
-        while name.casefold() in taken or name in (entry.name for entry in inputs):
+        while name.casefold() in taken or self._file_of_alias(name) is not None:
             number += 1
             name = f"{start}-{number}"
         return name
@@ -435,6 +441,8 @@ class WebuiHost(Host):
     def __init__(self) -> None:
         super().__init__()
         self._trials: dict[str, Path] = {}
+        # Not while the WebUI starts; see extension.warm_up().
+        self._reads_headers = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -467,15 +475,18 @@ class WebuiHost(Host):
         found = super()._look_up(name)
         if found:
             return found
-        entry = (getattr(_networks(), "available_network_aliases", None) or {}).get(name.strip())
-        path = os.path.normcase(os.path.abspath(str(getattr(entry, "filename", "")))) if entry else ""
-        listed = self.listing().by_path.get(path)
+        listed = self._file_of_alias(name.strip())
         return (listed,) if listed is not None else ()
+
+    def _file_of_alias(self, alias: str) -> FoundFile | None:
+        entry = (getattr(_networks(), "available_network_aliases", None) or {}).get(alias)
+        return None if entry is None else self.listing().by_path.get(path_key(getattr(entry, "filename", "")))
 
     def _host_entry(self, file: FoundFile) -> Any:
         """The host's own object of a file; None when it does not list it."""
         entry = (getattr(_networks(), "available_networks", None) or {}).get(file.path.stem)
-        return entry if entry is not None and str(getattr(entry, "filename", "")) == str(file.path) else None
+        same = entry is not None and path_key(getattr(entry, "filename", "")) == path_key(file.path)
+        return entry if same else None
 
     def _alias_of(self, file: FoundFile) -> str:
         alias = getattr(self._host_entry(file), "alias", None)

@@ -90,8 +90,12 @@ class Labels:
     def get(self, file: FoundFile) -> Label:
         return self._known.get((str(file.path), file.stamp), Label())
 
-    def fill(self, files: Iterable[FoundFile]) -> None:
-        """Labels what the host's memory tells; leaves the rest to the background thread."""
+    def fill(self, files: Iterable[FoundFile], read: bool = True) -> None:
+        """Labels what the host's memory tells, and leaves the rest to the background thread.
+
+        Args:
+            read: False leaves the rest without labels for now.
+        """
         missing = []
         for file in files:
             key = (str(file.path), file.stamp)
@@ -103,8 +107,8 @@ class Labels:
             else:
                 missing.append(file)
         with self._lock:
-            self._waiting = missing
-            if missing and self._thread is None:
+            self._waiting = missing if read else []
+            if self._waiting and self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="loramerge-labels", daemon=True)
                 self._thread.start()
 

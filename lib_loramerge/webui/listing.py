@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Listing:
 
     def find(self, name: str) -> tuple[FoundFile, ...]:
         """Every file that ``name`` may mean: none, one, or several of the same stem."""
-        name = name.replace("\\", "/")
+        name = unicodedata.normalize("NFC", name.replace("\\", "/"))
         stem, suffix = os.path.splitext(name)
         for candidate in (name, stem) if suffix.lower() in SUFFIXES else (name,):
             if candidate in self.by_name:
@@ -92,7 +93,7 @@ def _listing(raw: Sequence[tuple[Path, Path, str, tuple[int, int]]]) -> Listing:
         files=tuple(files),
         by_name=by_name,
         by_stem={stem: tuple(group) for stem, group in by_stem.items()},
-        by_path={os.path.normcase(str(file.path)): file for file in files},
+        by_path={path_key(file.path): file for file in files},
     )
 
 
@@ -148,6 +149,11 @@ def subfolders(folder: Path, limit: int = 2000) -> list[str]:
             found.append(prefix + name)
             waiting.append((current / name, f"{prefix}{name}/"))
     return sorted(found, key=natural_key)
+
+
+def path_key(path: str | os.PathLike[str]) -> str:
+    """One text for all spellings of a path, links apart."""
+    return os.path.normcase(os.path.abspath(path))
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

@@ -37,6 +37,7 @@ class FakeHost:
         lora_dir: Path | None = None,
         options: Mapping[str, Any] | None = None,
         forge: bool | None = None,
+        extension: Path = ROOT,
     ) -> None:
         self.data_dir = data_dir
         self.lora_dir = lora_dir or data_dir / "models" / "Lora"
@@ -48,7 +49,8 @@ class FakeHost:
         self.forge = forge
         self.url = ""
         self.log: list[str] = []
-        self._command = [sys.executable, str(SERVE), "--extension", str(ROOT), "--data-dir", str(data_dir)]
+        self._command = [sys.executable, str(SERVE), "--extension", str(extension)]
+        self._command += ["--data-dir", str(data_dir)]
         self._command += [
             "--lora-dir",
             str(self.lora_dir),

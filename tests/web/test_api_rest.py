@@ -9,6 +9,7 @@ import socket
 import urllib.parse
 
 import pytest
+
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, make_lora, weighted_sum
 from tests.web.hosting import FakeHost
 

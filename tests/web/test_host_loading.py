@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 
-import pytest
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.hosting import ROOT, FakeHost
 
@@ -57,6 +59,27 @@ def test_a_reload_of_the_ui_leaves_no_thread_and_keeps_what_was_tried(tmp_path):
         assert ours == []
 
 
+def test_an_updated_extension_is_loaded_anew_with_the_ui(tmp_path):
+    """The host keeps imported packages for as long as it runs; our script must find the code it came with."""
+    copy = tmp_path / "extension"
+    shutil.copytree(
+        ROOT / "lib_loramerge", copy / "lib_loramerge", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(ROOT / "scripts", copy / "scripts")
+    shutil.copy(ROOT / "preset.txt", copy)
+    data = tmp_path / "data"
+    fill(data)
+    with FakeHost(data, "--api", extension=copy) as host:
+        assert host.get(f"{API}/methods")["version"] != "9.9.9"
+        init = copy / "lib_loramerge" / "__init__.py"
+        text = init.read_text(encoding="utf-8")
+        init.write_text(re.sub('__version__ = "[^"]+"', '__version__ = "9.9.9"', text), encoding="utf-8")
+        os.utime(init, (time.time() + 5, time.time() + 5))
+        host.restart()
+        assert host.get(f"{API}/methods")["version"] == "9.9.9"
+        assert host.post("/fake/status")["errors"] == []
+
+
 def test_what_was_tried_is_gone_when_the_webui_ends(tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -69,12 +92,11 @@ def test_what_was_tried_is_gone_when_the_webui_ends(tmp_path, monkeypatch):
     assert list(temporary.glob("loramerge-trial-*")) == []
 
 
-@pytest.mark.parametrize(
-    "flag", [["--subpath", "ui"], ["--hide-ui-dir-config", "--freeze-settings"], ["--listen"]]
-)
-def test_the_tab_is_built_under_flags_that_restrict_it(tmp_path, flag):
+def test_the_tab_is_built_under_every_flag_that_restricts_it(tmp_path):
     fill(tmp_path)
-    with FakeHost(tmp_path, *flag) as host:
+    with FakeHost(
+        tmp_path, "--subpath", "ui", "--hide-ui-dir-config", "--freeze-settings", "--listen"
+    ) as host:
         assert "tab_loramerge" in components(host)
         assert host.post("/fake/status")["errors"] == []
 
@@ -123,10 +145,10 @@ def test_loading_imports_nothing_that_only_a_merge_needs():
 def test_loading_leaves_torch_warnings_and_signals_alone():
     same = in_a_process(
         "import json, signal, sys, threading, warnings, gradio, torch\n"
-        "def state(): return [torch.get_num_threads(), str(torch.get_default_dtype()), torch.is_grad_enabled(),\n"
-        "    torch.get_float32_matmul_precision(), len(warnings.filters), str(signal.getsignal(signal.SIGINT)),\n"
-        "    str(signal.getsignal(signal.SIGTERM)), threading.active_count(), sys.getrecursionlimit(),\n"
-        "    str(torch.load), sys.path]\n"
+        "def state(): return [torch.get_num_threads(), str(torch.get_default_dtype()),\n"
+        "  torch.is_grad_enabled(), torch.get_float32_matmul_precision(), len(warnings.filters),\n"
+        "  str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGTERM)),\n"
+        "  threading.active_count(), str(torch.load), sys.path]\n"
         "before = state()\n"
         "import lib_loramerge.webui.extension, lib_loramerge.merge.run\n"
         "print(json.dumps([before, state()]))"

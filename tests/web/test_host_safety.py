@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lib_loramerge.errors import LoraMergeError, OutputError
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import settings

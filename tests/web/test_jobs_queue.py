@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+
 from lib_loramerge.errors import LoraMergeError, RecipeError
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import jobs as jobs_module
