@@ -73,7 +73,18 @@ def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():
     for told, first, second in ((got.inputs, a.down.mT, shared.down.mT), (got.outputs, a.up, shared.up)):
         q, p = torch.linalg.qr(first.double()).Q, torch.linalg.qr(second.double()).Q
         assert told == pytest.approx(float(torch.linalg.svdvals(q.mT @ p).square().mean()), rel=1e-9)
+    assert got.cosine == pytest.approx(cosine(a, shared), abs=1e-9)
     assert overlap(a, a).inputs == pytest.approx(1)
+
+
+def test_overlap_counts_only_directions_that_are_there():
+    """A row that is zero, or is there twice, adds no direction."""
+    a, b = low_rank(60, 80, 8, seed=1), low_rank(60, 80, 5, seed=2)
+    twice = LowRank(torch.cat([b.up, b.up[:, :2]], 1), torch.cat([b.down, b.down[:2]]), 7.0)
+    empty = LowRank(torch.cat([b.up, 0 * b.up[:, :2]], 1), torch.cat([b.down, 0 * b.down[:2]]), 7.0)
+    for other in (twice, empty):
+        assert overlap(a, other).inputs == pytest.approx(overlap(a, b).inputs, rel=1e-9)
+        assert overlap(a, other).outputs == pytest.approx(overlap(a, b).outputs, rel=1e-9)
 
 
 def test_sign_conflict_is_nothing_with_itself_all_with_its_negative_and_half_with_a_stranger():

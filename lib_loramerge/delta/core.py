@@ -28,7 +28,7 @@ from torch import Tensor
 from .types import LowRank
 
 NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
-_CHUNK = 1 << 18  # Numbers turned to float64 at a time: they stay in the processor's cache.
+_CHUNK = 1 << 19  # Numbers turned to float64 at a time: they stay in the processor's cache.
 _BLOCK = 64  # Rows of a Gram matrix made by one product.
 _SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
 _NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
@@ -104,7 +104,10 @@ def _lower(piece: Tensor) -> Tensor:
 
 def grams(delta: LowRank) -> Grams:
     """The Gram matrices of a delta's factors, without its gains."""
-    return Grams(gram(delta.up.mT).cpu(), gram(delta.down).cpu())
+    up, down = delta.up.mT, delta.down
+    if lacks_double(up.device):
+        up, down = up.cpu(), down.cpu()
+    return Grams(gram(up).cpu(), gram(down).cpu())
 
 
 def decompose(
@@ -156,11 +159,18 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
         raise ValueError("this spectrum was made without vectors")
     rank = min(rank, spectrum.rank)
     left, right = spectrum.mixing(rank)
-    source = spectrum.source
-    device = source.up.device
-    up = source.up.to(dtype) @ left.to(device, dtype)
-    down = right.mT.contiguous().to(device, dtype) @ source.down.to(dtype)
-    return LowRank(up, down, float(rank), source.kernel)
+    source_up, source_down = spectrum.source.up, spectrum.source.down
+    if dtype == torch.float64 and lacks_double(source_up.device):
+        source_up, source_down = source_up.cpu(), source_down.cpu()
+    device = source_up.device
+    up = source_up.to(dtype) @ left.to(dtype).to(device)
+    down = right.mT.contiguous().to(dtype).to(device) @ source_down.to(dtype)
+    return LowRank(up, down, float(rank), spectrum.source.kernel)
+
+
+def lacks_double(device: torch.device) -> bool:
+    """Whether float64 is missing, or only emulated, on a device."""
+    return device.type in ("mps", "xpu")
 
 
 def _double(tensor: Tensor) -> Tensor:

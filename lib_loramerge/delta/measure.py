@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import gram
-from .types import Delta, Dense, LowRank
+from .core import grams
+from .types import Delta, Dense, LowRank, stack
 
 _EXACT_BELOW = 1e-8  # Squared relative distance under which the Gram form would lose digits to cancellation.
 
@@ -61,11 +61,20 @@ class Overlap:
 
 
 def overlap(a: LowRank, b: LowRank) -> Overlap:
-    """Similarity of two low-rank deltas, from their factors."""
+    """Similarity of two low-rank deltas of one shape, from one pass over their factors."""
+    both = stack([a, b], [1.0, 1.0])
+    small, gains, rank = grams(both), both.component_gains(), a.rank
+    product = small.up * small.down * gains[:, None] * gains
+    inner, first, second = (
+        product[:rank, rank:].sum(),
+        product[:rank, :rank].sum(),
+        product[rank:, rank:].sum(),
+    )
+    size = float(first.clamp(min=0).sqrt() * second.clamp(min=0).sqrt())
     return Overlap(
-        cosine=cosine(a, b),
-        inputs=_shared(a.down, b.down),
-        outputs=_shared(a.up.mT, b.up.mT),
+        cosine=float(inner) / size if size > 0 else 0.0,
+        inputs=_shared(small.down, rank),
+        outputs=_shared(small.up, rank),
     )
 
 
@@ -104,17 +113,26 @@ def _distance_by_qr(a: LowRank, b: LowRank) -> float:
     return float(((r_left @ r_right.mT) ** 2).sum())
 
 
-def _shared(a: Tensor, b: Tensor) -> float:
-    """Mean squared cosine of the principal angles between the row spaces of (r, n) and (s, n)."""
-    first, second = _whitener(gram(a)), _whitener(gram(b))
+def _shared(square: Tensor, rank: int) -> float:
+    """Mean squared cosine of the principal angles between two row spaces.
+
+    Args:
+        square: (r + s, r + s) Gram matrix of the rows of both.
+        rank: r, the number of rows of the first.
+    """
+    first, second = _whitener(square[:rank, :rank]), _whitener(square[rank:, rank:])
     least = min(first.shape[1], second.shape[1])
     if not least:
         return 0.0
-    return min(1.0, float((first.mT @ cross(a, b) @ second).square().sum()) / least)
+    return min(1.0, float((first.mT @ square[:rank, rank:] @ second).square().sum()) / least)
 
 
 def _whitener(square: Tensor) -> Tensor:
     """(r, k) matrix that makes rows with this Gram matrix orthonormal; directions of no size are left out."""
+    low, info = torch.linalg.cholesky_ex(square)
+    if int(info) == 0 and bool((low.diagonal() > 1e-5 * square.diagonal().sqrt()).all()):
+        eye = torch.eye(square.shape[0], dtype=square.dtype)
+        return torch.linalg.solve_triangular(low.mT, eye, upper=True)
     values, vectors = torch.linalg.eigh(square)
     kept = values > 1e-12 * values[-1:].clamp(min=0)
     return vectors[:, kept] / values[kept].sqrt()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .core import Grams, Spectrum, decompose, gram
+from .core import Grams, Spectrum, decompose, gram, lacks_double
 from .storing import (
     Stored,
     roots_in_range,
@@ -116,8 +116,10 @@ def _store_batch(
     mixings = [spectrum.mixing(rank) for spectrum in spectra if spectrum.mixing]
     side = max(ups.shape[-2], downs.shape[-1])
     work = torch.float32 if torch.finfo(dtype).bits < 32 else torch.float64
-    left = torch.stack([left for left, _ in mixings]).to(ups.device, work)
-    right = torch.stack([right for _, right in mixings]).to(ups.device, work)
+    if work == torch.float64 and lacks_double(ups.device):
+        ups, downs = ups.cpu(), downs.cpu()
+    left = torch.stack([left for left, _ in mixings]).to(work).to(ups.device)
+    right = torch.stack([right for _, right in mixings]).to(work).to(ups.device)
     up, down = ups.to(work) @ left, right.mT @ downs.to(work)
     written_up, written_down = up.to(dtype), down.to(dtype)
     every = torch.stack([spectrum.values[:rank] for spectrum in spectra])
@@ -138,7 +140,7 @@ def _store_batch(
 
 def _gram(rows: Tensor) -> Tensor:
     """Gram matrices on the CPU; devices without float64 leave the work to it."""
-    return gram(rows.cpu() if rows.device.type in ("mps", "xpu") else rows).cpu()
+    return gram(rows.cpu() if lacks_double(rows.device) else rows).cpu()
 
 
 def _on_cpu(stored: Stored | None) -> Stored | None:
