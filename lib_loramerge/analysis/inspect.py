@@ -131,7 +131,7 @@ def inspect(path: Path, *, base: Path | None = None, tensors: bool = True) -> In
         needs=_needs(source),
         hosts=hosts_that_load(source),
         written_as=_written_as(source),
-        notes=sorted({*source.notes_of_layers(), *measured.notes}),
+        notes=sorted({*source.notes(), *measured.notes}),
         norm=whole**0.5,
         norm_by_block={block: value**0.5 for block, value in sorted(measured.norm_sq.items())},
         kept_at_rank=_curve(measured),

@@ -482,7 +482,7 @@ def _warnings(plans: Sequence[SourcePlan]) -> list[str]:
             )
         if plan.input.te == 0 and plan.input.unet == 0:
             notes.append(f"{source.path.name} has strength 0 and changes nothing.")
-        notes += [f"{source.path.name}: {note}" for note in sorted(source.notes_of_layers())]
+        notes += [f"{source.path.name}: {note}" for note in sorted(source.notes())]
     paths = Counter(plan.path for plan in plans)
     notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
     return notes

@@ -15,6 +15,7 @@ from threading import Lock
 from .. import adapters, architectures, dialects
 from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
 from ..files import Header, read_header, refuse_non_lora
+from .stated_scale import stated_scale_note
 
 REMEMBERED = 4096
 
@@ -47,6 +48,7 @@ class Source:
         layers: Canonical layer name to the parts this file has of it.
         unsupported: Sentences, one for each layer that cannot be merged.
         unknown: Tensor names nobody understands.
+        orphans: Keys of layers that have nothing but an ``alpha``; they change nothing.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class Source:
     embeddings: Mapping[str, str]
     unsupported: tuple[str, ...]
     unknown: tuple[str, ...]
+    orphans: tuple[str, ...] = ()
 
     @property
     def needs_base(self) -> bool:
@@ -96,6 +99,12 @@ class Source:
         ranks = [part.facts.rank or self._trained_rank(part) for part in self.layers[layer]]
         return None if any(rank is None for rank in ranks) else sum(r for r in ranks if r is not None)
 
+    def _trained_ranks(self) -> set[int]:
+        """Every rank that a factor of the file has, before products of factors are expanded."""
+        slots = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+        keys = (p.part.slots.get(slot) for parts in self.layers.values() for p in parts for slot in slots)
+        return {shape[0] for key in keys if key is not None and (shape := self.header.tensors[key].shape)}
+
     def _trained_rank(self, part: SourcePart) -> int | None:
         key = part.part.slots.get("down") or part.part.slots.get("hada_w1_b")
         return self.header.tensors[key].shape[0] if key is not None else None
@@ -115,9 +124,18 @@ class Source:
     def layer_needs_base(self, layer: str) -> bool:
         return any(part.facts.needs_base for part in self.layers[layer])
 
-    def notes_of_layers(self) -> set[str]:
-        """What is worth knowing of the layers' adapters, each sentence once."""
-        return {note for parts in self.layers.values() for part in parts for note in part.facts.notes}
+    def notes(self) -> set[str]:
+        """What is worth knowing of the file and of its layers' adapters, each sentence once."""
+        notes = {note for parts in self.layers.values() for part in parts for note in part.facts.notes}
+        if self.orphans:
+            notes.add(
+                f"{_count(len(self.orphans), 'alpha')} without factors dropped, for it changes nothing: "
+                f"{_some(self.orphans)}."
+            )
+        if not any("alpha" in part.part.slots for parts in self.layers.values() for part in parts):
+            stated = stated_scale_note(self.path, self.header.metadata, self._trained_ranks())
+            notes |= {stated} if stated is not None else set()
+        return notes
 
     def refuse_leftovers(self) -> None:
         """Stop at anything in the file that would not go into the merge.
@@ -212,6 +230,7 @@ def _understand(path: Path, header: Header) -> Source:
         embeddings=parsed.embeddings,
         unsupported=tuple(unsupported),
         unknown=parsed.unknown,
+        orphans=parsed.orphans,
     )
 
 
