@@ -163,7 +163,8 @@ def test_five_thousand_files_are_listed_and_looked_up_quickly(standalone, lora_d
     for index in range(5000):
         touch(lora_dir / f"f{index % 50}" / f"lora {index}.safetensors")
     start = time.process_time()
-    standalone._labels.fill = lambda *_, **__: None  # Headers are read in the background; here the list counts.
+    # Headers are read in the background; here the list counts.
+    standalone._labels.fill = lambda *_, **__: None
     standalone.refresh()
     assert len(standalone.loras()) == 5000
     scan_seconds = time.process_time() - start
