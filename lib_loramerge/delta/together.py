@@ -35,6 +35,8 @@ def write_layers(
     dtype: torch.dtype,
     choose: Sequence[Choose | None],
     *,
+    most: Sequence[int | None] | None = None,
+    fixed_alpha: bool = False,
     workers: int | None = None,
 ) -> list[Stored | None]:
     """:func:`write_layer` for several layers, those of one shape together. The tensors come back on the CPU.
@@ -43,6 +45,8 @@ def write_layers(
         deltas: On one device, in any order and of any shapes.
         dtype: Output dtype.
         choose: One rank rule per delta.
+        most: For each delta, the largest rank its rule can give, where that is known.
+        fixed_alpha: The file has no alpha tensors, so alpha cannot take part of the scale.
         workers: Threads for the small problems.
     """
     results: list[Stored | None] = [None] * len(deltas)
@@ -51,14 +55,15 @@ def write_layers(
         if isinstance(delta, LowRank) and rule and delta.rank <= min(delta.out, delta.in_):
             groups[delta.out, delta.in_, delta.rank].append(index)
         else:
-            results[index] = _on_cpu(write_layer(delta, dtype, rule))
+            limit = most[index] if most else None
+            results[index] = _on_cpu(write_layer(delta, dtype, rule, most=limit, fixed_alpha=fixed_alpha))
     with full_precision():
         for members in groups.values():
             for start in range(0, len(members), _TOGETHER):
                 batch = members[start : start + _TOGETHER]
                 low = [delta for delta in (deltas[index] for index in batch) if isinstance(delta, LowRank)]
                 rules = [rule for rule in (choose[index] for index in batch) if rule]
-                for index, stored in zip(batch, _write_batch(low, dtype, rules, workers)):
+                for index, stored in zip(batch, _write_batch(low, dtype, rules, workers, fixed_alpha)):
                     results[index] = stored
     return results
 
@@ -75,7 +80,11 @@ def full_precision() -> Iterator[None]:
 
 
 def _write_batch(
-    deltas: Sequence[LowRank], dtype: torch.dtype, choose: Sequence[Choose], workers: int | None
+    deltas: Sequence[LowRank],
+    dtype: torch.dtype,
+    choose: Sequence[Choose],
+    workers: int | None,
+    fixed_alpha: bool,
 ) -> list[Stored | None]:
     ups = torch.stack([delta.up for delta in deltas])
     downs = torch.stack([delta.down for delta in deltas])
@@ -91,14 +100,8 @@ def _write_batch(
     results: list[Stored | None] = [None] * len(deltas)
     for rank, members in by_rank.items():
         if rank:
-            batch = _store_batch(
-                ups[members],
-                downs[members],
-                [spectra[i] for i in members],
-                rank,
-                dtype,
-                [deltas[i].kernel for i in members],
-            )
+            chosen = [spectra[index] for index in members]
+            batch = _store_batch(ups[members], downs[members], chosen, rank, dtype, fixed_alpha)
             for index, stored in zip(members, batch):
                 results[index] = stored
     return results
@@ -110,7 +113,7 @@ def _store_batch(
     spectra: Sequence[Spectrum],
     rank: int,
     dtype: torch.dtype,
-    kernels: Sequence[tuple[int, ...]],
+    fixed_alpha: bool,
 ) -> list[Stored]:
     """Truncation and rounding of layers that keep the same rank. Unusual layers go one by one."""
     mixings = [spectrum.mixing(rank) for spectrum in spectra if spectrum.mixing]
@@ -126,14 +129,15 @@ def _store_batch(
     errors, farthest = rounding_of_orthogonal(up, down, written_up, written_down, every)
     written_up, written_down = written_up.cpu(), written_down.cpu()
     results = []
-    for index, (spectrum, kernel) in enumerate(zip(spectra, kernels)):
+    for index, spectrum in enumerate(spectra):
         values = spectrum.values[:rank]
         usual = working_dtype(spectrum, dtype) == work and roots_in_range(values, side, dtype)
         if not (usual and float(farthest[index]) <= torch.finfo(dtype).eps):
-            results.append(_moved(store_truncated(spectrum, rank, dtype)))
+            results.append(_moved(store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha)))
             continue
         error_sq = spectrum.tail(rank) + max(0.0, float(errors[index]))
         factors = written_up[index].clone(), written_down[index].clone()
+        kernel = spectrum.source.kernel if spectrum.source else ()
         results.append(Stored(*factors, float(rank), kernel, error_sq, spectrum.energy))
     return results
 
