@@ -297,7 +297,11 @@ class JobQueue:
                         self._run(job)
             except LoraMergeError as error:
                 self._end(job, CANCELLED if isinstance(error, Cancelled) else FAILED, str(error))
-            except BaseException as error:  # A bug of ours: told to the console, and the queue goes on.
+            except BaseException as error:
+                if isinstance(error, RuntimeError) and "interpreter shutdown" in str(error):
+                    self._end(job, CANCELLED, "")  # The host was ended in the middle of the merge.
+                    return
+                # A bug of ours: told to the console, and the queue goes on.
                 self.host.log("a merge failed unexpectedly", error)
                 text = f"Unexpected error ({type(error).__name__}: {error}). The console tells more."
                 self._end(job, FAILED, text)
