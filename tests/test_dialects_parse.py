@@ -269,3 +269,21 @@ def test_norm_layers_and_biases_of_lycoris_find_their_layers():
         "lora_unet_out_0",
         SD1_CANONICAL,
     }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            "transformer.single_transformer_blocks.0.attn.to_q",
+            "lycoris_single_transformer_blocks_0_attn_to_q",
+        ),
+        ("transformer.single_transformer_blocks.0.attn.to_k", "single_blocks.0.processor.qkv_lora"),
+    ],
+)
+def test_the_same_rows_of_a_fused_layer_twice_are_an_error_that_names_both(first, second):
+    tensors = lora([first]) | lora([second], 9216, up="up.weight" if "processor" in second else KOHYA)
+    with pytest.raises(IncompatibleError) as caught:
+        parse_file(tensors, {})
+    assert first in str(caught.value)
+    assert second in str(caught.value)
