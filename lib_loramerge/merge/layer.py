@@ -124,7 +124,7 @@ class Merger:
 
     def _vector_weights(self, weights: Sequence[float]) -> list[float]:
         scale = self.plan.method.vector_weights
-        return list(scale(weights)) if scale is not None else list(weights)
+        return list(scale(weights, **self.plan.params)) if scale is not None else list(weights)
 
     def spectrum(self, layer: LayerPlan) -> Spectrum | None:
         """Singular values of the merged layer, for rules that look at all layers at once."""
@@ -186,7 +186,10 @@ class Merger:
         if self.device.type != "cpu":
             return write_layers(deltas, self.dtype, rules)
         try:
-            return [write_layer(d, self.dtype, rule) for d, rule in zip(deltas, rules, strict=True)]
+            return [
+                write_layer(d, self.dtype, rule, most=self._most(p.layer, a))
+                for p, d, rule, a in zip(prepared, deltas, rules, allotted, strict=True)
+            ]
         except OutputError as error:
             raise OutputError(f"{prepared[0].layer.layer}: {error}") from error
 
@@ -202,6 +205,12 @@ class Merger:
         return lambda spectrum: ranks.choose(
             self.plan.recipe, spectrum, same=spectrum.rank if same is None else same, conv=bool(layer.kernel)
         )
+
+    def _most(self, layer: LayerPlan, allotted: int | None) -> int | None:
+        """The largest rank that the rank rule can give, where that is known before the singular values."""
+        if allotted is not None:
+            return max(1, allotted)
+        return layer.rank if self.plan.recipe.retain is None else None
 
     def _cancels(self, prepared: Prepared, stored: Stored) -> bool:
         """Whether what is left is only the rounding noise of inputs that cancel."""

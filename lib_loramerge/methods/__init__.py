@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from . import linear
+from . import elementwise, linear, spherical, subspace
 from .registry import METHODS, LayerContext, MergeMethod, merge_method
 
-__all__ = ["METHODS", "LayerContext", "MergeMethod", "linear", "merge_method"]
+__all__ = [
+    "METHODS",
+    "LayerContext",
+    "MergeMethod",
+    "elementwise",
+    "linear",
+    "merge_method",
+    "spherical",
+    "subspace",
+]

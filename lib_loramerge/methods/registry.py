@@ -55,8 +55,8 @@ class MergeMethod:
         source: The paper or program it comes from.
         formula: The formula, in a line.
         avoid: When not to use it.
-        vector_weights: What becomes of the weights where biases and norms are added up, which have no
-            rank and no angles; None leaves them as they are.
+        vector_weights: ``vector_weights(weights, **params)``: what becomes of the weights where biases and
+            norms are added up, which have no rank and no angles; None leaves them as they are.
     """
 
     name: str
@@ -75,7 +75,7 @@ class MergeMethod:
     source: str = ""
     formula: str = ""
     avoid: str = ""
-    vector_weights: Callable[[Sequence[float]], Sequence[float]] | None = None
+    vector_weights: Callable[..., Sequence[float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What people and programs are told of the method; functions left out."""
@@ -107,7 +107,7 @@ def merge_method(
     source: str = "",
     formula: str = "",
     avoid: str = "",
-    vector_weights: Callable[[Sequence[float]], Sequence[float]] | None = None,
+    vector_weights: Callable[..., Sequence[float]] | None = None,
 ) -> Callable[[Merge], Merge]:
     """Register a function as the merge method ``name``; the function itself is returned unchanged."""
 
