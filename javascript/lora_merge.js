@@ -101,19 +101,27 @@
         return Boolean(element && element.offsetParent !== null);
     }
 
+    const settledText = new WeakMap(); // field of a list -> its text when the list was last closed
+
+    function isSearched(element) {
+        // While a list is open its field holds a search, not a value.
+        return element === document.activeElement && Boolean(element.closest(".secondary-wrap")) &&
+            Boolean(root().querySelector("ul.options, ul[role=listbox]"));
+    }
+
     function signatureOfForm() {
         const parts = [];
         for (const element of root().querySelectorAll("#loramerge_form input, #loramerge_form textarea")) {
             if (element.type === "file" || element.closest("#loramerge_fill")) continue;
-            parts.push(element.type === "checkbox" || element.type === "radio" ? element.checked : element.value);
+            if (element.type === "checkbox" || element.type === "radio") {
+                parts.push(element.checked);
+                continue;
+            }
+            if (!isSearched(element)) settledText.set(element, element.value);
+            parts.push(settledText.get(element) || "");
         }
         parts.push(valueOf("loramerge_rows"));
         return parts.join("\u0001");
-    }
-
-    function isListOpen() {
-        // While a list is open its field holds a search, not a value.
-        return Boolean(root().querySelector("#loramerge_form ul.options, #loramerge_form ul[role=listbox]"));
     }
 
     function askForFacts(now) {
@@ -129,7 +137,7 @@
         const signature = signatureOfForm();
         const settled = signature === state.pending;
         state.pending = signature;
-        if (!settled || signature === state.signature || isListOpen()) return;
+        if (!settled || signature === state.signature) return;
         if (press("ask")) {
             state.signature = signature;
             state.asked = now;
@@ -366,6 +374,12 @@
         }
     }
 
+    document.addEventListener("paste", (event) => {
+        // Lists of Gradio 3 take typed text when a key is released; pasting with the mouse releases none.
+        const field = event.target;
+        if (!field.closest || !field.closest("#loramerge_app .secondary-wrap")) return;
+        setTimeout(() => field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true })), 0);
+    });
     document.addEventListener("click", onClick);
     setInterval(guardedTick, TICK);
 })();

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .jobs import Job
 
 MANY_RANKS = 4
+NOTICEABLE = 0.02  # relative error from which a higher rank is worth a thought
 
 
 def say(text: str) -> str:
@@ -71,7 +72,7 @@ def note_box(texts: Iterable[str]) -> str:
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     """Label and value pairs; both are HTML already."""
-    return '<dl class="lm-table">' + "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in rows) + "</dl>"
+    return '<dl class="lm-table">' + "".join(f"<dt>{key}</dt> <dd>{value}</dd> " for key, value in rows) + "</dl>"
 
 
 def _warnings(texts: Iterable[str]) -> str:
@@ -241,7 +242,13 @@ def report_table(report: Mapping[str, Any]) -> str:
     details += _details(say("What went in"), "".join(_input(entry) for entry in report["inputs"]))
     if report["skipped"]:
         details += _details(say("Left out"), note_box(report["skipped"]))
-    return _table(rows) + details
+    advice = ""
+    if report["error"] > NOTICEABLE and report["mode"] not in ("concat", "add"):
+        advice = (
+            f'<div class="lm-note">{say("A higher rank keeps more. Under Rank, choose Keep everything or a larger share.")}'
+            "</div>"
+        )
+    return _table(rows) + advice + details
 
 
 def _details(title: str, body: str) -> str:

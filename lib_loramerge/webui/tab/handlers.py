@@ -192,17 +192,14 @@ class _Wiring:
             self.host.refresh()
         names, weights, elements = self._choices()
         changes: Changes = {}
-        entries = self.host.loras()
         for row in range(form.row_count(values)):
-            current = form.row_values(values, row)
-            lora = form.lora_label(form.lora_name(current["lora"], entries), entries)
-            changes[f"row{row}.lora"] = update(choices=names, value=lora)
-            changes[f"row{row}.blocks"] = update(choices=weights, value=current["blocks"])
-            changes[f"row{row}.elements"] = update(choices=elements, value=current["elements"])
-        changes["fill_file"] = update(choices=names, value=values["fill_file"])
-        changes["base"] = update(choices=["", *self.host.checkpoints()], value=values["base"])
-        changes["subfolder"] = update(choices=self.host.subfolders(), value=values["subfolder"])
-        changes["preset_pick"] = presets.choices(self.host, values)
+            # Lists alone, no values: those may have changed since the question was asked.
+            for field, choices in (("lora", names), ("blocks", weights), ("elements", elements)):
+                changes[f"row{row}.{field}"] = listed(choices, values.get(f"row{row}.{field}"))
+        changes["fill_file"] = listed(names, values["fill_file"])
+        changes["base"] = listed(["", *self.host.checkpoints()], values["base"])
+        changes["subfolder"] = listed(self.host.subfolders(), values["subfolder"])
+        changes["preset_pick"] = listed(presets.names(self.host, values), values["preset_pick"])
         return changes
 
     def fill_from_text(self, values: Form) -> Changes:
@@ -397,6 +394,12 @@ class _Wiring:
         folder = [] if self.host.hide_dirs() else ["--lora-dir", str(self.host.write_dir())]
         words = to_command(recipe, name)
         return shlex.join([*words[:2], *folder, *words[2:]])
+
+
+def listed(choices: list[str], value: object) -> Any:
+    """New choices for a list that keeps its value; some versions of Gradio drop a value that is no choice."""
+    text = str(value or "")
+    return update(choices=choices if text in choices or not text else [text, *choices])
 
 
 def _spread(rows: Iterable[Mapping[str, Any]]) -> Changes:

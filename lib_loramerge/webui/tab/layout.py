@@ -76,11 +76,11 @@ class _Layout:
 
     def _merge_page(self) -> None:
         with compat.make("Row", elem_id="loramerge_columns"):
-            with compat.make("Column", scale=5, min_width=320, elem_id="loramerge_form"):
+            with compat.make("Column", scale=9, min_width=520, elem_id="loramerge_form"):
                 self._rows()
                 self._how()
                 self._result()
-            with compat.make("Column", scale=3, min_width=280, elem_id="loramerge_side"):
+            with compat.make("Column", scale=5, min_width=280, elem_id="loramerge_side"):
                 self._side()
 
     def _rows(self) -> None:
@@ -202,10 +202,14 @@ class _Layout:
     # Presets
 
     def _preset_page(self) -> None:
+        with self.section("presets", "Block presets"):
+            self._preset_editor()
+
+    def _preset_editor(self) -> None:
         with compat.make("Row", elem_id="loramerge_preset_line"):
             self.widgets["preset_kind"] = compat.make(
                 "Radio", label="Kind", choices=list(PRESET_KINDS), value=PRESET_KINDS[0], elem_id="loramerge_preset_kind",
-                scale=1, min_width=220,
+                scale=0, min_width=300,
             )  # fmt: skip
             self.widgets["preset_pick"] = compat.make(
                 "Dropdown", label="Preset", choices=[], value="", allow_custom_value=True, elem_id="loramerge_preset_pick",
@@ -213,9 +217,9 @@ class _Layout:
             )  # fmt: skip
             self.widgets["preset_layout"] = compat.make(
                 "Dropdown", label="Blocks", choices=list(PRESET_LAYOUTS), value=next(iter(PRESET_LAYOUTS)), scale=2,
-                min_width=180, elem_id="loramerge_preset_layout",
+                min_width=180, interactive=True, elem_id="loramerge_preset_layout",
             )  # fmt: skip
-            self.button("preset_reload", scale=0, min_width=120)
+            self.button("preset_reload", scale=0, min_width=140)
         self.widgets["preset_text"] = compat.make(
             "Textbox", label="Weights", lines=2, max_lines=8, elem_id="loramerge_preset_text",
             placeholder="1,0.5,R,U,X,X+0.1 …",

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 ELEMENTS = "Elemental weights"
 
 
-def choices(host: Host, values: Mapping[str, Any]) -> Any:
-    """The list of presets of the kind that is chosen; what is picked stays."""
-    return update(choices=["", *_known(host, values)], value=values["preset_pick"])
+def names(host: Host, values: Mapping[str, Any]) -> list[str]:
+    """The presets of the kind that is chosen."""
+    return ["", *_known(host, values)]
 
 
 def _known(host: Host, values: Mapping[str, Any]) -> Mapping[str, str]:
