@@ -228,10 +228,10 @@ class _Route:
 
 
 def _routes(service: Service) -> tuple[_Route, ...]:
-    recipe = schema._object({"recipe": schema.recipe_schema()}, ("recipe",))
-    name = schema._object({"name": schema._text("LoRA name")}, ("name",))
+    recipe = schema.object_of({"recipe": schema.recipe_schema()}, ("recipe",))
+    name = schema.object_of({"name": schema.text("LoRA name")}, ("name",))
     job = schema.job_schema()
-    jobs = schema._object({"jobs": {"type": "array", "items": job}})
+    jobs = schema.object_of({"jobs": {"type": "array", "items": job}})
     return (
         _Route("GET", "/loras", service.loras, "All LoRAs of the LoRA folder"),
         _Route("GET", "/methods", service.methods, "Merge methods and their parameters"),

@@ -19,36 +19,38 @@ MAX_DEPTH = 12
 Schema = Mapping[str, Any]
 
 
-def _object(properties: Mapping[str, Schema], required: tuple[str, ...] = (), closed: bool = True) -> Schema:
+def object_of(
+    properties: Mapping[str, Schema], required: tuple[str, ...] = (), closed: bool = True
+) -> Schema:
     return {
         "type": "object",
         "properties": dict(properties),
         "required": list(required),
-        "additionalProperties": not closed,
+        "additionalProperties": False,
     }
 
 
-def _text(description: str = "", **more: Any) -> Schema:
+def text(description: str = "", **more: Any) -> Schema:
     return {"type": "string", **({"description": description} if description else {}), **more}
 
 
-def _number(description: str = "", **more: Any) -> Schema:
+def number(description: str = "", **more: Any) -> Schema:
     return {"type": "number", **({"description": description} if description else {}), **more}
 
 
 def input_schema() -> Schema:
-    strength = {f"te{n}": _number(f"strength of text encoder {n} alone", nullable=True) for n in (1, 2, 3)}
-    return _object(
+    strength = {f"te{n}": number(f"strength of text encoder {n} alone", nullable=True) for n in (1, 2, 3)}
+    return object_of(
         {
-            "name": _text("LoRA name as the prompt has it, or sub/name"),
-            "te": _number("strength of the text encoders", default=1.0),
-            "unet": _number("strength of the denoiser", default=1.0),
+            "name": text("LoRA name as the prompt has it, or sub/name"),
+            "te": number("strength of the text encoders", default=1.0),
+            "unet": number("strength of the denoiser", default=1.0),
             **strength,
             "dyn": {"type": "integer", "minimum": 1, "nullable": True, "description": "first dyn ranks only"},
-            "lbw": _text("block weights: a preset name, or 12, 17, 20, 26 or 61 numbers", nullable=True),
-            "lbwe": _text("elemental block weights: a preset name", nullable=True),
-            "x": _number("value of X entries of the block weights", nullable=True),
-            "hash": _text("sshs_model_hash that the file must have", nullable=True),
+            "lbw": text("block weights: a preset name, or 12, 17, 20, 26 or 61 numbers", nullable=True),
+            "lbwe": text("elemental block weights: a preset name", nullable=True),
+            "x": number("value of X entries of the block weights", nullable=True),
+            "hash": text("sshs_model_hash that the file must have", nullable=True),
         },
         ("name",),
     )
@@ -60,23 +62,23 @@ def recipe_schema() -> Schema:
         "oneOf": [{"type": "integer", "minimum": 1}, {"type": "string", "enum": ["same", "full"]}],
         "default": "same",
     }
-    return _object(
+    return object_of(
         {
             "version": {"type": "integer", "enum": [1]},
             "inputs": {"type": "array", "items": input_schema(), "minItems": 1, "maxItems": MAX_INPUTS},
-            "mode": _text("merge method, see GET methods", enum=list(METHODS), default="svd"),
+            "mode": text("merge method, see GET methods", enum=list(METHODS), default="svd"),
             "params": {"type": "object", "description": "parameters of the merge method, see GET methods"},
             "rank": rank,
             "conv_rank": {"type": "integer", "minimum": 1, "nullable": True},
-            "retain": _number("smallest rank that keeps this share of the norm", nullable=True),
-            "size": _number("largest file in MB (1,000,000 bytes)", nullable=True),
-            "dtype": _text(enum=list(DTYPES), default="same"),
-            "device": _text("cpu, cuda, cuda:N, mps, xpu or auto", default="auto"),
+            "retain": number("smallest rank that keeps this share of the norm", nullable=True),
+            "size": number("largest file in MB (1,000,000 bytes)", nullable=True),
+            "dtype": text(enum=list(DTYPES), default="same"),
+            "device": text("cpu, cuda, cuda:N, mps, xpu or auto", default="auto"),
             "seed": {"type": "integer", "default": 0},
-            "base": _text(
+            "base": text(
                 "title of a checkpoint of the host's list, for adapters that need it", nullable=True
             ),
-            "dialect": _text(enum=list(DIALECTS), default="auto"),
+            "dialect": text(enum=list(DIALECTS), default="auto"),
             "skip_unsupported": {"type": "boolean", "default": False},
         },
         ("inputs",),
@@ -84,62 +86,62 @@ def recipe_schema() -> Schema:
 
 
 def merge_schema() -> Schema:
-    return _object(
+    return object_of(
         {
             "recipe": recipe_schema(),
-            "name": _text("file name without folder; not needed for a trial"),
-            "subfolder": _text("folder below the LoRA folder", default=""),
+            "name": text("file name without folder; not needed for a trial"),
+            "subfolder": text("folder below the LoRA folder", default=""),
             "overwrite": {"type": "boolean", "default": False},
             "trial": {
                 "type": "boolean",
                 "default": False,
                 "description": "usable in prompts until the host ends, not saved",
             },
-            "activation_text": _text(default=""),
-            "preferred_weight": _number(default=0),
-            "negative_text": _text(default=""),
-            "notes": _text(default=""),
-            "description": _text(default=""),
-            "preview": _text("name of the LoRA whose preview picture is copied", default=""),
+            "activation_text": text(default=""),
+            "preferred_weight": number(default=0),
+            "negative_text": text(default=""),
+            "notes": text(default=""),
+            "description": text(default=""),
+            "preview": text("name of the LoRA whose preview picture is copied", default=""),
         },
         ("recipe",),
     )
 
 
 def job_schema() -> Schema:
-    progress = _object(
+    progress = object_of(
         {
-            "phase": _text(enum=["read", "merge", "write"]),
+            "phase": text(enum=["read", "merge", "write"]),
             "done": {"type": "integer"},
             "total": {"type": "integer"},
-            "layer": _text(),
-            "fraction": _number(minimum=0, maximum=1),
-            "seconds_left": _number(nullable=True),
+            "layer": text(),
+            "fraction": number(minimum=0, maximum=1),
+            "seconds_left": number(nullable=True),
         }
     )
-    return _object(
+    return object_of(
         {
-            "id": _text(),
-            "state": _text(enum=["waiting", "running", "done", "failed", "cancelled"]),
-            "title": _text(),
+            "id": text(),
+            "state": text(enum=["waiting", "running", "done", "failed", "cancelled"]),
+            "title": text(),
             "trial": {"type": "boolean"},
             "position": {"type": "integer", "description": "0 runs, 1 is next"},
-            "created": _number("seconds since 1970"),
-            "started": _number(nullable=True),
-            "ended": _number(nullable=True),
+            "created": number("seconds since 1970"),
+            "started": number(nullable=True),
+            "ended": number(nullable=True),
             "progress": {**progress, "nullable": True},
-            "output": _text("path below the LoRA folder, once done", nullable=True),
-            "prompt_name": _text("NAME in <lora:NAME:1>, once done"),
+            "output": text("path below the LoRA folder, once done", nullable=True),
+            "prompt_name": text("NAME in <lora:NAME:1>, once done"),
             "report": {
                 "type": "object",
                 "nullable": True,
                 "description": "what was written, and how exact it is",
             },
-            "error": _text("why it failed"),
-            "notes": {"type": "array", "items": _text()},
+            "error": text("why it failed"),
+            "notes": {"type": "array", "items": text()},
         }
     )
 
 
 def error_schema() -> Schema:
-    return _object({"error": _text("what is wrong, and what to do")}, ("error",))
+    return object_of({"error": text("what is wrong, and what to do")}, ("error",))

@@ -97,14 +97,14 @@ def test_an_unknown_name_is_refused_with_the_nearest_names(standalone, lora_dir)
 def test_a_file_that_appears_later_is_found_without_a_refresh(standalone, lora_dir, monkeypatch):
     assert standalone.loras() == []
     path = touch(lora_dir / "new.safetensors")
-    monkeypatch.setattr("lib_loramerge.webui.host.RESCAN_SECONDS", 0)
+    monkeypatch.setattr("lib_loramerge.webui.host.base.RESCAN_SECONDS", 0)
     assert standalone.find("new") == path
 
 
 def test_wrong_names_do_not_scan_the_folder_each_time(standalone, monkeypatch):
     standalone.loras()
     scans = []
-    monkeypatch.setattr("lib_loramerge.webui.host.scan", lambda *_: scans.append(1))
+    monkeypatch.setattr("lib_loramerge.webui.host.base.scan", lambda *_: scans.append(1))
     for _ in range(50):
         with pytest.raises(UnknownNameError):
             standalone.find("nothing")
@@ -115,7 +115,7 @@ def test_a_file_that_vanished_is_an_error_and_the_list_goes_on(standalone, lora_
     path = touch(lora_dir / "gone.safetensors")
     standalone.refresh()
     path.unlink()
-    monkeypatch.setattr("lib_loramerge.webui.host.RESCAN_SECONDS", 0)
+    monkeypatch.setattr("lib_loramerge.webui.host.base.RESCAN_SECONDS", 0)
     with pytest.raises(UnknownNameError):
         standalone.find("gone")
     assert standalone.loras() == []

@@ -1,0 +1,50 @@
+"""The host of the tab alone in a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..listing import natural_key
+from .base import Host
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
+
+
+class StandaloneHost(Host):
+    """The tab alone in a browser: folders are given, and nothing waits for pictures.
+
+    Args:
+        lora_dirs: The first one is written to.
+        base_dirs: Folders whose checkpoints are offered as base.
+        preset_path: Another file for presets than ours.
+    """
+
+    def __init__(
+        self, lora_dirs: Sequence[Path], base_dirs: Sequence[Path] = (), preset_path: Path | None = None
+    ) -> None:
+        super().__init__()
+        self._lora_dirs = tuple(Path(folder).absolute() for folder in lora_dirs)
+        self._base_dirs = tuple(Path(folder).absolute() for folder in base_dirs)
+        self._preset_path = preset_path
+
+    def lora_dirs(self) -> tuple[Path, ...]:
+        return self._lora_dirs
+
+    def preset_path(self) -> Path:
+        return self._preset_path or super().preset_path()
+
+    def checkpoints(self) -> list[str]:
+        return list(self._checkpoint_files())
+
+    def _listed_checkpoint(self, title: str) -> Path | None:
+        return self._checkpoint_files().get(title)
+
+    def _checkpoint_files(self) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for folder in self._base_dirs:
+            if folder.is_dir():
+                for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+                    if path.suffix.lower() in CHECKPOINT_SUFFIXES and path.is_file():
+                        files.setdefault(path.name, path)
+        return files
