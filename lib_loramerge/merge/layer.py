@@ -34,9 +34,6 @@ from .device import compute_device
 from .plan import LayerPlan, MergePlan, output_names, same_rank
 from .read import SourceReader, total
 
-# What is left of LoRAs that cancel each other: below this part of the inputs' size a layer is noise.
-CANCELLED = 1e-7
-
 
 @dataclass(frozen=True)
 class MergedLayer:
@@ -173,7 +170,7 @@ class Merger:
         try:
             if prepared.whole:
                 return self._whole(layer, prepared.merged, prepared.bias, prepared.notes)
-            if stored is None or (not self.plan.method.uses_rank and self._cancels(prepared, stored)):
+            if stored is None:
                 gone = norm(wanted) ** 2 if wanted is not None else 0.0
                 return self._absent(layer, gone, prepared.bias, prepared.notes)
             return self.low_rank(layer, stored, wanted, prepared.bias, prepared.notes)
@@ -183,15 +180,24 @@ class Merger:
     def _store(self, prepared: Sequence[Prepared], allotted: Sequence[int | None]) -> list[Stored | None]:
         deltas = [entry.merged for entry in prepared if entry.merged is not None]
         rules = [self._chooser(p.layer, d, a) for p, d, a in zip(prepared, deltas, allotted, strict=True)]
+        most = [self._most(p.layer, a) for p, a in zip(prepared, allotted, strict=True)]
+        fixed = not self.has_alpha
         if self.device.type != "cpu":
-            return write_layers(deltas, self.dtype, rules)
+            return write_layers(deltas, self.dtype, rules, most=most, fixed_alpha=fixed)
         try:
             return [
-                write_layer(d, self.dtype, rule, most=self._most(p.layer, a))
-                for p, d, rule, a in zip(prepared, deltas, rules, allotted, strict=True)
+                write_layer(delta, self.dtype, rule, most=limit, fixed_alpha=fixed)
+                for delta, rule, limit in zip(deltas, rules, most, strict=True)
             ]
         except OutputError as error:
             raise OutputError(f"{prepared[0].layer.layer}: {error}") from error
+
+    def _most(self, layer: LayerPlan, allotted: int | None) -> int | None:
+        """The largest rank that the rule can give a layer, where that is known before its singular values."""
+        recipe = self.plan.recipe
+        if allotted is not None:
+            return allotted
+        return None if recipe.retain is not None or recipe.rank == "full" else layer.rank
 
     def _chooser(
         self, layer: LayerPlan, merged: Delta, allotted: int | None
@@ -211,17 +217,6 @@ class Merger:
         if allotted is not None:
             return max(1, allotted)
         return layer.rank if self.plan.recipe.retain is None else None
-
-    def _cancels(self, prepared: Prepared, stored: Stored) -> bool:
-        """Whether what is left is only the rounding noise of inputs that cancel."""
-        if len(prepared.inputs) < 2 or stored.exact_sq == 0:
-            return stored.exact_sq == 0
-        size = sum(
-            abs(weight) * norm(entry.weight)
-            for weight, entry in zip(prepared.layer.weights, prepared.inputs, strict=True)
-            if entry.weight is not None
-        )
-        return stored.exact_sq <= (CANCELLED * size) ** 2
 
     def _bias(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> Tensor | None:
         pairs = [
@@ -244,6 +239,11 @@ class Merger:
         self, layer: LayerPlan, merged: Delta | None, bias: Tensor | None, notes: tuple[str, ...]
     ) -> MergedLayer:
         """A layer written as plain differences: ``diff``/``diff_b``, or ``w_norm``/``b_norm``."""
+        if merged is None and bias is not None and layer.in_ and not layer.vector:
+            # A1111 refuses a whole file over a bias that stands alone, so it gets factors that do nothing.
+            up, down = (torch.zeros(size, dtype=self.dtype) for size in ((layer.out, 1), (1, layer.width)))
+            nothing = Stored(up, down, 1.0, layer.kernel, 0.0, 0.0)
+            return self.low_rank(layer, nothing, None, bias, notes)
         weight_slot, bias_slot = self._whole_slots(layer)
         tensors: dict[str, Tensor] = {}
         error_sq = exact_sq = 0.0

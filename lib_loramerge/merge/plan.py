@@ -11,20 +11,23 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .. import architectures, blocks, dialects
-from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..errors import IncompatibleError, LoraMergeError, RecipeError, UnsupportedError
 from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
-from .sources import LayerShape, Source, open_source
+from .host_notes import host_notes
+from .sources import LayerShape, Source, SourcePart, open_source
 
 if TYPE_CHECKING:
     from ..methods import MergeMethod
+    from .base import BaseCheckpoint
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ALPHA_BYTES = 4
@@ -111,7 +114,9 @@ class LayerPlan:
             return 2 * self.out * item
         if self.rank is None:
             return self.out * self.width * item + biases
-        return self.rank * (self.out + self.width) * item + ALPHA_BYTES + biases
+        # A bias never stands alone where the width is known: it gets factors, even if they do nothing.
+        rank = max(self.rank, 1) if self.bias else self.rank
+        return rank * (self.out + self.width) * item + ALPHA_BYTES + biases
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class MergePlan:
 
     @property
     def rank_histogram(self) -> dict[int, int]:
-        ranks = Counter(plan.rank for plan in self.layers if plan.rank is not None and not plan.vector)
+        ranks = Counter(plan.rank for plan in self.layers if plan.rank and not plan.vector)
         return dict(sorted(ranks.items(), reverse=True))
 
     def to_json(self) -> dict[str, Any]:
@@ -201,7 +206,8 @@ def plan_merge(
         SourcePlan(entry, source, _block_weights(entry, presets, recipe.seed, index))
         for index, (entry, source) in enumerate(zip(recipe.inputs, sources, strict=True))
     )
-    layers, left_out = _plan_layers(plans, architecture.id, recipe, method, base)
+    with _base_model(base, sources) as checkpoint:
+        layers, left_out = _plan_layers(plans, architecture.id, recipe, method, checkpoint)
     if not layers:
         raise RecipeError(
             "Nothing would be left: every layer has weight 0. Give at least one LoRA a strength."
@@ -222,7 +228,12 @@ def plan_merge(
         base=base,
         predicted_bytes=0,
         exact_prediction=recipe.retain is None and recipe.size is None,
-        warnings=(*_warnings(plans), *notes, *clashes),
+        warnings=(
+            *_warnings(plans),
+            *notes,
+            *clashes,
+            *host_notes(architecture, recipe.dialect, layers, len(embeddings)),
+        ),
         skipped=skipped,
     )
     return replace(plan, predicted_bytes=predicted_bytes(plan))
@@ -332,14 +343,19 @@ def _plan_layers(
     architecture: str,
     recipe: MergeRecipe,
     method: MergeMethod,
-    base: Path | None,
+    base: BaseCheckpoint | None,
 ) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
     layers, left_out = [], []
     for layer in sorted({layer for plan in plans for layer in plan.source.layers}):
         holders = [(index, plan) for index, plan in enumerate(plans) if layer in plan.source.layers]
-        shape = _one_shape(layer, [plan.source for _, plan in holders]) or _base_shape(
-            base, architecture, layer
-        )
+        parts = [part for _, plan in holders for part in plan.source.layers[layer]]
+        bias_alone = all(part.facts.kind == "bias" for part in parts)
+        shape = _one_shape(layer, [plan.source for _, plan in holders])
+        if shape is None:
+            shape = _shape_of_bias(parts[0], base, architecture) if bias_alone else None
+        if shape is None:
+            assert base is not None  # without one the adapters that do not tell their shape were refused
+            shape = _base_shape(base, architecture, layer)
         component, block = architectures.component(layer), architectures.block(architecture, layer)
         inputs, ranks = [], []
         for index, plan in holders:
@@ -351,7 +367,6 @@ def _plan_layers(
         if not inputs:
             left_out.append(layer)
             continue
-        parts = [part for _, plan in holders for part in plan.source.layers[layer]]
         out, in_, kernel = shape
         draft = LayerPlan(
             layer=layer,
@@ -363,7 +378,7 @@ def _plan_layers(
             inputs=tuple(inputs),
             ranks=tuple(ranks),
             rank=None,
-            vector=in_ == 0,
+            vector=in_ == 0 and not bias_alone,
             bias=any(part.facts.bias for part in parts),
         )
         layers.append(replace(draft, rank=_foreseen_rank(draft, recipe, method)))
@@ -388,16 +403,35 @@ def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
     return known[0][1] if known else None
 
 
-def _base_shape(base: Path | None, architecture: str, layer: str) -> LayerShape:
+@contextmanager
+def _base_model(base: Path | None, sources: Sequence[Source]) -> Iterator[BaseCheckpoint | None]:
+    """The base model, open, if there is one and some layer's size is told by nothing else."""
     from .base import BaseCheckpoint
 
-    assert base is not None  # without one the adapters that do not tell their shape were refused
-    with BaseCheckpoint(base) as checkpoint:
-        shape = checkpoint.shape(architecture, layer)
+    untold = any(source.shape(layer) is None for source in sources for layer in source.layers)
+    if base is None or not untold:
+        yield None
+    else:
+        with BaseCheckpoint(base) as checkpoint:
+            yield checkpoint
+
+
+def _base_shape(base: BaseCheckpoint, architecture: str, layer: str) -> LayerShape:
+    shape = base.shape(architecture, layer)
     if len(shape) == 1:
         return shape[0], 0, ()
     kernel = tuple(shape[2:])
     return shape[0], shape[1], kernel if kernel not in ((), (1, 1)) else ()
+
+
+def _shape_of_bias(part: SourcePart, base: BaseCheckpoint | None, architecture: str) -> LayerShape:
+    """Shape of a layer of which only the bias changes; its inputs are 0 when nothing tells them."""
+    if base is not None:
+        try:
+            return _base_shape(base, architecture, part.part.layer)
+        except LoraMergeError:
+            pass  # the bias needs no weight, so it does without
+    return part.out or 0, 0, ()
 
 
 def _shape_text(shape: LayerShape) -> str:
@@ -450,24 +484,24 @@ def _output_dtype(recipe: MergeRecipe, sources: Sequence[Source]) -> tuple[str, 
 
 
 def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]], list[str]]:
-    """Union of the embeddings in the files; the first file wins where two differ in name only."""
+    """Union of the embeddings in the files; of two with one name the first file's is kept, with all its tensors."""
     chosen: dict[str, tuple[int, str]] = {}
-    notes = []
+    owners: dict[str, int] = {}
+    clashes: dict[tuple[str, str], list[str]] = {}
     for index, plan in enumerate(plans):
         for name, key in plan.source.embeddings.items():
-            if name in chosen:
-                first = plans[chosen[name][0]].path.name
-                notes.append(
-                    f"Both {first} and {plan.path.name} hold the embedding {name}; the first one is kept."
-                )
-            else:
+            embedding = name.partition(".")[0]
+            owner = owners.setdefault(embedding, index)
+            if owner == index:
                 chosen[name] = (index, key)
-    if len(chosen) > 12:
-        notes.append(
-            f"{len(chosen)} embedding tensors are kept; Forge refuses a LoRA with more than 12 tensors that "
-            "it does not know."
-        )
-    return chosen, notes
+            elif plan.path != plans[owner].path:
+                both = clashes.setdefault((plans[owner].path.name, plan.path.name), [])
+                if embedding not in both:
+                    both.append(embedding)
+    return chosen, [
+        f"Both {first} and {second} hold the embedding {', '.join(names)}; the first one is kept."
+        for (first, second), names in clashes.items()
+    ]
 
 
 def _warnings(plans: Sequence[SourcePlan]) -> list[str]:
@@ -492,8 +526,17 @@ def predicted_bytes(plan: MergePlan) -> int:
     """Size of the file, an upper bound by a few bytes a tensor."""
     item = ITEM_BYTES[plan.dtype]
     tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in plan.layers)
-    total = metadata_bytes(plan) + tensors
+    total = metadata_bytes(plan) + embeddings_bytes(plan) + tensors
     return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
+
+
+def embeddings_bytes(plan: MergePlan) -> int:
+    """Bytes of the bundled embeddings and of their entries in the header."""
+    total = 0
+    for name, (index, key) in plan.embeddings.items():
+        info = plan.sources[index].source.header.tensors[key]
+        total += info.end - info.start + len(name.encode()) + len(str(info.shape)) + _ENTRY_BYTES
+    return total
 
 
 def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import architectures, ranks
 from ..delta import LowRank, Stored, parallel_map
@@ -24,6 +25,7 @@ from .plan import (
     ITEM_BYTES,
     LayerPlan,
     MergePlan,
+    embeddings_bytes,
     entries_bytes,
     merged_metadata,
     metadata_bytes,
@@ -99,7 +101,7 @@ def run_merge(
             )
         with clock.phase("merge"):
             merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
-        embeddings = {name: merger.readers[index].read(key) for name, (index, key) in plan.embeddings.items()}
+        embeddings = _embeddings(plan, merger)
         source_hashes = hashes()
     # The inputs are closed here: one of them may be the file that is replaced.
     if plan.recipe.size is None:
@@ -115,6 +117,16 @@ def run_merge(
             output, tensors, _metadata(plan, output, merged, source_hashes), overwrite=overwrite
         )
     return _report(plan, output, merged, written, source_hashes, clock, merger.device)
+
+
+def _embeddings(plan: MergePlan, merger: Merger) -> dict[str, Tensor]:
+    """The bundled embeddings under the keys that hosts look for, in the dtype that they are stored in."""
+    tensors = {}
+    for name, (index, key) in plan.embeddings.items():
+        reader = merger.readers[index]
+        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.source.header.tensors[key].dtype)
+        tensors[f"bundle_emb.{name}"] = reader.read(key).to(stored or torch.float32)
+    return tensors
 
 
 def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
@@ -151,7 +163,7 @@ def _allot(
     assert plan.recipe.size is not None
     spectra = for_each_layer(plan.layers, merger.spectrum, "look", progress, cancel, workers)
     item = ITEM_BYTES[plan.dtype]
-    costs, names, fixed = [], [], metadata_bytes(plan, name)
+    costs, names, fixed = [], [], metadata_bytes(plan, name) + embeddings_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
         entry = entries_bytes(plan, layer)
         if spectrum is None:

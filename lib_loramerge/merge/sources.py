@@ -75,7 +75,7 @@ class Source:
     @property
     def ranks(self) -> dict[int, int]:
         """Rank to number of layers, for the layers that have one."""
-        ranks = Counter(rank for layer in self.layers if (rank := self.rank(layer)) is not None)
+        ranks = Counter(rank for layer in self.layers if (rank := self.rank(layer)))
         return dict(sorted(ranks.items(), reverse=True))
 
     @property
@@ -94,9 +94,12 @@ class Source:
         """Rank as the file states it, parts added up; None for a layer stored whole.
 
         What rests on the base weight (DoRA ...) has full rank, strictly; it counts
-        with the rank that it was trained at.
+        with the rank that it was trained at. A bias alone has rank 0.
         """
-        ranks = [part.facts.rank or self._trained_rank(part) for part in self.layers[layer]]
+        ranks = [
+            0 if part.facts.kind == "bias" else part.facts.rank or self._trained_rank(part)
+            for part in self.layers[layer]
+        ]
         return None if any(rank is None for rank in ranks) else sum(r for r in ranks if r is not None)
 
     def _trained_ranks(self) -> set[int]:
