@@ -173,7 +173,7 @@ class Service:
         _refuse_path(name)
         from ..analysis import (
             inspect as inspect_lora,
-        )  # Not at the WebUI's start, see the package's docstring.
+        )  # Not at the WebUI's start, see extension.py.
 
         content = inspect_lora(self.host.find(name, strict=True)).to_json()
         content.pop("path", None)

@@ -292,9 +292,7 @@ class JobQueue:
                     self._thread = None
                     return
             try:
-                with self._host_lock(job):
-                    if self._begin(job):
-                        self._run(job)
+                self._run(job)
             except LoraMergeError as error:
                 self._end(job, CANCELLED if isinstance(error, Cancelled) else FAILED, str(error))
             except BaseException as error:
@@ -307,7 +305,7 @@ class JobQueue:
                 self._end(job, FAILED, text)
 
     @contextmanager
-    def _host_lock(self, job: Job) -> Iterator[None]:
+    def _host_lock(self) -> Iterator[None]:
         """The host's queue lock, if the user wants merges to wait for pictures.
 
         A job stays waiting until the lock is free, so that it can be dropped at once.
@@ -328,7 +326,19 @@ class JobQueue:
             return True
 
     def _run(self, job: Job) -> None:
-        from ..merge import run_merge  # Not at the WebUI's start, see the package's docstring.
+        with self._host_lock():
+            if not self._begin(job):
+                return
+            report, output, replaced = self._merge(job)
+        # Not under the host's lock, which cannot be taken twice: telling the host may need it.
+        notes = self._publish(job.request, output, replaced)
+        with self._changed:
+            job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
+            self._finish(job, DONE)
+
+    def _merge(self, job: Job) -> tuple[MergeReport, Path, bool]:
+        """(report, file, whether it replaced another) of a job."""
+        from ..merge import run_merge  # Not at the WebUI's start, see extension.py.
 
         request = job.request
         # Planned again: the job may have waited, and the files may have changed.
@@ -344,10 +354,7 @@ class JobQueue:
                 progress=lambda progress: self._tell(job, progress),
                 cancel=job._stop.is_set,
             )
-        notes = self._publish(request, output, replaced)
-        with self._changed:
-            job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
-            self._finish(job, DONE)
+        return report, output, replaced
 
     def _publish(self, request: MergeRequest, output: Path, replaced: bool) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""

@@ -54,7 +54,7 @@ def from_file(path: Path) -> Label:
     """A label from the header of a file; empty for what cannot be understood."""
     if path.suffix.lower() != ".safetensors":
         return Label()
-    from ..dialects import parse_file  # Not at the WebUI's start, see the package's docstring.
+    from ..dialects import parse_file  # Not at the WebUI's start, see extension.py.
 
     try:
         header = read_header(path)

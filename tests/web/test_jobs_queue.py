@@ -356,6 +356,23 @@ def test_a_merge_waits_for_a_picture_only_when_the_user_says_so(tmp_path):
             host.close()
 
 
+@pytest.mark.parametrize("forge", [False, True], ids=["a1111", "forge"])
+def test_replacing_a_file_while_merges_wait_for_pictures_does_not_lock_up(tmp_path, forge):
+    """The host's lock cannot be taken twice, and both the merge and its end may want it."""
+    data = tmp_path / "data"
+    for seed, name in enumerate(("a", "b")):
+        make_lora(data / "models" / "Lora" / f"{name}.safetensors", SMALL, seed=seed)
+    with fake_modules(data, "--options", '{"loramerge_queue_lock": true}', forge=forge) as modules:
+        queue = JobQueue(WebuiHost())
+        for overwrite in (False, True):
+            job = end(queue, queue.submit(MergeRequest(BOTH, "merged", overwrite=overwrite)))
+            assert job.state == "done", job.error
+        assert modules.call_queue.queue_lock.acquire(blocking=False), "the lock is free again"
+        modules.call_queue.queue_lock.release()
+        queue.close()
+        queue.host.close()
+
+
 def test_a_merge_of_a_recipe_that_names_other_bytes_is_refused(queue, folder):
     recipe = MergeRecipe(inputs=(LoraInput("a", hash="0" * 64), LoraInput("b")), mode="concat")
     job = end(queue, queue.submit(MergeRequest(recipe, "merged")))

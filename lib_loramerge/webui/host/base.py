@@ -292,7 +292,7 @@ class Host:
         Raises:
             LoraMergeError: Whatever stops this merge.
         """
-        from ...merge import plan_merge  # Not at the WebUI's start, see the package's docstring.
+        from ...merge import plan_merge  # Not at the WebUI's start, see extension.py.
 
         return plan_merge(
             recipe,
