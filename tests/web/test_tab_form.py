@@ -1,0 +1,253 @@
+"""The form as data: control tables, layout, recipe fields, words. No browser."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from lib_loramerge.errors import RecipeError
+from lib_loramerge.methods import METHODS
+from lib_loramerge.recipe import LoraInput, MergeRecipe
+from lib_loramerge.webui import facts, form, render, tab
+from lib_loramerge.webui.host import LoraEntry, StandaloneHost
+from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.standalone import shared_file
+from lib_loramerge.webui.tab import layout
+from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
+from lib_loramerge.webui.tab.handlers import FORM_NAMES
+from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+
+WEBUI = Path(render.__file__).parent
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[StandaloneHost]:
+    for name, seed in (("style", 1), ("face", 2)):
+        make_lora(tmp_path / f"{name}.safetensors", SD1_LAYERS, rank=4, seed=seed)
+    make_lora(tmp_path / "sub" / "large.safetensors", SDXL_LAYERS, rank=4, seed=3)
+    made = StandaloneHost([tmp_path])
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def components(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The configuration of every component of the tab, as the browser gets it."""
+    folder = tmp_path_factory.mktemp("loras")
+    host = StandaloneHost([folder])
+    blocks = tab.build_tab(host, JobQueue(host))
+    return [{"kind": type(block).__name__, **block.get_config()} for block in blocks.blocks.values()]
+
+
+def default_form(**changes: object) -> dict[str, object]:
+    """The form as a fresh page has it."""
+    values: dict[str, object] = {control.name: control.options.get("value") for control in CONTROLS}
+    for index in range(form.MAX_ROWS):
+        values |= {f"row{index}.{name}": value for name, value in form.EMPTY_ROW.items()}
+    values |= {"mode": METHODS["svd"].label, "device": "CPU"}
+    return {**values, **{name.replace("__", "."): value for name, value in changes.items()}}
+
+
+def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field() -> None:
+    filled = {field for control in (*ROW_CONTROLS, *CONTROLS) for field in control.fills}
+    kinds = {"input": LoraInput, "recipe": MergeRecipe, "request": MergeRequest}
+    known = {f"{prefix}.{field.name}" for prefix, kind in kinds.items() for field in fields(kind)}
+    assert filled <= known
+    # Of a file, not of a wish; the rows themselves; the parameters' own controls; the two buttons; REST's own.
+    without = {"input.hash", "recipe.inputs", "recipe.params", "request.recipe", "request.trial", "request.strict"}
+    assert known - filled == without
+
+
+def test_table_and_layout_have_the_same_controls(components: list[dict]) -> None:
+    ids = [component["elem_id"] for component in components if component.get("elem_id")]
+    assert len(ids) == len(set(ids)), "element ids are unique"
+    assert all(name.startswith("loramerge_") for name in ids)
+    wanted = {tab.element_id(name) for name in (*FORM_NAMES, *BUTTONS) if name != "preset_load"}
+    wanted |= {f"loramerge_row{index}_{name}" for index in range(form.MAX_ROWS) for name in ROW_BUTTONS}
+    assert wanted <= set(ids)
+
+
+def test_every_parameter_of_every_method_gets_a_control_with_its_default_and_limits() -> None:
+    for method in METHODS.values():
+        for param in method.params:
+            control = param_control(method.name, param)
+            assert control.name in FORM_NAMES
+            assert control.options["value"] == param.default
+            if control.kind == "Slider":
+                assert (control.options["minimum"], control.options["maximum"]) == (param.minimum, param.maximum)
+            if control.kind == "Dropdown":
+                assert control.options["choices"] == list(param.choices)
+
+
+def test_a_recipe_survives_the_form(host: StandaloneHost) -> None:
+    chance = random.Random(7)
+    modes = list(METHODS)
+    for _ in range(200):
+        inputs = tuple(
+            LoraInput(
+                chance.choice(["style", "face", "large", "gone"]),
+                te=chance.choice([1.0, 0.5, -2.25]),
+                unet=chance.choice([1.0, 0.3, 7.0]),
+                te2=chance.choice([None, 0.125]),
+                dyn=chance.choice([None, 3]),
+                x=chance.choice([None, 0.5]),
+                lbw=chance.choice([None, "MIDD", "1,0,0,0,R,0,0,0,0,0,0,X,0,0,0,0,0"]),
+                lbwe=chance.choice([None, "IN04-OUT04:attn:0.5"]),
+            )
+            for _ in range(chance.randint(1, 4))
+        )
+        mode = chance.choice(modes)
+        ranked = METHODS[mode].uses_rank
+        rule = chance.choice([{}, {"rank": 8}, {"rank": "full"}, {"retain": 0.5}, {"size": 12.5}]) if ranked else {}
+        recipe = MergeRecipe(
+            inputs,
+            mode=mode,
+            params={param.name: param.default for param in METHODS[mode].params},
+            dtype=chance.choice(["same", "bfloat16"]),
+            device="cpu",
+            seed=chance.choice([0, 5]),
+            dialect=chance.choice(["auto", "diffusers"]),
+            skip_unsupported=chance.choice([True, False]),
+            **rule,
+        )
+        values = {**default_form(), **form.form_of(recipe, host, METHODS)}
+        reading = form.read_form(values, host, METHODS)
+        assert reading.problems == {}
+        assert reading.recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "words"),
+    [
+        ({"row0__strength": None}, "row0", "Strength"),
+        ({"row0__strength": float("nan")}, "row0", "Strength"),
+        ({"row0__strength": "much"}, "row0", "much"),
+        ({"row0__linked": False, "row0__te": None}, "row0", "Text encoder"),
+        ({"row0__extra": "start=5"}, "row0", "start"),
+        ({"row0__extra": "whatever"}, "row0", "dyn=8"),
+        ({"row0__lora": "stile"}, "row0", "style"),
+        ({"row0__blocks": "MIDDD"}, "row0", "MIDD"),
+        ({"row0__blocks": "1,2,3"}, "row0", "17"),
+        ({"rank_rule": form.RANK_RULES["number"], "rank": 0}, "how", "rank"),
+        ({"rank_rule": form.RANK_RULES["number"], "rank": 2.5}, "rank_rule", "whole"),
+        ({"rank_rule": form.RANK_RULES["retain"], "retain": 130}, "how", "retain"),
+        ({"rank_rule": form.RANK_RULES["size"], "size": None}, "rank_rule", "empty"),
+        ({"seed": -1}, "how", "seed"),
+        ({"name": "a/../../b"}, "name", "b"),
+        ({"name": "style"}, "name", "exists"),
+    ],
+)
+def test_every_mistake_is_told_at_its_place(
+    host: StandaloneHost, changes: dict[str, object], place: str, words: str
+) -> None:
+    values = default_form(**{"row0__lora": "style", **changes})
+    found = facts.gather(values, host, METHODS)
+    assert words in found.problems[place]
+    assert not found.ready
+    if place.startswith("row"):
+        assert 'role="alert"' in found.rows[0]
+
+
+def test_files_of_two_base_models_are_told_apart_in_their_rows(host: StandaloneHost) -> None:
+    found = facts.gather(default_form(row0__lora="style", row1__lora="large"), host, METHODS)
+    assert "different base models" in found.problems["plan"]
+    assert "lm-other" not in found.rows[0]
+    assert "lm-other" in found.rows[1]
+
+
+def test_rows_that_are_off_or_empty_do_not_count(host: StandaloneHost) -> None:
+    values = default_form(rows=3, row0__lora="style", row1__lora="", row2__lora="face", row2__on=False)
+    assert [given.name for given in form.read_form(values, host, METHODS).inputs] == ["style"]
+
+
+def test_more_inputs_than_rows_are_refused_and_not_cut_off(host: StandaloneHost) -> None:
+    with pytest.raises(RecipeError, match="17 LoRAs"):
+        form.rows_of([LoraInput("style")] * 17, host.loras())
+
+
+def test_a_label_a_name_and_a_unique_part_of_a_name_mean_the_same_lora() -> None:
+    def entry(name: str, base: str) -> LoraEntry:
+        return LoraEntry(name, Path(f"{name}.safetensors"), "", name, base, "8")
+
+    entries = [entry("ink · wash", "SDXL"), entry("ink", "SD 1"), entry("portrait", "SD 1")]
+    assert form.lora_name("ink", entries) == "ink"
+    assert form.lora_name("ink · SD 1 · rank 8", entries) == "ink"
+    assert form.lora_name("ink · wash · SDXL · rank 8", entries) == "ink · wash"
+    assert form.lora_name("portrait · SD 1", entries) == "portrait"
+    assert form.lora_name("PORT", entries) == "portrait"
+    assert form.lora_name("in", entries) == "in"
+    assert form.lora_name("none of them", entries) == "none of them"
+
+
+def test_texts_from_files_and_people_are_escaped(host: StandaloneHost) -> None:
+    nasty = "<img src=x onerror=alert(1)>\"'&"
+    values = default_form(row0__lora=nasty, name=nasty)
+    found = facts.gather(values, host, METHODS)
+    for text in (*found.rows.values(), found.plan, render.error_box(nasty), render.note_box([nasty])):
+        assert "<img" not in text
+    assert json.loads(re.search('data-words="([^"]*)"', render.page_words({"a": nasty}, None))[1].replace("&quot;", '"')
+                      .replace("&#x27;", "'").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))["hints"] == {"a": nasty}  # fmt: skip
+
+
+def test_facts_for_files_seen_before_come_within_300_ms(host: StandaloneHost, tmp_path: Path) -> None:
+    import time
+
+    layers = {f"lora_unet_input_blocks_4_1_transformer_blocks_{n % 2}_attn{1 + n % 2}_to_{n}": (64, 64) for n in range(2)}
+    layers |= {
+        f"lora_unet_{block}_1_transformer_blocks_{n}_attn{a}_to_{p}": (640, 640)
+        for block in ("input_blocks_7", "input_blocks_8", "middle_block", "output_blocks_0", "output_blocks_1")
+        for n in range(10) for a in (1, 2) for p in ("q", "v", "out_0")
+    }  # fmt: skip
+    layers = {name: shape for name, shape in layers.items() if name.rsplit("_", 1)[-1] not in "01"} | SDXL_LAYERS
+    for name in ("one", "two"):
+        make_lora(tmp_path / f"{name}.safetensors", layers, rank=2, seed=4)
+    host.refresh()
+    values = default_form(row0__lora="one", row1__lora="two")
+    assert facts.gather(values, host, METHODS).ready
+    start = time.process_time()
+    facts.gather(values, host, METHODS)
+    assert time.process_time() - start < 0.3
+
+
+def said(path: Path) -> Iterator[str]:
+    """Literal texts that a file says through :func:`render.say`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "say":
+            if isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+
+
+def shown_words(components: list[dict]) -> set[str]:
+    """Every text of ours that the tab can show."""
+    hidden = {"loramerge_" + name for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "copied")}
+    words: set[str] = set(layout.hints().values())
+    for component in components:
+        name = component.get("elem_id") or ""
+        if name in hidden or name.startswith("loramerge_do_"):
+            continue
+        words |= {component[key] for key in ("label", "placeholder") if isinstance(component.get(key), str)}
+        if component["kind"] == "Button":
+            words.add(component["value"])
+    for path in WEBUI.rglob("*.py"):
+        words |= set(said(path))
+    words |= {*form.RANK_RULES.values(), *form.PRECISIONS.values(), *form.SPELLINGS.values(), form.NO_PREVIEW}
+    words |= {*render.STATES.values(), *render.PHASES.values(), *layout.PRESET_KINDS, *layout.PRESET_LAYOUTS}
+    words |= {"LoRAs", "How", "Result", "What will come out", "Block presets", "Experimental"}
+    for method in METHODS.values():
+        words |= {method.label, method.summary, method.avoid}
+    return {word for word in words if re.search("[A-Za-z]{2}", word) and "<lora:" not in word and "=" not in word[:5]}
+
+
+def test_the_japanese_file_translates_every_string_that_the_tab_shows(components: list[dict]) -> None:
+    path = shared_file("localizations") / "ja_JP.json"
+    translations = json.loads(path.read_text(encoding="utf-8"))
+    missing = sorted(shown_words(components) - set(translations) - {"1,0.5,R,U,X,X+0.1 …"})
+    assert missing == []
+    assert all(isinstance(text, str) and text.strip() for text in translations.values())

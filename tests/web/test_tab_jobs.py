@@ -1,0 +1,149 @@
+"""Merges on their way, in a browser: bar, cancel, reload, waiting line, two windows, trying, sending."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import SD1_LAYERS, make_lora
+from tests.web.browser import SERVED, Tab
+from tests.web.hosting import FakeHost
+
+# Of high rank, so that a merge takes seconds; small on disk all the same.
+SLOW = {
+    f"lora_unet_output_blocks_{block}_1_transformer_blocks_0_attn{a}_to_{part}": (320, 320)
+    for block in range(9, 12)
+    for a in (1, 2)
+    for part in ("q", "k", "v", "out_0")
+} | {
+    f"lora_unet_input_blocks_{block}_1_transformer_blocks_0_{part}": (320, 320)
+    for block in (1, 2)
+    for part in ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_out_0")
+}
+MANY = 8  # rows of the slow LoRA
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
+    folder = tmp_path_factory.mktemp("webui")
+    loras = folder / "models" / "Lora"
+    make_lora(loras / "style.safetensors", SD1_LAYERS, rank=4, seed=1)
+    make_lora(loras / "slow.safetensors", SLOW, rank=200, seed=2)
+    with FakeHost(folder, *SERVED) as running:
+        yield running
+
+
+@pytest.fixture
+def tab(chromium: object, host: FakeHost) -> Iterator[Tab]:
+    with Tab(chromium, host.url) as opened:
+        yield opened
+
+
+def fill_slow(tab: Tab, name: str) -> None:
+    """A merge that takes long enough to be stopped."""
+    tags = "".join(f"<lora:slow:{0.1 + index / 100}>" for index in range(MANY))
+    tab.open("fill")
+    tab.fill("fill_source", tags)
+    tab.press("fill_text")
+    tab.page.locator(f"#loramerge_row{MANY - 1}_line").wait_for(state="visible")
+    tab.choose("mode", "TIES")
+    tab.wait_for_facts(f"LoRAs {MANY}")
+    tab.fill("name", name)
+
+
+def left_behind(folder: Path, name: str) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if name in path.name)
+
+
+def test_cancel_in_the_middle_stops_within_a_second_and_leaves_nothing(tab: Tab, host: FakeHost) -> None:
+    fill_slow(tab, "stopped")
+    tab.press("merge")
+    tab.wait_until_running(2)
+    assert "layers" in tab.text("jobs")
+    assert tab.page.locator("#loramerge_row0_lora input").is_enabled()
+    tab.page.evaluate("() => { window.pressed = performance.now(); }")
+    tab.page.locator("#loramerge_jobs .lm-drop").click()
+    tab.expect_text("result", "Cancelled")
+    assert left_behind(host.lora_dir, "stopped") == []
+    assert tab.value("name") == "stopped"
+    assert tab.value(f"row{MANY - 1}_strength").startswith("0.1")
+
+
+def test_a_reload_in_the_middle_shows_the_merge_again_and_keeps_the_form(tab: Tab) -> None:
+    fill_slow(tab, "reloaded")
+    tab.press("merge")
+    tab.wait_until_running(1)
+    tab.load()
+    tab.wait_until_running(1)
+    tab.expect_text("jobs", "reloaded")
+    tab.page.locator(f"#loramerge_row{MANY - 1}_line").wait_for(state="visible")
+    tab.expect_value("name", "reloaded")
+    assert tab.value("mode") == "TIES"
+    tab.page.locator("#loramerge_jobs .lm-drop").click()
+    tab.expect_text("result", "Cancelled")
+    tab.page.locator("#loramerge_result .lm-refill").click()
+    tab.expect_value("name", "reloaded")
+
+
+def test_a_second_window_sees_the_merge_waits_in_line_and_can_be_dropped(
+    tab: Tab, chromium: object, host: FakeHost
+) -> None:
+    fill_slow(tab, "first")
+    tab.press("merge")
+    tab.wait_until_running()
+    with Tab(chromium, host.url) as other:
+        other.expect_text("jobs", "first")
+        other.row(0, "style", 0.5)
+        other.wait_for_facts("LoRAs 1")
+        other.fill("name", "second")
+        other.press("merge")
+        other.expect_text("jobs", "Waiting for its turn")
+        # Each window keeps its own form.
+        assert tab.value("name") == "first"
+        waiting = other.page.locator("#loramerge_jobs .lm-job").filter(has_text="second")
+        waiting.locator(".lm-drop").click()
+        other.expect_text("result", "Cancelled")
+        other.merge_after = other.press("merge")
+        tab.page.locator("#loramerge_jobs .lm-job").filter(has_text="first").locator(".lm-drop").click()
+        tab.expect_text("result", "Cancelled")
+        other.expect_text("result", "Done")
+    assert left_behind(host.lora_dir, "first") == []
+    assert "second.safetensors" in left_behind(host.lora_dir, "second")
+
+
+def test_a_merge_can_be_tried_sent_to_the_prompt_and_then_saved(tab: Tab, host: FakeHost) -> None:
+    tab.row(0, "style", 0.5)
+    tab.wait_for_facts("LoRAs 1")
+    tab.press("try")
+    tab.expect_text("result", "Not saved")
+    assert [path.name for path in host.lora_dir.glob("*.safetensors") if "second" not in path.name] == [
+        "slow.safetensors",
+        "style.safetensors",
+    ]
+    tab.page.locator("#loramerge_result .lm-send").click()
+    prompt = tab.page.locator("#txt2img_prompt textarea").input_value()
+    assert prompt.startswith("<lora:")
+    (applied,) = host.picture(prompt)["loras"] if isinstance(host.picture(prompt), dict) else host.picture(prompt)
+    assert applied
+    tab.page.locator("#tabs button").filter(has_text="LoRA Merge").first.click()
+    tab.merge("kept")
+    tab.expect_text("result", "Done")
+    assert (host.lora_dir / "kept.safetensors").is_file()
+    tab.page.locator("#loramerge_result .lm-send").click()
+    assert tab.page.locator("#txt2img_prompt textarea").input_value().endswith("<lora:kept:1>")
+    recipe = json.loads(json.dumps(tab.draft()))
+    assert recipe["row0.strength"] == 0.5
+
+
+def test_an_error_in_the_middle_is_told_and_the_form_stays(tab: Tab, host: FakeHost) -> None:
+    path = make_lora(host.lora_dir / "vanishing.safetensors", SD1_LAYERS, rank=2, seed=5)
+    tab.press("refresh")
+    tab.row(0, "vanishing", 0.5)
+    tab.wait_for_facts("LoRAs 1")
+    path.unlink()
+    tab.press("merge")
+    tab.expect_text("message", "vanishing")
+    assert tab.value("row0_lora").startswith("vanishing")

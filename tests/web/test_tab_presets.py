@@ -1,0 +1,129 @@
+"""The page of presets in a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import SD1_LAYERS, make_lora
+from tests.web.browser import Tab
+
+pytest.importorskip("gradio")
+
+from lib_loramerge.webui.host import StandaloneHost
+from lib_loramerge.webui.standalone import Page
+
+PRESETS = "# mine\nFIRST:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n\n# the second\nSECOND:R,U,X,1,1,1,1,1,1,1,1,1\nELEM:IN04:attn:0.5\n"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, Path]]:
+    folder = tmp_path_factory.mktemp("alone")
+    make_lora(folder / "loras" / "style.safetensors", SD1_LAYERS, rank=4, seed=1)
+    presets = folder / "preset.txt"
+    presets.write_text(PRESETS, encoding="utf-8")
+    served = Page(folder / "loras", host=StandaloneHost([folder / "loras"], preset_path=presets))
+    try:
+        yield served, presets
+    finally:
+        served.close()
+
+
+@pytest.fixture
+def tab(chromium: object, page: tuple[Page, Path]) -> Iterator[Tab]:
+    with Tab(chromium, page[0].address, title=None) as opened:
+        yield opened
+        assert opened.errors == []
+
+
+def test_a_preset_is_edited_by_sliders_saved_and_kept_with_the_comments(tab: Tab, page: tuple[Page, Path]) -> None:
+    tab.show_page("Block presets")
+    tab.choose("preset_pick", "FIRST")
+    tab.expect_value("preset_text", "1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0")
+    sliders = tab.page.locator("#loramerge_sliders label")
+    assert sliders.count() == 17
+    sliders.nth(3).locator("input[type=range]").fill("0.55")
+    tab.expect_value("preset_text", "1,0,0,0.55,0,0,0,0,0,0,0,0,0,0,0,0,0")
+    sliders.nth(4).locator("input[type=text]").fill("X+0.1")
+    tab.expect_value("preset_text", "1,0,0,0.55,X+0.1,0,0,0,0,0,0,0,0,0,0,0,0")
+    assert sliders.nth(4).locator("input[type=range]").is_disabled()
+    tab.fill("preset_name", "MINE")
+    tab.press("preset_save")
+    tab.expect_text("preset_message", "MINE")
+    text = page[1].read_text(encoding="utf-8")
+    assert text.startswith(PRESETS)
+    assert "MINE:1,0,0,0.55,X+0.1,0,0,0,0,0,0,0,0,0,0,0,0" in text
+    # It is in the lists of the rows at once, and after the page is loaded again.
+    tab.show_page("Merge")
+    tab.row(0, "style")
+    tab.choose("row0_blocks", "MINE")
+    tab.wait_for_facts("LoRAs 1")
+    tab.load()
+    tab.expect_value("row0_blocks", "MINE")
+    tab.show_page("Block presets")
+    tab.choose("preset_pick", "MINE")
+    tab.press("preset_delete")
+    tab.expect_text("preset_message", "deleted")
+    assert page[1].read_text(encoding="utf-8") == PRESETS
+
+
+def test_lists_of_every_length_get_their_sliders(tab: Tab) -> None:
+    tab.show_page("Block presets")
+    for count in (12, 17, 20, 26, 61):
+        tab.choose("preset_layout", f": {count}")
+        tab.page.wait_for_function(
+            "n => document.querySelectorAll('#loramerge_sliders label').length === n", arg=count
+        )
+
+
+def test_elemental_presets_are_edited_as_text(tab: Tab, page: tuple[Page, Path]) -> None:
+    tab.show_page("Block presets")
+    tab.page.locator("#loramerge_preset_kind label").filter(has_text="Elemental").click()
+    tab.page.locator("#loramerge_sliders").wait_for(state="hidden")
+    tab.choose("preset_pick", "ELEM")
+    tab.expect_value("preset_text", "IN04:attn:0.5")
+    tab.fill("preset_text", "IN04 IN05:attn2:0.25")
+    tab.fill("preset_name", "ELEM2")
+    tab.press("preset_save")
+    tab.expect_text("preset_message", "ELEM2")
+    assert "ELEM2:IN04 IN05:attn2:0.25" in page[1].read_text(encoding="utf-8")
+    tab.press("preset_delete")
+    tab.expect_text("preset_message", "deleted")
+
+
+def test_a_wrong_preset_is_refused_and_stays_in_the_editor(tab: Tab, page: tuple[Page, Path]) -> None:
+    before = page[1].read_bytes()
+    tab.show_page("Block presets")
+    tab.fill("preset_text", "1,2,3")
+    tab.press("preset_save")
+    tab.expect_text("preset_message", "name")
+    tab.fill("preset_name", "SHORT")
+    tab.press("preset_save")
+    tab.expect_text("preset_message", "17")
+    assert tab.value("preset_text") == "1,2,3"
+    assert page[1].read_bytes() == before
+
+
+def test_weights_can_be_put_into_a_row_without_saving(tab: Tab) -> None:
+    tab.show_page("Block presets")
+    tab.choose("preset_pick", "SECOND")
+    tab.expect_value("preset_text", "R,U,X,1,1,1,1,1,1,1,1,1")
+    tab.fill("preset_row", 2)
+    tab.press("preset_use")
+    tab.expect_text("preset_message", "2")
+    tab.show_page("Merge")
+    tab.expect_value("row1_blocks", "R,U,X,1,1,1,1,1,1,1,1,1")
+
+
+def test_the_page_speaks_japanese_when_asked(chromium: object, page: tuple[Page, Path]) -> None:
+    with Tab(chromium, page[0].address, title=None, query="?lang=ja_JP") as tab:
+        tab.expect_text("merge", "マージして保存")
+        tab.expect_text("facts", "LoRA を選ぶと")
+        tab.page.wait_for_function("() => (document.querySelector('#loramerge_merge').title || '').includes('フォルダー')")
+        english = tab.page.evaluate(
+            "() => [...document.querySelectorAll('#loramerge_app [data-testid=block-info], #loramerge_app h3 span')]"
+            ".map(e => e.textContent.trim()).filter(t => /^[A-Za-z ]{3,}$/.test(t) && t !== 'LoRA')"
+        )
+        assert [text for text in english if text not in ("argument", "draft", "copied", "rows")] == []
