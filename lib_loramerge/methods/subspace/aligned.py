@@ -19,7 +19,7 @@ BALANCE = Param(
 )
 
 _MOST_STEPS = 50
-_CONVERGED = 1e-6  # Part of the energy by which a step must raise it for another one to follow.
+_CONVERGED = 1e-5  # Part of the energy by which a step must raise it for another one to follow.
 
 
 def _rule(default: str) -> Param:
@@ -175,24 +175,32 @@ def common_subspaces(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     q = torch.eye(cores.shape[2], dtype=cores.dtype)[:, :rank]
     if rank >= max(cores.shape[1:]):
         return p, q
+    by_rows, by_columns = cores.flatten(0, 1), cores.mT.flatten(0, 1)
     energy = 0.0
     for _ in range(_MOST_STEPS):
-        p = _improved(cores @ q, p)
-        image = cores.mT @ p
-        before, energy = energy, float((image.mT @ q).square().sum())
-        q = _improved(image, q)
+        p, _ = _improved(by_rows @ q, p)
+        before = energy
+        q, energy = _improved(by_columns @ p, q)
         if energy - before <= _CONVERGED * energy:
             break
     return p, q
 
 
-def _improved(image: Tensor, basis: Tensor) -> Tensor:
-    """One step of orthogonal iteration towards the leading left directions of ``image`` (n, p, k).
+def _improved(images: Tensor, basis: Tensor) -> tuple[Tensor, float]:
+    """One step of orthogonal iteration towards the leading left directions of some matrices.
 
-    It never lowers ``sum_i |basis^T image_i|^2``, and costs a fraction of all eigenvectors.
+    It never lowers the energy ``sum_i |basis^T images_i|^2``, and costs a fraction of all eigenvectors.
+
+    Args:
+        images: (n * p, r) the matrices, one below the other.
+        basis: (p, k) orthonormal.
+
+    Returns:
+        The next basis, and the energy of the one given.
     """
-    whole = image.transpose(0, 1).flatten(1)
-    return torch.linalg.qr(whole @ (whole.mT @ basis)).Q
+    side = images.view(-1, basis.shape[0], images.shape[1]).transpose(0, 1).flatten(1)
+    inside = side.mT @ basis
+    return torch.linalg.qr(side @ inside).Q, float(torch.linalg.vector_norm(inside)) ** 2
 
 
 def _aligned(cores: Sequence[Tensor], p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
