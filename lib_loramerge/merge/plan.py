@@ -484,7 +484,7 @@ def _output_dtype(recipe: MergeRecipe, sources: Sequence[Source]) -> tuple[str, 
 
 
 def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]], list[str]]:
-    """Union of the embeddings in the files; of two with one name the first file's is kept, with all its tensors."""
+    """Union of the embeddings in the files; of two with one name the first is kept, with all its tensors."""
     chosen: dict[str, tuple[int, str]] = {}
     owners: dict[str, int] = {}
     clashes: dict[tuple[str, str], list[str]] = {}

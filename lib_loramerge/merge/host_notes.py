@@ -1,0 +1,96 @@
+"""Which WebUI will leave out something of the file that a merge writes, and what can be done about it.
+
+A merged file is written so that as many hosts as possible take all of it. Where that cannot
+be, the plan says so before any work.
+
+Source: the hosts' own loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..architectures import Architecture
+
+if TYPE_CHECKING:
+    from .plan import LayerPlan
+
+# Forge refuses a file with more tensors than this that it cannot place.
+FORGE_LIMIT = 12
+# Base models of A1111, the host that has nothing for dotted names.
+_FLATTENED = frozenset({"sd1", "sd2", "sdxl", "sdxl_refiner"})
+
+
+def host_notes(
+    architecture: Architecture, dialect: str, layers: Sequence[LayerPlan], embeddings: int
+) -> list[str]:
+    """Sentences for the plan's warnings.
+
+    Args:
+        dialect: The recipe's.
+        embeddings: Number of bundled embedding tensors.
+    """
+    notes = [*_spelling(architecture, dialect, layers), *_biases(architecture, dialect, layers)]
+    whole = sum(layer.rank is None and not _bias_alone(layer) for layer in layers)
+    if whole and dialect == "diffusers":
+        notes.append(
+            f"{_layers(whole)} will be stored whole (diff, w_norm), which diffusers does not read from a "
+            "LoRA. Use the kohya dialect, or a rank rule for those that have a rank."
+        )
+    if embeddings > FORGE_LIMIT:
+        notes.append(
+            f"{embeddings} embedding tensors are kept; Forge refuses a LoRA with more than {FORGE_LIMIT} "
+            "tensors that it does not know."
+        )
+    return notes
+
+
+def _spelling(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan]) -> list[str]:
+    notes = []
+    if dialect == "diffusers" and architecture.id in _FLATTENED:
+        notes.append(
+            "The diffusers dialect is for diffusers: A1111 cannot load its names for "
+            f"{architecture.label}. For a WebUI use the dialect auto."
+        )
+    if architecture.id in ("sd3", "sd3_large"):
+        if dialect == "diffusers":
+            notes.append("Forge takes SD3 LoRAs only in the kohya dialect.")
+        else:
+            notes.append(
+                "A1111 takes SD3 LoRAs only in the diffusers dialect (--dialect diffusers), Forge only in "
+                "this one."
+            )
+    components = {layer.component for layer in layers}
+    if architecture.id == "flux1" and "unet" in components and len(components) > 1:
+        notes.append(
+            "SD.Next does not load a Flux.1 LoRA that changes a text encoder too; for it, merge once more "
+            "with a text encoder strength of 0."
+        )
+    return notes
+
+
+def _biases(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan]) -> list[str]:
+    """A1111 takes a bias only beside a whole weight, and refuses a file with one that stands alone."""
+    if architecture.id not in _FLATTENED or dialect == "diffusers":
+        return []
+    notes = []
+    low_rank = [layer for layer in layers if layer.rank is not None and not _bias_alone(layer)]
+    beside = sum(layer.bias for layer in low_rank)
+    if beside:
+        notes.append(f"{_layers(beside)} also change a bias (diff_b): Forge applies it, A1111 ignores it.")
+    alone = sum(_bias_alone(layer) for layer in layers)
+    if alone:
+        notes.append(
+            f"{_layers(alone)} change a bias alone, and nothing tells their width: Forge applies that, A1111 "
+            "refuses the whole file. With the base model (--base CHECKPOINT) both will load it."
+        )
+    return notes
+
+
+def _bias_alone(layer: LayerPlan) -> bool:
+    return layer.in_ == 0 and not layer.vector
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
