@@ -61,8 +61,10 @@ def keep_largest(matrix: Tensor, density: float) -> None:
 def keep_count(matrix: Tensor, count: int) -> None:
     """Zero all but the ``count`` largest magnitudes, at least one; see :func:`keep_largest`."""
     (least,) = _order_statistics(matrix, [matrix.numel() - max(1, count)])
+    below = float(np.nextafter(np.float32(least), np.float32(0)))
     for (piece,) in pieces(matrix):
-        piece.masked_fill_(piece.abs() < least, 0.0)
+        # Zeroes magnitudes up to `below`, many times faster than a mask does.
+        piece.copy_(torch.nn.functional.hardshrink(piece, below))
 
 
 def keep_middle(matrix: Tensor, density: float, gamma: float) -> None:
