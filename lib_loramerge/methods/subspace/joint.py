@@ -87,8 +87,10 @@ class JointSpace:
         if float((left_gram * right_gram).sum()) <= (NOISE * size) ** 2:
             return nothing(self.source)
         up_lengths, down_lengths = self.lengths
-        up = _product(self.source.up, self.left @ left, up_lengths, _roots(left_gram))
-        down = _product(self.source.down.mT, self.right @ right, down_lengths, _roots(right_gram)).mT
+        up = _product(self.source.up, self.left @ left, lengths=up_lengths, wanted=_roots(left_gram))
+        down = _product(
+            self.source.down, self.right @ right, rows=True, lengths=down_lengths, wanted=_roots(right_gram)
+        )
         return LowRank(up, down, float(left.shape[1]), self.source.kernel)
 
     def delta_of_rows(self, left: Tensor, rows: Tensor) -> LowRank:
@@ -103,8 +105,9 @@ class JointSpace:
 
         Made in float64: last bits that differ between factorisations could move an element over a threshold.
         """
+        wide = torch.float64 if _has_double(self.source.down.device) else torch.float32
         return [
-            _product(self.source.down[own].mT.double(), self.right[own, span] @ mixing[span]).mT.float()
+            _product(self.source.down[own].to(wide), self.right[own, span] @ mixing[span], rows=True).float()
             for own, span in zip(self.columns, self.spans)
         ]
 
@@ -152,7 +155,7 @@ def exact_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> LowRank:
 
 def multiplied(source: LowRank, left: Tensor, right: Tensor) -> LowRank:
     """``source.up @ left @ right^T @ source.down``, without the source's gains; left and right (R, k)."""
-    up, down = _product(source.up, left), _product(source.down.mT, right).mT
+    up, down = _product(source.up, left), _product(source.down, right, rows=True)
     return LowRank(up, down, float(left.shape[1]), source.kernel)
 
 
@@ -210,31 +213,42 @@ def _grams(delta: LowRank) -> Grams:
 
 
 def _product(
-    factor: Tensor, mixing: Tensor, lengths: Tensor | None = None, wanted: Tensor | None = None
+    factor: Tensor,
+    mixing: Tensor,
+    *,
+    rows: bool = False,
+    lengths: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """``factor @ mixing`` of (n, r) in any float dtype and (r, k) float64 on the CPU.
 
     In float32, unless a factor is float64 or its columns nearly cancel in the result.
 
     Args:
+        rows: ``factor`` is (r, n), and the result (k, n) ``mixing^T @ factor``.
         lengths: (r,) of the columns of ``factor``, where they are known.
         wanted: (k,) lengths of the columns of the result, where they are known.
     """
     if factor.dtype != torch.float64:
         wide = factor.float()
         with full_precision():
-            product = wide @ mixing.to(wide)
-        lengths = _lengths(wide) if lengths is None else lengths
-        wanted = _lengths(product) if wanted is None else wanted
+            product = _multiplied(wide, mixing, rows)
+        lengths = _lengths(wide, rows) if lengths is None else lengths
+        wanted = _lengths(product, rows) if wanted is None else wanted
         if bool((lengths @ mixing.abs() <= _LOSS * wanted).all()):
             return product
     if not _has_double(factor.device):
-        return (factor.cpu().double() @ mixing).float().to(factor.device)
-    return factor.double() @ mixing.to(factor.device)
+        return _multiplied(factor.cpu().double(), mixing, rows).float().to(factor.device)
+    return _multiplied(factor.double(), mixing, rows)
 
 
-def _lengths(columns: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(columns, dim=0).cpu().double()
+def _multiplied(factor: Tensor, mixing: Tensor, rows: bool) -> Tensor:
+    mixing = mixing.to(factor)
+    return mixing.mT.contiguous() @ factor if rows else factor @ mixing
+
+
+def _lengths(factor: Tensor, rows: bool) -> Tensor:
+    return torch.linalg.vector_norm(factor, dim=1 if rows else 0).cpu().double()
 
 
 def _roots(square: Tensor) -> Tensor:
