@@ -192,13 +192,6 @@ class Merger:
         except OutputError as error:
             raise OutputError(f"{prepared[0].layer.layer}: {error}") from error
 
-    def _most(self, layer: LayerPlan, allotted: int | None) -> int | None:
-        """The largest rank that the rule can give a layer, where that is known before its singular values."""
-        recipe = self.plan.recipe
-        if allotted is not None:
-            return allotted
-        return None if recipe.retain is not None or recipe.rank == "full" else layer.rank
-
     def _chooser(
         self, layer: LayerPlan, merged: Delta, allotted: int | None
     ) -> Callable[[Spectrum], int] | None:
