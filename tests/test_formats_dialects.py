@@ -1,4 +1,5 @@
-"""The same deltas in every dialect merge to the same file: spelled by hand here, fused and split, whole and in parts."""
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
+"""The same deltas in every dialect, spelled by hand, merge to the same file: fused and split, whole and in parts."""
 
 from __future__ import annotations
 
@@ -118,7 +119,7 @@ def both(*names: str) -> dict[str, str]:
 
 KOHYA = "lora_up.weight"
 FLUX_PREFIXES = both("transformer.", "text_encoder.", "", "text_encoder_2.")
-FLAT = dict(flat=True, up=KOHYA, alpha=3.0)
+FLAT = {"flat": True, "up": KOHYA, "alpha": 3.0}
 SPELLINGS = {
     "kohya": Spelling(both("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_"), split=False, **FLAT),
     "kohya without alpha": Spelling(

@@ -1,4 +1,5 @@
-"""Thirty things that LoRA files do, from file to file; the module's own tests go deeper where a comment says so."""
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
+"""Thirty things that LoRA files do, from file to file; a comment says where another test goes deeper."""
 
 from __future__ import annotations
 
@@ -9,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lib_loramerge.errors import FileError, IncompatibleError, LoraMergeError, UnknownKeyError, UnsupportedError
+from lib_loramerge.errors import (
+    IncompatibleError,
+    LoraMergeError,
+    UnknownKeyError,
+    UnsupportedError,
+)
 from lib_loramerge.merge import open_source
 from tests.fixtures import metadata_of
 from tests.format_files import SD1_K, assert_close, merge, plan, rand, save, written
@@ -36,15 +42,19 @@ def product(tensors: dict[str, Tensor], layer: str) -> Tensor:
     return up @ down
 
 
-def merged(folder: Path, tensors: dict[str, Tensor], *, weight: float = 0.5, metadata=None, **fields):
+def merged(
+    folder: Path, tensors: dict[str, Tensor], *, weight: float = 0.5, metadata=None, out="out", **fields
+):
     """The file alone, merged at a strength; (weights, biases, report)."""
     save(folder / "a.safetensors", tensors, metadata)
-    report = merge(folder, f"a:{weight}", **fields)
-    return *written(folder / "out.safetensors"), report
+    report = merge(folder, f"a:{weight}", out=out, **fields)
+    return *written(folder / f"{out}.safetensors"), report
 
 
 def base_model(folder: Path, weights: dict[str, Tensor]) -> Path:
-    return save(folder / "base.safetensors", {f"model.diffusion_model.{k}.weight": w for k, w in weights.items()})
+    return save(
+        folder / "base.safetensors", {f"model.diffusion_model.{k}.weight": w for k, w in weights.items()}
+    )
 
 
 LDM_K = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
@@ -89,7 +99,10 @@ def test_04_a_lone_alpha_is_dropped_and_told_and_a_lone_factor_is_an_error_that_
 def test_05_every_layer_has_its_own_rank_and_alpha(tmp_path):
     tensors, wanted = {}, {}
     for rank, (layer, in_) in enumerate({SD1_K: 768, Q: 16, Q.replace("to_q", "to_v"): 16}.items(), start=1):
-        tensors |= {**lora(layer, in_=in_, rank=rank, seed=rank), f"{layer}.alpha": torch.tensor(rank * 0.7 + 1)}
+        tensors |= {
+            **lora(layer, in_=in_, rank=rank, seed=rank),
+            f"{layer}.alpha": torch.tensor(rank * 0.7 + 1),
+        }
         wanted[layer] = 0.5 * (rank * 0.7 + 1) / rank * product(tensors, layer)
     weights, _, report = merged(tmp_path, tensors)
     for layer, delta in wanted.items():
@@ -147,7 +160,11 @@ def test_08_loha_of_unequal_ranks_tucker_and_more_ranks_than_the_layer(tmp_path)
     assert_close(weights[Q], 0.5 * (b[0] @ b[1]) * (b[2] @ b[3]))
     whole = torch.einsum("ijkl,jr,ip->prkl", t[0], t[2], t[1])
     assert_close(weights[CONV], 0.5 * (whole * whole).flatten(1))
-    ranks = {k.split(".")[0]: v.shape[0] for k, v in load_file(tmp_path / "out.safetensors").items() if "lora_down" in k}
+    ranks = {
+        k.split(".")[0]: v.shape[0]
+        for k, v in load_file(tmp_path / "out.safetensors").items()
+        if "lora_down" in k
+    }
     assert ranks[SD1_K] == 6
     assert ranks[Q] == 6  # 25 components in a 6 x 7 layer
 
@@ -176,7 +193,11 @@ def test_09_lokr_in_all_its_forms(tmp_path):
                        torch.einsum("ijkl,ip,jr->prkl", w["t2"], w["t_a"], w["t_b"]).contiguous()).reshape(8, -1) / 2,
         ),
     }  # fmt: skip
-    tensors = {f"{layer}.lokr_{slot}": w[name].float() for layer, (slots, _) in forms.items() for slot, name in slots.items()}
+    tensors = {
+        f"{layer}.lokr_{slot}": w[name].float()
+        for layer, (slots, _) in forms.items()
+        for slot, name in slots.items()
+    }
     tensors |= {f"{layer}.alpha": torch.tensor(1.0) for layer in forms}
     weights, _, _ = merged(tmp_path, tensors)
     for layer, (_, wanted) in forms.items():
@@ -232,9 +253,7 @@ def test_11_glora_of_both_generations(tmp_path, generation):
     base = base_model(tmp_path, {LDM_K: w})
     weights, _, _ = merged(tmp_path, tensors, base=base)
     assert_close(weights[SD1_K], 0.5 * wanted)
-    weights, _, _ = merged(tmp_path, {**tensors, f"{SD1_K}.alpha": torch.tensor(1.5)}, base=base, out="x") and (
-        *written(tmp_path / "x.safetensors"), None,
-    )  # fmt: skip
+    weights, _, _ = merged(tmp_path, {**tensors, f"{SD1_K}.alpha": torch.tensor(1.5)}, base=base, out="x")
     assert_close(weights[SD1_K], 0.5 * 0.5 * wanted)
 
 
@@ -245,9 +264,13 @@ def test_12_oft_with_and_without_a_constraint(tmp_path, alpha, prefix):
     q = (blocks - blocks.mT).double()
     if alpha:
         length = q.square().sum().sqrt()
-        q = q * min(float(length), alpha * 16) / length  # LyCORIS's and kohya's constraint: alpha times outputs
+        q = (
+            q * min(float(length), alpha * 16) / length
+        )  # LyCORIS's and kohya's constraint: alpha times outputs
     eye = torch.eye(4).double()
-    turned = torch.einsum("knm,kni->kmi", (eye + q) @ torch.linalg.inv(eye - q), w.double().reshape(4, 4, 768))
+    turned = torch.einsum(
+        "knm,kni->kmi", (eye + q) @ torch.linalg.inv(eye - q), w.double().reshape(4, 4, 768)
+    )
     layer = SD1_K.replace("lora_unet", prefix)
     tensors = {f"{layer}.oft_blocks": blocks}
     if alpha is not None:
@@ -270,7 +293,10 @@ def test_12_the_rotations_of_early_lycoris_and_boft(tmp_path):
 @pytest.mark.parametrize("on_input", [0, 1])
 def test_13_ia3_of_linear_layers_and_convolutions(tmp_path, on_input):
     w, c = rand(16, 768, seed=9, scale=1), rand(8, 4, 3, 3, seed=10, scale=1)
-    factors = {SD1_K: rand(768 if on_input else 16, seed=1), CONV: rand(1, 4 if on_input else 8, 1, 1, seed=2)}
+    factors = {
+        SD1_K: rand(768 if on_input else 16, seed=1),
+        CONV: rand(1, 4 if on_input else 8, 1, 1, seed=2),
+    }
     tensors = {f"{layer}.weight": factor for layer, factor in factors.items()}
     tensors |= {f"{layer}.on_input": torch.tensor(on_input) for layer in factors}
     base = base_model(tmp_path, {LDM_K: w, LDM_CONV: c})
@@ -348,7 +374,9 @@ def test_16_sdxl_in_diffusers_names_is_written_in_those_that_a1111_finds(tmp_pat
     up = "lora_unet_up_blocks_0_upsamplers_0_conv"
     tensors |= {f"{up}.lora_up.weight": rand(4, 2, 1, 1), f"{up}.lora_down.weight": rand(2, 4, 3, 3)}
     weights, _, _ = merged(tmp_path, tensors)
-    assert weights.keys() == {f"lora_unet_{ldm}" for ldm in names.values()} | {"lora_unet_output_blocks_2_2_conv"}
+    assert weights.keys() == {f"lora_unet_{ldm}" for ldm in names.values()} | {
+        "lora_unet_output_blocks_2_2_conv"
+    }
     for name, ldm in names.items():
         assert_close(weights[f"lora_unet_{ldm}"], 0.5 * product(tensors, f"lora_unet_{name}"))
 
@@ -393,7 +421,10 @@ def test_19_a_control_adapter_of_bfl_names_what_cannot_be_merged(tmp_path):
         plan(tmp_path, "a")
     weights, biases, report = merged(tmp_path, tensors, skip_unsupported=True)
     assert weights.keys() == {"lora_unet_double_blocks_0_img_attn_qkv"}
-    assert_close(biases["lora_unet_double_blocks_0_img_attn_qkv"], 0.5 * tensors["double_blocks.0.img_attn.qkv.lora_B.bias"])
+    assert_close(
+        biases["lora_unet_double_blocks_0_img_attn_qkv"],
+        0.5 * tensors["double_blocks.0.img_attn.qkv.lora_B.bias"],
+    )
     assert len(report.skipped) == 2
 
 
@@ -427,7 +458,11 @@ def test_21_split_qkv_files_of_kohya_scale_by_all_three_ranks(tmp_path):
     """Beside a file of another dialect: test_formats_dialects."""
     layer = "lora_unet_double_blocks_0_img_attn_qkv"
     up, down = torch.block_diag(*(rand(16, 2, seed=n) for n in range(3))), rand(6, 16)
-    tensors = {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": torch.tensor(2.0)}
+    tensors = {
+        f"{layer}.lora_up.weight": up,
+        f"{layer}.lora_down.weight": down,
+        f"{layer}.alpha": torch.tensor(2.0),
+    }
     weights, _, _ = merged(tmp_path, tensors)
     assert_close(weights[layer], 0.5 / 3 * product(tensors, layer))
 
@@ -439,7 +474,9 @@ def test_22_adapter_names_and_missing_weights_in_keys(tmp_path, ending):
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     plain = lora(SD1_K)
     up, down = plain.values()
-    weights, _, _ = merged(tmp_path, {f"{path}.{ending.format('B')}": up, f"{path}.{ending.format('A')}": down})
+    weights, _, _ = merged(
+        tmp_path, {f"{path}.{ending.format('B')}": up, f"{path}.{ending.format('A')}": down}
+    )
     assert_close(weights[SD1_K], 0.5 * product(plain, SD1_K))
 
 
@@ -485,12 +522,18 @@ def test_25_scale_scalar_and_residuals_follow_the_webuis_and_are_told(tmp_path):
         "scalar": ({"scalar": torch.tensor(7.0)}, 0.5 * plain),
         "residual": ({"bias": dense}, 0.5 * (plain + dense.double())),
         "sparse": (
-            {"bias_indices": indices, "bias_values": values, "bias_size": torch.tensor([16, 768], dtype=torch.int16)},
+            {
+                "bias_indices": indices,
+                "bias_values": values,
+                "bias_size": torch.tensor([16, 768], dtype=torch.int16),
+            },
             0.5 * (plain + sparse),
         ),
     }
     for name, (extra, wanted) in cases.items():
-        save(tmp_path / f"{name}.safetensors", {**base, **{f"{SD1_K}.{slot}": t for slot, t in extra.items()}})
+        save(
+            tmp_path / f"{name}.safetensors", {**base, **{f"{SD1_K}.{slot}": t for slot, t in extra.items()}}
+        )
         report = merge(tmp_path, f"{name}:0.5", out=f"{name}_out")
         assert_close(written(tmp_path / f"{name}_out.safetensors")[0][SD1_K], 0.5 * wanted)
         assert report.warnings, name
@@ -588,7 +631,9 @@ def test_28_numbered_files_are_named_by_their_order(tmp_path):
         tensors[f"text_encoder:{number}:down"] = rand(1, 768, seed=number + 100)
     weights, _, _ = merged(tmp_path, tensors)
     for number in (0, 1, 2, 3, 47):
-        wanted = tensors[f"text_encoder:{number}:up"].double() @ tensors[f"text_encoder:{number}:down"].double()
+        wanted = (
+            tensors[f"text_encoder:{number}:up"].double() @ tensors[f"text_encoder:{number}:down"].double()
+        )
         assert_close(weights["lora_te_" + order[number].replace(".", "_")], 0.5 * wanted)
 
 
@@ -621,7 +666,12 @@ def test_30_a_lora_of_an_inpainting_model_does_not_merge_with_an_ordinary_one(tm
     with pytest.raises(IncompatibleError, match=r"input_blocks_0_0.*8 x 9.*8 x 4.*inpainting"):
         plan(tmp_path, "inpaint", "plain")
     merge(tmp_path, "inpaint", out="alone")
-    assert load_file(tmp_path / "alone.safetensors")["lora_unet_conv_in.lora_down.weight"].shape == (2, 9, 3, 3)
+    assert load_file(tmp_path / "alone.safetensors")["lora_unet_conv_in.lora_down.weight"].shape == (
+        2,
+        9,
+        3,
+        3,
+    )
 
 
 def test_30_names_of_any_language_equal_stems_and_a_result_over_its_own_source(tmp_path):

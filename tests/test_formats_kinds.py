@@ -1,4 +1,5 @@
-"""Every adapter kind from a file of its own project, merged with a plain LoRA: LyCORIS's and PEFT's modules judge."""
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
+"""Every adapter kind in a file of its own project, merged with a plain LoRA: LyCORIS and PEFT judge."""
 
 from __future__ import annotations
 
