@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import blocks
 from ..errors import LoraMergeError
-from ..merge import Source, open_source
 from . import render, sidecar
 from .form import NO_PREVIEW, Reading, is_random, mode_name, read_form
 
 if TYPE_CHECKING:
+    from ..merge import Source
     from ..methods import MergeMethod
     from .host import Host
 
@@ -75,6 +75,8 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
 
 
 def _look_at_rows(reading: Reading, host: Host, draft: _Draft) -> None:
+    from ..merge import open_source  # Not at the WebUI's start, see extension.py.
+
     presets = host.presets()
     for row, given in zip(reading.rows, reading.inputs, strict=True):
         try:
