@@ -322,13 +322,13 @@ def sce(
         return weighted_sum(deltas, weights, context)
     check_same_shape(deltas)
     voters = [(deltas[index], weights[index]) for index in present]
-    erased = _small_variance(voters, select_topk) if select_topk < 1 else None
+    kept = _large_variance(voters, select_topk) if select_topk < 1 else None
     largest = max(abs(weight) * norm(delta) for delta, weight in voters) or 1.0
     election: sparsify.Election | None = None
     for delta, weight in voters:
         matrix = sparsify.elements(delta)
-        if erased is not None:
-            matrix.masked_fill_(erased, 0.0)
+        if kept is not None:
+            matrix.mul_(kept)
         energy = (abs(weight) * float(torch.linalg.vector_norm(matrix)) / largest) ** 2
         election = election or sparsify.Election(matrix, weighted=True)
         election.cast(matrix, weight, energy)
@@ -336,8 +336,8 @@ def sce(
     return Dense(election.result(), deltas[0].kernel, sparsify.row_space(deltas, weights))
 
 
-def _small_variance(voters: Sequence[tuple[Delta, float]], fraction: float) -> Tensor | None:
-    """(out, in) bool: elements not among the fraction of largest variance; None where all LoRAs agree."""
+def _large_variance(voters: Sequence[tuple[Delta, float]], fraction: float) -> Tensor | None:
+    """(out, in) uint8: 1 at the fraction of elements with the largest variance; None where all agree."""
     total = sparsify.elements(voters[0][0]).mul_(voters[0][1])
     square = total.square()
     for delta, weight in voters[1:]:
@@ -350,7 +350,7 @@ def _small_variance(voters: Sequence[tuple[Delta, float]], fraction: float) -> T
     if not differing:
         return None
     sparsify.keep_count(variance, int(fraction * differing))
-    return variance == 0
+    return variance.sign_().to(torch.uint8)
 
 
 def _dare(

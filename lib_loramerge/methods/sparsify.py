@@ -1,7 +1,8 @@
 """What the elementwise methods are made of: the elements of a delta, which of them to keep, and sign votes.
 
 Matrices here are (out, in) float32 and contiguous, one layer at a time, and are changed in place. The work
-goes in pieces that stay in the processor's cache.
+goes in pieces that stay in the processor's cache, and choices are made by products with 0 and 1: masks and
+``torch.where`` are thirty times slower where the choice is as good as random.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..delta import Delta, Dense, LowRank, decompose, full_precision, norm, stac
 
 _PIECE = 1 << 17  # Elements at a time on a processor: half a megabyte of float32. Even.
 _LARGE_PIECE = 1 << 24  # On an accelerator.
+_LEAST = 1e-30  # Keeps a division by no votes finite.
 _FULL = 1 << 32  # Random numbers are whole numbers below this.
 
 
@@ -81,8 +83,15 @@ def keep_middle(matrix: Tensor, density: float, gamma: float) -> None:
     least, most = _order_statistics(matrix, [count - keep - top, count - top - 1])
     if most > 0:
         for (piece,) in pieces(matrix):
-            magnitudes = piece.abs()
-            piece.masked_fill_((magnitudes < least) | (magnitudes > most), 0.0)
+            piece.masked_fill_(piece.abs() > most, 0.0)
+            _drop_below(piece, least)
+
+
+def _drop_below(piece: Tensor, least: float) -> None:
+    """Zero magnitudes below a bound, in one pass: hardshrink zeroes those up to the next smaller number."""
+    if least > 0:
+        below = float(np.nextafter(np.float32(least), np.float32(0)))
+        piece.copy_(torch.nn.functional.hardshrink(piece, below))
 
 
 def _order_statistics(matrix: Tensor, places: Sequence[int]) -> list[float]:
@@ -131,8 +140,8 @@ def drop_and_rescale(matrix: Tensor, density: float, draws: Draws) -> None:
         return
     limit = np.uint32(round(density * _FULL))
     for (piece,) in pieces(matrix):
-        dropped = torch.from_numpy(draws.next(piece.numel()) >= limit).to(piece.device)
-        piece.masked_fill_(dropped, 0.0).mul_(1 / density)
+        kept = torch.from_numpy((draws.next(piece.numel()) < limit).view(np.uint8))
+        piece.mul_(kept.to(piece.device)).mul_(1 / density)
 
 
 def drop_small_and_rescale(matrix: Tensor, density: float, epsilon: float, draws: Draws) -> None:
@@ -156,8 +165,8 @@ def drop_small_and_rescale(matrix: Tensor, density: float, epsilon: float, draws
         limit, factor = np.empty(place.shape, np.uint32), np.empty(place.shape, np.float32)
         np.put_along_axis(limit, place, np.broadcast_to(limits, place.shape), axis=1)
         np.put_along_axis(factor, place, np.broadcast_to(factors, place.shape), axis=1)
-        kept = draws.next(place.size).reshape(place.shape) < limit
-        block.mul_(torch.from_numpy(np.where(kept, factor, np.float32(0))).to(block.device))
+        factor *= draws.next(place.size).reshape(place.shape) < limit
+        block.mul_(torch.from_numpy(factor).to(block.device))
 
 
 def _order_in_rows(magnitudes: np.ndarray) -> np.ndarray:
@@ -199,8 +208,10 @@ class Election:
             vote = piece * weight
             if self.total is not None:
                 own[4].add_(vote)
-            plus_count.add_(vote > 0, alpha=1 if self.total is None else importance)
-            minus_count.add_(vote < 0, alpha=1 if self.total is None else importance)
+            sign = vote.sign()
+            positive = sign.clamp(min=0)
+            for count, voted in ((plus_count, positive), (minus_count, positive - sign)):
+                count.add_(voted.to(count.dtype), alpha=1 if self.total is None else importance)
             plus.add_(vote.clamp(min=0), alpha=importance)
             minus.add_(vote.clamp_(max=0), alpha=importance)
 
@@ -212,12 +223,12 @@ class Election:
         total = self.plus if self.total is None else self.total
         sums = (self.plus, self.minus, self.plus_count, self.minus_count, total)
         for plus, minus, plus_count, minus_count, votes in pieces(*sums):
-            balance = plus + minus if self.total is None else votes
-            won, lost = balance > 0, balance < 0
+            sign = plus.add(minus).sign_() if self.total is None else votes.sign()
+            won = sign.clamp(min=0)
+            lost = won - sign
             chosen = plus * won + minus * lost
             if normalize:
-                count = torch.where(won, plus_count, minus_count)
-                chosen /= count.masked_fill_(count == 0, 1)
+                chosen /= (plus_count * won + minus_count * lost).clamp_(min=_LEAST)
             plus.copy_(chosen.mul_(factor))
         return self.plus
 
