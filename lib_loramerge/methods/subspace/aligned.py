@@ -19,7 +19,7 @@ BALANCE = Param(
 )
 
 _MOST_STEPS = 50
-_CONVERGED = 1e-5  # Part of the energy by which a step must raise it for another one to follow.
+_CONVERGED = 1e-4  # Part of the energy by which a step must raise it for another one to follow.
 
 
 def _rule(default: str) -> Param:

@@ -97,7 +97,8 @@ class JointSpace:
         """``U left @ rows``, of left (K, k) float64 and rows (k, in * kh * kw)."""
         if not rows.shape[0]:
             return nothing(self.source)
-        up = _product(self.source.up, self.left @ left)
+        wanted = _roots(left.mT @ self.gram_up @ left)
+        up = _product(self.source.up, self.left @ left, lengths=self.lengths[0], wanted=wanted)
         return LowRank(up, rows, float(rows.shape[0]), self.source.kernel)
 
     def rows_of_inputs(self, mixing: Tensor) -> list[Tensor]:
@@ -105,9 +106,9 @@ class JointSpace:
 
         Made in float64: last bits that differ between factorisations could move an element over a threshold.
         """
-        wide = torch.float64 if _has_double(self.source.down.device) else torch.float32
+        precise = _double if _has_double(self.source.down.device) else Tensor.float
         return [
-            _product(self.source.down[own].to(wide), self.right[own, span] @ mixing[span], rows=True).float()
+            _product(precise(self.source.down[own]), self.right[own, span] @ mixing[span], rows=True).float()
             for own, span in zip(self.columns, self.spans)
         ]
 
@@ -239,7 +240,7 @@ def _product(
             return product
     if not _has_double(factor.device):
         return _multiplied(factor.cpu().double(), mixing, rows).float().to(factor.device)
-    return _multiplied(factor.double(), mixing, rows)
+    return _multiplied(_double(factor), mixing, rows)
 
 
 def _multiplied(factor: Tensor, mixing: Tensor, rows: bool) -> Tensor:
@@ -254,6 +255,11 @@ def _lengths(factor: Tensor, rows: bool) -> Tensor:
 def _roots(square: Tensor) -> Tensor:
     """Lengths of vectors with this Gram matrix."""
     return square.diagonal().clamp(min=0).sqrt()
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """In float64. Half precision goes by way of float32, which torch does three times as fast."""
+    return tensor.double() if tensor.element_size() >= 4 else tensor.float().double()
 
 
 def _has_double(device: torch.device) -> bool:
