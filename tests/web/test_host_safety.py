@@ -201,7 +201,11 @@ def test_an_overwritten_file_is_used_in_the_next_picture(data, forge):
         other = MergeRecipe(inputs=(LoraInput("b", 0.3, 0.3),), mode="concat")
         job = finish(jobs, MergeRequest(other, name="merged", overwrite=True))
         new = networks.picture([("merged", 1.0)])
-        assert new != old
+        [before], [after] = old[0][2].split()[:1], new[0][2].split()[:1]
+        assert before != after, "the denoiser uses the new file"
+        assert new[0][2].split() == [after, after], (
+            "and so does the text encoder, though the prompt is the same"
+        )
         assert networks.picture([("merged", 0.5), ("merged", 1.0)])[1][2] == new[0][2]
         assert any("next picture" in note for note in job.notes)
         jobs.close()

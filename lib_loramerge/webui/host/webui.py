@@ -147,8 +147,9 @@ class WebuiHost(Host):
         """Clears what the hosts remember of a LoRA's contents.
 
         Forge keeps the file's tensors, the list of LoRAs applied, and what is patched into UNet and CLIP;
-        A1111 compares only names and multipliers of what is applied. Without this the next picture is the
-        old one.
+        A1111 compares only names and multipliers of what is applied; both keep the encoded prompt for as
+        long as its text and its LoRA tags are the same. Without this the next picture is the old one, or
+        has the old text encoder.
         """
         lock = self.queue_lock()
         if lock is None:
@@ -183,6 +184,7 @@ class WebuiHost(Host):
         for module in (getattr(model, "network_layer_mapping", None) or {}).values():
             if getattr(module, "network_current_names", ()) != ():
                 module.network_current_names = (("stale", 0, 0, None),)
+        _forget_prompts()
         if hasattr(networks, "list_available_networks"):
             networks.list_available_networks()
 
@@ -243,6 +245,16 @@ class WebuiHost(Host):
                 report(f"LoRA Merge: {message}", exc_info=True)
         else:
             super().log(message, error)
+
+
+def _forget_prompts() -> None:
+    """Empties the host's caches of encoded prompts, in place: running code holds the lists themselves."""
+    processing = _module("processing")
+    for owner in ("StableDiffusionProcessing", "StableDiffusionProcessingTxt2Img"):
+        for attribute in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+            cache = getattr(getattr(processing, owner, None), attribute, None)
+            if isinstance(cache, list):
+                cache[:] = [None] * len(cache)
 
 
 def _follow(networks: Any, after: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import os
 
 import network
-from modules import sd_models, shared
+from modules import processing, sd_models, shared
 
 available_networks = {}
 available_network_aliases = {}
@@ -61,7 +61,8 @@ def picture(tags):
         tags: (name, multiplier) pairs of the prompt.
 
     Returns:
-        (name, multiplier, digest) of each LoRA applied; None in place of the digest when it is not found.
+        (name, multiplier, digests of what denoiser and text encoder use) of each LoRA applied; None in
+        place of the digests when it is not found.
     """
     missing = [name for name, _ in tags if name not in available_network_aliases]
     if missing:
@@ -70,7 +71,12 @@ def picture(tags):
         list_available_networks()
     entries = [(available_network_aliases.get(name), name, multiplier) for name, multiplier in tags]
     model = sd_models.model_data.sd_model
-    return list(_forge(model, entries) if shared.cmd_opts.forge else _a1111(model, entries))
+    applied = _forge(model, entries) if shared.cmd_opts.forge else _a1111(model, entries)
+    encoded = processing.encode(str(tags), applied)
+    return [
+        (name, multiplier, digest and f"{digest} {prompt[2]}")
+        for (name, multiplier, digest), prompt in zip(applied, encoded)
+    ]
 
 
 def _a1111(model, entries):
