@@ -50,14 +50,18 @@ def rand(*shape: int, seed: int = 0, scale: float = 0.1) -> Tensor:
 _SIDES = {
     "lora_up.weight": "up", "lora_down.weight": "down", "lora_B.weight": "up", "lora_A.weight": "down",
     "lora_B": "up", "lora_A": "down", "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
-    "w_norm": "w_norm", "b_norm": "b_norm",
+    "w_norm": "w_norm", "b_norm": "b_norm", "lora_B.bias": "diff_b",
 }  # fmt: skip
 
 
-def written(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def written(path: Path, *, lone_bias: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights, biases): float64 change of each layer of a file we wrote, by the plain formulas.
 
-    Weights are (out, in * kh * kw), or vectors for norms. Any other tensor in the file is an error.
+    Weights are (out, in * kh * kw), or vectors for norms. Any other tensor in the file is an error, and so
+    is a layer for which A1111 would refuse the whole file.
+
+    Args:
+        lone_bias: Layers may have a bias alone, which A1111 refuses.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(str(path)).items():
@@ -67,6 +71,9 @@ def written(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     weights: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     for layer, slots in groups.items():
+        complete = {"up", "down"} <= slots.keys() or {"w_norm", "b_norm"} <= slots.keys() or "diff" in slots
+        assert complete or (lone_bias and slots.keys() == {"diff_b"}), f"{layer} has only {sorted(slots)}"
+        assert not {"up", "diff"} <= slots.keys(), f"{layer} has two algebras"
         if "up" in slots:
             up, down = slots["up"].flatten(1), slots["down"].flatten(1)
             scale = float(slots["alpha"].reshape(-1)[0]) / down.shape[0] if "alpha" in slots else 1.0

@@ -169,6 +169,19 @@ def test_08_loha_of_unequal_ranks_tucker_and_more_ranks_than_the_layer(tmp_path)
     assert ranks[Q] == 6  # 25 components in a 6 x 7 layer
 
 
+def test_08_the_large_ranks_that_exact_products_have_are_told_unless_a_rank_is_asked_for(tmp_path):
+    slots = {"w1_a": (256, 16), "w1_b": (16, 768), "w2_a": (256, 16), "w2_b": (16, 768)}
+    save(
+        tmp_path / "a.safetensors",
+        {f"{SD1_K}.hada_{slot}": rand(*shape, seed=n) for n, (slot, shape) in enumerate(slots.items())},
+    )
+    told = [
+        any("up to 256" in text for text in plan(tmp_path, "a", rank=r).warnings)
+        for r in ("same", "full", 32)
+    ]
+    assert told == [True, True, False]
+
+
 def test_09_lokr_in_all_its_forms(tmp_path):
     k = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
     w = {name: rand(*shape, seed=i).double() for i, (name, shape) in enumerate({
@@ -335,10 +348,32 @@ def test_14_a_bias_alone_is_kept_in_a_way_that_a1111_loads(tmp_path):
     weights, biases = written(tmp_path / "with.safetensors")
     assert_close(weights[Q], 0.5 * product(lora(Q, in_=16), Q))
     assert_close(biases[Q], tensors[f"{Q}.diff_b"])
-    weights, biases, report = merged(tmp_path, tensors)
+    report = merge(tmp_path, "a:0.5", out="alone")
+    weights, biases = written(tmp_path / "alone.safetensors", lone_bias=True)
     assert_close(biases[Q], 0.5 * tensors[f"{Q}.diff_b"])
     assert Q not in weights
     assert any("bias" in text and "A1111 refuses" in text for text in report.warnings)
+
+
+def test_14_biases_are_spelled_as_peft_does_in_the_diffusers_dialect(tmp_path):
+    tensors = {**lora(SD1_K), f"{SD1_K}.diff_b": rand(16, seed=5)}
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    weights, biases, _ = merged(tmp_path, tensors, dialect="diffusers", out="there")
+    assert load_file(tmp_path / "there.safetensors").keys() == {
+        f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_B.bias",
+    }  # fmt: skip
+    merge(tmp_path, "there", out="back")
+    for got in (biases[path], written(tmp_path / "back.safetensors")[1][SD1_K]):
+        assert_close(got, 0.5 * tensors[f"{SD1_K}.diff_b"])
+    assert_close(weights[path], 0.5 * product(tensors, SD1_K))
+
+
+def test_14_a_bias_alone_is_complete_with_the_width_that_the_base_model_tells(tmp_path):
+    tensors = {**lora(SD1_K), f"{Q}.diff_b": rand(16, seed=5)}
+    base = base_model(tmp_path, {LDM_K.replace("attn2.to_k", "attn1.to_q"): rand(16, 16)})
+    weights, biases, _ = merged(tmp_path, tensors, base=base)
+    assert not weights[Q].any()
+    assert_close(biases[Q], 0.5 * tensors[f"{Q}.diff_b"])
 
 
 def test_14_a_lone_w_norm_gets_the_b_norm_that_a1111_needs(tmp_path):

@@ -13,6 +13,7 @@ from ..merge.sources import Source
 
 # Forge refuses a file with more tensors than this that it cannot place.
 FORGE_LIMIT = 12
+_SD3 = frozenset({"sd3", "sd3_large"})
 _FLATTENED = ("lora_unet_", "lora_te", "oft_unet_")
 
 
@@ -48,9 +49,9 @@ def _verdict(host: Host, source: Source) -> str:
 
 def _a1111(source: Source) -> str | None:
     dotted = sum(not key.startswith((*_FLATTENED, "bundle_emb.")) for key in source.header.tensors)
-    if source.architecture.id != "sd3" and dotted:
+    if source.architecture.id not in _SD3 and dotted:
         return "no: it takes names only in kohya's spelling (lora_unet_...)"
-    if source.architecture.id == "sd3" and any(key.endswith(".alpha") for key in source.header.tensors):
+    if source.architecture.id in _SD3 and any(key.endswith(".alpha") for key in source.header.tensors):
         return "no: it takes SD3 only in the diffusers spelling without alpha"
     if "dora" in source.kinds:
         return "yes, but its DoRA scales input columns, whatever the file was trained with"
@@ -62,7 +63,7 @@ def _forge(source: Source) -> str | None:
     odd += sum(key.endswith((".scalar", ".scale", ".bias")) for key in source.header.tensors)
     if odd > FORGE_LIMIT:
         return f"no: it refuses a file with more than {FORGE_LIMIT} tensors it cannot place, here are {odd}"
-    if source.architecture.id == "sd3" and "kohya" not in source.dialect:
+    if source.architecture.id in _SD3 and "kohya" not in source.dialect:
         return "no: it takes SD3 only in kohya's spelling"
     if "dora" in source.kinds:
         return "yes, but its DoRA takes the norm of the unchanged weight"
@@ -82,11 +83,11 @@ def _anything(source: Source) -> str | None:
 _SD = frozenset({"sd1", "sd2", "sdxl", "sdxl_refiner"})
 _NEWER = frozenset({"lumina2", "zimage", "qwen_image", "wan", "anima"})
 HOSTS = (
-    Host("A1111", _SD | {"sd3"}, frozenset(), _a1111),
-    Host("Forge", _SD | {"sd3", "flux1", "chroma"}, frozenset({"ia3", "oft", "boft"}), _forge),
+    Host("A1111", _SD | _SD3, frozenset(), _a1111),
+    Host("Forge", _SD | _SD3 | {"flux1", "chroma"}, frozenset({"ia3", "oft", "boft"}), _forge),
     Host(
-        "reForge", _SD | {"sd3", "flux1", "hunyuan_dit", "auraflow", "pixart"}, frozenset({"ia3"}), _anything
+        "reForge", _SD | _SD3 | {"flux1", "hunyuan_dit", "auraflow", "pixart"}, frozenset({"ia3"}), _anything
     ),
     Host("Forge Neo", frozenset({"sd1", "sdxl", "flux1", "chroma"}) | _NEWER, frozenset({"ia3"}), _neo),
-    Host("SD.Next", _SD | _NEWER | {"sd3", "flux1", "flux2", "chroma"}, frozenset(), _anything),
+    Host("SD.Next", _SD | _SD3 | _NEWER | {"flux1", "flux2", "chroma"}, frozenset(), _anything),
 )

@@ -295,10 +295,12 @@ class Merger:
             assert isinstance(piece, LowRank)
             tensors |= self._factors(layer, prefix, piece)
         if bias is not None:
+            # Without alphas the scale is 1, so PEFT's bias of the up factor is the bias itself.
+            slot = "diff_b" if self.has_alpha else "up_bias"
             for prefix, piece in self._pieces(layer, Dense(bias)):
                 tensor, error, exact = self._rounded(layer, piece.dense())
                 error_sq, exact_sq, written_sq = error_sq + error, exact_sq + exact, written_sq + exact
-                tensors[self._key(prefix, "diff_b")] = tensor
+                tensors[self._key(prefix, slot)] = tensor
         result = LayerResult(layer.layer, stored.rank, error_sq, exact_sq)
         return MergedLayer(tensors, result, stored.alpha, bool(layer.kernel), notes, written_sq)
 

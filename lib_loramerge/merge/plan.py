@@ -23,6 +23,7 @@ from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .host_notes import host_notes
+from .input_notes import input_notes, rank_notes
 from .sources import LayerShape, Source, SourcePart, open_source
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ALPHA_BYTES = 4
 # One tensor's entry in the header beside its name and sizes: dtype, brackets, two long offsets.
 _ENTRY_BYTES = 75
-# LoRAs that change how many steps sampling takes; their deltas are large and brittle.
-_STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd", "dmd2", "tcd")
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,8 @@ def plan_merge(
         predicted_bytes=0,
         exact_prediction=recipe.retain is None and recipe.size is None,
         warnings=(
-            *_warnings(plans),
+            *input_notes(plans),
+            *rank_notes(plans, layers, recipe),
             *notes,
             *clashes,
             *host_notes(architecture, recipe.dialect, layers, len(embeddings)),
@@ -502,24 +502,6 @@ def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]]
         f"Both {first} and {second} hold the embedding {', '.join(names)}; the first one is kept."
         for (first, second), names in clashes.items()
     ]
-
-
-def _warnings(plans: Sequence[SourcePlan]) -> list[str]:
-    notes = []
-    for plan in plans:
-        source = plan.source
-        title = f"{source.path.stem} {source.header.metadata.get('ss_output_name', '')}".lower()
-        if len(plans) > 1 and any(word in title for word in _STEP_DISTILLED):
-            notes.append(
-                f"{source.path.name} looks like a few-step LoRA (LCM, Lightning ...). Merged, its strength "
-                "can no longer be set apart from the others; most people keep such a file separate."
-            )
-        if plan.input.te == 0 and plan.input.unet == 0:
-            notes.append(f"{source.path.name} has strength 0 and changes nothing.")
-        notes += [f"{source.path.name}: {note}" for note in sorted(source.notes())]
-    paths = Counter(plan.path for plan in plans)
-    notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
-    return notes
 
 
 def predicted_bytes(plan: MergePlan) -> int:

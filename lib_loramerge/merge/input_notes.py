@@ -1,0 +1,60 @@
+"""What a plan says of its inputs before any work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..recipe import MergeRecipe
+
+if TYPE_CHECKING:
+    from .plan import LayerPlan, SourcePlan
+
+# LoRAs that change how many steps sampling takes; their deltas are large and brittle.
+_STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd", "dmd2", "tcd")
+# Kinds whose rank is a product of the ranks that they were trained at, and what people call a large one.
+_PRODUCTS = frozenset({"loha", "loha_tucker", "lokr"})
+_LARGE_RANK = 128
+
+
+def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
+    """Sentences on single files: few-step LoRAs, strength 0, what their adapters are, one file twice."""
+    notes = []
+    for plan in plans:
+        source = plan.source
+        title = f"{source.path.stem} {source.header.metadata.get('ss_output_name', '')}".lower()
+        if len(plans) > 1 and any(word in title for word in _STEP_DISTILLED):
+            notes.append(
+                f"{source.path.name} looks like a few-step LoRA (LCM, Lightning ...). Merged, its strength "
+                "can no longer be set apart from the others; most people keep such a file separate."
+            )
+        if plan.input.te == 0 and plan.input.unet == 0:
+            notes.append(f"{source.path.name} has strength 0 and changes nothing.")
+        notes += [f"{source.path.name}: {note}" for note in sorted(source.notes())]
+    paths = Counter(plan.path for plan in plans)
+    notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
+    return notes
+
+
+def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe: MergeRecipe) -> list[str]:
+    """LoHa and LoKr are exact at the product of their ranks, which nobody has in mind who asks for none."""
+    if isinstance(recipe.rank, int) or recipe.retain is not None or recipe.size is not None:
+        return []
+    expanded = [
+        layer.rank
+        for layer in layers
+        if layer.rank is not None and any(_is_product(plans[index], layer) for index, _, _ in layer.inputs)
+    ]
+    largest = max(expanded, default=0)
+    if largest <= _LARGE_RANK:
+        return []
+    return [
+        f"LoHa and LoKr layers are exact only at large ranks, here up to {largest}, so the file becomes "
+        "large. Ask for a rank (--rank 32), a share of the norm (--retain 0.95) or a size (--size) for a "
+        "smaller one."
+    ]
+
+
+def _is_product(plan: SourcePlan, layer: LayerPlan) -> bool:
+    return any(part.facts.kind in _PRODUCTS for part in plan.source.layers[layer.layer])

@@ -1,0 +1,89 @@
+"""The README's tables, made from the registries: ``python -m tests.readme_tables`` writes them anew."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from lib_loramerge.adapters import kinds_table
+from lib_loramerge.architectures import ARCHITECTURES
+from lib_loramerge.dialects import DIALECTS
+from lib_loramerge.dialects.refusals import REFUSED
+from lib_loramerge.methods import METHODS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = tuple(head)
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def dialects_table() -> str:
+    """Every spelling that is read, every base model, and every kind of file that is refused and why."""
+    known = ", ".join(entry.label for entry in ARCHITECTURES.values() if not entry.opaque)
+    kept = ", ".join(
+        entry.label for entry in ARCHITECTURES.values() if entry.opaque and entry.id != "unknown"
+    )
+    models = (
+        f"Base models known under all of their names: {known}. For {kept}, and for models that are not known "
+        "by name, LoRAs in one spelling merge with each other, and the result keeps it."
+    )
+    spellings = ((_capital(entry.label), f"`{entry.example}`") for entry in DIALECTS.values())
+    refused = ((_capital(kind.name.split(" ", 1)[1]), f"{_capital(kind.reason)}.") for kind in REFUSED)
+    return "\n".join(
+        (
+            table(("Written by", "For example"), spellings),
+            textwrap.fill(models, 116) + "\n",
+            table(("Refused", "Because"), refused),
+        )
+    )
+
+
+def _capital(text: str) -> str:
+    names = ("kohya", "diffusers", "cloneofsimo", "hlora")
+    return text if text.startswith(names) else text[:1].upper() + text[1:]
+
+
+def methods_table() -> str:
+    """Every merge method with its parameters."""
+    rows = (
+        (
+            f"`{method.name}`",
+            method.summary,
+            "yes" if method.exact else "no",
+            ", ".join(f"`--{param.name} {str(param.default).lower()}`" for param in method.params),
+        )
+        for method in METHODS.values()
+    )
+    return table(("Mode", "What it does", "Exact sum", "Parameters and their defaults"), rows)
+
+
+TABLES = {"kinds": kinds_table, "dialects": dialects_table, "methods": methods_table}
+
+
+def regenerated(text: str) -> str:
+    """The README with every table made anew.
+
+    Raises:
+        ValueError: A pair of markers is missing.
+    """
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = text.partition(start)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"The README has no {start} ... {end}.")
+        text = f"{before}{start}\n{make()}{end}{after}"
+    return text
+
+
+def main() -> None:
+    README.write_text(regenerated(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
