@@ -12,7 +12,7 @@
     const FOLLOW = "loramerge_follow";
 
     const state = {
-        argument: "",
+        arguments: {}, // what the server gets with an event, by the event's name
         signature: null, // of the form, as asked last
         pending: null, // of the form, as seen at the last tick
         asked: 0,
@@ -22,6 +22,7 @@
         active: false,
         greeted: false,
         follow: "",
+        followCreated: 0,
         open: new Set(), // rows whose options are shown
     };
 
@@ -33,7 +34,7 @@
         const element = byId("loramerge_do_" + name);
         const button = element && (element.tagName === "BUTTON" ? element : element.querySelector("button"));
         if (!button) return false;
-        if (argument !== undefined) state.argument = argument;
+        if (argument !== undefined) state.arguments[name] = argument;
         button.click();
         return true;
     }
@@ -44,7 +45,7 @@
     }
 
     // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
-    window.loramergeArgument = () => [state.argument];
+    window.loramergeArgument = (name) => [state.arguments[name] || ""];
 
     window.loramergePrompt = () => {
         const words = pageWords();
@@ -168,7 +169,14 @@
             state.pollStamp = jobs.dataset.stamp;
             state.polled = 0;
             state.lastAnswer = now;
-            if (jobs.dataset.follow) state.follow = jobs.dataset.follow;
+            // An answer to an older question must not turn the page back to an older merge.
+            const created = Number(jobs.dataset.created || 0);
+            if (jobs.dataset.follow && created >= state.followCreated) {
+                state.follow = jobs.dataset.follow;
+                state.followCreated = created;
+            } else if (jobs.dataset.follow !== state.follow) {
+                state.lastAnswer = 0;
+            }
             try {
                 sessionStorage.setItem(FOLLOW, state.follow);
             } catch (error) { /* as above */ }

@@ -268,7 +268,9 @@ def _device(value: object, host: Host) -> str:
 
 def mode_name(value: object, methods: Mapping[str, MergeMethod]) -> str:
     """Name of a merge method from the label the dropdown shows."""
-    return next((name for name, method in methods.items() if value in (name, method.label)), str(value or "svd"))
+    return next(
+        (name for name, method in methods.items() if value in (name, method.label)), str(value or "svd")
+    )
 
 
 def is_random(reading: Reading, methods: Mapping[str, MergeMethod], mode: str) -> bool:
@@ -276,7 +278,9 @@ def is_random(reading: Reading, methods: Mapping[str, MergeMethod], mode: str) -
     method = methods.get(mode)
     if method is not None and method.random:
         return True
-    return any({"R", "U"} & {entry.strip() for entry in (given.lbw or "").split(",")} for given in reading.inputs)
+    return any(
+        {"R", "U"} & {entry.strip() for entry in (given.lbw or "").split(",")} for given in reading.inputs
+    )
 
 
 # --- the other way: from a recipe to control values -----------------------------------------------------------------
@@ -352,7 +356,9 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     return values
 
 
-def read_pasted(text: str, host: Host, methods: Mapping[str, MergeMethod]) -> tuple[dict[str, Any], list[str]]:
+def read_pasted(
+    text: str, host: Host, methods: Mapping[str, MergeMethod]
+) -> tuple[dict[str, Any], list[str]]:
     """Control values from pasted text: a prompt with LoRA tags, or a recipe as JSON.
 
     Returns:

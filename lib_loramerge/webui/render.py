@@ -72,7 +72,11 @@ def note_box(texts: Iterable[str]) -> str:
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     """Label and value pairs; both are HTML already."""
-    return '<dl class="lm-table">' + "".join(f"<dt>{key}</dt> <dd>{value}</dd> " for key, value in rows) + "</dl>"
+    return (
+        '<dl class="lm-table">'
+        + "".join(f"<dt>{key}</dt> <dd>{value}</dd> " for key, value in rows)
+        + "</dl>"
+    )
 
 
 def _warnings(texts: Iterable[str]) -> str:
@@ -133,7 +137,7 @@ STATES = {
 PHASES = {"read": "Reading", "merge": "Merging", "write": "Writing"}
 
 
-def job_list(jobs: Sequence[Job], followed: str, stamp: str) -> str:
+def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str) -> str:
     """Running and waiting merges with their bars and buttons.
 
     The attributes of the outer element tell the page's script whether to ask
@@ -142,10 +146,8 @@ def job_list(jobs: Sequence[Job], followed: str, stamp: str) -> str:
     active = [job for job in jobs if not job.finished]
     state = "active" if active else "idle"
     body = "".join(_job(job) for job in active)
-    return (
-        f'<div class="lm-jobs" data-state="{state}" data-follow="{foreign(followed)}" data-stamp="{foreign(stamp)}">'
-        f"{body}</div>"
-    )
+    follow = f' data-follow="{foreign(followed.id)}" data-created="{followed.created}"' if followed else ""
+    return f'<div class="lm-jobs" data-state="{state}" data-stamp="{foreign(stamp)}"{follow}>{body}</div>'
 
 
 def _job(job: Job) -> str:
@@ -172,11 +174,12 @@ def _job(job: Job) -> str:
 
 def job_result(job: Job, *, can_send: bool, show_path: bool, link: str | None = None) -> str:
     """How a merge ended: its report, its error, or that it was cancelled."""
+    box = f'<div class="lm-result" data-job="{foreign(job.id)}">'
     if job.state == "failed":
-        return f'<div class="lm-result">{_title(job)}{error_box(job.error)}{_buttons(job, False)}</div>'
+        return f"{box}{_title(job)}{error_box(job.error)}{_buttons(job, False)}</div>"
     if job.state == "cancelled":
         text = f'<div class="lm-quiet">{say("Cancelled. Nothing was written.")}</div>'
-        return f'<div class="lm-result">{_title(job)}{text}{_buttons(job, False)}</div>'
+        return f"{box}{_title(job)}{text}{_buttons(job, False)}</div>"
     if job.report is None:
         return ""
     report = job.report.to_json()
@@ -193,7 +196,7 @@ def job_result(job: Job, *, can_send: bool, show_path: bool, link: str | None = 
         _warnings((*report["warnings"], *job.notes)),
         report_table(report),
     ]
-    return f'<div class="lm-result">{"".join(parts)}</div>'
+    return f"{box}{''.join(parts)}</div>"
 
 
 def _written(job: Job, report: Mapping[str, Any], show_path: bool, link: str | None) -> str:
@@ -279,7 +282,9 @@ def _input(entry: Mapping[str, Any]) -> str:
         ),
     ]
     if len(set(blocks.values())) > 1:
-        cells = "".join(f"<span><i>{foreign(block)}</i> {weight:g}</span>" for block, weight in blocks.items())
+        cells = "".join(
+            f"<span><i>{foreign(block)}</i> {weight:g}</span>" for block, weight in blocks.items()
+        )
         lines.append(f'<div class="lm-blocks">{cells}</div>')
     return f'<div class="lm-input">{"<br>".join(lines)}</div>'
 

@@ -29,6 +29,19 @@ PATIENCE = int(os.environ.get("LORAMERGE_TEST_PATIENCE", "30000"))  # ms; the ma
 SERVED = ("--gradio-allowed-path", str(Path(__file__).resolve().parents[2]))
 
 
+def fresh_form() -> dict[str, Any]:
+    """The values of a form that nobody has touched."""
+    from lib_loramerge.methods import METHODS
+    from lib_loramerge.webui.tab.controls import CONTROLS, param_control
+
+    controls = [
+        *CONTROLS,
+        *(param_control(method.name, p) for method in METHODS.values() for p in method.params),
+    ]
+    values = {control.name: control.options.get("value") for control in controls}
+    return {**values, "mode": METHODS["svd"].label, "device": "CPU"}
+
+
 @contextmanager
 def launched() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -82,12 +95,39 @@ class Tab:
         self.page.wait_for_selector("#loramerge_facts [data-stamp]", state="attached")
         self.page.wait_for_selector('#loramerge_jobs [data-stamp]:not([data-stamp=""])', state="attached")
 
+    def reset(self) -> None:
+        """The form as a fresh page has it, without the time that loading a page takes."""
+        if self.title is None:
+            self.show_page("Merge")
+        self.page.evaluate(
+            "draft => { window.usualArgument = window.usualArgument || window.loramergeArgument;"
+            " window.loramergeArgument = name => name === 'restore' ? [draft] : window.usualArgument(name); }",
+            json.dumps(fresh_form()),
+        )
+        stamp = self.page.locator("#loramerge_facts [data-stamp]").get_attribute("data-stamp")
+        self.page.evaluate(
+            "() => { const e = document.getElementById('loramerge_do_restore');"
+            " (e.tagName === 'BUTTON' ? e : e.querySelector('button')).click(); }"
+        )
+        self.expect_value("rows", "2")
+        for number in range(2):
+            self.expect_value(f"row{number}_lora", "")
+        self.page.wait_for_function(
+            "old => document.querySelector('#loramerge_facts [data-stamp]').dataset.stamp !== old", arg=stamp
+        )
+        self.wait_for_facts("Pick a LoRA")
+        self.expect_value("name", "")
+        self.page.evaluate("() => { window.loramergeArgument = window.usualArgument; }")
+        self.errors.clear()
+
     def press(self, name: str) -> None:
         self.page.locator(f"#loramerge_{name}").click()
 
     def open(self, name: str) -> None:
-        """Open a folded part."""
-        self.page.locator(f"#loramerge_{name} .label-wrap").first.click()
+        """Open a folded part, if it is not open."""
+        head = self.page.locator(f"#loramerge_{name} .label-wrap").first
+        if "open" not in (head.get_attribute("class") or "").split():
+            head.click()
 
     def show_page(self, title: str) -> None:
         """Turn to another page of the tab."""
@@ -157,18 +197,20 @@ class Tab:
         """Press Merge and save, wait for the end, and give the text of the result."""
         if name is not None:
             self.fill("name", name)
-        before = self.job_stamp()
+        before = self.shown_job()
         self.press("merge")
         self.page.wait_for_function(
             "old => { const e = document.querySelector('#loramerge_jobs [data-stamp]');"
-            " return e && e.dataset.stamp !== old && e.dataset.state === 'idle'"
-            " && document.querySelector('#loramerge_result .lm-result'); }",
+            " const r = document.querySelector('#loramerge_result [data-job]');"
+            " return e && e.dataset.state === 'idle' && r && r.dataset.job !== old; }",
             arg=before,
         )
         return self.text("result")
 
-    def job_stamp(self) -> str:
-        return self.page.locator("#loramerge_jobs [data-stamp]").get_attribute("data-stamp") or ""
+    def shown_job(self) -> str:
+        """Which merge's end is shown."""
+        result = self.page.locator("#loramerge_result .lm-result")
+        return (result.first.get_attribute("data-job") or "") if result.count() else ""
 
     def wait_until_running(self, share: float = 0.0) -> None:
         """Until a bar is seen that has passed ``share`` percent."""

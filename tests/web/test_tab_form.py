@@ -61,7 +61,14 @@ def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field()
     known = {f"{prefix}.{field.name}" for prefix, kind in kinds.items() for field in fields(kind)}
     assert filled <= known
     # Of a file, not of a wish; the rows themselves; the parameters' own controls; the two buttons; REST's own.
-    without = {"input.hash", "recipe.inputs", "recipe.params", "request.recipe", "request.trial", "request.strict"}
+    without = {
+        "input.hash",
+        "recipe.inputs",
+        "recipe.params",
+        "request.recipe",
+        "request.trial",
+        "request.strict",
+    }
     assert known - filled == without
 
 
@@ -81,7 +88,10 @@ def test_every_parameter_of_every_method_gets_a_control_with_its_default_and_lim
             assert control.name in FORM_NAMES
             assert control.options["value"] == param.default
             if control.kind == "Slider":
-                assert (control.options["minimum"], control.options["maximum"]) == (param.minimum, param.maximum)
+                assert (control.options["minimum"], control.options["maximum"]) == (
+                    param.minimum,
+                    param.maximum,
+                )
             if control.kind == "Dropdown":
                 assert control.options["choices"] == list(param.choices)
 
@@ -105,7 +115,11 @@ def test_a_recipe_survives_the_form(host: StandaloneHost) -> None:
         )
         mode = chance.choice(modes)
         ranked = METHODS[mode].uses_rank
-        rule = chance.choice([{}, {"rank": 8}, {"rank": "full"}, {"retain": 0.5}, {"size": 12.5}]) if ranked else {}
+        rule = (
+            chance.choice([{}, {"rank": 8}, {"rank": "full"}, {"retain": 0.5}, {"size": 12.5}])
+            if ranked
+            else {}
+        )
         recipe = MergeRecipe(
             inputs,
             mode=mode,
@@ -199,13 +213,18 @@ def test_texts_from_files_and_people_are_escaped(host: StandaloneHost) -> None:
 def test_facts_for_files_seen_before_come_within_300_ms(host: StandaloneHost, tmp_path: Path) -> None:
     import time
 
-    layers = {f"lora_unet_input_blocks_4_1_transformer_blocks_{n % 2}_attn{1 + n % 2}_to_{n}": (64, 64) for n in range(2)}
+    layers = {
+        f"lora_unet_input_blocks_4_1_transformer_blocks_{n % 2}_attn{1 + n % 2}_to_{n}": (64, 64)
+        for n in range(2)
+    }
     layers |= {
         f"lora_unet_{block}_1_transformer_blocks_{n}_attn{a}_to_{p}": (640, 640)
         for block in ("input_blocks_7", "input_blocks_8", "middle_block", "output_blocks_0", "output_blocks_1")
         for n in range(10) for a in (1, 2) for p in ("q", "v", "out_0")
     }  # fmt: skip
-    layers = {name: shape for name, shape in layers.items() if name.rsplit("_", 1)[-1] not in "01"} | SDXL_LAYERS
+    layers = {
+        name: shape for name, shape in layers.items() if name.rsplit("_", 1)[-1] not in "01"
+    } | SDXL_LAYERS
     for name in ("one", "two"):
         make_lora(tmp_path / f"{name}.safetensors", layers, rank=2, seed=4)
     host.refresh()
@@ -226,7 +245,10 @@ def said(path: Path) -> Iterator[str]:
 
 def shown_words(components: list[dict]) -> set[str]:
     """Every text of ours that the tab can show."""
-    hidden = {"loramerge_" + name for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "copied")}
+    hidden = {
+        "loramerge_" + name
+        for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "copied")
+    }
     words: set[str] = set(layout.hints().values())
     for component in components:
         name = component.get("elem_id") or ""
@@ -242,7 +264,11 @@ def shown_words(components: list[dict]) -> set[str]:
     words |= {"LoRAs", "How", "Result", "What will come out", "Block presets", "Experimental"}
     for method in METHODS.values():
         words |= {method.label, method.summary, method.avoid}
-    return {word for word in words if re.search("[A-Za-z]{2}", word) and "<lora:" not in word and "=" not in word[:5]}
+    return {
+        word
+        for word in words
+        if re.search("[A-Za-z]{2}", word) and "<lora:" not in word and "=" not in word[:5]
+    }
 
 
 def test_the_japanese_file_translates_every_string_that_the_tab_shows(components: list[dict]) -> None:

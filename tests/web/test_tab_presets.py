@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.browser import Tab
@@ -31,14 +32,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, Path]
         served.close()
 
 
-@pytest.fixture
-def tab(chromium: object, page: tuple[Page, Path]) -> Iterator[Tab]:
+@pytest.fixture(scope="module")
+def window(chromium: object, page: tuple[Page, Path]) -> Iterator[Tab]:
     with Tab(chromium, page[0].address, title=None) as opened:
         yield opened
-        assert opened.errors == []
 
 
-def test_a_preset_is_edited_by_sliders_saved_and_kept_with_the_comments(tab: Tab, page: tuple[Page, Path]) -> None:
+@pytest.fixture
+def tab(window: Tab) -> Iterator[Tab]:
+    """The window with a fresh form."""
+    window.reset()
+    yield window
+    assert window.errors == []
+
+
+def test_a_preset_is_edited_by_sliders_saved_and_kept_with_the_comments(
+    tab: Tab, page: tuple[Page, Path]
+) -> None:
     tab.show_page("Block presets")
     tab.choose("preset_pick", "FIRST")
     tab.expect_value("preset_text", "1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0")
@@ -48,7 +58,7 @@ def test_a_preset_is_edited_by_sliders_saved_and_kept_with_the_comments(tab: Tab
     tab.expect_value("preset_text", "1,0,0,0.55,0,0,0,0,0,0,0,0,0,0,0,0,0")
     sliders.nth(4).locator("input[type=text]").fill("X+0.1")
     tab.expect_value("preset_text", "1,0,0,0.55,X+0.1,0,0,0,0,0,0,0,0,0,0,0,0")
-    assert sliders.nth(4).locator("input[type=range]").is_disabled()
+    expect(sliders.nth(4).locator("input[type=range]")).to_be_disabled()
     tab.fill("preset_name", "MINE")
     tab.press("preset_save")
     tab.expect_text("preset_message", "MINE")
@@ -121,7 +131,9 @@ def test_the_page_speaks_japanese_when_asked(chromium: object, page: tuple[Page,
     with Tab(chromium, page[0].address, title=None, query="?lang=ja_JP") as tab:
         tab.expect_text("merge", "マージして保存")
         tab.expect_text("facts", "LoRA を選ぶと")
-        tab.page.wait_for_function("() => (document.querySelector('#loramerge_merge').title || '').includes('フォルダー')")
+        tab.page.wait_for_function(
+            "() => (document.querySelector('#loramerge_merge').title || '').includes('フォルダー')"
+        )
         english = tab.page.evaluate(
             "() => [...document.querySelectorAll('#loramerge_app [data-testid=block-info], #loramerge_app h3 span')]"
             ".map(e => e.textContent.trim()).filter(t => /^[A-Za-z ]{3,}$/.test(t) && t !== 'LoRA')"

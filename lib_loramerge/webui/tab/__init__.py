@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from ..host import Host
     from ..jobs import JobQueue
 
-__all__ = ["BUTTONS", "CONTROLS", "ROW_BUTTONS", "ROW_CONTROLS", "Control", "build_tab", "element_id", "fill_tab"]
+__all__ = [
+    "BUTTONS",
+    "CONTROLS",
+    "ROW_BUTTONS",
+    "ROW_CONTROLS",
+    "Control",
+    "build_tab",
+    "element_id",
+    "fill_tab",
+]
 
 
 def build_tab(host: Host, jobs: JobQueue) -> Any:

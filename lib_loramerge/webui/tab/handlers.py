@@ -6,11 +6,11 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LoraMergeError, RecipeError
 from ...files import read_header
-from ...metadata import read_recipe
 from ...methods import METHODS
 from ...recipe import format_prompt, to_command, to_json
 from .. import compat, facts, form, render
@@ -36,8 +36,10 @@ FORM_NAMES = (
 ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
 SHOWN_FIRST = 60 * 60  # A finished merge is shown again after a reload for an hour.
 
+
 # JavaScript of the page, called with the values of the inputs.
-_ARGUMENT = "(...values) => loramergeArgument(values)"
+def _argument(name: str) -> str:
+    return f"() => loramergeArgument('{name}')"
 
 
 def connect(widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
@@ -79,16 +81,26 @@ class _Wiring:
             return [changes.get(place, update()) for place in places]
 
         return compat.on(
-            trigger, run, [self.widgets[name] for name in names], [self.widgets[name] for name in places], js=js
+            trigger,
+            run,
+            [self.widgets[name] for name in names],
+            [self.widgets[name] for name in places],
+            js=js,
         )
 
     def button(self, name: str, handler: Callable[[Form], Changes], *args: Any, **kwargs: Any) -> Any:
         return self.on(self.widgets[f"button.{name}"].click, handler, *args, **kwargs)
 
-    def browser(self, trigger: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str], js: str) -> None:
+    def browser(
+        self, trigger: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str], js: str
+    ) -> None:
         """Connect a piece of JavaScript that needs nothing of the server."""
         compat.on(
-            trigger, None, [self.widgets[name] for name in inputs], [self.widgets[name] for name in outputs], js=js
+            trigger,
+            None,
+            [self.widgets[name] for name in inputs],
+            [self.widgets[name] for name in outputs],
+            js=js,
         )
 
     def connect(self) -> None:
@@ -110,10 +122,16 @@ class _Wiring:
             "(s, te, same) => [Math.max(-2, Math.min(2, Number(s) || 0)), same ? s : te]",
         )  # fmt: skip
         self.browser(
-            self.widgets[slide].input, [slide, te, linked], [strength, te], "(s, te, same) => [s, same ? s : te]"
+            self.widgets[slide].input,
+            [slide, te, linked],
+            [strength, te],
+            "(s, te, same) => [s, same ? s : te]",
         )
         self.browser(
-            self.widgets[te].input, [te, strength], [linked], "(te, s) => [te !== null && Number(te) === Number(s)]"
+            self.widgets[te].input,
+            [te, strength],
+            [linked],
+            "(te, s) => [te !== null && Number(te) === Number(s)]",
         )
         self.browser(
             self.widgets[linked].input, [linked, te, strength], [te], "(same, te, s) => [same ? s : te]"
@@ -121,7 +139,8 @@ class _Wiring:
         if index > 0:
             pair = [f"row{row}.{name}" for row in (index - 1, index) for name in form.ROW_FIELDS]
             half = len(form.ROW_FIELDS)
-            swap = f"(...v) => [...v.slice({half}), ...v.slice(0, {half})]"
+            # Gradio 3 hands the outputs over, too, after the inputs.
+            swap = f"(...v) => [...v.slice({half}, {2 * half}), ...v.slice(0, {half})]"
             self.browser(self.widgets[f"button.row{index}.up"].click, pair, pair, swap)
             self.browser(self.widgets[f"button.row{index - 1}.down"].click, pair, pair, swap)
         self.button(
@@ -161,12 +180,18 @@ class _Wiring:
     def _connect_rows(self) -> None:
         every_row = ("rows", *ROW_NAMES, *ROW_PLACES)
         self.button("add", self.add_row, ("rows", *ROW_NAMES), every_row, message="rows_message")
-        self.button("clear", lambda _: self.show_rows({"rows": form.START_ROWS}), (), every_row, message="rows_message")
+        self.button(
+            "clear",
+            lambda _: self.show_rows({"rows": form.START_ROWS}),
+            (),
+            every_row,
+            message="rows_message",
+        )
         outputs = (*every_row, "fill_file", "base", "subfolder", "preset_pick")
         for name in ("refresh", "greet"):
             self.button(
                 name,
-                lambda values, look=name == "refresh": self.refresh(values, look),
+                partial(self.refresh, look=name == "refresh"),
                 ("rows", *ROW_NAMES, "base", "subfolder", "fill_file", "preset_pick", "preset_kind"),
                 outputs, message="rows_message",
             )  # fmt: skip
@@ -177,16 +202,32 @@ class _Wiring:
             js="() => [loramergePrompt()]",
         )  # fmt: skip
         self.button("fill_file", self.fill_from_file, ("fill_file",), everything, message="rows_message")
-        self.button("refill", self.fill_from_job, ("argument",), everything, message="rows_message", js=_ARGUMENT)
-        self.button("restore", self.restore, ("argument",), everything, message="rows_message", js=_ARGUMENT)
+        self.button(
+            "refill",
+            self.fill_from_job,
+            ("argument",),
+            everything,
+            message="rows_message",
+            js=_argument("refill"),
+        )
+        self.button(
+            "restore",
+            self.restore,
+            ("argument",),
+            everything,
+            message="rows_message",
+            js=_argument("restore"),
+        )
 
     def add_row(self, values: Form) -> Changes:
         count = form.row_count(values)
         if count >= form.MAX_ROWS:
-            raise RecipeError(f"{form.MAX_ROWS} rows are the most this page has. The command line takes more LoRAs.")
+            raise RecipeError(
+                f"{form.MAX_ROWS} rows are the most this page has. The command line takes more LoRAs."
+            )
         return self.show_rows({"rows": count + 1}, changed=[count])
 
-    def refresh(self, values: Form, look: bool) -> Changes:
+    def refresh(self, values: Form, *, look: bool) -> Changes:
         """Fills every list again; what is chosen stays."""
         if look:
             self.host.refresh()
@@ -211,6 +252,8 @@ class _Wiring:
         name = form.lora_name(values["fill_file"], self.host.loras())
         if not name:
             raise RecipeError("Pick a merged file first.")
+        from ...metadata import read_recipe  # Not at the WebUI's start, see extension.py.
+
         path = self.host.find(name)
         recipe = read_recipe(read_header(path).metadata)
         if recipe is None:
@@ -244,7 +287,9 @@ class _Wiring:
         if not isinstance(draft, dict):
             return {}
         plain = (str, int, float, bool, type(None))
-        kept = {name: value for name, value in draft.items() if name in FORM_NAMES and isinstance(value, plain)}
+        kept = {
+            name: value for name, value in draft.items() if name in FORM_NAMES and isinstance(value, plain)
+        }
         return self.show_form({**kept, "mode": kept.get("mode") or next(iter(METHODS.values())).label})
 
     # --- how, facts ---------------------------------------------------------------------------------------------------
@@ -252,7 +297,9 @@ class _Wiring:
     def _connect_form(self) -> None:
         seen = _shown_by_choice()
         for name in ("mode", "rank_rule"):
-            self.on(self.widgets[name].input, self.by_choice, ("mode", "rank_rule"), seen, message="how_message")
+            self.on(
+                self.widgets[name].input, self.by_choice, ("mode", "rank_rule"), seen, message="how_message"
+            )
         self.button(
             "ask", self.ask, FORM_NAMES,
             (*(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("facts", "lora")), "facts", "how_message", "name_message", "name",
@@ -271,7 +318,9 @@ class _Wiring:
             "rank": update(visible=ranked and rule == "number"),
             "retain": update(visible=ranked and rule == "retain"),
             "size": update(visible=ranked and rule == "size"),
-            "mode_text": mode_text(mode) if method is not None else render.error_box(f"There is no mode {mode}."),
+            "mode_text": mode_text(mode)
+            if method is not None
+            else render.error_box(f"There is no mode {mode}."),
         }
         for name, other in METHODS.items():
             if other.params:
@@ -281,9 +330,7 @@ class _Wiring:
     def ask(self, values: Form) -> Changes:
         """The facts, for the form as it is now."""
         found = facts.gather(values, self.host, METHODS)
-        changes: Changes = {
-            f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)
-        }
+        changes: Changes = {f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)}
         entries = self.host.loras()
         for row in range(form.row_count(values)):
             # A part of a name was typed, or the list knows the base model by now.
@@ -291,7 +338,11 @@ class _Wiring:
             label = form.lora_label(form.lora_name(typed, entries), entries)
             if typed and label != typed:
                 changes[f"row{row}.lora"] = label
-        how = [found.problems[name] for name in ("how", "mode", "rank_rule", "seed", "base") if name in found.problems]
+        how = [
+            found.problems[name]
+            for name in ("how", "mode", "rank_rule", "seed", "base")
+            if name in found.problems
+        ]
         # The stamp tells the page's script that its question was answered.
         changes["facts"] = f'<div data-stamp="{time.time()}">{found.plan}</div>'
         changes["how_message"] = "".join(map(render.error_box, how))
@@ -307,7 +358,9 @@ class _Wiring:
         changes["base"] = update(visible=found.needs_base)
         changes["seed"] = update(visible=found.random)
         changes["rows_message"] = update()
-        changes["draft"] = json.dumps({name: value for name, value in values.items() if _worth_keeping(name, value)})
+        changes["draft"] = json.dumps(
+            {name: value for name, value in values.items() if _worth_keeping(name, value)}
+        )
         return changes
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -316,8 +369,8 @@ class _Wiring:
         outputs = ("jobs", "result")
         self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, outputs)
         self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, outputs)
-        self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_ARGUMENT)
-        self.button("drop", self.drop, ("argument",), outputs, message="argument", js=_ARGUMENT)
+        self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_argument("poll"))
+        self.button("drop", self.drop, ("argument",), outputs, message="argument", js=_argument("drop"))
 
     def start(self, values: Form, *, trial: bool) -> Changes:
         recipe = form.read_form(values, self.host, METHODS).check()
@@ -356,7 +409,7 @@ class _Wiring:
 
     def _state(self, job: Job | None) -> Changes:
         known = self.jobs.list()
-        changes: Changes = {"jobs": render.job_list(known, job.id if job else "", f"{time.time()}")}
+        changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}")}
         if job is not None and job.finished:
             changes["result"] = render.job_result(
                 job,
@@ -376,10 +429,17 @@ class _Wiring:
             "copy_command": self.as_command,
         }
         for name, make in kinds.items():
-            event = self.button(
-                name, lambda values, make=make: {"copy_text": make(values)}, FORM_NAMES, ("copy_text",)
+            event = self.button(name, partial(self.copy, make=make), FORM_NAMES, ("copy_text",))
+            compat.on(
+                event.then,
+                None,
+                [self.widgets["copy_text"]],
+                [],
+                js="text => { loramergeCopy(text); return []; }",
             )
-            compat.on(event.then, None, [self.widgets["copy_text"]], [], js="text => { loramergeCopy(text); return []; }")
+
+    def copy(self, values: Form, *, make: Callable[[Form], str]) -> Changes:
+        return {"copy_text": make(values)}
 
     def as_prompt(self, values: Form) -> str:
         return format_prompt(form.read_form(values, self.host, METHODS).check().inputs)
@@ -428,4 +488,3 @@ def _worth_keeping(name: str, value: object) -> bool:
     if name.startswith("row") and "." in name:
         return value != form.EMPTY_ROW[name.split(".", 1)[1]]
     return value not in ("", None)
-

@@ -36,7 +36,12 @@ class _Layout:
         self.widgets: dict[str, Any] = {}
         self._controls = {control.name: control for control in CONTROLS}
         with compat.make("Column", elem_id="loramerge_app"):
-            compat.make("HTML", value=render.page_words(hints(), host.prompt_elem_id), visible=True, elem_id="loramerge_page")
+            compat.make(
+                "HTML",
+                value=render.page_words(hints(), host.prompt_elem_id),
+                visible=True,
+                elem_id="loramerge_page",
+            )
             with compat.make("Tabs", elem_id="loramerge_tabs"):
                 with compat.make("Tab", label="Merge", elem_id="loramerge_page_merge"):
                     self._merge_page()
@@ -91,7 +96,12 @@ class _Layout:
                 self.button("add", scale=0, min_width=120)
                 self.button("refresh", scale=0, min_width=130)
                 self.button("clear", scale=0, min_width=80)
-            with compat.make("Accordion", label="Fill from a prompt, a recipe or a merged file", open=False, elem_id="loramerge_fill"):
+            with compat.make(
+                "Accordion",
+                label="Fill from a prompt, a recipe or a merged file",
+                open=False,
+                elem_id="loramerge_fill",
+            ):
                 self._fill()
             self.place("rows_message")
 
@@ -108,7 +118,12 @@ class _Layout:
                 with compat.make("Row", elem_id=f"loramerge_row{index}_buttons"):
                     for name, (text, _) in ROW_BUTTONS.items():
                         self.widgets[f"button.row{index}.{name}"] = compat.make(
-                            "Button", value=text, elem_id=f"loramerge_row{index}_{name}", size="sm", scale=0, min_width=26
+                            "Button",
+                            value=text,
+                            elem_id=f"loramerge_row{index}_{name}",
+                            size="sm",
+                            scale=0,
+                            min_width=26,
                         )
             with compat.make("Row", elem_id=f"loramerge_row{index}_options"):
                 put("elements")
@@ -143,10 +158,16 @@ class _Layout:
                 self.control(self._controls["mode"], choices=labels, value=method.label)
                 rule, rank = _rank_setting(settings.rank)
                 self.control(self._controls["rank_rule"], value=rule, visible=method.uses_rank)
-                self.control(self._controls["rank"], value=rank, visible=method.uses_rank and rule == RANK_RULES["number"])
+                self.control(
+                    self._controls["rank"],
+                    value=rank,
+                    visible=method.uses_rank and rule == RANK_RULES["number"],
+                )
                 self.control(self._controls["retain"])
                 self.control(self._controls["size"])
-                self.control(self._controls["dtype"], value=PRECISIONS.get(settings.dtype, PRECISIONS["same"]))
+                self.control(
+                    self._controls["dtype"], value=PRECISIONS.get(settings.dtype, PRECISIONS["same"])
+                )
                 device = next((label for label, key in devices if key == settings.device), devices[0][0])
                 self.control(self._controls["device"], choices=[label for label, _ in devices], value=device)
             self.place("mode_text", mode_text(method.name))
@@ -164,7 +185,9 @@ class _Layout:
         for method in METHODS.values():
             if not method.params:
                 continue
-            with compat.make("Row", visible=method.name == shown, elem_id=f"loramerge_params_{method.name}") as row:
+            with compat.make(
+                "Row", visible=method.name == shown, elem_id=f"loramerge_params_{method.name}"
+            ) as row:
                 for param in method.params:
                     self.control(param_control(method.name, param))
             self.widgets[f"params.{method.name}"] = row
@@ -176,7 +199,12 @@ class _Layout:
                 self.control(self._controls["subfolder"], visible=not self.host.hide_dirs())
                 self.control(self._controls["overwrite"])
             self.place("name_message")
-            with compat.make("Accordion", label="Activation text, notes and picture", open=False, elem_id="loramerge_result_more"):
+            with compat.make(
+                "Accordion",
+                label="Activation text, notes and picture",
+                open=False,
+                elem_id="loramerge_result_more",
+            ):
                 for line in RESULT_MORE:
                     with compat.make("Row"):
                         for name in line:
@@ -189,14 +217,19 @@ class _Layout:
             self.button("merge", variant="primary", size="lg", min_width=140)
             self.button("try", size="lg", min_width=140, visible=self.host.can_try)
         self.place("message")
-        self.place("jobs", render.job_list([], "", ""))
+        self.place("jobs", render.job_list([], None, ""))
         self.place("result")
         with compat.make("Accordion", label="Copy", open=False, elem_id="loramerge_copy"):
             with compat.make("Row"):
                 for name in ("copy_prompt", "copy_recipe", "copy_command"):
                     self.button(name, min_width=100)
             self.widgets["copy_text"] = compat.make(
-                "Textbox", label="Copied to the clipboard", lines=2, max_lines=12, interactive=True, elem_id="loramerge_copy_text"
+                "Textbox",
+                label="Copied to the clipboard",
+                lines=2,
+                max_lines=12,
+                interactive=True,
+                elem_id="loramerge_copy_text",
             )
 
     # Presets
@@ -227,7 +260,13 @@ class _Layout:
         self.place("preset_sliders", f'<div id="loramerge_sliders" data-blocks="{_block_data()}"></div>')
         with compat.make("Row", elem_id="loramerge_preset_save_line"):
             self.widgets["preset_name"] = compat.make(
-                "Textbox", label="Preset name", lines=1, max_lines=1, elem_id="loramerge_preset_name", scale=2, min_width=180
+                "Textbox",
+                label="Preset name",
+                lines=1,
+                max_lines=1,
+                elem_id="loramerge_preset_name",
+                scale=2,
+                min_width=180,
             )
             self.button("preset_save", variant="primary", scale=1, min_width=120)
             self.button("preset_delete", scale=1, min_width=120)

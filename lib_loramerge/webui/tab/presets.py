@@ -54,18 +54,22 @@ def connect(wiring: Any) -> None:
         if not name:
             raise RecipeError("Give the preset a name first.")
         save_preset(host.preset_path(), name, str(values["preset_text"] or "").strip())
-        return {**lists(values, name), place: render.note_box([f"{name} is saved in {host.preset_path().name}."])}
+        return {
+            **lists(values, name),
+            place: render.note_box([f"{name} is saved in {host.preset_path().name}."]),
+        }
 
     def delete(values: Mapping[str, Any]) -> dict[str, Any]:
         name = str(values["preset_name"] or "").strip()
         delete_preset(host.preset_path(), name)
-        return {**lists(values, ""), place: render.note_box([f"{name} is deleted from {host.preset_path().name}."])}
+        return {
+            **lists(values, ""),
+            place: render.note_box([f"{name} is deleted from {host.preset_path().name}."]),
+        }
 
     def lists(values: Mapping[str, Any], picked: str) -> dict[str, Any]:
         known = host.presets()
-        changes: dict[str, Any] = {
-            "preset_pick": update(choices=["", *_known(host, values)], value=picked)
-        }
+        changes: dict[str, Any] = {"preset_pick": update(choices=["", *_known(host, values)], value=picked)}
         for row in range(form.MAX_ROWS):
             current = form.row_values(values, row)
             changes[f"row{row}.blocks"] = update(choices=["", *known.weights], value=current["blocks"])
