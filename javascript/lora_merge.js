@@ -308,7 +308,12 @@
             box.value = range.value;
             collectSliders();
         });
-        box.addEventListener("input", () => collectSliders());
+        box.addEventListener("input", () => {
+            const entry = box.value.trim();
+            range.disabled = entry === "" || !Number.isFinite(Number(entry));
+            if (!range.disabled) range.value = entry;
+            collectSliders();
+        });
         cell.append(name, range, box);
         return cell;
     }

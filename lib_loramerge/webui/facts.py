@@ -103,7 +103,8 @@ def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
     if not reading.inputs and not draft.problems:
         return f'<div class="lm-quiet">{render.say("Pick a LoRA to see here what will come out.")}</div>'
     if reading.recipe is None or draft.problems:
-        return f'<div class="lm-quiet">{render.say("Something in the form needs a look; it is marked in red.")}</div>'
+        text = render.say("Something in the form needs a look; it is marked in red.")
+        return f'<div class="lm-quiet">{text}</div>'
     try:
         plan = host.plan(reading.recipe)
     except LoraMergeError as error:

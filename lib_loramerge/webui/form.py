@@ -283,7 +283,7 @@ def is_random(reading: Reading, methods: Mapping[str, MergeMethod], mode: str) -
     )
 
 
-# --- the other way: from a recipe to control values -----------------------------------------------------------------
+# --- the other way: from a recipe to control values --------------------------------------
 
 
 def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> dict[str, Any]:
@@ -311,7 +311,8 @@ def rows_of(inputs: Sequence[LoraInput], entries: Sequence[LoraEntry]) -> dict[s
     """
     if len(inputs) > MAX_ROWS:
         raise RecipeError(
-            f"{len(inputs)} LoRAs are more than the {MAX_ROWS} rows of this page. The command line takes more."
+            f"{len(inputs)} LoRAs are more than the {MAX_ROWS} rows of this page. "
+            "The command line takes more."
         )
     values: dict[str, Any] = {"rows": max(len(inputs), 1)}
     for index in range(MAX_ROWS):

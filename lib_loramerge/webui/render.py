@@ -125,7 +125,7 @@ def _layers(facts: Mapping[str, Any]) -> str:
     return f"{facts['layers']}{extra}"
 
 
-# --- jobs -------------------------------------------------------------------------------------------------------------
+# --- jobs --------------------------------------------------------------------------------
 
 STATES = {
     "waiting": "Waiting",
@@ -155,7 +155,8 @@ def _job(job: Job) -> str:
     button = say("Drop") if waiting else say("Cancel")
     head = (
         f'<div class="lm-job-head"><b>{foreign(job.title)}</b><span class="lm-grow"></span>'
-        f'<button type="button" class="lm-button lm-drop" data-job="{foreign(job.id)}">{button}</button></div>'
+        f'<button type="button" class="lm-button lm-drop" data-job="{foreign(job.id)}">'
+        f"{button}</button></div>"
     )
     if waiting:
         return f'<div class="lm-job">{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
@@ -166,7 +167,8 @@ def _job(job: Job) -> str:
     if job.eta is not None:
         parts.append(f"{say('time left')} {time_text(job.eta)}")
     return (
-        f'<div class="lm-job">{head}<div class="lm-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
+        f'<div class="lm-job">{head}'
+        '<div class="lm-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{share * 100:.0f}"><div style="width:{share * 100:.1f}%"></div></div>'
         f'<div class="lm-quiet">{_dots(parts)}</div></div>'
     )
@@ -217,8 +219,9 @@ def _title(job: Job) -> str:
 def _buttons(job: Job, can_send: bool) -> str:
     parts = []
     if can_send and job.prompt_name:
+        tag = foreign(f"<lora:{job.prompt_name}:1>")
         parts.append(
-            f'<button type="button" class="lm-button lm-send" data-tag="{foreign(f"<lora:{job.prompt_name}:1>")}">'
+            f'<button type="button" class="lm-button lm-send" data-tag="{tag}">'
             f"{say('Send to txt2img prompt')}</button>"
         )
     parts.append(
@@ -247,10 +250,8 @@ def report_table(report: Mapping[str, Any]) -> str:
         details += _details(say("Left out"), note_box(report["skipped"]))
     advice = ""
     if report["error"] > NOTICEABLE and report["mode"] not in ("concat", "add"):
-        advice = (
-            f'<div class="lm-note">{say("A higher rank keeps more. Under Rank, choose Keep everything or a larger share.")}'
-            "</div>"
-        )
+        text = say("A higher rank keeps more. Under Rank, choose Keep everything or a larger share.")
+        advice = f'<div class="lm-note">{text}</div>'
     return _table(rows) + advice + details
 
 

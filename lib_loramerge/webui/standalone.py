@@ -133,7 +133,8 @@ def page_script() -> str:
     translate = Path(__file__).with_name("standalone.js").read_text(encoding="utf-8")
     return (
         "() => {\nif (window.loramergeLoaded) return;\nwindow.loramergeLoaded = true;\n"
-        f"document.head.append(Object.assign(document.createElement('style'), {{textContent: {json.dumps(style)}}}));\n"
+        "document.head.append(Object.assign(document.createElement('style'), "
+        f"{{textContent: {json.dumps(style)}}}));\n"
         f"window.loramergeWords = {json.dumps(words, ensure_ascii=True)};\n{translate}\n{script}\n}}"
     )
 

@@ -83,7 +83,7 @@ class Tab:
     def __exit__(self, *_: object) -> None:
         self.context.close()
 
-    # --- the page -----------------------------------------------------------------------------------------------------
+    # --- the page ----------------------------------------------------------------------------
 
     def load(self) -> None:
         """Open the page, or open it again."""
@@ -101,10 +101,10 @@ class Tab:
             self.show_page("Merge")
         self.page.evaluate(
             "draft => { window.usualArgument = window.usualArgument || window.loramergeArgument;"
-            " window.loramergeArgument = name => name === 'restore' ? [draft] : window.usualArgument(name); }",
+            " window.loramergeArgument = name =>"
+            " name === 'restore' ? [draft] : window.usualArgument(name); }",
             json.dumps(fresh_form()),
         )
-        stamp = self.page.locator("#loramerge_facts [data-stamp]").get_attribute("data-stamp")
         self.page.evaluate(
             "() => { const e = document.getElementById('loramerge_do_restore');"
             " (e.tagName === 'BUTTON' ? e : e.querySelector('button')).click(); }"
@@ -112,9 +112,6 @@ class Tab:
         self.expect_value("rows", "2")
         for number in range(2):
             self.expect_value(f"row{number}_lora", "")
-        self.page.wait_for_function(
-            "old => document.querySelector('#loramerge_facts [data-stamp]').dataset.stamp !== old", arg=stamp
-        )
         self.wait_for_facts("Pick a LoRA")
         self.expect_value("name", "")
         self.page.evaluate("() => { window.loramergeArgument = window.usualArgument; }")
@@ -151,7 +148,7 @@ class Tab:
     def expect_value(self, name: str, value: str | re.Pattern[str]) -> None:
         expect(self.field(name)).to_have_value(value, timeout=PATIENCE)
 
-    # --- the form -----------------------------------------------------------------------------------------------------
+    # --- the form ----------------------------------------------------------------------------
 
     def fill(self, name: str, value: object) -> None:
         """Type into a field and leave it."""
@@ -191,7 +188,7 @@ class Tab:
         """Until the facts of the whole tell this, which says that the server saw the form as it is."""
         self.expect_text("facts", text)
 
-    # --- merges -------------------------------------------------------------------------------------------------------
+    # --- merges ------------------------------------------------------------------------------
 
     def merge(self, name: str | None = None) -> str:
         """Press Merge and save, wait for the end, and give the text of the result."""

@@ -59,7 +59,7 @@ def error_of(written: Path, parts: dict[Path, tuple[float, float]]) -> float:
 
 
 def canonical(layer: str) -> str:
-    """diffusers' names of Stable Diffusion 1's blocks as the checkpoint has them; only those of the fixtures."""
+    """diffusers' names of the fixtures' blocks of Stable Diffusion 1, as the checkpoint has them."""
     for one, other in (
         ("down_blocks_0_attentions_0", "input_blocks_1_1"),
         ("mid_block_attentions_0", "middle_block_1"),

@@ -16,7 +16,10 @@ pytest.importorskip("gradio")
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
 
-PRESETS = "# mine\nFIRST:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n\n# the second\nSECOND:R,U,X,1,1,1,1,1,1,1,1,1\nELEM:IN04:attn:0.5\n"
+PRESETS = (
+    "# mine\nFIRST:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n\n"
+    "# the second\nSECOND:R,U,X,1,1,1,1,1,1,1,1,1\nELEM:IN04:attn:0.5\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,8 @@ def test_the_page_speaks_japanese_when_asked(chromium: object, page: tuple[Page,
             "() => (document.querySelector('#loramerge_merge').title || '').includes('フォルダー')"
         )
         english = tab.page.evaluate(
-            "() => [...document.querySelectorAll('#loramerge_app [data-testid=block-info], #loramerge_app h3 span')]"
+            "() => [...document.querySelectorAll("
+            "'#loramerge_app [data-testid=block-info], #loramerge_app h3 span')]"
             ".map(e => e.textContent.trim()).filter(t => /^[A-Za-z ]{3,}$/.test(t) && t !== 'LoRA')"
         )
         assert [text for text in english if text not in ("argument", "draft", "copied", "rows")] == []

@@ -39,44 +39,306 @@ class Control:
 
 
 ROW_CONTROLS = (
-    Control("on", "Checkbox", {"label": "On", "value": True, "scale": 0, "min_width": 44}, "Use this LoRA. Off keeps the row and leaves it out of the merge."),
-    Control("lora", "Dropdown", {"label": "LoRA", "choices": [], "value": "", "allow_custom_value": True, "scale": 6, "min_width": 200}, "Type a part of the name, the folder or the base model to search.", ("input.name",)),
-    Control("strength", "Number", {"label": "Strength", "value": 1.0, "scale": 0, "min_width": 84}, "As in the prompt: 1 is the whole LoRA, 0 nothing, negative the opposite. Any number.", ("input.unet",)),
-    Control("slide", "Slider", {"label": "Strength slider", "minimum": -2, "maximum": 2, "step": 0.05, "value": 1.0, "show_label": False, "scale": 2, "min_width": 110}, "Strength from -2 to 2. Type in the field for other numbers."),
-    Control("te", "Number", {"label": "Text encoder", "value": 1.0, "scale": 0, "min_width": 84}, "Strength for the text encoder. It follows Strength until you type here.", ("input.te",)),
-    Control("linked", "Checkbox", {"label": "Same", "value": True, "scale": 0, "min_width": 64}, "The text encoder takes the same strength."),
-    Control("blocks", "Dropdown", {"label": "Block weights", "choices": [], "value": "", "allow_custom_value": True, "scale": 3, "min_width": 120}, "A preset, or 12, 17, 20, 26 or 61 numbers with commas between them. R, U and X are allowed, too. Empty is 1 for every block.", ("input.lbw",)),
-    Control("elements", "Dropdown", {"label": "Elemental weights", "choices": [], "value": "", "allow_custom_value": True, "scale": 2, "min_width": 160}, "An elemental preset, or blocks:elements:weight.", ("input.lbwe",)),
-    Control("extra", "Textbox", {"label": "Other options", "value": "", "placeholder": "dyn=8:te2=0.5:x=0.3", "lines": 1, "max_lines": 1, "scale": 3, "min_width": 160}, "As in the prompt: dyn= uses only the first ranks, te1= te2= te3= are strengths of one text encoder, x= is the value of X in block weights.", ("input.dyn", "input.te1", "input.te2", "input.te3", "input.x")),
-)  # fmt: skip
+    Control(
+        "on",
+        "Checkbox",
+        {"label": "On", "value": True, "scale": 0, "min_width": 44},
+        "Use this LoRA. Off keeps the row and leaves it out of the merge.",
+    ),
+    Control(
+        "lora",
+        "Dropdown",
+        {
+            "label": "LoRA",
+            "choices": [],
+            "value": "",
+            "allow_custom_value": True,
+            "scale": 6,
+            "min_width": 200,
+        },
+        "Type a part of the name, the folder or the base model to search.",
+        ("input.name",),
+    ),
+    Control(
+        "strength",
+        "Number",
+        {"label": "Strength", "value": 1.0, "scale": 0, "min_width": 84},
+        "As in the prompt: 1 is the whole LoRA, 0 nothing, negative the opposite. Any number.",
+        ("input.unet",),
+    ),
+    Control(
+        "slide",
+        "Slider",
+        {
+            "label": "Strength slider",
+            "minimum": -2,
+            "maximum": 2,
+            "step": 0.05,
+            "value": 1.0,
+            "show_label": False,
+            "scale": 2,
+            "min_width": 110,
+        },
+        "Strength from -2 to 2. Type in the field for other numbers.",
+    ),
+    Control(
+        "te",
+        "Number",
+        {"label": "Text encoder", "value": 1.0, "scale": 0, "min_width": 84},
+        "Strength for the text encoder. It follows Strength until you type here.",
+        ("input.te",),
+    ),
+    Control(
+        "linked",
+        "Checkbox",
+        {"label": "Same", "value": True, "scale": 0, "min_width": 64},
+        "The text encoder takes the same strength.",
+    ),
+    Control(
+        "blocks",
+        "Dropdown",
+        {
+            "label": "Block weights",
+            "choices": [],
+            "value": "",
+            "allow_custom_value": True,
+            "scale": 3,
+            "min_width": 120,
+        },
+        (
+            "A preset, or 12, 17, 20, 26 or 61 numbers with commas between them. R, U and X are "
+            "allowed, too. Empty is 1 for every block."
+        ),
+        ("input.lbw",),
+    ),
+    Control(
+        "elements",
+        "Dropdown",
+        {
+            "label": "Elemental weights",
+            "choices": [],
+            "value": "",
+            "allow_custom_value": True,
+            "scale": 2,
+            "min_width": 160,
+        },
+        "An elemental preset, or blocks:elements:weight.",
+        ("input.lbwe",),
+    ),
+    Control(
+        "extra",
+        "Textbox",
+        {
+            "label": "Other options",
+            "value": "",
+            "placeholder": "dyn=8:te2=0.5:x=0.3",
+            "lines": 1,
+            "max_lines": 1,
+            "scale": 3,
+            "min_width": 160,
+        },
+        (
+            "As in the prompt: dyn= uses only the first ranks, te1= te2= te3= are strengths of one "
+            "text encoder, x= is the value of X in block weights."
+        ),
+        ("input.dyn", "input.te1", "input.te2", "input.te3", "input.x"),
+    ),
+)
 
 CONTROLS = (
     # How
-    Control("mode", "Dropdown", {"label": "Mode", "choices": [], "scale": 2, "min_width": 200}, "How the LoRAs become one. The sentence below says what it does.", ("recipe.mode",)),
-    Control("rank_rule", "Dropdown", {"label": "Rank", "choices": list(RANK_RULES.values()), "value": RANK_RULES["same"], "scale": 2, "min_width": 160}, "How large the result may be. A higher rank keeps more and makes a larger file.", ("recipe.rank", "recipe.retain", "recipe.size")),
-    Control("rank", "Number", {"label": "Rank of every layer", "value": 32, "precision": 0, "visible": False, "scale": 1, "min_width": 110}, "1 or more. 32 is common; 128 is large.", ("recipe.rank",)),
-    Control("retain", "Number", {"label": "Share to keep, percent", "value": 99, "visible": False, "scale": 1, "min_width": 110}, "Every layer gets the smallest rank that keeps this share of it.", ("recipe.retain",)),
-    Control("size", "Number", {"label": "File size, MB", "value": 100, "visible": False, "scale": 1, "min_width": 110}, "The best file that is no larger than this.", ("recipe.size",)),
-    Control("dtype", "Dropdown", {"label": "Precision", "choices": list(PRECISIONS.values()), "value": PRECISIONS["same"], "scale": 2, "min_width": 160}, "How numbers are stored. float16 is half the size of float32 and exact enough.", ("recipe.dtype",)),
-    Control("device", "Dropdown", {"label": "Device", "choices": [], "scale": 2, "min_width": 160}, "Where the arithmetic runs. The CPU is fast enough for almost every merge and needs no VRAM.", ("recipe.device",)),
-    Control("base", "Dropdown", {"label": "Base checkpoint", "choices": [], "value": "", "allow_custom_value": True, "visible": False, "scale": 3, "min_width": 200}, "One of the inputs changes the model in proportion to its weights, so the checkpoint it was trained on is needed.", ("recipe.base",)),
-    Control("seed", "Number", {"label": "Seed", "value": 0, "precision": 0, "visible": False, "scale": 1, "min_width": 110}, "The same seed gives the same file again.", ("recipe.seed",)),
-    Control("conv_rank", "Number", {"label": "Rank of convolutions", "value": None, "precision": 0, "scale": 1, "min_width": 110}, "Empty is the rule above. Convolutions often need less rank than the rest.", ("recipe.conv_rank",)),
-    Control("dialect", "Dropdown", {"label": "Names in the file", "choices": list(SPELLINGS.values()), "value": SPELLINGS["auto"], "scale": 2, "min_width": 160}, "How the layers are called in the file. Automatic is right for all WebUIs.", ("recipe.dialect",)),
-    Control("skip_unsupported", "Checkbox", {"label": "Leave out what cannot be merged", "value": False, "scale": 2, "min_width": 200}, "Otherwise a file with such parts is refused. What was left out is listed in the report.", ("recipe.skip_unsupported",)),
+    Control(
+        "mode",
+        "Dropdown",
+        {"label": "Mode", "choices": [], "scale": 2, "min_width": 200},
+        "How the LoRAs become one. The sentence below says what it does.",
+        ("recipe.mode",),
+    ),
+    Control(
+        "rank_rule",
+        "Dropdown",
+        {
+            "label": "Rank",
+            "choices": list(RANK_RULES.values()),
+            "value": RANK_RULES["same"],
+            "scale": 2,
+            "min_width": 160,
+        },
+        "How large the result may be. A higher rank keeps more and makes a larger file.",
+        ("recipe.rank", "recipe.retain", "recipe.size"),
+    ),
+    Control(
+        "rank",
+        "Number",
+        {
+            "label": "Rank of every layer",
+            "value": 32,
+            "precision": 0,
+            "visible": False,
+            "scale": 1,
+            "min_width": 110,
+        },
+        "1 or more. 32 is common; 128 is large.",
+        ("recipe.rank",),
+    ),
+    Control(
+        "retain",
+        "Number",
+        {"label": "Share to keep, percent", "value": 99, "visible": False, "scale": 1, "min_width": 110},
+        "Every layer gets the smallest rank that keeps this share of it.",
+        ("recipe.retain",),
+    ),
+    Control(
+        "size",
+        "Number",
+        {"label": "File size, MB", "value": 100, "visible": False, "scale": 1, "min_width": 110},
+        "The best file that is no larger than this.",
+        ("recipe.size",),
+    ),
+    Control(
+        "dtype",
+        "Dropdown",
+        {
+            "label": "Precision",
+            "choices": list(PRECISIONS.values()),
+            "value": PRECISIONS["same"],
+            "scale": 2,
+            "min_width": 160,
+        },
+        "How numbers are stored. float16 is half the size of float32 and exact enough.",
+        ("recipe.dtype",),
+    ),
+    Control(
+        "device",
+        "Dropdown",
+        {"label": "Device", "choices": [], "scale": 2, "min_width": 160},
+        ("Where the arithmetic runs. The CPU is fast enough for almost every merge and needs no VRAM."),
+        ("recipe.device",),
+    ),
+    Control(
+        "base",
+        "Dropdown",
+        {
+            "label": "Base checkpoint",
+            "choices": [],
+            "value": "",
+            "allow_custom_value": True,
+            "visible": False,
+            "scale": 3,
+            "min_width": 200,
+        },
+        (
+            "One of the inputs changes the model in proportion to its weights, so the checkpoint it "
+            "was trained on is needed."
+        ),
+        ("recipe.base",),
+    ),
+    Control(
+        "seed",
+        "Number",
+        {"label": "Seed", "value": 0, "precision": 0, "visible": False, "scale": 1, "min_width": 110},
+        "The same seed gives the same file again.",
+        ("recipe.seed",),
+    ),
+    Control(
+        "conv_rank",
+        "Number",
+        {"label": "Rank of convolutions", "value": None, "precision": 0, "scale": 1, "min_width": 110},
+        "Empty is the rule above. Convolutions often need less rank than the rest.",
+        ("recipe.conv_rank",),
+    ),
+    Control(
+        "dialect",
+        "Dropdown",
+        {
+            "label": "Names in the file",
+            "choices": list(SPELLINGS.values()),
+            "value": SPELLINGS["auto"],
+            "scale": 2,
+            "min_width": 160,
+        },
+        "How the layers are called in the file. Automatic is right for all WebUIs.",
+        ("recipe.dialect",),
+    ),
+    Control(
+        "skip_unsupported",
+        "Checkbox",
+        {"label": "Leave out what cannot be merged", "value": False, "scale": 2, "min_width": 200},
+        "Otherwise a file with such parts is refused. What was left out is listed in the report.",
+        ("recipe.skip_unsupported",),
+    ),
     # Result
-    Control("name", "Textbox", {"label": "Name", "value": "", "lines": 1, "max_lines": 1, "scale": 4, "min_width": 180}, "Name of the new file. A free name is proposed until you type your own.", ("request.name",)),
-    Control("subfolder", "Dropdown", {"label": "Subfolder", "choices": [], "value": "", "allow_custom_value": True, "scale": 2, "min_width": 140}, "A folder inside the LoRA folder. Empty is the LoRA folder itself; a new name makes a new folder.", ("request.subfolder",)),
-    Control("overwrite", "Checkbox", {"label": "Overwrite", "value": False, "scale": 0, "min_width": 110}, "Replace a file of this name. Off is safe.", ("request.overwrite",)),
-    Control("activation_text", "Textbox", {"label": "Activation text", "value": "", "lines": 2, "max_lines": 4, "scale": 4, "min_width": 200}, "Words that the WebUI puts into the prompt together with the LoRA. Taken from the inputs until you edit it.", ("request.user_metadata",)),
-    Control("preferred_weight", "Number", {"label": "Preferred weight", "value": None, "scale": 1, "min_width": 110}, "The strength that the WebUI proposes for the new LoRA. Empty leaves it to the WebUI.", ("request.user_metadata",)),
-    Control("notes", "Textbox", {"label": "Notes", "value": "", "lines": 2, "max_lines": 4, "scale": 4, "min_width": 200}, "Shown on the card of the LoRA in the WebUI.", ("request.user_metadata",)),
-    Control("preview", "Dropdown", {"label": "Preview picture from", "choices": [NO_PREVIEW], "value": NO_PREVIEW, "allow_custom_value": True, "scale": 1, "min_width": 160}, "Picture of the card of the new LoRA.", ("request.preview",)),
+    Control(
+        "name",
+        "Textbox",
+        {"label": "Name", "value": "", "lines": 1, "max_lines": 1, "scale": 4, "min_width": 180},
+        "Name of the new file. A free name is proposed until you type your own.",
+        ("request.name",),
+    ),
+    Control(
+        "subfolder",
+        "Dropdown",
+        {
+            "label": "Subfolder",
+            "choices": [],
+            "value": "",
+            "allow_custom_value": True,
+            "scale": 2,
+            "min_width": 140,
+        },
+        ("A folder inside the LoRA folder. Empty is the LoRA folder itself; a new name makes a new folder."),
+        ("request.subfolder",),
+    ),
+    Control(
+        "overwrite",
+        "Checkbox",
+        {"label": "Overwrite", "value": False, "scale": 0, "min_width": 110},
+        "Replace a file of this name. Off is safe.",
+        ("request.overwrite",),
+    ),
+    Control(
+        "activation_text",
+        "Textbox",
+        {"label": "Activation text", "value": "", "lines": 2, "max_lines": 4, "scale": 4, "min_width": 200},
+        (
+            "Words that the WebUI puts into the prompt together with the LoRA. Taken from the inputs "
+            "until you edit it."
+        ),
+        ("request.user_metadata",),
+    ),
+    Control(
+        "preferred_weight",
+        "Number",
+        {"label": "Preferred weight", "value": None, "scale": 1, "min_width": 110},
+        "The strength that the WebUI proposes for the new LoRA. Empty leaves it to the WebUI.",
+        ("request.user_metadata",),
+    ),
+    Control(
+        "notes",
+        "Textbox",
+        {"label": "Notes", "value": "", "lines": 2, "max_lines": 4, "scale": 4, "min_width": 200},
+        "Shown on the card of the LoRA in the WebUI.",
+        ("request.user_metadata",),
+    ),
+    Control(
+        "preview",
+        "Dropdown",
+        {
+            "label": "Preview picture from",
+            "choices": [NO_PREVIEW],
+            "value": NO_PREVIEW,
+            "allow_custom_value": True,
+            "scale": 1,
+            "min_width": 160,
+        },
+        "Picture of the card of the new LoRA.",
+        ("request.preview",),
+    ),
     # Kept for their values: what the page proposed last, to tell an edit from a proposal.
     Control("rows", "Number", {"label": "rows", "value": 2, "precision": 0}, hidden=True),
     Control("name_auto", "Textbox", {"label": "name_auto", "value": ""}, hidden=True),
     Control("activation_auto", "Textbox", {"label": "activation_auto", "value": ""}, hidden=True),
-)  # fmt: skip
+)
 
 BUTTONS: Mapping[str, tuple[str, str]] = {
     "add": ("Add a LoRA", "One more row."),

@@ -55,7 +55,7 @@ class _Wiring:
         self.host = host
         self.jobs = jobs
 
-    # --- connecting ---------------------------------------------------------------------------------------------------
+    # --- connecting --------------------------------------------------------------------------
 
     def on(
         self,
@@ -112,15 +112,17 @@ class _Wiring:
         self._connect_copy()
         presets.connect(self)
 
-    # --- rows ---------------------------------------------------------------------------------------------------------
+    # --- rows --------------------------------------------------------------------------------
 
     def _connect_row(self, index: int) -> None:
         strength, slide, te, linked = (f"row{index}.{name}" for name in ("strength", "slide", "te", "linked"))
         # Strength, its slider and the text encoder follow one another in the browser, at once.
         self.browser(
-            self.widgets[strength].input, [strength, te, linked], [slide, te],
+            self.widgets[strength].input,
+            [strength, te, linked],
+            [slide, te],
             "(s, te, same) => [Math.max(-2, Math.min(2, Number(s) || 0)), same ? s : te]",
-        )  # fmt: skip
+        )
         self.browser(
             self.widgets[slide].input,
             [slide, te, linked],
@@ -144,9 +146,12 @@ class _Wiring:
             self.browser(self.widgets[f"button.row{index}.up"].click, pair, pair, swap)
             self.browser(self.widgets[f"button.row{index - 1}.down"].click, pair, pair, swap)
         self.button(
-            f"row{index}.remove", lambda values: self.remove_row(values, index), ("rows", *ROW_NAMES),
-            ("rows", *ROW_NAMES, *ROW_PLACES), message="rows_message",
-        )  # fmt: skip
+            f"row{index}.remove",
+            lambda values: self.remove_row(values, index),
+            ("rows", *ROW_NAMES),
+            ("rows", *ROW_NAMES, *ROW_PLACES),
+            message="rows_message",
+        )
 
     def remove_row(self, values: Form, index: int) -> Changes:
         """Rows after the removed one move up."""
@@ -193,14 +198,19 @@ class _Wiring:
                 name,
                 partial(self.refresh, look=name == "refresh"),
                 ("rows", *ROW_NAMES, "base", "subfolder", "fill_file", "preset_pick", "preset_kind"),
-                outputs, message="rows_message",
-            )  # fmt: skip
+                outputs,
+                message="rows_message",
+            )
         everything = (*FORM_NAMES, *ROW_PLACES, *_shown_by_choice())
         self.button("fill_text", self.fill_from_text, ("fill_text",), everything, message="rows_message")
         self.button(
-            "paste_prompt", self.fill_from_text, ("fill_text",), (*everything, "fill_text"), message="rows_message",
+            "paste_prompt",
+            self.fill_from_text,
+            ("fill_text",),
+            (*everything, "fill_text"),
+            message="rows_message",
             js="() => [loramergePrompt()]",
-        )  # fmt: skip
+        )
         self.button("fill_file", self.fill_from_file, ("fill_file",), everything, message="rows_message")
         self.button(
             "refill",
@@ -292,7 +302,7 @@ class _Wiring:
         }
         return self.show_form({**kept, "mode": kept.get("mode") or next(iter(METHODS.values())).label})
 
-    # --- how, facts ---------------------------------------------------------------------------------------------------
+    # --- how, facts --------------------------------------------------------------------------
 
     def _connect_form(self) -> None:
         seen = _shown_by_choice()
@@ -301,11 +311,25 @@ class _Wiring:
                 self.widgets[name].input, self.by_choice, ("mode", "rank_rule"), seen, message="how_message"
             )
         self.button(
-            "ask", self.ask, FORM_NAMES,
-            (*(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("facts", "lora")), "facts", "how_message", "name_message", "name",
-             "name_auto", "activation_text", "activation_auto", "preview", "base", "seed", "draft"),
+            "ask",
+            self.ask,
+            FORM_NAMES,
+            (
+                *(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("facts", "lora")),
+                "facts",
+                "how_message",
+                "name_message",
+                "name",
+                "name_auto",
+                "activation_text",
+                "activation_auto",
+                "preview",
+                "base",
+                "seed",
+                "draft",
+            ),
             message="rows_message",
-        )  # fmt: skip
+        )
 
     def by_choice(self, values: Form) -> Changes:
         """What is seen depends on the mode and on the rank rule."""
@@ -363,7 +387,7 @@ class _Wiring:
         )
         return changes
 
-    # --- jobs ---------------------------------------------------------------------------------------------------------
+    # --- jobs --------------------------------------------------------------------------------
 
     def _connect_jobs(self) -> None:
         outputs = ("jobs", "result")
@@ -420,7 +444,7 @@ class _Wiring:
             changes["result"] = ""
         return changes
 
-    # --- copying ------------------------------------------------------------------------------------------------------
+    # --- copying -----------------------------------------------------------------------------
 
     def _connect_copy(self) -> None:
         kinds: dict[str, Callable[[Form], str]] = {
@@ -468,9 +492,13 @@ def _spread(rows: Iterable[Mapping[str, Any]]) -> Changes:
 
 def _shown_by_choice() -> tuple[str, ...]:
     return (
-        "rank_rule", "rank", "retain", "size", "mode_text",
+        "rank_rule",
+        "rank",
+        "retain",
+        "size",
+        "mode_text",
         *(f"params.{name}" for name, method in METHODS.items() if method.params),
-    )  # fmt: skip
+    )
 
 
 def _with_values(changes: Changes, wanted: Form) -> Changes:

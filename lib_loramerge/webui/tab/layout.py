@@ -134,17 +134,29 @@ class _Layout:
     def _fill(self) -> None:
         with compat.make("Row"):
             self.widgets["fill_text"] = compat.make(
-                "Textbox", label="Prompt or recipe", lines=2, max_lines=8, scale=4, min_width=220,
-                placeholder="<lora:style:0.8> <lora:face:0.5:lbw=MIDD>", elem_id="loramerge_fill_source",
-            )  # fmt: skip
+                "Textbox",
+                label="Prompt or recipe",
+                lines=2,
+                max_lines=8,
+                scale=4,
+                min_width=220,
+                placeholder="<lora:style:0.8> <lora:face:0.5:lbw=MIDD>",
+                elem_id="loramerge_fill_source",
+            )
             with compat.make("Column", scale=1, min_width=150):
                 self.button("fill_text")
                 self.button("paste_prompt", visible=self.host.prompt_elem_id is not None)
         with compat.make("Row"):
             self.widgets["fill_file"] = compat.make(
-                "Dropdown", label="Merged file", choices=[], value="", allow_custom_value=True, scale=4, min_width=220,
+                "Dropdown",
+                label="Merged file",
+                choices=[],
+                value="",
+                allow_custom_value=True,
+                scale=4,
+                min_width=220,
                 elem_id="loramerge_fill_name",
-            )  # fmt: skip
+            )
             with compat.make("Column", scale=1, min_width=150):
                 self.button("fill_file")
 
@@ -175,10 +187,12 @@ class _Layout:
             with compat.make("Row", elem_id="loramerge_needed_line"):
                 self.control(self._controls["base"])
                 self.control(self._controls["seed"])
-            with compat.make("Accordion", label="More", open=False, elem_id="loramerge_how_more"):
-                with compat.make("Row"):
-                    for name in HOW_MORE:
-                        self.control(self._controls[name])
+            with (
+                compat.make("Accordion", label="More", open=False, elem_id="loramerge_how_more"),
+                compat.make("Row"),
+            ):
+                for name in HOW_MORE:
+                    self.control(self._controls[name])
             self.place("how_message")
 
     def _params(self, shown: str) -> None:
@@ -241,22 +255,43 @@ class _Layout:
     def _preset_editor(self) -> None:
         with compat.make("Row", elem_id="loramerge_preset_line"):
             self.widgets["preset_kind"] = compat.make(
-                "Radio", label="Kind", choices=list(PRESET_KINDS), value=PRESET_KINDS[0], elem_id="loramerge_preset_kind",
-                scale=0, min_width=300,
-            )  # fmt: skip
+                "Radio",
+                label="Kind",
+                choices=list(PRESET_KINDS),
+                value=PRESET_KINDS[0],
+                elem_id="loramerge_preset_kind",
+                scale=0,
+                min_width=300,
+            )
             self.widgets["preset_pick"] = compat.make(
-                "Dropdown", label="Preset", choices=[], value="", allow_custom_value=True, elem_id="loramerge_preset_pick",
-                scale=2, min_width=180,
-            )  # fmt: skip
+                "Dropdown",
+                label="Preset",
+                choices=[],
+                value="",
+                allow_custom_value=True,
+                elem_id="loramerge_preset_pick",
+                scale=2,
+                min_width=180,
+            )
             self.widgets["preset_layout"] = compat.make(
-                "Dropdown", label="Blocks", choices=list(PRESET_LAYOUTS), value=next(iter(PRESET_LAYOUTS)), scale=2,
-                min_width=180, interactive=True, elem_id="loramerge_preset_layout",
-            )  # fmt: skip
+                "Dropdown",
+                label="Blocks",
+                choices=list(PRESET_LAYOUTS),
+                value=next(iter(PRESET_LAYOUTS)),
+                scale=2,
+                min_width=180,
+                interactive=True,
+                elem_id="loramerge_preset_layout",
+            )
             self.button("preset_reload", scale=0, min_width=140)
         self.widgets["preset_text"] = compat.make(
-            "Textbox", label="Weights", lines=2, max_lines=8, elem_id="loramerge_preset_text",
+            "Textbox",
+            label="Weights",
+            lines=2,
+            max_lines=8,
+            elem_id="loramerge_preset_text",
             placeholder="1,0.5,R,U,X,X+0.1 …",
-        )  # fmt: skip
+        )
         self.place("preset_sliders", f'<div id="loramerge_sliders" data-blocks="{_block_data()}"></div>')
         with compat.make("Row", elem_id="loramerge_preset_save_line"):
             self.widgets["preset_name"] = compat.make(
@@ -271,9 +306,16 @@ class _Layout:
             self.button("preset_save", variant="primary", scale=1, min_width=120)
             self.button("preset_delete", scale=1, min_width=120)
             self.widgets["preset_row"] = compat.make(
-                "Number", label="Row", value=1, precision=0, minimum=1, maximum=MAX_ROWS, elem_id="loramerge_preset_row",
-                scale=0, min_width=90,
-            )  # fmt: skip
+                "Number",
+                label="Row",
+                value=1,
+                precision=0,
+                minimum=1,
+                maximum=MAX_ROWS,
+                elem_id="loramerge_preset_row",
+                scale=0,
+                min_width=90,
+            )
             self.button("preset_use", scale=1, min_width=120)
         self.place("preset_message")
 
