@@ -1,4 +1,4 @@
-"""The notes on merge methods in both READMEs, from the registry: ``python -m tests.readme_methods`` writes them anew."""
+"""The READMEs' notes on merge methods, from the registry: ``python -m tests.readme_methods`` writes them anew."""
 
 from __future__ import annotations
 
