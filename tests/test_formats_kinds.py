@@ -125,6 +125,18 @@ def test_a_file_of_each_kind_merges_with_a_plain_lora_as_its_own_module_says(tmp
         assert report.error < 1e-6
 
 
+@pytest.mark.parametrize("rank", ["same", "full", 2])
+@pytest.mark.parametrize(
+    "name", ["LoHa", "LoKr, both whole", "DoRA per output", "(IA)^3 on inputs", "BOFT", "full"]
+)
+def test_the_size_foreseen_from_the_headers_is_never_exceeded(tmp_path, name, rank):
+    lycoris_file(tmp_path, name)
+    base = tmp_path / "base.safetensors" if name in NEED_BASE else None
+    foreseen = plan(tmp_path, "kind:0.7", rank=rank, base=base).predicted_bytes
+    report = merge(tmp_path, "kind:0.7", rank=rank, base=base)
+    assert 0.8 * foreseen < report.size_bytes <= foreseen
+
+
 @pytest.mark.parametrize("name", sorted(NEED_BASE))
 def test_a_kind_that_needs_the_base_model_is_refused_by_name_before_any_work(tmp_path, name):
     lycoris_file(tmp_path, name)
@@ -145,13 +157,14 @@ def test_a_rank_limit_gives_the_best_approximation_of_what_the_kind_does(tmp_pat
         assert float(left) == pytest.approx(float(best), rel=1e-4, abs=1e-6)
 
 
-def test_concatenation_keeps_the_expanded_ranks_of_loha_and_lokr(tmp_path):
-    for name in ("LoHa", "LoKr"):
-        weights, _ = lycoris_file(tmp_path, name)
-        merge(tmp_path, "kind:-0.5", mode="concat", out=name)
-        got, _ = written(tmp_path / f"{name}.safetensors")
-        for layer, change in weights.items():
-            assert_close(got[layer], -0.5 * change)
+@pytest.mark.parametrize("name", ["LoHa", "LoKr", "DoRA per output", "GLoRA", "BOFT", "full"])
+def test_concatenation_cuts_nothing_of_any_kind(tmp_path, name):
+    weights, _ = lycoris_file(tmp_path, name)
+    base = tmp_path / "base.safetensors" if name in NEED_BASE else None
+    merge(tmp_path, "kind:-0.5", mode="concat", base=base, out=name)
+    got, _ = written(tmp_path / f"{name}.safetensors")
+    for layer, change in weights.items():
+        assert_close(got[layer], -0.5 * change)
 
 
 def test_norms_of_lycoris_are_summed_and_kept(tmp_path):

@@ -37,6 +37,7 @@ SLOTS: dict[str, str] = {
     "lora_B": "up", "lora_A": "down",
     "lora_B.bias": "up_bias", "lora_A.bias": "down_bias",
     "lora.up.weight": "up", "lora.down.weight": "down",
+    "lora.up.bias": "up_bias", "lora.down.bias": "down_bias",
     "lora_linear_layer.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "network_alpha": "alpha",
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",

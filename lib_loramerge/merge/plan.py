@@ -82,6 +82,7 @@ class LayerPlan:
         rank: Rank foreseen, an upper bound where it depends on the singular
             values; None when the layer will be written whole.
         vector: A norm's weight, which has no rank and no rank rule.
+        dense: Some input is no low-rank product, even if it was trained as one (DoRA, a residual ...).
     """
 
     layer: str
@@ -95,6 +96,7 @@ class LayerPlan:
     rank: int | None
     vector: bool
     bias: bool
+    dense: bool = False
 
     @property
     def width(self) -> int:
@@ -380,6 +382,7 @@ def _plan_layers(
             rank=None,
             vector=in_ == 0 and not bias_alone,
             bias=any(part.facts.bias for part in parts),
+            dense=any(plans[index].source.is_dense(layer) for index, _, _ in inputs),
         )
         layers.append(replace(draft, rank=_foreseen_rank(draft, recipe, method)))
     return tuple(layers), tuple(left_out)
@@ -448,13 +451,12 @@ def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -
     if layer.vector:
         return None
     known = [rank for rank in layer.ranks if rank is not None]
-    whole = len(known) < len(layer.ranks)
     limit = min(layer.out, layer.width)
     if not method.uses_rank:
-        if whole:
+        if layer.dense:
             return None
         return max(known) if method.name == "add" else sum(known)
-    if not whole and method.linear:
+    if not layer.dense and method.linear:
         limit = min(limit, sum(known))
     if layer.kernel and recipe.conv_rank is not None:
         return min(recipe.conv_rank, limit)
@@ -463,7 +465,7 @@ def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -
     if recipe.rank == "same" and recipe.retain is None and recipe.size is None:
         same = same_rank(layer)
         return None if same is None else min(same, limit)
-    return None if whole and recipe.rank == "full" else limit
+    return None if layer.dense and recipe.rank == "full" else limit
 
 
 def _output_dtype(recipe: MergeRecipe, sources: Sequence[Source]) -> tuple[str, list[str]]:

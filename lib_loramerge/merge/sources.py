@@ -102,6 +102,10 @@ class Source:
         ]
         return None if any(rank is None for rank in ranks) else sum(r for r in ranks if r is not None)
 
+    def is_dense(self, layer: str) -> bool:
+        """Whether what the file changes in this layer is no exact low-rank product."""
+        return any(part.facts.rank is None and part.facts.kind != "bias" for part in self.layers[layer])
+
     def _trained_ranks(self) -> set[int]:
         """Every rank that a factor of the file has, before products of factors are expanded."""
         slots = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
