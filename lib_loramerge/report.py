@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,12 +20,17 @@ class LayerResult:
             None when it is written whole (``diff``, norms).
         error_sq: Squared Frobenius norm of (written - exact).
         exact_sq: Squared Frobenius norm of the exact result.
+        from_sum_sq: Squared distance of what is written from the plain weighted sum; counted for
+            methods that mean something else than the sum.
+        sum_sq: Squared norm of that sum.
     """
 
     layer: str
     rank: int | None
     error_sq: float
     exact_sq: float
+    from_sum_sq: float = 0.0
+    sum_sq: float = 0.0
 
     @property
     def error(self) -> float:
@@ -71,6 +77,8 @@ class MergeReport:
         whole_layers: Layers written whole (``diff``, norms), which have no rank.
         error: Relative Frobenius error of the written file against ``error_against``.
         kept: Share of the exact result's Frobenius norm that the file holds.
+        from_sum: Relative distance of the file from the plain weighted sum, for methods that mean
+            something else; None where ``error`` says it already.
         seconds: Phase to wall seconds; ``total`` is the whole.
         peak_memory_bytes: Largest resident size of the process, mapped input
             pages included; None where the system does not tell.
@@ -92,6 +100,7 @@ class MergeReport:
     error: float
     error_against: str
     kept: float
+    from_sum: float | None
     worst_layers: Sequence[Mapping[str, Any]]
     inputs: Sequence[InputReport]
     warnings: Sequence[str]
@@ -103,7 +112,7 @@ class MergeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only; infinities and NaN never appear."""
-        return asdict(self)
+        return _finite(asdict(self))
 
     def to_text(self) -> str:
         """The report as a table for a terminal."""
@@ -118,6 +127,7 @@ class MergeReport:
                 "Error",
                 f"{percent(self.error)} of {self.error_against}; {percent(self.kept)} of its norm kept",
             ),
+            *([] if self.from_sum is None else [("", f"{percent(self.from_sum)} away from the plain sum")]),
             ("Worst layers", ""),
             *(("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst_layers),
             ("Inputs", ""),
@@ -130,6 +140,15 @@ class MergeReport:
         rows += [("Skipped", text) for text in self.skipped]
         rows += [("Warning", text) for text in self.warnings]
         return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an error relative to nothing is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def worst(results: Sequence[LayerResult], count: int = WORST_LAYERS) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,24 @@ def test_add_is_the_original_formula_and_its_error_is_told(tmp_path):
     wanted = weighted_sum([(tmp_path / "a.safetensors", 0.8), (tmp_path / "b.safetensors", -0.5)])
     assert report.error == pytest.approx(relative_error(got, wanted), rel=1e-6)
     assert report.error > 0.1
+
+
+def test_methods_that_mean_something_else_say_how_far_from_the_sum_they_are(folder):
+    report = merge(folder, "a:0.8", "b:-0.5", mode="average", rank="full")
+    wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
+    distance = relative_error(dense_deltas(folder / "out.safetensors"), wanted)
+    assert report.from_sum == pytest.approx(distance, rel=1e-6)
+    assert report.error < 1e-6
+    assert merge(folder, "a:0.8", "b:-0.5", out="sum").from_sum is None
+
+
+def test_a_report_without_a_sum_to_compare_with_is_still_json(tmp_path):
+    make_lora(tmp_path / "a.safetensors", SD1_LAYERS, rank=2, alpha=2, seed=1)
+    tensors = load_file(tmp_path / "a.safetensors")
+    turned = {key: -value if "lora_up" in key else value for key, value in tensors.items()}
+    save_file(turned, tmp_path / "b.safetensors")
+    report = merge(tmp_path, "a", "b:0.9999999", mode="add")
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["mode"] == "add"
 
 
 def test_add_refuses_unequal_ranks_with_the_layer_and_the_way_out(folder):

@@ -53,14 +53,14 @@ class Prepared:
 
     Attributes:
         merged: The method's delta; None when only a bias changes.
-        wanted: What the error is measured against, where that is not ``merged``.
+        plain: The plain weighted sum, for methods that give something else.
         whole: It is written whole, without a rank.
     """
 
     layer: LayerPlan
     inputs: Sequence[LayerDelta]
     merged: Delta | None
-    wanted: Delta | None
+    plain: Delta | None
     bias: Tensor | None
     notes: tuple[str, ...]
     whole: bool
@@ -85,6 +85,8 @@ class Merger:
         self.readers = readers
         self.device = device
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
+        # The one method that means the sum and does not give it.
+        self.approximate = plan.method.name == "add"
         self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.recipe.dialect, plan.style)
 
     def inputs(self, layer: LayerPlan) -> list[LayerDelta]:
@@ -95,7 +97,7 @@ class Merger:
         ]
 
     def combine(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> tuple[Delta | None, Delta | None]:
-        """The method's delta, and the delta that its error is measured against where that is another."""
+        """The method's delta, and the plain weighted sum where that is another."""
         present = [index for index, entry in enumerate(inputs) if entry.weight is not None]
         if not present:
             return None, None
@@ -117,7 +119,7 @@ class Merger:
         if isinstance(merged, LowRank) and not self.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
             merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
-        return merged, total(deltas, weights) if method.name == "add" else None
+        return merged, None if method.exact else total(deltas, weights)
 
     def _vector_weights(self, weights: Sequence[float]) -> list[float]:
         scale = self.plan.method.vector_weights
@@ -160,20 +162,20 @@ class Merger:
             for (index, _, _), entry in zip(layer.inputs, inputs, strict=True)
             for note in entry.notes
         )
-        merged, wanted = self.combine(layer, inputs)
+        merged, plain = self.combine(layer, inputs)
         whole = merged is None or layer.vector or (isinstance(merged, Dense) and layer.rank is None)
-        return Prepared(layer, inputs, merged, wanted, self._bias(layer, inputs), notes, whole)
+        return Prepared(layer, inputs, merged, plain, self._bias(layer, inputs), notes, whole)
 
     def finish(self, prepared: Prepared, stored: Stored | None) -> MergedLayer:
         """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
-        layer, wanted = prepared.layer, prepared.wanted
+        layer, plain = prepared.layer, prepared.plain
         try:
             if prepared.whole:
                 return self._whole(layer, prepared.merged, prepared.bias, prepared.notes)
             if stored is None:
-                gone = norm(wanted) ** 2 if wanted is not None else 0.0
+                gone = norm(plain) ** 2 if plain is not None and self.approximate else 0.0
                 return self._absent(layer, gone, prepared.bias, prepared.notes)
-            return self.low_rank(layer, stored, wanted, prepared.bias, prepared.notes)
+            return self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
         except OutputError as error:
             raise OutputError(f"{layer.layer}: {error}") from error
 
@@ -280,16 +282,18 @@ class Merger:
         self,
         layer: LayerPlan,
         stored: Stored,
-        wanted: Delta | None,
+        plain: Delta | None,
         bias: Tensor | None,
         notes: tuple[str, ...],
     ) -> MergedLayer:
         delta = stored.delta()
         error_sq, exact_sq = stored.error_sq, stored.exact_sq
         written_sq = max(0.0, exact_sq - error_sq)
-        if wanted is not None:
-            error_sq, exact_sq = relative_error(wanted, delta)
-            written_sq = norm(delta) ** 2
+        from_sum_sq = sum_sq = 0.0
+        if plain is not None:
+            from_sum_sq, sum_sq = relative_error(plain, delta)
+        if plain is not None and self.approximate:
+            error_sq, exact_sq, written_sq = from_sum_sq, sum_sq, norm(delta) ** 2
         tensors: dict[str, Tensor] = {}
         for prefix, piece in self._pieces(layer, delta):
             assert isinstance(piece, LowRank)
@@ -301,7 +305,7 @@ class Merger:
                 tensor, error, exact = self._rounded(layer, piece.dense())
                 error_sq, exact_sq, written_sq = error_sq + error, exact_sq + exact, written_sq + exact
                 tensors[self._key(prefix, slot)] = tensor
-        result = LayerResult(layer.layer, stored.rank, error_sq, exact_sq)
+        result = LayerResult(layer.layer, stored.rank, error_sq, exact_sq, from_sum_sq, sum_sq)
         return MergedLayer(tensors, result, stored.alpha, bool(layer.kernel), notes, written_sq)
 
     def _factors(self, layer: LayerPlan, prefix: str, delta: LowRank) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from .. import architectures, ranks
 from ..delta import LowRank, Stored, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, model_hash, write_file
-from ..report import InputReport, MergeReport, relative, worst
+from ..report import InputReport, LayerResult, MergeReport, relative, worst
 from .layer import MergedLayer, Merger, open_merger
 from .memory import peak_memory_bytes
 from .plan import (
@@ -337,6 +337,7 @@ def _report(
         if plan.method.exact or plan.method.name == "add"
         else f"{plan.method.name}'s own result",
         kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
+        from_sum=_from_sum(plan, results),
         worst_layers=worst(results),
         inputs=[_input_report(plan, index, hashes[index]) for index in range(len(plan.sources))],
         warnings=[*plan.warnings, *(note for note in notes if note not in plan.warnings)],
@@ -346,6 +347,13 @@ def _report(
         peak_memory_bytes=peak_memory_bytes(),
         by_block=_by_block(plan, merged),
     )
+
+
+def _from_sum(plan: MergePlan, results: Sequence[LayerResult]) -> float | None:
+    if plan.method.exact or plan.method.name == "add":
+        return None
+    sum_sq = sum(result.sum_sq for result in results)
+    return relative(sum(result.from_sum_sq for result in results), sum_sq) if sum_sq > 0 else None
 
 
 def _by_block(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, dict[str, float]]:
