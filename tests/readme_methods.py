@@ -1,4 +1,4 @@
-"""The READMEs' notes on merge methods, from the registry: ``python -m tests.readme_methods`` writes them anew."""
+"""The READMEs' notes on merge methods, made by ``python -m tests.readme_methods``."""
 
 from __future__ import annotations
 
