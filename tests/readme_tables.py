@@ -55,7 +55,9 @@ def methods_table() -> str:
             f"`{method.name}`",
             method.summary,
             "yes" if method.exact else "no",
-            ", ".join(f"`--{param.name.replace('_', '-')} {str(param.default).lower()}`" for param in method.params),
+            ", ".join(
+                f"`--{param.name.replace('_', '-')} {str(param.default).lower()}`" for param in method.params
+            ),
         )
         for method in METHODS.values()
     )
