@@ -456,7 +456,7 @@ def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -
         if layer.dense:
             return None
         return max(known) if method.name == "add" else sum(known)
-    if not layer.dense and method.linear:
+    if not layer.dense and not method.elementwise:
         limit = min(limit, sum(known))
     if layer.kernel and recipe.conv_rank is not None:
         return min(recipe.conv_rank, limit)

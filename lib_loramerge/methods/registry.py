@@ -47,6 +47,8 @@ class MergeMethod:
         params: Its tunables.
         exact: The result before truncation is the exact weighted sum.
         linear: The result is linear in the weights.
+        elementwise: It chooses single elements, so the result leaves the space that the inputs span and its
+            rank can be any; all other results have at most the sum of the inputs' ranks.
         uses_rank: The rank rule applies to the result.
         random: The result depends on the seed.
         ordered: The order of the inputs matters.
@@ -66,6 +68,7 @@ class MergeMethod:
     params: tuple[Param, ...] = ()
     exact: bool = False
     linear: bool = False
+    elementwise: bool = False
     uses_rank: bool = True
     random: bool = False
     ordered: bool = False
@@ -98,6 +101,7 @@ def merge_method(
     params: Sequence[Param] = (),
     exact: bool = False,
     linear: bool = False,
+    elementwise: bool = False,
     uses_rank: bool = True,
     random: bool = False,
     ordered: bool = False,
@@ -115,8 +119,8 @@ def merge_method(
         if name in METHODS:
             raise ValueError(f"merge method {name!r} is registered twice")
         METHODS[name] = MergeMethod(
-            name, label, summary, merge, tuple(params), exact, linear, uses_rank, random, ordered,
-            minimum, maximum, experimental, source, formula, avoid, vector_weights,
+            name, label, summary, merge, tuple(params), exact, linear, elementwise, uses_rank, random,
+            ordered, minimum, maximum, experimental, source, formula, avoid, vector_weights,
         )  # fmt: skip
         return merge
 
