@@ -18,9 +18,7 @@ def test_a_batch_gives_what_single_layers_give(tmp_path, monkeypatch):
     make_lora(tmp_path / "a.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=1)
     make_lora(tmp_path / "b.safetensors", SD1_LAYERS, rank=6, alpha=6, seed=2)
     recipe = MergeRecipe(inputs=parse_inputs(["a:0.8", "b:-0.5"]), rank=5)
-    plan = plan_merge(
-        recipe, find=LoraFolder([tmp_path]).find, presets=load_presets([bundled_preset_path()])
-    )
+    plan = plan_merge(recipe, find=LoraFolder([tmp_path]).find, presets=load_presets([bundled_preset_path()]))
     with open_merger(plan) as merger:
         single = [merger.merge(layer, None) for layer in plan.layers]
         # The batched route needs no accelerator, only to be taken.
