@@ -184,7 +184,7 @@ CONTROLS = (
     Control(
         "retain",
         "Number",
-        {"label": "Share to keep, percent", "value": 99, "visible": False, "scale": 1, "min_width": 110},
+        {"label": "Share to keep, %", "value": 99, "visible": False, "scale": 1, "min_width": 110},
         "Every layer gets the smallest rank that keeps this share of it.",
         ("recipe.retain",),
     ),

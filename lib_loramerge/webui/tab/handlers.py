@@ -224,7 +224,7 @@ class _Wiring:
             "restore",
             self.restore,
             ("argument",),
-            everything,
+            (*everything, "fill_file", "preset_pick"),
             message="rows_message",
             js=_argument("restore"),
         )
@@ -247,11 +247,18 @@ class _Wiring:
             # Lists alone, no values: those may have changed since the question was asked.
             for field, choices in (("lora", names), ("blocks", weights), ("elements", elements)):
                 changes[f"row{row}.{field}"] = listed(choices, values.get(f"row{row}.{field}"))
-        changes["fill_file"] = listed(names, values["fill_file"])
-        changes["base"] = listed(["", *self.host.checkpoints()], values["base"])
-        changes["subfolder"] = listed(self.host.subfolders(), values["subfolder"])
-        changes["preset_pick"] = listed(presets.names(self.host, values), values["preset_pick"])
-        return changes
+        return {**changes, **self.lists(values)}
+
+    def lists(self, values: Form) -> Changes:
+        """The lists that are not in rows."""
+        names = [entry.label for entry in self.host.loras()]
+        picked = {"preset_kind": "", "preset_pick": "", **values}
+        return {
+            "fill_file": listed(names, values.get("fill_file")),
+            "base": listed(["", *self.host.checkpoints()], values.get("base")),
+            "subfolder": listed(self.host.subfolders(), values.get("subfolder")),
+            "preset_pick": listed(presets.names(self.host, picked), picked["preset_pick"]),
+        }
 
     def fill_from_text(self, values: Form) -> Changes:
         wanted, notes = form.read_pasted(str(values["fill_text"] or ""), self.host, METHODS)
@@ -293,14 +300,20 @@ class _Wiring:
         try:
             draft = json.loads(str(values["argument"] or ""))
         except ValueError:
-            return {}
+            draft = None
         if not isinstance(draft, dict):
-            return {}
+            return self.refresh({"rows": form.START_ROWS}, look=False)
         plain = (str, int, float, bool, type(None))
         kept = {
             name: value for name, value in draft.items() if name in FORM_NAMES and isinstance(value, plain)
         }
-        return self.show_form({**kept, "mode": kept.get("mode") or next(iter(METHODS.values())).label})
+        mode = kept.get("mode") or next(iter(METHODS.values())).label
+        changes = {**self.lists(kept), **self.show_form({**kept, "mode": mode})}
+        for name in ("base", "subfolder"):
+            # List and value in one change.
+            if name in kept:
+                changes[name] = {**self.lists(kept)[name], "value": kept[name]}
+        return changes
 
     # --- how, facts --------------------------------------------------------------------------
 
