@@ -551,7 +551,7 @@ def run_presets(options: argparse.Namespace) -> int:
     for title, table in (("Block weights (lbw=)", presets.weights), ("Elements (lbwe=)", presets.elements)):
         print(title)
         for name, text in table.items():
-            print(f"  {name:<16}{one_line(text)}")
+            print(f"  {name:<18}{one_line(text)}")
     print(blocks_help())
     return EXIT_DONE
 
@@ -563,7 +563,7 @@ def _ui_parser(commands: Any) -> None:
     parser = _command(commands, "ui", run_ui, "open the LoRA Merge tab without a WebUI, on this machine only")
     _add_lora_dir(parser)
     parser.add_argument(
-        "--port", type=int, metavar="P", help="port to listen on (default: a free one from 7870)"
+        "--port", type=int, metavar="P", help="port to listen on (default: a free one from 7865)"
     )
     parser.add_argument("--demo", action="store_true", help="start with sample LoRAs")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")
@@ -576,7 +576,7 @@ def run_ui(options: argparse.Namespace) -> int:
         if error.name is None or error.name.partition(".")[0] != "gradio":
             raise
         raise RecipeError(
-            "The tab needs Gradio: pip install 'loramerge[ui]' (or pip install gradio)."
+            "The tab needs Gradio: pip install gradio."
         ) from error
     standalone.serve(
         lora_dir=options.lora_dir, port=options.port, demo=options.demo, open_browser=not options.no_browser
