@@ -193,6 +193,36 @@
         if (press("poll", state.follow)) state.polled = now;
     }
 
+    // --- analyses ----------------------------------------------------------------------------------------------------
+
+    // What the server gets with a press of Analyse: the page's colours, and the look that it makes needless.
+    window.loramergeLook = () => {
+        const dark = Boolean(document.querySelector("body.dark, .gradio-container.dark, html.dark"));
+        const look = find("#loramerge_analyse_state [data-state=active]");
+        return (dark ? "dark " : "light ") + (look ? look.dataset.look : "");
+    };
+
+    function followLook(now) {
+        const look = find("#loramerge_analyse_state [data-look]");
+        if (!look || look.dataset.state !== "active") return;
+        if (look.dataset.stamp !== state.lookStamp) {
+            state.lookStamp = look.dataset.stamp;
+            state.lookAnswer = now;
+            state.lookAsked = 0;
+        }
+        if (state.lookAsked && now - state.lookAsked < ANSWER) return;
+        if (now - state.lookAnswer < POLL_ACTIVE) return;
+        if (press("look", look.dataset.look)) state.lookAsked = now;
+    }
+
+    function savePicture(button) {
+        const image = button.closest("figure").querySelector("img");
+        const link = document.createElement("a");
+        link.href = image.src;
+        link.download = button.dataset.name;
+        link.click();
+    }
+
     function sendToPrompt(tag) {
         const id = pageWords().prompt;
         const area = id && find(`#${id} textarea`);
@@ -211,6 +241,14 @@
             press("drop", target.dataset.job);
         } else if (target.matches(".lm-refill")) {
             press("refill", target.dataset.job);
+        } else if (target.matches(".lm-stop-look")) {
+            target.disabled = true;
+            press("unlook", target.dataset.look);
+        } else if (target.matches(".lm-show-look")) {
+            const page = find("#loramerge_analyse_result .lm-analysis");
+            if (page) page.scrollIntoView({ behavior: "smooth", block: "start" });
+        } else if (target.matches(".lm-save-picture")) {
+            savePicture(target);
         } else if (target.matches(".lm-send")) {
             sendToPrompt(target.dataset.tag);
         } else {
@@ -372,6 +410,7 @@
         }
         drawSliders();
         followJobs(now);
+        followLook(now);
         if (now - hinted > 1000) {
             hinted = now;
             showHints();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from .. import ranks
 from ..merge.layer import open_merger
 from ..merge.plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, entries_bytes, metadata_bytes
-from ..merge.run import for_each_layer
+from ..merge.run import Progress, for_each_layer
 from ..report import percent
 
 TARGETS = (0.01, 0.05, 0.10)
@@ -97,14 +97,22 @@ class _Layer:
     fixed: int
 
 
-def advise(plan: MergePlan) -> AdviceReport:
+def advise(
+    plan: MergePlan,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> AdviceReport:
     """Error and size at every rank, from the singular values of the merged layers.
+
+    Args:
+        cancel: Asked about every tenth of a second; True ends the work.
 
     Raises:
         LoraMergeError: What the merge would refuse, too.
     """
     with open_merger(plan) as merger:
-        spectra = for_each_layer(plan.layers, merger.spectrum, "look")
+        spectra = for_each_layer(plan.layers, merger.spectrum, "look", progress, cancel)
     item = ITEM_BYTES[plan.dtype]
     layers, whole = [], metadata_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):

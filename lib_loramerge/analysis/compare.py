@@ -6,7 +6,7 @@ weights of the recipe, so what is compared is what would be added up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -14,11 +14,19 @@ from typing import Any
 from ..delta import Delta, Dense, LowRank, inner, norm, overlap, sign_conflict
 from ..merge.layer import open_merger
 from ..merge.plan import LayerPlan, MergePlan
-from ..merge.run import for_each_layer
+from ..merge.run import Progress, for_each_layer
 from ..report import percent
 
 # Cosines beyond which two LoRAs are called the same, agreeing, unrelated, or opposed.
 SAME, AGREE, UNRELATED, OPPOSED = 0.9, 0.3, 0.05, -0.1
+# The first sentence of a verdict: the same, agreeing, opposed, unrelated, a little related.
+AGREEMENTS = (
+    "Nearly the same change, as from one training run: average them, or the sum is twice as strong.",
+    "They agree in much: the sum is louder than either. Lower the strengths, or use mode average.",
+    "They pull against each other: part of both is lost in a sum. Try mode np, ties or block weights.",
+    "Nearly orthogonal: a plain sum keeps all of both.",
+    "A little related: a plain sum is a good choice.",
+)
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,16 @@ class _Seen:
     spaces: tuple[float, float] | None
 
 
-def compare(plan: MergePlan) -> CompareReport:
+def compare(
+    plan: MergePlan,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> CompareReport:
     """Compare every pair of a plan's inputs, layer by layer.
+
+    Args:
+        cancel: Asked about every tenth of a second; True ends the work.
 
     Raises:
         LoraMergeError: What a merge would refuse, too.
@@ -113,7 +129,8 @@ def compare(plan: MergePlan) -> CompareReport:
             }
             return [seen for pair in pairs if (seen := _look(layer, pair, deltas)) is not None]
 
-        seen = [entry for entries in for_each_layer(plan.layers, look, "compare") for entry in entries]
+        by_layer = for_each_layer(plan.layers, look, "compare", progress, cancel)
+    seen = [entry for entries in by_layer for entry in entries]
     names = [entry.name for entry in plan.recipe.inputs]
     return CompareReport(
         base_model=plan.architecture.label,
@@ -210,19 +227,14 @@ def _verdict(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Relat
 
 
 def _agreement(whole: Relation) -> str:
+    same, agree, opposed, unrelated, little = AGREEMENTS
     if whole.cosine >= SAME:
-        return (
-            "Nearly the same change, as from one training run: average them, or the sum is twice as strong."
-        )
+        return same
     if whole.cosine >= AGREE:
-        return "They agree in much: the sum is louder than either. Lower the strengths, or use mode average."
+        return agree
     if whole.cosine <= OPPOSED:
-        return (
-            "They pull against each other: part of both is lost in a sum. Try mode np, ties or block weights."
-        )
-    if abs(whole.cosine) <= UNRELATED:
-        return "Nearly orthogonal: a plain sum keeps all of both."
-    return "A little related: a plain sum is a good choice."
+        return opposed
+    return unrelated if abs(whole.cosine) <= UNRELATED else little
 
 
 def _pair_text(pair: PairReport) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,18 +100,25 @@ class InspectReport:
         return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
 
 
-def inspect(path: Path, *, base: Path | None = None, tensors: bool = True) -> InspectReport:
+def inspect(
+    path: Path,
+    *,
+    base: Path | None = None,
+    tensors: bool = True,
+    cancel: Callable[[], bool] | None = None,
+) -> InspectReport:
     """Describe a LoRA file.
 
     Args:
         base: Base model checkpoint, to measure layers that change it in proportion.
         tensors: False looks at the header alone; norms and ranks are then left empty.
+        cancel: Asked about every tenth of a second; True ends the work.
 
     Raises:
         FileError: Not readable, damaged, or not a LoRA.
     """
     source = open_source(path)
-    measured = _measure(source, base) if tensors else _Measured({}, {}, {}, [], [])
+    measured = _measure(source, base, cancel) if tensors else _Measured({}, {}, {}, [], [])
     whole = sum(measured.norm_sq.values())
     return InspectReport(
         file=str(path),
@@ -156,7 +163,7 @@ class _Measured:
     notes: list[str]
 
 
-def _measure(source: Source, base: Path | None) -> _Measured:
+def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | None) -> _Measured:
     checkpoint = BaseCheckpoint(base) if base is not None else None
     measured = _Measured({}, {}, {}, [], [])
     alphas: Counter[str] = Counter()
@@ -180,7 +187,7 @@ def _measure(source: Source, base: Path | None) -> _Measured:
                 for layer in source.layers
                 if checkpoint is not None or not source.layer_needs_base(layer)
             ]
-            for block, values, energy, notes in parallel_map(look, layers):
+            for block, values, energy, notes in parallel_map(look, layers, cancel=cancel):
                 measured.norm_sq[block] = measured.norm_sq.get(block, 0.0) + energy
                 measured.notes += notes
                 if values is not None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBasic
 from starlette.concurrency import run_in_threadpool
 
@@ -34,7 +34,7 @@ from ..errors import (
 )
 from ..methods import METHODS
 from ..recipe import DTYPES, MergeRecipe, from_json
-from . import schema
+from . import analyse, schema
 from .host import ConflictError, Host, UnknownNameError
 from .jobs import JobQueue, MergeRequest
 from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
@@ -45,6 +45,9 @@ MAX_BODY_BYTES = 1 << 20
 MAX_DRAINED_BYTES = 64 << 20
 # Reading headers takes the interpreter; the host's own requests go on beside this many of ours.
 MAX_AT_ONCE = 4
+# Requests that look at tensors wait for one another, and for this long at most.
+MAX_LOOKS = 4
+LOOK_SECONDS = 300.0
 
 _STATUS: tuple[tuple[type[LoraMergeError], int], ...] = (
     (ConflictError, 409),
@@ -101,6 +104,7 @@ def mount(app: FastAPI, host: Host, jobs: JobQueue, api_auth: str | None = None)
             status_code=route.status,
             openapi_extra=_request_body(route),
             responses=_responses(route),
+            response_class=Response if route.result is schema.PNG else JSONResponse,
         )
     app.add_api_route(
         PREFIX + "/{rest:path}",
@@ -179,6 +183,31 @@ class Service:
         content.pop("path", None)
         return content
 
+    def compare(self, body: Mapping[str, Any]) -> Any:
+        return self._look(self._recipe(_Fields(body, ("recipe",))), "compare").compare.to_json()
+
+    def advise(self, body: Mapping[str, Any]) -> Any:
+        return self._look(self._recipe(_Fields(body, ("recipe",))), "advise").advise.to_json()
+
+    def plot(self, body: Mapping[str, Any]) -> bytes:
+        fields = _Fields(body, ("recipe", "kind", "theme"))
+        kind, theme = fields.choice("kind", analyse.KINDS), fields.choice("theme", analyse.THEMES)
+        return self._look(self._recipe(fields), kind, theme).pictures[kind]
+
+    def _look(self, recipe: MergeRecipe, kind: str, theme: str | None = None) -> Any:
+        """What was found, once it is; the calling thread waits."""
+        plan = self.host.plan(recipe, strict=True)
+        looks = self.jobs.looks
+        look = looks.ask(analyse.Question(plan, (kind,), theme, LOOK_SECONDS))
+        if not looks.wait(look, LOOK_SECONDS):
+            looks.cancel(look.id)
+            raise Refusal(
+                503, f"No answer within {LOOK_SECONDS:.0f} seconds. Try again when less is going on."
+            )
+        if look.findings is None:
+            raise look.error or Refusal(503, "The analysis was cancelled: the host is ending.")
+        return look.findings
+
     def list_jobs(self, _: Mapping[str, Any]) -> Any:
         return {"jobs": [self._job_json(job) for job in self.jobs.list()]}
 
@@ -221,10 +250,13 @@ class _Route:
         body: schema.Schema | None = None,
         result: schema.Schema | None = None,
         status: int = 200,
+        *,
+        slow: bool = False,
     ) -> None:
         self.method, self.path, self.answer, self.summary = method, path, answer, summary
         self.body, self.result, self.status = body, result, status
         self.name = answer.__name__
+        self.slow = slow
 
 
 def _routes(service: Service) -> tuple[_Route, ...]:
@@ -239,6 +271,13 @@ def _routes(service: Service) -> tuple[_Route, ...]:
         _Route("POST", "/plan", service.plan, "What a merge would do, without doing it", recipe),
         _Route("POST", "/merge", service.merge, "Queues a merge", schema.merge_schema(), job, 202),
         _Route("POST", "/inspect", service.inspect, "What a LoRA file is", name),
+        _Route(
+            "POST", "/compare", service.compare, "Where LoRAs agree, overlap and fight", recipe, slow=True
+        ),
+        _Route("POST", "/advise", service.advise, "Error and file size at every rank", recipe, slow=True),
+        _Route(
+            "POST", "/plot", service.plot, "A picture as PNG", schema.plot_schema(), schema.PNG, slow=True
+        ),
         _Route("GET", "/jobs", service.list_jobs, "All merges, oldest first", None, jobs),
         _Route("GET", "/jobs/{job_id}", service.get_job, "State, progress and report of a merge", None, job),
         _Route("DELETE", "/jobs/{job_id}", service.cancel_job, "Cancels a merge", None, job),
@@ -252,15 +291,17 @@ class _Gate:
         self._host = host
         self._users = None if api_auth is None or not api_auth.strip() else parse_users(api_auth)
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
+        # Their own, so that a long look holds up no short answer.
+        self._slow_places = asyncio.Semaphore(MAX_LOOKS)
 
-    def endpoint(self, route: _Route) -> Callable[..., Awaitable[JSONResponse]]:
-        async def endpoint(request: Request) -> JSONResponse:
+    def endpoint(self, route: _Route) -> Callable[..., Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
             return await self._answer(route, request, {})
 
         return endpoint
 
-    def job_endpoint(self, route: _Route) -> Callable[..., Awaitable[JSONResponse]]:
-        async def endpoint(request: Request, job_id: str) -> JSONResponse:
+    def job_endpoint(self, route: _Route) -> Callable[..., Awaitable[Response]]:
+        async def endpoint(request: Request, job_id: str) -> Response:
             return await self._answer(route, request, {"job_id": job_id})
 
         return endpoint
@@ -272,13 +313,15 @@ class _Gate:
             return _refused(refusal)
         return _error(404, f"There is no {request.method} here. See /docs for what there is below {PREFIX}.")
 
-    async def _answer(self, route: _Route, request: Request, given: Mapping[str, Any]) -> JSONResponse:
+    async def _answer(self, route: _Route, request: Request, given: Mapping[str, Any]) -> Response:
         try:
             check_credentials(self._users, request.headers.get("authorization"))
             content = dict(given) if route.body is None else await read_json(request)
-            async with self._places:
-                result = await run_in_threadpool(route.answer, content)
-            return JSONResponse(self._public(plain(result)), status_code=route.status)
+            async with self._slow_places if route.slow else self._places:
+                result = await run_in_threadpool(self._result, route, content)
+            if isinstance(result, bytes):
+                return Response(result, media_type="image/png")
+            return JSONResponse(result, status_code=route.status)
         except Refusal as refusal:
             return _refused(refusal)
         except LoraMergeError as error:
@@ -289,6 +332,10 @@ class _Gate:
             return _error(
                 500, f"Unexpected error ({type(error).__name__}). The console of the host tells more."
             )
+
+    def _result(self, route: _Route, content: Mapping[str, Any]) -> Any:
+        result = route.answer(content)
+        return result if isinstance(result, bytes) else self._public(plain(result))
 
     def _public(self, value: Any) -> Any:
         """``value`` without the folders of this machine, which are nobody else's business."""
@@ -359,6 +406,13 @@ class _Fields:
 
     def text(self, name: str) -> str:
         return self._get(name, "", str, "text")
+
+    def choice(self, name: str, known: tuple[str, ...]) -> str:
+        """One of ``known``; the first when it is not given."""
+        value = self._get(name, known[0], str, "text")
+        if value not in known:
+            raise Refusal(422, f"{name} must be one of {', '.join(known)}.")
+        return value
 
     def flag(self, name: str) -> bool:
         return self._get(name, False, bool, "true or false")
@@ -489,9 +543,9 @@ def _responses(route: _Route) -> dict[int | str, dict[str, Any]]:
         status: {"description": text, "content": {"application/json": {"schema": schema.error_schema()}}}
         for status, text in errors.items()
     }
+    if route.slow:
+        described[503] = {**described[422], "description": "Took too long"}
     if route.result is not None:
-        described[route.status] = {
-            "description": "Done",
-            "content": {"application/json": {"schema": route.result}},
-        }
+        kind = "image/png" if route.result is schema.PNG else "application/json"
+        described[route.status] = {"description": "Done", "content": {kind: {"schema": route.result}}}
     return described

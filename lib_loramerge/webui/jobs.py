@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Cancelled, LoraMergeError, OutputError
 from ..recipe import MergeRecipe
 from . import sidecar
+from .analyse import Looks
 from .host import ConflictError, Host
 from .sidecar import UserMetadata
 from .trial import Trials
@@ -162,6 +163,7 @@ class JobQueue:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.trials = Trials(host.register_trial, host.unregister_trial)
+        self.looks = Looks(host.log)
         self._changed = threading.Condition(threading.RLock())
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._thread: threading.Thread | None = None
@@ -248,7 +250,8 @@ class JobQueue:
             return self._version
 
     def close(self, timeout: float = 5.0) -> None:
-        """Cancels everything and ends the thread. The queue can be used again."""
+        """Cancels everything and ends the threads. The queue can be used again."""
+        self.looks.close(timeout)
         with self._changed:
             for job in self._jobs.values():
                 self.cancel(job.id)

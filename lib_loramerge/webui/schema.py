@@ -11,6 +11,7 @@ from typing import Any
 
 from ..methods import METHODS
 from ..recipe import DIALECTS, DTYPES
+from .analyse import KINDS, THEMES
 
 MAX_INPUTS = 64
 MAX_TEXT = 100_000
@@ -106,6 +107,20 @@ def merge_schema() -> Schema:
         },
         ("recipe",),
     )
+
+
+def plot_schema() -> Schema:
+    return object_of(
+        {
+            "recipe": recipe_schema(),
+            "kind": text("what to draw", enum=list(KINDS), default=KINDS[0]),
+            "theme": text("colours", enum=list(THEMES), default=THEMES[0]),
+        },
+        ("recipe",),
+    )
+
+
+PNG: Schema = text(format="binary")
 
 
 def job_schema() -> Schema:

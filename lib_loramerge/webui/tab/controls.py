@@ -361,6 +361,10 @@ BUTTONS: Mapping[str, tuple[str, str]] = {
         "Try without saving",
         "Makes the merged LoRA for this session only, to use it in the next picture.",
     ),
+    "analyse": (
+        "Analyse",
+        "Shows where the LoRAs agree or fight, and which rank is needed. Nothing is written.",
+    ),
     "preset_load": ("Load", "Shows the preset below."),
     "preset_save": ("Save preset", "Writes it into preset.txt. Comments and order of that file stay."),
     "preset_delete": ("Delete preset", "Removes it from preset.txt."),

@@ -16,7 +16,7 @@ from ...recipe import format_prompt, to_command, to_json
 from .. import compat, facts, form, render
 from ..compat import update
 from ..jobs import MergeRequest
-from . import presets
+from . import analysing, presets
 from .controls import CONTROLS, ROW_CONTROLS, param_control
 from .layout import mode_text
 
@@ -111,6 +111,7 @@ class _Wiring:
         self._connect_jobs()
         self._connect_copy()
         presets.connect(self)
+        analysing.connect(self, FORM_NAMES)
 
     # --- rows --------------------------------------------------------------------------------
 

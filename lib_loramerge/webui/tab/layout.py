@@ -87,6 +87,8 @@ class _Layout:
                 self._result()
             with compat.make("Column", scale=5, min_width=280, elem_id="loramerge_side"):
                 self._side()
+        # Below both columns: its pictures need the whole width.
+        self.place("analyse_result")
 
     def _rows(self) -> None:
         with self.section("loras", "LoRAs"):
@@ -227,6 +229,9 @@ class _Layout:
     def _side(self) -> None:
         with self.section("facts", "What will come out"):
             self.place("facts")
+            with compat.make("Row", elem_id="loramerge_analyse_line"):
+                self.button("analyse", scale=0, min_width=110)
+            self.place("analyse_state")
         with compat.make("Row", elem_id="loramerge_go_line"):
             self.button("merge", variant="primary", size="lg", min_width=140)
             self.button("try", size="lg", min_width=140, visible=self.host.can_try)
@@ -326,7 +331,7 @@ class _Layout:
                 self.control(control)
         for name in ("argument", "draft", "copied"):
             self.widgets[name] = compat.make("Textbox", label=name, value="", elem_id=f"loramerge_{name}")
-        for name in ("greet", "ask", "poll", "drop", "refill", "restore"):
+        for name in ("greet", "ask", "poll", "drop", "refill", "restore", "look", "unlook"):
             self.widgets[f"button.{name}"] = compat.make("Button", value=name, elem_id=f"loramerge_do_{name}")
 
 

@@ -1,0 +1,338 @@
+"""Looks at the LoRAs of a recipe, for the tab and REST: reports and pictures, made in the background.
+
+One look is worked on at a time, in a thread that ends when none waits. What
+was found is remembered for a while, so that a second press costs nothing.
+Always on the CPU: a look must not take the GPU from a picture. Knows no Gradio.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Cancelled, FileError, LoraMergeError, RecipeError
+from ..recipe import to_json
+from .host import ConflictError
+
+if TYPE_CHECKING:
+    from ..analysis import AdviceReport, CompareReport, InspectReport
+    from ..merge import MergePlan
+
+KINDS = ("inspect", "compare", "advise")
+THEMES = ("light", "dark")
+MAX_COMPARED = 12  # LoRAs; the pairs grow with the square
+MAX_WAITING = 8
+LIMIT_SECONDS = 600.0
+_LOOKS_KEPT = 8
+_FINDINGS_KEPT = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to look at.
+
+    Attributes:
+        kinds: Of :data:`KINDS`.
+        theme: Colours of the pictures, of :data:`THEMES`; None draws none.
+        limit: Seconds of work after which the look is given up.
+    """
+
+    plan: MergePlan
+    kinds: tuple[str, ...]
+    theme: str | None = None
+    limit: float = LIMIT_SECONDS
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a look found; empty where it was not asked.
+
+    Attributes:
+        inspect: A report for each different file.
+        pictures: Kind to the bytes of a PNG file.
+    """
+
+    inspect: tuple[InspectReport, ...] = ()
+    compare: CompareReport | None = None
+    advise: AdviceReport | None = None
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class Look:
+    """One question on its way; read-only for everyone but :class:`Looks`.
+
+    Attributes:
+        state: ``waiting``, ``running``, ``done``, ``failed`` or ``cancelled``.
+        stage: A kind, or ``draw``.
+        error: What went wrong, once ``failed``.
+    """
+
+    def __init__(self, question: Question) -> None:
+        self.id = secrets.token_hex(8)
+        self.question = question
+        self.state = "waiting"
+        self.stage = ""
+        self.fraction = 0.0
+        self.findings: Findings | None = None
+        self.error: Exception | None = None
+        self._stop = threading.Event()
+        self._deadline: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.state not in ("waiting", "running")
+
+    @property
+    def late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def start(self) -> None:
+        self.state = "running"
+        self._deadline = time.monotonic() + self.question.limit
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def stopped(self) -> bool:
+        """Whether the work is to end: asked to, or out of time."""
+        return self._stop.is_set() or self.late
+
+
+class Looks:
+    """The looks of one process. All methods may be called from any thread.
+
+    Args:
+        log: Gets a sentence and the error when something unexpected happens.
+    """
+
+    def __init__(self, log: Callable[[str, Exception], None]) -> None:
+        self._log = log
+        self._changed = threading.Condition()
+        self._looks: OrderedDict[str, Look] = OrderedDict()
+        self._thread: threading.Thread | None = None
+        self._memory = _Memory()
+
+    def ask(self, question: Question) -> Look:
+        """Begin a look.
+
+        Raises:
+            RecipeError: There is nothing to compare, or too much.
+            ConflictError: Too many looks wait.
+        """
+        check(question)
+        look = Look(question)
+        with self._changed:
+            if sum(not known.finished for known in self._looks.values()) > MAX_WAITING:
+                raise ConflictError(f"{MAX_WAITING} analyses are waiting already. Try again in a while.")
+            self._looks[look.id] = look
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="loramerge-analyse", daemon=True)
+                self._thread.start()
+        return look
+
+    def get(self, look_id: str) -> Look | None:
+        with self._changed:
+            return self._looks.get(look_id)
+
+    def cancel(self, look_id: str) -> Look | None:
+        """End a look; one that runs stops within moments."""
+        with self._changed:
+            look = self._looks.get(look_id)
+            if look is not None and not look.finished:
+                look.stop()
+                if look.state == "waiting":
+                    look.state = "cancelled"
+                self._changed.notify_all()
+            return look
+
+    def wait(self, look: Look, timeout: float) -> bool:
+        """Whether the look has finished within ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: look.finished, timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Ends everything that runs or waits. More can be asked afterwards."""
+        with self._changed:
+            for look_id in list(self._looks):
+                self.cancel(look_id)
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                look = next((known for known in self._looks.values() if known.state == "waiting"), None)
+                if look is None:
+                    self._thread = None
+                    return
+                look.start()
+            state = self._finish(look)
+            with self._changed:
+                look.state = state
+                finished = [known.id for known in self._looks.values() if known.finished]
+                for old in finished[:-_LOOKS_KEPT]:
+                    del self._looks[old]
+                self._changed.notify_all()
+
+    def _finish(self, look: Look) -> str:
+        try:
+            look.findings = find(look.question, self._memory, look)
+            return "done"
+        except Cancelled:
+            if not look.late:
+                return "cancelled"
+            look.error = LoraMergeError(
+                f"The analysis took longer than {look.question.limit:.0f} seconds and was ended. "
+                "The command line has no such limit."
+            )
+        except LoraMergeError as error:
+            look.error = error
+        except Exception as error:  # A bug of ours: the page gets a sentence, the console the traceback.
+            self._log("An analysis failed unexpectedly", error)
+            look.error = error
+        return "failed"
+
+
+def check(question: Question) -> None:
+    """Refuse what cannot be looked at.
+
+    Raises:
+        RecipeError: See the sentence.
+    """
+    count = len(question.plan.sources)
+    if "compare" in question.kinds and count < 2:
+        raise RecipeError("Comparing needs at least two LoRAs.")
+    if "compare" in question.kinds and count > MAX_COMPARED:
+        raise RecipeError(
+            f"Comparing takes {MAX_COMPARED} LoRAs at most here, and these are {count}. "
+            "The command line takes more."
+        )
+
+
+def kinds_for(plan: MergePlan) -> tuple[str, ...]:
+    """Everything that can be told of a plan; one LoRA alone has nothing to be compared with."""
+    return KINDS if 2 <= len(plan.sources) <= MAX_COMPARED else ("inspect", "advise")
+
+
+def find(question: Question, memory: _Memory, look: Look) -> Findings:
+    """Do the work of a look, in the calling thread.
+
+    Raises:
+        LoraMergeError: What a merge would refuse, too; ``Cancelled`` when the look was stopped.
+    """
+    # Not at the WebUI's start, see extension.py.
+    from .. import analysis
+
+    plan = replace(question.plan, recipe=replace(question.plan.recipe, device="cpu"))
+    kinds = [kind for kind in KINDS if kind in question.kinds]
+    steps = len(kinds) + (question.theme is not None)
+
+    def enter(stage: str, index: int) -> Callable[[Any], None]:
+        look.stage, look.fraction = stage, index / steps
+        if look.stopped():
+            raise Cancelled("The analysis was cancelled.")
+
+        def tell(progress: Any) -> None:
+            look.fraction = (index + progress.done / max(1, progress.total)) / steps
+
+        return tell
+
+    def inspect(_: Callable[[Any], None]) -> Any:
+        paths = list(dict.fromkeys(entry.path for entry in plan.sources))
+        return tuple(
+            memory.recall(
+                ("inspect", stamps([path, plan.base])),
+                lambda path=path: analysis.inspect(path, base=plan.base, cancel=look.stopped),
+            )
+            for path in paths
+        )
+
+    work: Mapping[str, Callable[[Callable[[Any], None]], Any]] = {
+        "inspect": inspect,
+        "compare": lambda tell: analysis.compare(plan, progress=tell, cancel=look.stopped),
+        "advise": lambda tell: analysis.advise(plan, progress=tell, cancel=look.stopped),
+    }
+    found: dict[str, Any] = {}
+    for index, kind in enumerate(kinds):
+        tell = enter(kind, index)
+        found[kind] = memory.recall(identity(plan, kind), lambda kind=kind, tell=tell: work[kind](tell))
+    pictures = {}
+    if question.theme is not None:
+        for index, kind in enumerate(kinds):
+            enter("draw", len(kinds))
+            look.fraction = (len(kinds) + index / len(kinds)) / steps
+            key = (identity(plan, kind), question.theme, chosen_rank(plan))
+            pictures[kind] = memory.recall(
+                key, lambda kind=kind: draw(found[kind], kind, plan, question.theme)
+            )
+    return Findings(**found, pictures=pictures)
+
+
+def draw(report: Any, kind: str, plan: MergePlan, theme: str | None) -> bytes:
+    """The picture of a report as the bytes of a PNG file."""
+    from . import plots  # Brings matplotlib.
+
+    theme = theme or THEMES[0]
+    if kind == "inspect":
+        return plots.png(plots.inspect_figure(report, theme))
+    if kind == "compare":
+        return plots.png(plots.compare_figure(report, theme))
+    return plots.png(plots.advise_figure(report, theme, chosen_rank(plan)))
+
+
+def chosen_rank(plan: MergePlan) -> int | None:
+    """The one rank that all layers will get, if it is one."""
+    if isinstance(plan.recipe.rank, int):
+        return plan.recipe.rank
+    ranks = list(plan.rank_histogram)
+    return ranks[0] if len(ranks) == 1 and plan.recipe.retain is None and plan.recipe.size is None else None
+
+
+def identity(plan: MergePlan, kind: str) -> Hashable:
+    """Equal for two plans of which this kind of look finds the same."""
+    recipe = to_json(plan.recipe)
+    recipe.pop("device", None)
+    told = {"inspect": None, "compare": recipe["inputs"], "advise": recipe}[kind]
+    files = stamps([*(entry.path for entry in plan.sources), plan.base])
+    return (kind, files, json.dumps(told, sort_keys=True, default=str))
+
+
+def stamps(paths: list[Path | None] | list[Path]) -> Hashable:
+    """Path, size and time of change of each file.
+
+    Raises:
+        FileError: One of them is not there any more.
+    """
+    known = []
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise FileError(f"{path.name} cannot be read: {error.strerror}.") from error
+        known.append((str(path), state.st_size, state.st_mtime_ns))
+    return tuple(known)
+
+
+class _Memory:
+    """The last findings, by what they were found of."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        self._known.move_to_end(key)
+        while len(self._known) > _FINDINGS_KEPT:
+            self._known.popitem(last=False)
+        return self._known[key]

@@ -1,0 +1,65 @@
+"""The Analyse button: starts a look, follows it, shows what was found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...methods import METHODS
+from .. import analyse, form, render_analysis
+
+if TYPE_CHECKING:
+    from ..analyse import Look
+    from ..host import Host
+    from ..jobs import JobQueue
+
+STATE, RESULT = "analyse_state", "analyse_result"
+
+
+def connect(wiring: Any, form_names: Sequence[str]) -> None:
+    """Attach the handlers of the button and of the page's questions about a running look."""
+    host: Host = wiring.host
+    jobs: JobQueue = wiring.jobs
+
+    def start(values: Mapping[str, Any]) -> dict[str, Any]:
+        theme, _, before = str(values["argument"] or "").partition(" ")
+        if before:
+            jobs.looks.cancel(before)  # Of another form: nobody waits for it any more.
+        recipe = form.read_form(values, host, METHODS).check()
+        plan = host.plan(recipe)
+        theme = theme if theme in analyse.THEMES else analyse.THEMES[0]
+        look = jobs.looks.ask(analyse.Question(plan, analyse.kinds_for(plan), theme))
+        return told(look)
+
+    def follow(values: Mapping[str, Any]) -> dict[str, Any]:
+        look = jobs.looks.get(str(values["argument"] or ""))
+        return {STATE: ""} if look is None else told(look)
+
+    def stop(values: Mapping[str, Any]) -> dict[str, Any]:
+        look = jobs.looks.cancel(str(values["argument"] or ""))
+        if look is None:
+            return {STATE: ""}
+        jobs.looks.wait(look, 1.0)
+        return told(look)
+
+    names = ("argument", *form_names)
+    wiring.button(
+        "analyse",
+        start,
+        names,
+        (STATE, RESULT),
+        message=STATE,
+        js=f"(...v) => [loramergeLook(), ...v.slice(1, {len(names)})]",
+    )
+    for name, handler in (("look", follow), ("unlook", stop)):
+        js = f"() => loramergeArgument('{name}')"
+        wiring.button(name, handler, ("argument",), (STATE, RESULT), message=STATE, js=js)
+
+
+def told(look: Look) -> dict[str, Any]:
+    """What the page shows of a look; findings stay until the next ones are there."""
+    changes = {STATE: render_analysis.look_state(look, f"{time.time()}")}
+    if look.findings is not None:
+        changes[RESULT] = render_analysis.look_page(look)
+    return changes
