@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..merge.host_notes import FORGE_LIMIT
 from ..merge.sources import Source
 
-# Forge refuses a file with more tensors than this that it cannot place.
-FORGE_LIMIT = 12
 _SD3 = frozenset({"sd3", "sd3_large"})
 _FLATTENED = ("lora_unet_", "lora_te", "oft_unet_")
 
