@@ -20,6 +20,7 @@ from . import api, settings
 from .host import Host, WebuiHost
 from .jobs import JobQueue
 from .tab import build_tab
+from .trial import remove_stale_folders
 
 TITLE = "LoRA Merge"
 IDENT = "loramerge"
@@ -80,6 +81,7 @@ def warm_up() -> None:
     for name in ("merge.run", "analysis"):
         import_module(f"lib_loramerge.{name}")
     services()[0].refresh_labels_async()
+    remove_stale_folders()
 
 
 def let_go() -> None:

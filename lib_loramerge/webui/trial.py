@@ -23,8 +23,8 @@ from ..recipe import MergeRecipe
 MAX_TRIALS = 8
 PREFIX = "loramerge-trial-"
 NAME_PREFIX = "loramerge-try-"
-# A crashed host leaves its folder behind; the next one clears what is older than this.
-STALE_SECONDS = 7 * 24 * 3600
+# Where a process cannot be asked whether it runs, a folder is left alone for so long.
+STALE_SECONDS = 2 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -119,29 +119,22 @@ class Trials:
 
 
 def remove_stale_folders() -> None:
-    """Clears trial folders that a host left behind when it was killed."""
-    limit = time.time() - STALE_SECONDS
+    """Clears trial folders of hosts that ended without a chance to do it, as A1111 does on Ctrl+C."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        try:
-            if (
-                folder.is_dir()
-                and not folder.is_symlink()
-                and folder.stat().st_mtime < limit
-                and not _in_use(folder)
-            ):
+        with contextlib.suppress(OSError):
+            if folder.is_dir() and not folder.is_symlink() and not _in_use(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether the process that made the folder still runs, as far as the system tells."""
+    """Whether the process that made the folder may still run."""
     process = folder.name[len(PREFIX) :].partition("-")[0]
-    if os.name != "posix" or not process.isdecimal():  # Elsewhere os.kill(pid, 0) would end the process.
-        return False
+    if os.name != "posix" or not process.isdecimal():
+        # Elsewhere os.kill(pid, 0) would end the process, so only age tells.
+        return folder.stat().st_mtime > time.time() - STALE_SECONDS
     try:
         os.kill(int(process), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
@@ -10,6 +15,7 @@ from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import settings
 from lib_loramerge.webui.host import UnknownNameError, WebuiHost
 from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.trial import PREFIX, remove_stale_folders
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.inprocess import fake_modules
 
@@ -174,6 +180,23 @@ def test_saving_what_was_tried_removes_the_trial(data):
         jobs.trials.remove_all()
         jobs.close()
         host.close()
+
+
+def test_folders_of_hosts_that_were_killed_are_cleared_and_those_of_running_ones_are_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = (tmp_path / f"{PREFIX}{pid}-x" for pid in (ended.pid, os.getpid()))
+    other = tmp_path / "somebody-else"
+    for folder in (dead, alive, other):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"x")
+    long_ago = time.time() - 30 * 24 * 3600
+    os.utime(dead, (long_ago, long_ago))
+    remove_stale_folders()
+    assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]
 
 
 def test_only_so_many_trials_are_kept(data, monkeypatch):
