@@ -12,8 +12,9 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,8 +250,8 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
         paths = list(dict.fromkeys(entry.path for entry in plan.sources))
         return tuple(
             memory.recall(
-                ("inspect", stamps([path, plan.base])),
-                lambda path=path: analysis.inspect(path, base=plan.base, cancel=look.stopped),
+                ("inspect", stamps((path, plan.base))),
+                partial(analysis.inspect, path, base=plan.base, cancel=look.stopped),
             )
             for path in paths
         )
@@ -263,24 +264,21 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
     found: dict[str, Any] = {}
     for index, kind in enumerate(kinds):
         tell = enter(kind, index)
-        found[kind] = memory.recall(identity(plan, kind), lambda kind=kind, tell=tell: work[kind](tell))
+        found[kind] = memory.recall(identity(plan, kind), partial(work[kind], tell))
     pictures = {}
     if question.theme is not None:
         for index, kind in enumerate(kinds):
             enter("draw", len(kinds))
             look.fraction = (len(kinds) + index / len(kinds)) / steps
             key = (identity(plan, kind), question.theme, chosen_rank(plan))
-            pictures[kind] = memory.recall(
-                key, lambda kind=kind: draw(found[kind], kind, plan, question.theme)
-            )
+            pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, plan, question.theme))
     return Findings(**found, pictures=pictures)
 
 
-def draw(report: Any, kind: str, plan: MergePlan, theme: str | None) -> bytes:
+def draw(report: Any, kind: str, plan: MergePlan, theme: str) -> bytes:
     """The picture of a report as the bytes of a PNG file."""
     from . import plots  # Brings matplotlib.
 
-    theme = theme or THEMES[0]
     if kind == "inspect":
         return plots.png(plots.inspect_figure(report, theme))
     if kind == "compare":
@@ -301,11 +299,11 @@ def identity(plan: MergePlan, kind: str) -> Hashable:
     recipe = to_json(plan.recipe)
     recipe.pop("device", None)
     told = {"inspect": None, "compare": recipe["inputs"], "advise": recipe}[kind]
-    files = stamps([*(entry.path for entry in plan.sources), plan.base])
+    files = stamps((*(entry.path for entry in plan.sources), plan.base))
     return (kind, files, json.dumps(told, sort_keys=True, default=str))
 
 
-def stamps(paths: list[Path | None] | list[Path]) -> Hashable:
+def stamps(paths: Iterable[Path | None]) -> Hashable:
     """Path, size and time of change of each file.
 
     Raises:

@@ -77,7 +77,8 @@ def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> An
     right.set_xlabel("rank")
     right.set_ylabel("share of the norm kept")
     right.set_ylim(0, 1.04)
-    _legend(left, theme)
+    # The curves leave the lower right corner free; bars leave none.
+    _legend(right, theme, "lower right")
     return figure
 
 
@@ -229,9 +230,11 @@ def _block_axis(axis: Any, blocks: Sequence[str]) -> None:
     axis.set_xticks(range(len(blocks)), blocks, rotation=90)
 
 
-def _legend(axis: Any, theme: str) -> None:
+def _legend(axis: Any, theme: str, place: str = "best") -> None:
     colours = THEMES[theme]
-    axis.legend(facecolor=colours.background, edgecolor=colours.grid, labelcolor=colours.text, fontsize=8)
+    axis.legend(
+        loc=place, facecolor=colours.background, edgecolor=colours.grid, labelcolor=colours.text, fontsize=8
+    )
 
 
 def _short(name: str) -> str:
