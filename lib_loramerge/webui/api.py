@@ -62,6 +62,17 @@ _STATUS: tuple[tuple[type[LoraMergeError], int], ...] = (
 )
 # Text on the wire that can only be an attempt to leave the folder, on any system.
 _PATH = re.compile(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f]")
+# The library's sentences name options of the command line; a request has fields instead.
+_FLAG = re.compile(
+    r"(?<![\w-])--(base|skip-unsupported|allow-changed-sources|overwrite|dialect|rank|retain|size)"
+    r"(?![\w-])(?: CHECKPOINT\b)?"
+)
+
+
+def _in_a_recipe(flag: re.Match[str]) -> str:
+    if flag[1] == "allow-changed-sources":
+        return "leave hash out of the recipe"
+    return flag[1].replace("-", "_")
 
 
 class Refusal(Exception):
@@ -338,9 +349,9 @@ class _Gate:
         return result if isinstance(result, bytes) else self._public(plain(result))
 
     def _public(self, value: Any) -> Any:
-        """``value`` without the folders of this machine, which are nobody else's business."""
+        """``value`` without the folders of this machine and in the words of a recipe."""
         if isinstance(value, str):
-            return self._host.without_folders(value)
+            return _FLAG.sub(_in_a_recipe, self._host.without_folders(value))
         if isinstance(value, dict):
             return {key: self._public(item) for key, item in value.items()}
         return [self._public(item) for item in value] if isinstance(value, list) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,40 @@ def say(text: str) -> str:
 def foreign(value: object) -> str:
     """Text that is not ours: names, paths, metadata, messages that quote them."""
     return html.escape(str(value))
+
+
+# The library's sentences name options of the command line; the page has a control for each.
+CONTROL_OF_FLAG: Mapping[str, str] = {
+    "base": "Base checkpoint",
+    "skip-unsupported": "Leave out what cannot be merged",
+    "allow-changed-sources": "pick the LoRA in its row again",
+    "overwrite": "Overwrite",
+    "mode": "Mode",
+    "rank": "Rank",
+    "conv-rank": "Rank of convolutions",
+    "retain": "Keep a share",
+    "size": "Fit a size",
+    "seed": "Seed",
+    "dtype": "Precision",
+    "device": "Device",
+    "dialect": "Names in the file",
+    "lora-dir": "LoRA folder",
+}
+# A word in capitals stands for a value in general and means nothing on the page.
+_FLAG = re.compile(
+    rf"(?<![\w-])(`?)--({'|'.join(sorted(CONTROL_OF_FLAG, key=len, reverse=True))})(?![\w-])"
+    r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|full|same|kohya|diffusers)\b)?\1"
+)
+
+
+def sentence(text: object) -> str:
+    """A sentence of the library for the page: escaped, with controls in place of options."""
+
+    def control(match: re.Match[str]) -> str:
+        value = match["value"]
+        return f"<b>{say(CONTROL_OF_FLAG[match[2]])}</b>" + (f": {value}" if value else "")
+
+    return _FLAG.sub(control, foreign(text))
 
 
 def size_text(count: float) -> str:
@@ -62,12 +97,12 @@ def time_text(seconds: float) -> str:
 
 def error_box(text: str) -> str:
     """An error beside what caused it; nothing for an empty text."""
-    return f'<div class="lm-error" role="alert">{foreign(text)}</div>' if text else ""
+    return f'<div class="lm-error" role="alert">{sentence(text)}</div>' if text else ""
 
 
 def note_box(texts: Iterable[str]) -> str:
     """Sentences that need no action."""
-    return "".join(f'<div class="lm-note">{foreign(text)}</div>' for text in texts)
+    return "".join(f'<div class="lm-note">{sentence(text)}</div>' for text in texts)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
@@ -80,7 +115,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _warnings(texts: Iterable[str]) -> str:
-    return "".join(f'<div class="lm-warning">{foreign(text)}</div>' for text in texts)
+    return "".join(f'<div class="lm-warning">{sentence(text)}</div>' for text in texts)
 
 
 def _dots(parts: Sequence[str]) -> str:

@@ -9,8 +9,10 @@ import socket
 import urllib.parse
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, make_lora, weighted_sum
+from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, lora_tensors, make_lora, weighted_sum
 from tests.web.hosting import FakeHost
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
@@ -67,6 +69,16 @@ def test_a_plan_tells_rank_size_and_base_model_without_merging(host):
     assert [entry["name"] for entry in content["inputs"]] == ["a", "b"]
     assert content["predicted_bytes"] > 0
     assert str(host.data_dir) not in json.dumps(content)
+
+
+def test_an_error_names_fields_of_a_recipe_and_no_options_of_the_command_line(host):
+    odd = host.lora_dir / "odd.safetensors"
+    save_file({**lora_tensors(SMALL), "whatever.is.this": torch.zeros(2)}, str(odd))
+    status, content = plan(host, {"inputs": [{"name": "odd", "te": 1.0, "unet": 1.0}]})
+    odd.unlink()
+    assert status == 422
+    assert "--" not in content["error"]
+    assert "; skip_unsupported merges the rest" in content["error"]
 
 
 def test_a_merge_writes_the_exact_sum_and_reports_it(host):

@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.methods import METHODS
@@ -23,7 +25,7 @@ from lib_loramerge.webui.standalone import shared_file
 from lib_loramerge.webui.tab import layout
 from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
 from lib_loramerge.webui.tab.handlers import FORM_NAMES
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
 
 WEBUI = Path(render.__file__).parent
 
@@ -211,6 +213,55 @@ def test_texts_from_files_and_people_are_escaped(host: StandaloneHost) -> None:
     assert json.loads(html.unescape(words[1]))["hints"] == {"a": nasty}
 
 
+def make_oft(path: Path) -> Path:
+    """An adapter that needs the base checkpoint."""
+    layer = next(iter(SD1_LAYERS))
+    blocks = torch.randn(4, 80, 80, generator=torch.Generator().manual_seed(1)) * 0.01
+    save_file({f"{layer}.oft_blocks": blocks, f"{layer}.alpha": torch.tensor(1e-3)}, str(path))
+    return path
+
+
+def make_odd(path: Path) -> Path:
+    """A LoRA with a tensor that nothing claims."""
+    save_file({**lora_tensors(SD1_LAYERS), "whatever.is.this": torch.zeros(3)}, str(path))
+    return path
+
+
+def test_sentences_name_the_controls_of_the_page_and_no_option_of_the_command_line(
+    host: StandaloneHost, tmp_path: Path
+) -> None:
+    make_oft(tmp_path / "oft.safetensors")
+    make_odd(tmp_path / "odd.safetensors")
+    host.refresh()
+    for name, flag, control in (
+        ("oft", "--base", "Base checkpoint"),
+        ("odd", "--skip-unsupported", "Leave out what cannot be merged"),
+    ):
+        found = facts.gather(default_form(row0__lora="style", row1__lora=name), host, METHODS)
+        assert flag in found.problems["plan"]
+        assert "--" not in found.plan
+        assert f"<b>{render.say(control)}</b>" in found.plan
+        # The same sentence beside the buttons, and as the end of a job.
+        assert render.error_box(found.problems["plan"]) == found.plan
+    changed = "Find the original, or allow changed sources (--allow-changed-sources)."
+    for text in (changed, "It exists (--overwrite).", "Ask for a rank (--rank 32) or `--rank full`."):
+        for shown in (render.error_box(text), render.note_box([text])):
+            assert "--" not in shown
+
+
+def test_every_control_that_stands_for_an_option_is_on_the_page(components: list[dict]) -> None:
+    labels = {component.get("label") for component in components} | set(form.RANK_RULES.values())
+    translations = json.loads((shared_file("localizations") / "ja_JP.json").read_text(encoding="utf-8"))
+    for flag, words in render.CONTROL_OF_FLAG.items():
+        assert words in translations
+        assert words in labels or flag in ("allow-changed-sources", "lora-dir")
+
+
+def test_a_name_that_looks_like_an_option_stays_a_name() -> None:
+    for name in ("my--base.safetensors", "x--rank", "--base-model", "a --sizes"):
+        assert render.sentence(name) == name
+
+
 def test_facts_for_files_seen_before_come_within_300_ms(host: StandaloneHost, tmp_path: Path) -> None:
     import time
 
@@ -265,6 +316,7 @@ def shown_words(components: list[dict]) -> set[str]:
         words |= set(said(path))
     words |= {*form.RANK_RULES.values(), *form.PRECISIONS.values(), *form.SPELLINGS.values(), form.NO_PREVIEW}
     words |= {*render.STATES.values(), *render.PHASES.values(), *layout.PRESET_KINDS, *layout.PRESET_LAYOUTS}
+    words |= set(render.CONTROL_OF_FLAG.values())
     words |= {"LoRAs", "How", "Result", "What will come out", "Block presets", "Experimental"}
     for method in METHODS.values():
         words |= {method.label, method.summary, method.avoid}
