@@ -268,7 +268,7 @@ def test_the_hosts_docs_describe_every_route(host):
     assert set(routes) == {
         f"{API}/{p}"
         for p in ("loras", "methods", "presets", "plan", "merge", "inspect", "jobs", "jobs/{job_id}")
-    }
+    } | {f"{API}/{p}" for p in ("compare", "advise", "plot")}
     body = routes[f"{API}/merge"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"recipe", "name", "overwrite", "trial"} <= set(body["properties"])
     assert "svd" in body["properties"]["recipe"]["properties"]["mode"]["enum"]
