@@ -11,6 +11,7 @@ from .. import blocks
 from ..errors import LoraMergeError
 from . import render, sidecar
 from .form import NO_PREVIEW, Reading, is_random, mode_name, read_form
+from .origins import changed_sources
 
 if TYPE_CHECKING:
     from ..merge import Source
@@ -117,7 +118,17 @@ def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
             f"The disk of the LoRA folder has only {render.size_text(free)} left, and the file may take "
             f"{render.size_text(plan.predicted_bytes)}."
         )
-    return render.plan_facts(plan, warnings)
+    return render.plan_facts(plan, [*_changed(reading, host, draft), *warnings])
+
+
+def _changed(reading: Reading, host: Host, draft: _Draft) -> list[str]:
+    """What a recipe was made with and is another file now, as far as is known without reading files whole."""
+    inputs = zip(reading.rows, reading.inputs, strict=True)
+    looked_at = [(given, draft.sources[row]) for row, given in inputs if row in draft.sources]
+    return changed_sources(
+        (given, source.path, host.source_hashes.find(source.path, source.header.metadata))
+        for given, source in looked_at
+    )
 
 
 def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draft) -> None:

@@ -9,6 +9,7 @@ A form is a mapping from the name of a control to its value, as
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16
 START_ROWS = 2
-ROW_FIELDS = ("on", "lora", "strength", "slide", "te", "linked", "blocks", "elements", "extra")
+ROW_FIELDS = ("on", "lora", "strength", "slide", "te", "linked", "blocks", "elements", "extra", "origin")
 EMPTY_ROW: Mapping[str, Any] = {
     "on": True,
     "lora": "",
@@ -34,6 +35,7 @@ EMPTY_ROW: Mapping[str, Any] = {
     "blocks": "",
     "elements": "",
     "extra": "",
+    "origin": "",
 }
 RANK_RULES = {
     "same": "Same as the inputs",
@@ -51,6 +53,7 @@ PRECISIONS = {
 SPELLINGS = {"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"}
 NO_PREVIEW = "None"
 NO_SUBFOLDER = ""
+_HASH = re.compile("[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,23 @@ def read_row(values: Mapping[str, Any], entries: Sequence[LoraEntry]) -> LoraInp
     if extra:
         given = _with_extra(given, extra)
     blocks, elements = (str(values[key] or "").strip() for key in ("blocks", "elements"))
-    return replace(given, lbw=blocks or given.lbw, lbwe=elements or given.lbwe)
+    return replace(
+        given,
+        lbw=blocks or given.lbw,
+        lbwe=elements or given.lbwe,
+        hash=_hash_of(str(values["origin"] or ""), name),
+    )
+
+
+def _origin(given: LoraInput, name: str) -> str:
+    """The hash that a stored recipe gives, with the LoRA it belongs to."""
+    return f"{given.hash} {name}" if given.hash else ""
+
+
+def _hash_of(origin: str, name: str) -> str | None:
+    """The hash beside a row, as long as the row has the LoRA it came with."""
+    digest, _, made_with = origin.partition(" ")
+    return digest if made_with == name and _HASH.fullmatch(digest) else None
 
 
 def _with_extra(given: LoraInput, extra: str) -> LoraInput:
@@ -288,11 +307,12 @@ def is_random(reading: Reading, methods: Mapping[str, MergeMethod], mode: str) -
 
 def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> dict[str, Any]:
     """The controls of one row for one input."""
-    rest = replace(given, name="x", te=1.0, unet=1.0, lbw=None, lbwe=None)
+    rest = replace(given, name="x", te=1.0, unet=1.0, lbw=None, lbwe=None, hash=None)
     extra = format_input(rest).split(":")[1:]
+    label = lora_label(given.name, entries)
     return {
         "on": True,
-        "lora": lora_label(given.name, entries),
+        "lora": label,
         "strength": given.unet,
         "slide": max(-2.0, min(2.0, given.unet)),
         "te": given.te,
@@ -300,6 +320,7 @@ def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> dict[str, Any]:
         "blocks": given.lbw or "",
         "elements": given.lbwe or "",
         "extra": ":".join(part for part in extra if "=" in part and part.split("=")[0] not in ("te", "unet")),
+        "origin": _origin(given, lora_name(label, entries)),
     }
 
 

@@ -22,6 +22,7 @@ from ..recipe import MergeRecipe
 from . import sidecar
 from .analyse import Looks
 from .host import ConflictError, Host
+from .origins import changed_sources, stamp_of
 from .sidecar import UserMetadata
 from .trial import Trials
 
@@ -50,6 +51,8 @@ class MergeRequest:
         user_metadata: Written as the WebUI's ``<name>.json``.
         preview: Name of the LoRA whose preview picture is copied to ``<name>.png``.
         strict: Refuse links that lead out of the LoRA folder.
+        changed_sources: Merge files that are not what a stored recipe was made
+            with, and say so, where they would be refused otherwise.
     """
 
     recipe: MergeRecipe
@@ -60,6 +63,7 @@ class MergeRequest:
     user_metadata: UserMetadata | None = None
     preview: str = ""
     strict: bool = False
+    changed_sources: bool = False
 
 
 class Job:
@@ -332,20 +336,21 @@ class JobQueue:
         with self._host_lock():
             if not self._begin(job):
                 return
-            report, output, replaced = self._merge(job)
+            report, output, replaced, changed = self._merge(job)
         # Not under the host's lock, which cannot be taken twice: telling the host may need it.
-        notes = self._publish(job.request, output, replaced)
+        notes = changed + self._publish(job.request, output, replaced)
         with self._changed:
             job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
             self._finish(job, DONE)
 
-    def _merge(self, job: Job) -> tuple[MergeReport, Path, bool]:
-        """(report, file, whether it replaced another) of a job."""
+    def _merge(self, job: Job) -> tuple[MergeReport, Path, bool, Notes]:
+        """(report, file, whether it replaced another, what to say of the sources) of a job."""
         from ..merge import run_merge  # Not at the WebUI's start, see extension.py.
 
         request = job.request
         # Planned again: the job may have waited, and the files may have changed.
-        plan = self.host.plan(request.recipe, request.strict, check_hashes=True)
+        plan = self.host.plan(request.recipe, request.strict, check_hashes=not request.changed_sources)
+        stamps = [stamp_of(source.path) for source in plan.sources]
         output = job.output if request.trial else self._output(request)
         assert output is not None
         replaced = output.exists()
@@ -357,7 +362,14 @@ class JobQueue:
                 progress=lambda progress: self._tell(job, progress),
                 cancel=job._stop.is_set,
             )
-        return report, output, replaced
+        hashed = []
+        for given, source, stamp, told in zip(
+            request.recipe.inputs, plan.sources, stamps, report.inputs, strict=True
+        ):
+            digest = told.sshs_model_hash or ""
+            self.host.source_hashes.remember(source.path, stamp, digest)
+            hashed.append((given, source.path, digest))
+        return report, output, replaced, changed_sources(hashed)
 
     def _publish(self, request: MergeRequest, output: Path, replaced: bool) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""

@@ -9,6 +9,8 @@ import time
 import pytest
 
 from lib_loramerge.errors import LoraMergeError, RecipeError
+from lib_loramerge.files import read_header
+from lib_loramerge.metadata import read_recipe
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import jobs as jobs_module
 from lib_loramerge.webui import sidecar
@@ -378,6 +380,22 @@ def test_a_merge_of_a_recipe_that_names_other_bytes_is_refused(queue, folder):
     job = end(queue, queue.submit(MergeRequest(recipe, "merged")))
     assert job.state == "failed"
     assert "not the file this recipe was made with" in job.error
+
+
+def test_the_tab_merges_other_bytes_says_so_and_knows_from_then_on(queue, folder):
+    first = end(queue, queue.submit(MergeRequest(MergeRecipe((LoraInput("a"), LoraInput("b"))), "first")))
+    hashes = [entry.sshs_model_hash for entry in first.report.inputs]
+    inputs = (LoraInput("a", hash="0" * 64), LoraInput("b", hash=hashes[1]))
+    job = end(queue, queue.submit(MergeRequest(MergeRecipe(inputs), "merged", changed_sources=True)))
+    assert job.state == "done"
+    [note] = job.notes
+    assert note.startswith("a.safetensors is not the file this recipe was made with")
+    assert queue.host.source_hashes.find(folder / "a.safetensors", {}) == hashes[0]
+    # The new file's own recipe names what was really merged.
+    stored = read_recipe(read_header(job.output).metadata)
+    assert [entry.hash for entry in stored.inputs] == hashes
+    make_lora(folder / "a.safetensors", SMALL, seed=9)
+    assert queue.host.source_hashes.find(folder / "a.safetensors", {}) == ""
 
 
 def test_an_old_trial_goes_when_the_user_keeps_them_for_hours_only(tmp_path, monkeypatch):

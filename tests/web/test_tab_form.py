@@ -21,6 +21,7 @@ from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import facts, form, render, tab
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.origins import stamp_of
 from lib_loramerge.webui.standalone import shared_file
 from lib_loramerge.webui.tab import layout
 from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
@@ -63,14 +64,14 @@ def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field()
     kinds = {"input": LoraInput, "recipe": MergeRecipe, "request": MergeRequest}
     known = {f"{prefix}.{field.name}" for prefix, kind in kinds.items() for field in fields(kind)}
     assert filled <= known
-    # Of a file, not of a wish; the rows; the parameters' own controls; the two buttons; REST's own.
+    # The rows; the parameters' own controls; the two buttons; REST's own; the tab's own.
     without = {
-        "input.hash",
         "recipe.inputs",
         "recipe.params",
         "request.recipe",
         "request.trial",
         "request.strict",
+        "request.changed_sources",
     }
     assert known - filled == without
 
@@ -113,6 +114,7 @@ def test_a_recipe_survives_the_form(host: StandaloneHost) -> None:
                 x=chance.choice([None, 0.5]),
                 lbw=chance.choice([None, "MIDD", "1,0,0,0,R,0,0,0,0,0,0,X,0,0,0,0,0"]),
                 lbwe=chance.choice([None, "IN04-OUT04:attn:0.5"]),
+                hash=chance.choice([None, "0123456789abcdef"]),
             )
             for _ in range(chance.randint(1, 4))
         )
@@ -213,6 +215,32 @@ def test_texts_from_files_and_people_are_escaped(host: StandaloneHost) -> None:
     assert json.loads(html.unescape(words[1]))["hints"] == {"a": nasty}
 
 
+def test_a_source_that_is_not_the_recipes_any_more_is_told_until_another_lora_is_picked(
+    host: StandaloneHost, tmp_path: Path
+) -> None:
+    told = "told.safetensors is not the file this recipe was made with"
+    path = make_lora(
+        tmp_path / "told.safetensors", SD1_LAYERS, metadata={"sshs_model_hash": "a" * 64}, seed=5
+    )
+    host.refresh()
+    recipe = MergeRecipe((LoraInput("told", hash="b" * 64), LoraInput("face")), mode="concat")
+    values = {**default_form(), **form.form_of(recipe, host, METHODS)}
+    found = facts.gather(values, host, METHODS)
+    assert found.ready
+    assert told in found.plan
+    same = MergeRecipe((LoraInput("told", hash="a" * 64), LoraInput("face")), mode="concat")
+    values_of_same = {**default_form(), **form.form_of(same, host, METHODS)}
+    assert told not in facts.gather(values_of_same, host, METHODS).plan
+    # Another LoRA in that row has no hash to differ from.
+    values["row0.lora"] = "style"
+    assert form.read_form(values, host, METHODS).inputs[0].hash is None
+    assert "made with" not in facts.gather(values, host, METHODS).plan
+    # What a merge has computed counts more than what the file says of itself.
+    host.source_hashes.remember(path, stamp_of(path), "b" * 64)
+    assert told not in facts.gather({**values, "row0.lora": "told"}, host, METHODS).plan
+    assert told in facts.gather(values_of_same, host, METHODS).plan
+
+
 def make_oft(path: Path) -> Path:
     """An adapter that needs the base checkpoint."""
     layer = next(iter(SD1_LAYERS))
@@ -304,6 +332,7 @@ def shown_words(components: list[dict]) -> set[str]:
         "loramerge_" + name
         for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "copied")
     }
+    hidden |= {f"loramerge_row{index}_origin" for index in range(form.MAX_ROWS)}
     words: set[str] = set(layout.hints().values())
     for component in components:
         name = component.get("elem_id") or ""

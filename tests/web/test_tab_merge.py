@@ -230,6 +230,8 @@ def test_a_merged_file_fills_the_whole_form(tab: Tab, host: FakeHost) -> None:
     tab.expect_value("dtype", "bfloat16")
     tab.expect_value("rank_rule", "Keep a share")
     tab.expect_value("retain", "90")
+    # The recipe's hash of the source came along.
+    tab.expect_value("row0_origin", re.compile("^[0-9a-f]{64} style$"))
 
 
 def test_a_recipe_copied_is_a_recipe_pasted(tab: Tab) -> None:

@@ -20,6 +20,7 @@ from ...files import output_path
 from ...recipe import LoraInput, MergeRecipe, nearest
 from ..labels import Label, Labels
 from ..listing import FoundFile, Listing, scan, subfolders
+from ..origins import SourceHashes
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Host:
         self._reads_headers = True
         self._entries: tuple[tuple[int, int], list[LoraEntry]] | None = None
         self._presets: tuple[object, blocks.Presets] | None = None
+        self.source_hashes = SourceHashes()
 
     # Folders and LoRAs
 

@@ -143,6 +143,8 @@ ROW_CONTROLS = (
         ),
         ("input.dyn", "input.te1", "input.te2", "input.te3", "input.x"),
     ),
+    # What a stored recipe knows of the file, to tell when it is another one now.
+    Control("origin", "Textbox", {"label": "origin", "value": ""}, fills=("input.hash",), hidden=True),
 )
 
 CONTROLS = (

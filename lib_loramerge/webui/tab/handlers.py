@@ -422,6 +422,7 @@ class _Wiring:
             trial=trial,
             user_metadata=None if trial else form.user_metadata(values),
             preview="" if preview == form.NO_PREVIEW or trial else preview,
+            changed_sources=True,
         )
         job = self.jobs.submit(request)
         return self._state(job)

@@ -329,6 +329,10 @@ class _Layout:
         for control in CONTROLS:
             if control.hidden:
                 self.control(control)
+        for index in range(MAX_ROWS):
+            for control in ROW_CONTROLS:
+                if control.hidden:
+                    self.control(replace(control, name=f"row{index}.{control.name}"))
         for name in ("argument", "draft", "copied"):
             self.widgets[name] = compat.make("Textbox", label=name, value="", elem_id=f"loramerge_{name}")
         for name in ("greet", "ask", "poll", "drop", "refill", "restore", "look", "unlook"):
