@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
+from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor, nn
 
 from lib_loramerge.architectures import canonical_path, diffusers_layers, layer_path
 from lib_loramerge.architectures.dit import NAMES
-
-diffusers = pytest.importorskip("diffusers", reason="the judge of these names is diffusers")
-single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
 
 # Base model to a small model of the right class: two blocks of each kind, weights on no device.
 MODELS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
@@ -9,9 +10,6 @@ from lib_loramerge.architectures import component, diffusers_layers
 from lib_loramerge.dialects import output_key, output_parts, parse_file, refusals
 from lib_loramerge.errors import UnsupportedError
 from tests.dialect_cases import LISTS, tensors_of
-
-peft = pytest.importorskip("peft", reason="PEFT is the judge of its own names")
-pytest.importorskip("diffusers", reason="diffusers is the judge of its own names")
 
 
 def small_unet():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,14 +110,19 @@ class OtherKind:
 
 def _any(pattern: str) -> Callable[[Collection[str]], bool]:
     """True if one key matches from its start."""
-    match = re.compile(pattern).match
-    return lambda keys: any(match(key) for key in keys)
+    match = _matcher(pattern)
+    return lambda keys: any(map(match(), keys))
 
 
 def _all(pattern: str) -> Callable[[Collection[str]], bool]:
     """True if every key matches from its start."""
-    match = re.compile(pattern).match
-    return lambda keys: all(match(key) for key in keys)
+    match = _matcher(pattern)
+    return lambda keys: all(map(match(), keys))
+
+
+def _matcher(pattern: str) -> Callable[[], Callable[[str], object]]:
+    """What matches a key, compiled when it is first asked for: a WebUI's start does not wait for it."""
+    return cache(lambda: re.compile(pattern).match)
 
 
 ADAPTER_KEY = re.compile(

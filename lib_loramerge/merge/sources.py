@@ -17,7 +17,8 @@ from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
 from ..files import Header, read_header, refuse_non_lora
 from .stated_scale import stated_scale_note
 
-REMEMBERED = 4096
+# A large file takes about two megabytes here; a form has 16 rows, and a list keeps its own small records.
+REMEMBERED = 64
 
 LayerShape = tuple[int, int, tuple[int, ...]]
 

@@ -16,7 +16,9 @@ import time
 from importlib import import_module
 from typing import Any
 
-from . import api, settings
+from ..methods import METHODS
+from ..recipe import DTYPES
+from . import settings
 from .host import Host, WebuiHost
 from .jobs import JobQueue
 from .tab import build_tab
@@ -53,7 +55,7 @@ def add_settings() -> None:
 
     host, _ = services()
     devices = tuple(value for _, value in host.devices())
-    settings.add_to_host(shared, settings.rows(tuple(api.METHODS), tuple(api.DTYPES), devices))
+    settings.add_to_host(shared, settings.rows(tuple(METHODS), tuple(DTYPES), devices))
 
 
 def make_tabs() -> list[tuple[Any, str, str]]:
@@ -73,6 +75,8 @@ def add_routes(demo: Any, app: Any) -> None:
     threading.Thread(target=warm_up, name="loramerge-import", daemon=True).start()
     options = shared.cmd_opts
     if getattr(options, "api", False) or getattr(options, "nowebui", False):
+        from . import api  # needed only here, and not cheap to load
+
         api.mount(app, *services(), api_auth=getattr(options, "api_auth", None))
 
 

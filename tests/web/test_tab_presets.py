@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import Tab
-
-pytest.importorskip("gradio")
-
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
+from tests.fixtures import SD1_LAYERS, make_lora
+from tests.web.browser import Tab
 
 PRESETS = (
     "# mine\nFIRST:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n\n"
