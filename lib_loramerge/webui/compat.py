@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 MAJOR = int(gr.__version__.split(".")[0])
+FILE_ROUTE = "file=" if MAJOR < 5 else "gradio_api/file="
 
 
 def make(kind: str, **options: Any) -> Any:
@@ -52,6 +55,25 @@ def launch_options(**wanted: Any) -> dict[str, Any]:
     """The options of ``launch`` that this Gradio knows."""
     known = inspect.signature(gr.Blocks.launch).parameters
     return {name: value for name, value in wanted.items() if name in known}
+
+
+def may_serve(blocks: Any, path: Path) -> bool:
+    """Whether the ``file=`` route of a launched Blocks gives out this file.
+
+    Gradio 3 also serves what is below the current folder, and nothing with a
+    name that begins with a dot on the way.
+    """
+    allowed, blocked = (list(getattr(blocks, f"{kind}_paths", None) or ()) for kind in ("allowed", "blocked"))
+    path = Path(os.path.abspath(path))
+    if MAJOR < 4:
+        if any(part.startswith(".") for part in path.parts):
+            return False
+        allowed.append(os.getcwd())
+
+    def inside(folders: Sequence[str]) -> bool:
+        return any(path.is_relative_to(os.path.abspath(folder)) for folder in folders)
+
+    return inside(allowed) and not inside(blocked)
 
 
 def update(**changes: Any) -> Any:

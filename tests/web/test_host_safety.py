@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,31 @@ def test_folders_are_not_chosen_where_the_owner_hides_them(data):
         host.check_name("new")
         with pytest.raises(OutputError, match="hide-ui-dir-config"):
             host.check_name("new", "sub")
+        host.close()
+
+
+def test_a_merged_file_is_linked_only_where_gradio_gives_it_out_and_folders_are_no_secret(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file = data / "models" / "Lora" / "sub" / "a & b.safetensors"
+    elsewhere = tmp_path.parent / "elsewhere" / "c.safetensors"
+    with fake_modules(data) as host_modules:
+        host = WebuiHost()
+        assert WebuiHost().file_link(elsewhere) is None
+        host_modules.shared.demo = SimpleNamespace(allowed_paths=[str(data)], blocked_paths=[])
+        # Below the current folder, no folder above that is told.
+        assert host.file_link(file) == "file=data/models/Lora/sub/a%20%26%20b.safetensors"
+        assert host.file_link(elsewhere) is None
+        host_modules.shared.demo.allowed_paths.append(str(elsewhere.parent))
+        assert host.file_link(elsewhere) == f"file={elsewhere.as_posix()}"
+        host_modules.shared.demo.blocked_paths.append(str(file.parent))
+        assert host.file_link(file) is None
+        host.close()
+    with fake_modules(data, "--hide-ui-dir-config") as host_modules:
+        host = WebuiHost()
+        host_modules.shared.demo = SimpleNamespace(allowed_paths=[str(data)], blocked_paths=[])
+        assert host.file_link(file) is None
         host.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def test_two_loras_are_merged_and_the_file_holds_their_weighted_sum(tab: Tab, ho
     assert "Done" in result
     assert "Send to txt2img prompt" in result
     written = host.lora_dir / "both.safetensors"
+    link = tab.page.locator("#loramerge_result .lm-written a").get_attribute("href")
+    with urllib.request.urlopen(f"{host.url.rstrip('/')}/{link}") as answer:
+        assert answer.read() == written.read_bytes()
     parts = {
         host.lora_dir / "style.safetensors": (0.8, 0.8),
         host.lora_dir / "people" / "face.safetensors": (-0.5, -0.5),

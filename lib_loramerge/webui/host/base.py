@@ -70,6 +70,8 @@ class Host:
     name = ""
     prompt_elem_id: str | None = None
     can_try = False
+    # What a fresh page has in its rows.
+    first_inputs: tuple[LoraInput, ...] = ()
 
     def __init__(self) -> None:
         self._listing: Listing | None = None
@@ -247,6 +249,10 @@ class Host:
             for known in {str(folder), os.path.realpath(folder)}:
                 text = text.replace(known + os.sep, "").replace(known, "the LoRA folder")
         return text
+
+    def file_link(self, path: Path) -> str | None:
+        """Where a merged file can be downloaded, relative to the page; None where it cannot."""
+        return None
 
     # Settings, presets, devices
 

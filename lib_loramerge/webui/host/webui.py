@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ...errors import LoraMergeError
 from .. import settings
@@ -106,6 +107,16 @@ class WebuiHost(Host):
 
     def hide_dirs(self) -> bool:
         return bool(_option("hide_ui_dir_config"))
+
+    def file_link(self, path: Path) -> str | None:
+        """By the host's own route, which serves some folders only and tells their names."""
+        from .. import compat
+
+        if self.hide_dirs() or not compat.may_serve(getattr(_module("shared"), "demo", None), path):
+            return None
+        folder = Path.cwd()
+        shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+        return compat.FILE_ROUTE + quote(shown.as_posix(), safe="/:")
 
     def frozen_settings(self) -> bool:
         return bool(_option("freeze_settings"))

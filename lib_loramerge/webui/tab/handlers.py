@@ -454,6 +454,7 @@ class _Wiring:
                 job,
                 can_send=self.host.prompt_elem_id is not None,
                 show_path=not self.host.hide_dirs(),
+                link=self.host.file_link(job.output) if job.output is not None else None,
             )
         elif job is not None:
             changes["result"] = ""
