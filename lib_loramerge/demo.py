@@ -18,6 +18,8 @@ _ATTENTION = {
     "up_blocks_3_attentions_1": 320,
 }
 _CONTEXT = 768
+# A merge to begin with.
+STRENGTHS = {"style": 0.8, "subject": 0.5}
 _TEXT_LAYERS = 4
 
 

@@ -14,12 +14,16 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+from fastapi import HTTPException, Request
+from fastapi.responses import FileResponse
 
 from .. import demo as samples
 from ..errors import FileError, LoraMergeError
+from ..recipe import LoraInput
 from . import compat
 from .host import Host, StandaloneHost
-from .jobs import JobQueue
+from .host.standalone import FILES
+from .jobs import DONE, JobQueue
 from .tab import fill_tab
 
 ADDRESS = "127.0.0.1"
@@ -49,7 +53,7 @@ def serve(
     """
     with tempfile.TemporaryDirectory(prefix="loramerge-demo-") as temporary:
         folder = _folder(lora_dir, Path(temporary), demo)
-        page = Page(folder, port)
+        page = Page(folder, port, StandaloneHost([folder], first_inputs=demo_inputs() if demo else ()))
         try:
             print(f"LoRA Merge: {page.address}  (LoRAs in {folder}; Ctrl+C ends it)", flush=True)
             if open_browser:
@@ -73,6 +77,11 @@ def _folder(lora_dir: Path | None, temporary: Path, demo: bool) -> Path:
     return folder
 
 
+def demo_inputs() -> list[LoraInput]:
+    """The samples, ready to be merged."""
+    return [LoraInput(name, te=value, unet=value) for name, value in samples.STRENGTHS.items()]
+
+
 class Page:
     """A page being served; :meth:`close` ends it."""
 
@@ -91,11 +100,32 @@ class Page:
         )  # fmt: skip
         self.app = self.blocks.launch(**options)[0]
         self._add_rest()
+        self._add_files()
 
     def _add_rest(self) -> None:
         from . import api
 
         api.mount(self.app, self.host, self.jobs)
+
+    def _add_files(self) -> None:
+        """Gives out what was merged here, and no other file."""
+        if not isinstance(self.host, StandaloneHost):
+            return
+
+        def download(name: str, request: Request) -> Any:
+            folder = self.host.write_dir()
+            done = [job.output for job in self.jobs.list() if job.state == DONE and not job.request.trial]
+            written = {path.relative_to(folder).as_posix(): path for path in done if path is not None}
+            path = written.get(name)
+            # A page elsewhere on the net has no business here.
+            if path is None or not path.is_file() or request.headers.get("sec-fetch-site") == "cross-site":
+                raise HTTPException(404, "There is no merged file of this name.")
+            return FileResponse(path, filename=path.name)
+
+        self.app.add_api_route(
+            f"/{FILES}{{name:path}}", download, include_in_schema=False, response_model=None
+        )
+        self.host.serves_files = True
 
     @property
     def address(self) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
+from ...recipe import LoraInput
 from ..listing import natural_key
 from .base import Host
 
+FILES = "loramerge/file/"
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -18,18 +21,34 @@ class StandaloneHost(Host):
         lora_dirs: The first one is written to.
         base_dirs: Folders whose checkpoints are offered as base.
         preset_path: Another file for presets than ours.
+        first_inputs: What a fresh page has in its rows.
+
+    Attributes:
+        serves_files: Whether the page gives out merged files below ``FILES``.
     """
 
     def __init__(
-        self, lora_dirs: Sequence[Path], base_dirs: Sequence[Path] = (), preset_path: Path | None = None
+        self,
+        lora_dirs: Sequence[Path],
+        base_dirs: Sequence[Path] = (),
+        preset_path: Path | None = None,
+        first_inputs: Sequence[LoraInput] = (),
     ) -> None:
         super().__init__()
         self._lora_dirs = tuple(Path(folder).absolute() for folder in lora_dirs)
         self._base_dirs = tuple(Path(folder).absolute() for folder in base_dirs)
         self._preset_path = preset_path
+        self.first_inputs = tuple(first_inputs)
+        self.serves_files = False
 
     def lora_dirs(self) -> tuple[Path, ...]:
         return self._lora_dirs
+
+    def file_link(self, path: Path) -> str | None:
+        folder = self.write_dir()
+        if not self.serves_files or not path.is_relative_to(folder):
+            return None
+        return FILES + quote(path.relative_to(folder).as_posix())
 
     def preset_path(self) -> Path:
         return self._preset_path or super().preset_path()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...blocks import BLOCK_IDS
 from ...methods import METHODS
 from .. import compat, render
-from ..form import MAX_ROWS, PRECISIONS, RANK_RULES, START_ROWS
+from ..form import MAX_ROWS, PRECISIONS, RANK_RULES, START_ROWS, row_of
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
 
 if TYPE_CHECKING:
@@ -109,9 +109,14 @@ class _Layout:
 
     def _row(self, index: int) -> None:
         controls = {control.name: control for control in ROW_CONTROLS}
+        first = dict(enumerate(self.host.first_inputs)).get(index)
+        values = {} if first is None else row_of(first, self.host.loras())
 
         def put(name: str) -> None:
-            self.control(replace(controls[name], name=f"row{index}.{name}"))
+            changes = {"value": values[name]} if name in values else {}
+            if name == "lora" and values:
+                changes["choices"] = [values[name]]
+            self.control(replace(controls[name], name=f"row{index}.{name}"), **changes)
 
         with compat.make("Column", visible=index < START_ROWS, elem_id=f"loramerge_row{index}") as group:
             with compat.make("Row", elem_id=f"loramerge_row{index}_line"):

@@ -1,0 +1,80 @@
+"""The tab alone in a browser: the demo, and the link to what was merged."""
+
+from __future__ import annotations
+
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib_loramerge import demo
+from lib_loramerge.webui import standalone
+from lib_loramerge.webui.host import StandaloneHost
+from lib_loramerge.webui.standalone import Page
+from tests.web.browser import Tab
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The page that ``loramerge ui --demo`` serves."""
+    folder = tmp_path_factory.mktemp("demo")
+    demo.make_samples(folder)
+    served = Page(folder, host=StandaloneHost([folder], first_inputs=standalone.demo_inputs()))
+    try:
+        yield served
+    finally:
+        served.close()
+
+
+def status_of(address: str, **headers: str) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_demo_is_ready_to_be_merged_at_once_and_links_to_what_it_wrote(
+    chromium: object, page: Page
+) -> None:
+    folder = page.host.write_dir()
+    with Tab(chromium, page.address, title=None) as tab:
+        tab.wait_for_facts("Stable Diffusion 1")
+        assert [name.split(" ")[0] for name in tab.rows()] == ["style", "subject"]
+        assert [tab.value(f"row{row}_{part}") for row in (0, 1) for part in ("strength", "te")] == [
+            "0.8", "0.8", "0.5", "0.5",
+        ]  # fmt: skip
+        tab.expect_value("name", "style+subject")
+        assert "Done" in tab.merge()
+        link = tab.page.locator("#loramerge_result .lm-written a")
+        address = page.address + (link.get_attribute("href") or "")
+        with urllib.request.urlopen(address) as answer:
+            assert answer.read() == (folder / "style+subject.safetensors").read_bytes()
+            assert "attachment" in answer.headers["Content-Disposition"]
+        # Emptied rows stay empty: the samples are a beginning, not a rule.
+        tab.press("clear")
+        tab.expect_value("row0_lora", "")
+        assert tab.errors == []
+    # Only what was merged here, and only to this page.
+    assert status_of(address) == 200
+    assert status_of(address, **{"Sec-Fetch-Site": "cross-site"}) == 404
+    for other in ("style.safetensors", "..%2fstyle%2bsubject.safetensors", "%2fetc%2fpasswd", ""):
+        assert status_of(page.address + "loramerge/file/" + other) == 404
+
+
+def test_a_sample_of_the_demo_has_a_strength_of_its_own(tmp_path: Path) -> None:
+    files = demo.make_samples(tmp_path)
+    assert [path.stem for path in files] == list(demo.STRENGTHS)
+    assert re.fullmatch(r"loramerge/file/made/a%20%26%20b\.safetensors", _link(tmp_path, "made/a & b"))
+    assert _link(tmp_path, "../elsewhere/a") == ""
+
+
+def _link(folder: Path, name: str) -> str:
+    host = StandaloneHost([folder])
+    host.serves_files = True
+    host.close()
+    path = (folder / f"{name}.safetensors").resolve()
+    return host.file_link(path) or ""
