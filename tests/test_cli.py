@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -205,6 +206,23 @@ def test_help_needs_no_torch():
     )
 
 
+def wait_until_reading(process: subprocess.Popen[bytes], name: str) -> None:
+    """Return as soon as the process has the file open (Linux tells), or after a while elsewhere."""
+    descriptors = Path(f"/proc/{process.pid}/fd")
+    if not descriptors.exists():
+        time.sleep(4)
+        return
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        with contextlib.suppress(OSError):
+            if any(os.readlink(entry).endswith(name) for entry in descriptors.iterdir()):
+                time.sleep(0.3)  # the header is read first; the layers after it
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"the process never opened {name}")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals work differently on Windows")
 def test_ctrl_c_stops_soon_and_leaves_nothing(tmp_path):
     layers = {
@@ -228,8 +246,7 @@ def test_ctrl_c_stops_soon_and_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    time.sleep(4)
-    assert process.poll() is None, process.communicate()
+    wait_until_reading(process, "a.safetensors")
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     process.communicate(timeout=20)
