@@ -11,6 +11,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..report import percent
@@ -50,11 +51,17 @@ CONTROL_OF_FLAG: Mapping[str, str] = {
     "dialect": "Names in the file",
     "lora-dir": "LoRA folder",
 }
-# A word in capitals stands for a value in general and means nothing on the page.
-_FLAG = re.compile(
-    rf"(?<![\w-])(`?)--({'|'.join(sorted(CONTROL_OF_FLAG, key=len, reverse=True))})(?![\w-])"
-    r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|full|same|kohya|diffusers)\b)?\1"
-)
+
+
+@cache
+def _flag() -> re.Pattern[str]:
+    """An option with its value; compiled when first used, for a quick start of the WebUI."""
+    names = "|".join(sorted(CONTROL_OF_FLAG, key=len, reverse=True))
+    # A word in capitals stands for a value in general and means nothing on the page.
+    return re.compile(
+        rf"(?<![\w-])(`?)--({names})(?![\w-])"
+        r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|full|same|kohya|diffusers)\b)?\1"
+    )
 
 
 def sentence(text: object) -> str:
@@ -64,7 +71,7 @@ def sentence(text: object) -> str:
         value = match["value"]
         return f"<b>{say(CONTROL_OF_FLAG[match[2]])}</b>" + (f": {value}" if value else "")
 
-    return _FLAG.sub(control, foreign(text))
+    return _flag().sub(control, foreign(text))
 
 
 def size_text(count: float) -> str:
