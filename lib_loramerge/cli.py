@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from . import __version__
 from .errors import LoraMergeError, RecipeError
@@ -67,6 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+
+
+def run_and_exit() -> NoReturn:
+    """The console script: an interrupted command ends at once, whatever its threads are in the middle of."""
+    status = main()
+    if status == EXIT_INTERRUPTED:
+        # Nothing is half-written then. The interpreter's own way out would wait for the threads.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def one_line(text: str) -> str:
@@ -575,9 +586,7 @@ def run_ui(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "gradio":
             raise
-        raise RecipeError(
-            "The tab needs Gradio: pip install gradio."
-        ) from error
+        raise RecipeError("The tab needs Gradio: pip install gradio.") from error
     standalone.serve(
         lora_dir=options.lora_dir, port=options.port, demo=options.demo, open_browser=not options.no_browser
     )

@@ -99,7 +99,7 @@ def test_the_wheel_is_named_by_the_packages_version_and_has_the_command(wheel):
         [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         commands = configparser.ConfigParser()
         commands.read_string(archive.read(entry_points).decode("utf-8"))
-    assert dict(commands["console_scripts"]) == {"loramerge": "lib_loramerge.cli:main"}
+    assert dict(commands["console_scripts"]) == {"loramerge": "lib_loramerge.cli:run_and_exit"}
 
 
 def test_an_installed_copy_reads_the_preset_file_that_came_with_it(installed):

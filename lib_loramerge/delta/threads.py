@@ -69,6 +69,7 @@ def parallel_map(
     ahead: deque[Future[_Result]] = deque()
     with single_thread():
         pool = ThreadPoolExecutor(workers, thread_name_prefix="loramerge", initializer=_start_worker)
+        complete = False
         try:
             while True:
                 while len(ahead) < 4 * workers:
@@ -78,12 +79,12 @@ def parallel_map(
                         break
                     ahead.append(pool.submit(_without_gradients, function, job))
                 if not ahead:
+                    complete = True
                     return
                 yield _result(ahead.popleft(), cancel)
         finally:
-            for future in ahead:
-                future.cancel()
-            pool.shutdown(wait=True)
+            # Whoever stops does not wait for a large layer that is under way; its result is dropped.
+            pool.shutdown(wait=complete, cancel_futures=True)
 
 
 def available_cores() -> int:
