@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -161,10 +162,16 @@ class Tab:
     def choose(self, name: str, text: str) -> None:
         """Type a part of a choice into a list and click the first one that has it."""
         field = self.field(name)
+        # Gradio 4 hangs the list below its field, where the window may end already.
+        field.evaluate("element => element.scrollIntoView({block: 'center'})")
         field.click()
         field.fill(text)
         option = self.page.locator("ul.options li, ul[role=listbox] li").filter(has_text=text).first
-        option.click()
+        try:
+            option.click(timeout=4000)
+        except PlaywrightTimeout:
+            # The list of a row far down may end below the window, where a person would scroll.
+            option.dispatch_event("mousedown")
         expect(field).to_have_value(re.compile(re.escape(text), re.IGNORECASE))
 
     def tick(self, name: str, on: bool) -> None:
