@@ -390,6 +390,18 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
 
 
+def _print_report(report: Any, options: argparse.Namespace) -> None:
+    _print_json(report.to_json()) if options.json else print(report.to_text())
+
+
+def _draw(figure: str, subject: Any, options: argparse.Namespace) -> None:
+    """Draw ``subject`` with a function of ``webui.plots``, where ``--plot`` asks for it."""
+    if options.plot:
+        from .webui import plots
+
+        plots.save(getattr(plots, figure)(subject), options.plot)
+
+
 @contextlib.contextmanager
 def progress_line(stream: TextIO) -> Iterator[Callable[[Progress], None] | None]:
     """A progress line on a terminal; nothing at all elsewhere."""
@@ -452,7 +464,7 @@ def run_convert(options: argparse.Namespace) -> int:
     options.lora_dir, options.preset_file = None, []
     plan = _plan(options, recipe)
     report = run_merge(plan, target, overwrite=options.overwrite)
-    _print_json(report.to_json()) if options.json else print(report.to_text())
+    _print_report(report, options)
     return EXIT_DONE
 
 
@@ -476,10 +488,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         _print_json(reports[0].to_json() if len(reports) == 1 else [report.to_json() for report in reports])
     else:
         print("\n\n".join(report.to_text() for report in reports))
-    if options.plot:
-        from .webui import plots
-
-        plots.save(plots.inspect_figure(reports), options.plot)
+    _draw("inspect_figure", reports, options)
     return EXIT_DONE
 
 
@@ -496,11 +505,8 @@ def run_compare(options: argparse.Namespace) -> int:
 
     recipe, _ = recipe_of(options)
     report = compare(_plan(options, recipe))
-    _print_json(report.to_json()) if options.json else print(report.to_text())
-    if options.plot:
-        from .webui import plots
-
-        plots.save(plots.compare_figure(report), options.plot)
+    _print_report(report, options)
+    _draw("compare_figure", report, options)
     return EXIT_DONE
 
 
@@ -520,11 +526,8 @@ def run_advise(options: argparse.Namespace) -> int:
 
     recipe, _ = recipe_of(options)
     report = advise(_plan(options, recipe))
-    _print_json(report.to_json()) if options.json else print(report.to_text())
-    if options.plot:
-        from .webui import plots
-
-        plots.save(plots.advise_figure(report), options.plot)
+    _print_report(report, options)
+    _draw("advise_figure", report, options)
     return EXIT_DONE
 
 

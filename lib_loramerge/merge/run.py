@@ -93,19 +93,15 @@ def run_merge(
     with ExitStack() as stack:
         merger = stack.enter_context(open_merger(plan))
         hashes = stack.enter_context(_background_hashes(plan))
-        with clock.phase("look"):
-            allotted = (
-                _allot(plan, merger, output.stem, progress, cancel, workers)
-                if plan.recipe.size is not None
-                else None
-            )
+        allotted = None
+        if plan.recipe.size is not None:
+            with clock.phase("look"):
+                allotted = _allot(plan, merger, output.stem, progress, cancel, workers)
         with clock.phase("merge"):
             merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
         embeddings = _embeddings(plan, merger)
         source_hashes = hashes()
     # The inputs are closed here: one of them may be the file that is replaced.
-    if plan.recipe.size is None:
-        del clock.seconds["look"]
     if not any(layer.tensors for layer in merged):
         raise IncompatibleError("The LoRAs cancel each other in every layer, so there is nothing to write.")
     tensors = {key: tensor for layer in merged for key, tensor in layer.tensors.items()} | embeddings
