@@ -262,6 +262,28 @@ def test_a_kill_leaves_the_old_file_and_nothing_that_is_listed(tmp_path, way, mi
     assert set(load_file(path)) == set(TENSORS)
 
 
+@POSIX
+def test_a_stray_is_removed_while_locked_so_that_a_writer_which_only_made_it_notices(tmp_path, monkeypatch):
+    import fcntl
+
+    path = tmp_path / "a.safetensors"
+    made = place._temporary_path(path)
+    removed = []
+    with made.open("wb") as writer:  # Made, and just about to be locked.
+
+        def watched(target):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(writer.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            removed.append(target)
+            unlink(target)
+
+        unlink = os.unlink
+        monkeypatch.setattr(os, "unlink", watched)
+        place._remove_stale(path)
+    assert removed == [str(made)]
+    assert os.listdir(tmp_path) == []
+
+
 def test_strays_of_other_targets_are_left_alone(tmp_path):
     other = place._temporary_path(tmp_path / "b.safetensors")
     other.write_text("of another merge")

@@ -253,29 +253,32 @@ def _remove_stale(path: Path) -> None:
     stem = _temporary_stem(path)
     with suppress(OSError), os.scandir(path.parent) as found:
         for entry in found:
-            ours = entry.name.startswith(stem) and entry.name.endswith(TEMPORARY_SUFFIX)
-            if ours and _is_abandoned(entry.path):
+            if entry.name.startswith(stem) and entry.name.endswith(TEMPORARY_SUFFIX):
                 with suppress(OSError):
-                    os.unlink(entry.path)
+                    _remove_abandoned(entry.path)
 
 
-def _is_abandoned(temporary: str) -> bool:
-    """True if no living process holds the lock on a temporary file."""
+def _remove_abandoned(temporary: str) -> None:
+    """Remove a temporary file if no living process holds the lock on it.
+
+    It is removed while locked here: one that was created but not yet locked by its writer
+    is then gone when that writer gets the lock, and it takes another.
+    """
     if os.name == "nt":
-        return True  # Removing one that is in use fails there.
+        os.unlink(temporary)  # Fails there while the file is in use.
+        return
     import fcntl
 
+    number = os.open(temporary, os.O_RDWR)
     try:
-        number = os.open(temporary, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:  # A file system without locks: judge by age.
-        return time.time() - os.fstat(number).st_mtime > 86_400
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # A file system without locks: judge by age.
+            if time.time() - os.fstat(number).st_mtime < 86_400:
+                return
+        os.unlink(temporary)
     finally:
         os.close(number)
 
