@@ -274,6 +274,12 @@ def test_json_takes_loras_as_objects_as_text_or_as_a_prompt():
     assert from_json({"inputs": "x <lora:a:0.8> y <lora:b:1>"}).inputs == expected
 
 
+def test_in_json_the_strength_of_the_unet_follows_that_of_the_text_encoder_as_in_a_prompt():
+    given = [{"name": "a", "te": 0.5}, {"name": "b", "te": 0.5, "unet": 1}, {"name": "c", "unet": 0.5}]
+    inputs = from_json({"inputs": given}).inputs
+    assert [(each.te, each.unet) for each in inputs] == [(0.5, 0.5), (0.5, 1), (1, 0.5)]
+
+
 def test_null_is_absent_only_where_absent_is_allowed():
     assert from_json('{"inputs": [{"name": "a", "te1": null}], "size": null}') == MergeRecipe(A)
     for text in ('{"inputs": ["a"], "seed": null}', '{"inputs": [{"name": "a", "te": null}]}'):

@@ -42,7 +42,7 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
 
     ``inputs`` is a list of objects with the fields of :class:`LoraInput`, or of
     recipe strings (``"a:0.8"``), or one prompt text with its tags. Fields not
-    given have their defaults.
+    given have their defaults; ``unet`` without a value follows ``te``, as in a prompt.
 
     Raises:
         RecipeError: No JSON, unknown or doubled fields, wrong types, values out of
@@ -84,7 +84,10 @@ def _input_from_json(item: object) -> LoraInput:
     if "name" not in item:
         raise RecipeError("An input needs a name.")
     optional = ("te1", "te2", "te3", "dyn", "lbw", "lbwe", "x", "hash")
-    return LoraInput(**{k: v for k, v in item.items() if not (v is None and k in optional)})
+    fields = {k: v for k, v in item.items() if not (v is None and k in optional)}
+    if "te" in fields:
+        fields.setdefault("unet", fields["te"])  # One strength is that of both, as in a prompt.
+    return LoraInput(**fields)
 
 
 def _refuse_unknown(what: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
