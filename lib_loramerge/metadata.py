@@ -106,6 +106,18 @@ def build_metadata(
     return {key: _valid(value) for key, value in sorted(found.items()) if value}
 
 
+def renamed(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+    """What a merged file says of itself under another name, but for the hashes.
+
+    Args:
+        metadata: As :func:`build_metadata` made it.
+        name: The new file name without suffix.
+    """
+    stem = output_name(name)
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    return {**kept, "ss_output_name": stem, "modelspec.title": stem}
+
+
 def read_recipe(metadata: Mapping[str, str]) -> MergeRecipe | None:
     """The recipe that a merged file keeps, or None if it keeps none.
 

@@ -26,6 +26,7 @@ from lib_loramerge.files import (
     model_hash,
     open_file,
     place,
+    write_again,
     write_file,
 )
 from tests.fixtures import SD1_LAYERS, lora_tensors
@@ -203,6 +204,37 @@ def test_stopping_at_the_last_moment_leaves_everything_as_it_was(tmp_path, way, 
     assert os.listdir(tmp_path) == (["a.safetensors"] if overwrite else [])
     assert not overwrite or path.read_text() == "old"
     assert not [thread for thread in threading.enumerate() if "loramerge" in thread.name]
+
+
+def test_stopping_between_two_tensors_leaves_everything_as_it_was(tmp_path, way):
+    asked = []
+
+    def stop() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Cancelled("Stopped.")
+
+    with pytest.raises(Cancelled):
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA, stop=stop)
+    assert len(asked) == 3
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_written_again_under_another_name_is_what_would_have_been_written_there(tmp_path, way):
+    """Scalars, half precision and whole layers; the bytes are those of a first writing."""
+    tensors = {**TENSORS, "x.diff": torch.randn(3, 5), "x.alpha": torch.tensor(2.0, dtype=torch.bfloat16)}
+    other = {**METADATA, "ss_output_name": "a much longer name than before"}
+    first, direct = tmp_path / "first.safetensors", tmp_path / "direct.safetensors"
+    write_file(first, tensors, METADATA)
+    expected = write_file(direct, tensors, other)
+    with open_file(first) as source:
+        written = write_again(tmp_path / "again.safetensors", source, other)
+        assert written.path.read_bytes() == direct.read_bytes()
+        assert (written.size, written.model_hash, written.legacy_hash) == (
+            expected.size, expected.model_hash, expected.legacy_hash,
+        )  # fmt: skip
+        with pytest.raises(OutputError, match="exists already"):
+            write_again(direct, source, other)
 
 
 def test_a_tensor_that_cannot_be_had_leaves_nothing(tmp_path, way):

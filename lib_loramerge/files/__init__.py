@@ -11,7 +11,7 @@ from lib_loramerge.files.header import Header, TensorInfo
 from lib_loramerge.files.place import check_space, check_target, free_space
 from lib_loramerge.files.read import LORA_SUFFIXES, LoraFile, open_file, read_header
 from lib_loramerge.files.recognise import refuse_non_lora, size_text
-from lib_loramerge.files.write import Written, write_file
+from lib_loramerge.files.write import Written, write_again, write_file
 
 __all__ = [
     "LORA_SUFFIXES",
@@ -29,5 +29,6 @@ __all__ = [
     "read_header",
     "refuse_non_lora",
     "size_text",
+    "write_again",
     "write_file",
 ]

@@ -26,6 +26,8 @@ from lib_loramerge.files.place import check_space, check_target, output
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lib_loramerge.files.read import LoraFile
+
 DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
 """Tensors are stored by dtype, the last of these first, then by name, as safetensors does."""
 
@@ -68,6 +70,7 @@ def write_file(
     metadata: Mapping[str, str],
     *,
     overwrite: bool = False,
+    stop: Callable[[], None] | None = None,
     before_rename: Callable[[], None] | None = None,
 ) -> Written:
     """Write a safetensors file; the two ``sshs_`` hashes are added to its metadata.
@@ -79,6 +82,7 @@ def write_file(
         metadata: Texts for the header.
         overwrite: Replace a file that is there. Without it one that appears while this one
             is written is kept as well.
+        stop: Called before each tensor; what it raises stops the writing, and nothing is left.
         before_rename: Called when all is on disk but nothing has the name yet; what it
             raises stops the writing, and nothing is left.
 
@@ -86,9 +90,52 @@ def write_file(
         OutputError: If it cannot be written there, the disk is full, the name is taken, or
             a tensor holds NaN or infinity.
     """
-    path = Path(path)
+    names = torch_dtypes()
+    entries = _plan({key: (names[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()})
+
+    def data(entry: _Entry) -> memoryview:
+        return _bytes_of(tensors[entry.key], entry, Path(path))
+
+    return _write(Path(path), entries, data, metadata, overwrite, stop, before_rename)
+
+
+def write_again(
+    path: str | os.PathLike[str],
+    source: LoraFile,
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    stop: Callable[[], None] | None = None,
+) -> Written:
+    """Write the tensors of another file, byte for byte, under other metadata.
+
+    Args:
+        path: As for :func:`write_file`, like ``metadata``, ``overwrite`` and ``stop``.
+        source: An open safetensors file that was written here before.
+
+    Raises:
+        OutputError: As :func:`write_file`.
+        FileError: If the source cannot be read any more.
+    """
+    entries = _plan({key: (info.dtype, info.shape) for key, info in source.tensors.items()})
+
+    def data(entry: _Entry) -> memoryview:
+        return memoryview(source.data_bytes(entry.key))
+
+    return _write(Path(path), entries, data, metadata, overwrite, stop, stop)
+
+
+def _write(
+    path: Path,
+    entries: list[_Entry],
+    data_of: Callable[[_Entry], memoryview],
+    metadata: Mapping[str, str],
+    overwrite: bool,
+    stop: Callable[[], None] | None,
+    before_rename: Callable[[], None] | None,
+) -> Written:
+    """Header, data in the order of ``entries``, then the header again with the hashes."""
     check_target(path, overwrite)
-    entries = _plan(tensors)
     total = entries[-1].end if entries else 0
     texts = {key: _utf8(value) for key, value in metadata.items()}
     head = header_json(entries, {**texts, "sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64})
@@ -96,7 +143,9 @@ def write_file(
     with output(path, overwrite) as file, hashing(_legacy_head(entries, texts)) as hashes:
         file.write(head)
         for entry in entries:
-            data = _bytes_of(tensors[entry.key], entry, path)
+            if stop is not None:
+                stop()
+            data = data_of(entry)
             hashes.add(data)
             file.write(data)
         model_hash, legacy_hash = hashes.results()
@@ -110,10 +159,8 @@ def write_file(
     return Written(path, len(head) + total, model_hash, legacy_hash)
 
 
-def _plan(tensors: Mapping[str, Tensor]) -> list[_Entry]:
-    """Every tensor's place in the data part, in the canonical order."""
-    names = torch_dtypes()
-    kinds = {key: (names[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+def _plan(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[_Entry]:
+    """Every tensor's place in the data part, in the canonical order, from its dtype and shape."""
     entries, start = [], 0
     for key in sorted(kinds, key=lambda key: (-DTYPE_ORDER[kinds[key][0]], key.encode("utf-8"))):
         dtype, shape = kinds[key]

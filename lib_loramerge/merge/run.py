@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def run_merge(
         with clock.phase("merge"):
             merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
         embeddings = _embeddings(plan, merger)
-        source_hashes = hashes()
+        source_hashes = hashes(cancel)
     # The inputs are closed here: one of them may be the file that is replaced.
     if not any(layer.tensors for layer in merged):
         raise IncompatibleError("The LoRAs cancel each other in every layer, so there is nothing to write.")
@@ -110,7 +111,12 @@ def run_merge(
         if progress is not None:
             progress(Progress("write", 0, len(merged)))
         written = write_file(
-            output, tensors, _metadata(plan, output, merged, source_hashes), overwrite=overwrite
+            output,
+            tensors,
+            _metadata(plan, output, merged, source_hashes),
+            overwrite=overwrite,
+            stop=partial(_raise_if_cancelled, cancel),
+            before_rename=partial(_raise_if_cancelled, cancel),
         )
     return _report(plan, output, merged, written, source_hashes, clock, merger.device)
 
@@ -131,14 +137,20 @@ def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
 
 
 @contextmanager
-def _background_hashes(plan: MergePlan) -> Iterator[Callable[[], list[str]]]:
+def _background_hashes(plan: MergePlan) -> Iterator[Callable[[Callable[[], bool] | None], list[str]]]:
     """Hash the sources while their layers are merged; hashing releases the interpreter's lock."""
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="loramerge-hash")
     futures = [pool.submit(model_hash, entry.path) for entry in plan.sources]
+
+    def results(cancel: Callable[[], bool] | None) -> list[str]:
+        while wait(futures, timeout=0.1).not_done:
+            _raise_if_cancelled(cancel)
+        return [future.result() for future in futures]
+
     try:
-        yield lambda: [future.result() for future in futures]
+        yield results
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

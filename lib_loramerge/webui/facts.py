@@ -63,7 +63,7 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
     proposed = host.propose_name(reading.inputs) if reading.inputs else ""
     _check_name(form, proposed, host, draft)
     return Facts(
-        rows={**draft.rows, **_row_problems(draft.problems)},
+        rows={**draft.rows, **_row_problems(draft.problems, host)},
         plan=plan,
         problems=draft.problems,
         name=proposed,
@@ -91,9 +91,9 @@ def _look_at_rows(reading: Reading, host: Host, draft: _Draft) -> None:
         draft.rows[row] = render.row_facts(source, fits)
 
 
-def _row_problems(problems: Mapping[str, str]) -> dict[int, str]:
+def _row_problems(problems: Mapping[str, str], host: Host) -> dict[int, str]:
     return {
-        int(name.removeprefix("row")): render.error_box(text)
+        int(name.removeprefix("row")): render.error_box(host.shown(text))
         for name, text in problems.items()
         if name.startswith("row") and name != "row" and name[3:].isdigit()
     }
@@ -110,7 +110,7 @@ def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
         plan = host.plan(reading.recipe)
     except LoraMergeError as error:
         draft.problems["plan"] = str(error)
-        return render.error_box(str(error))
+        return render.error_box(host.shown(str(error)))
     warnings = []
     free = host.free_bytes()
     if free is not None and free < plan.predicted_bytes:

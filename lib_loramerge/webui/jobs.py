@@ -24,10 +24,10 @@ from .analyse import Looks
 from .host import ConflictError, Host
 from .origins import changed_sources, stamp_of
 from .sidecar import UserMetadata
-from .trial import Trials
+from .trial import Made, Trials
 
 if TYPE_CHECKING:
-    from ..merge import Progress
+    from ..merge import MergePlan, Progress
     from ..report import MergeReport
 
 MAX_WAITING = 32
@@ -159,6 +159,22 @@ def _below(path: Path | None, folder: Path | None) -> str | None:
     if folder is not None and path.is_relative_to(folder):
         return path.relative_to(folder).as_posix()
     return path.name
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A file that was written, and what is to be told of it.
+
+    Attributes:
+        replaced: Whether it took the place of another.
+        notes: Which sources are not those of the recipe.
+    """
+
+    report: MergeReport
+    output: Path
+    made: Made
+    replaced: bool
+    notes: tuple[str, ...]
 
 
 class JobQueue:
@@ -336,45 +352,65 @@ class JobQueue:
         with self._host_lock():
             if not self._begin(job):
                 return
-            report, output, replaced, changed = self._merge(job)
+            merged = self._merge(job)
         # Not under the host's lock, which cannot be taken twice: telling the host may need it.
-        notes = changed + self._publish(job.request, output, replaced)
+        notes = [*merged.notes, *self._publish(job.request, merged)]
         with self._changed:
-            job.report, job.output, job.notes, job.prompt_name = report, output, tuple(notes), output.stem
+            job.report, job.output, job.prompt_name = merged.report, merged.output, merged.output.stem
+            job.notes = tuple(notes)
             self._finish(job, DONE)
 
-    def _merge(self, job: Job) -> tuple[MergeReport, Path, bool, Notes]:
-        """(report, file, whether it replaced another, what to say of the sources) of a job."""
-        from ..merge import run_merge  # Not at the WebUI's start, see extension.py.
-
+    def _merge(self, job: Job) -> _Merged:
+        """Computes a job's file, or takes it over from a trial."""
         request = job.request
         # Planned again: the job may have waited, and the files may have changed.
         plan = self.host.plan(request.recipe, request.strict, check_hashes=not request.changed_sources)
-        stamps = [stamp_of(source.path) for source in plan.sources]
+        base = self.host.base_path(request.recipe.base, request.strict)
+        paths = [*(source.path for source in plan.sources), *([base] if base else [])]
+        made = Made(plan.recipe, tuple((path, stamp_of(path)) for path in paths))
         output = job.output if request.trial else self._output(request)
         assert output is not None
         replaced = output.exists()
         with folder_for(output):
-            report = run_merge(
-                plan,
-                output,
-                overwrite=request.overwrite,
-                progress=lambda progress: self._tell(job, progress),
-                cancel=job._stop.is_set,
-            )
+            report = self._saved_trial(job, made, output) or self._computed(job, plan, output)
         hashed = []
-        for given, source, stamp, told in zip(
-            request.recipe.inputs, plan.sources, stamps, report.inputs, strict=True
-        ):
+        for given, (path, stamp), told in zip(request.recipe.inputs, made.files, report.inputs):
             digest = told.sshs_model_hash or ""
-            self.host.source_hashes.remember(source.path, stamp, digest)
-            hashed.append((given, source.path, digest))
-        return report, output, replaced, changed_sources(hashed)
+            self.host.source_hashes.remember(path, stamp, digest)
+            hashed.append((given, path, digest))
+        return _Merged(report, output, made, replaced, tuple(changed_sources(hashed)))
 
-    def _publish(self, request: MergeRequest, output: Path, replaced: bool) -> Notes:
+    def _computed(self, job: Job, plan: MergePlan, output: Path) -> MergeReport:
+        from ..merge import run_merge  # Not at the WebUI's start, see extension.py.
+
+        return run_merge(
+            plan,
+            output,
+            overwrite=job.request.overwrite,
+            progress=lambda progress: self._tell(job, progress),
+            cancel=job._stop.is_set,
+        )
+
+    def _saved_trial(self, job: Job, made: Made, output: Path) -> MergeReport | None:
+        """The report of a trial that was merged from the same and is now saved as it is; None without one."""
+        from ..merge import Progress  # Not at the WebUI's start, see extension.py.
+
+        trial = None if job.request.trial else self.trials.find(made)
+        if trial is None or not trial.fits(output.stem):
+            return None
+
+        def stop() -> None:
+            if job.stopping:
+                raise Cancelled("Stopped. Nothing was written.")
+
+        self._tell(job, Progress("write", 0, trial.report.layers))
+        return trial.save_as(output, job.request.overwrite, stop)
+
+    def _publish(self, request: MergeRequest, merged: _Merged) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""
+        output = merged.output
         if request.trial:
-            self.trials.add(output, request.recipe)
+            self.trials.add(output, request.recipe, merged.made, merged.report)
             return []
         notes = []
         try:
@@ -382,7 +418,7 @@ class JobQueue:
         except LoraMergeError as error:
             notes.append(str(error))
         try:
-            if replaced:
+            if merged.replaced:
                 notes.append(self.host.after_overwrite(output))
             else:
                 self.host.announce(output)

@@ -12,12 +12,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..report import percent
 
 if TYPE_CHECKING:
     from ..merge import MergePlan, Source
+    from .host import Host
     from .jobs import Job
 
 MANY_RANKS = 4
@@ -216,11 +218,11 @@ def _job(job: Job) -> str:
     )
 
 
-def job_result(job: Job, *, can_send: bool, show_path: bool, link: str | None = None) -> str:
+def job_result(job: Job, host: Host) -> str:
     """How a merge ended: its report, its error, or that it was cancelled."""
     box = f'<div class="lm-result" data-job="{foreign(job.id)}">'
     if job.state == "failed":
-        return f"{box}{_title(job)}{error_box(job.error)}{_buttons(job, False)}</div>"
+        return f"{box}{_title(job)}{error_box(host.shown(job.error))}{_buttons(job, False)}</div>"
     if job.state == "cancelled":
         text = f'<div class="lm-quiet">{say("Cancelled. Nothing was written.")}</div>'
         return f"{box}{_title(job)}{text}{_buttons(job, False)}</div>"
@@ -231,21 +233,20 @@ def job_result(job: Job, *, can_send: bool, show_path: bool, link: str | None = 
     where = (
         say("Not saved: it is gone when the WebUI ends. Press Merge and save to keep it.")
         if trial
-        else _written(job, report, show_path, link)
+        else _written(job.output or Path(job.report.output), host)
     )
     parts = [
         _title(job),
         f'<div class="lm-written">{where}</div>',
-        _buttons(job, can_send),
-        _warnings((*report["warnings"], *job.notes)),
+        _buttons(job, host.prompt_elem_id is not None),
+        _warnings(map(host.shown, (*report["warnings"], *job.notes))),
         report_table(report),
     ]
     return f"{box}{''.join(parts)}</div>"
 
 
-def _written(job: Job, report: Mapping[str, Any], show_path: bool, link: str | None) -> str:
-    path = str(job.output or report["output"])
-    shown = foreign(path if show_path else path.replace("\\", "/").rsplit("/", 1)[-1])
+def _written(path: Path, host: Host) -> str:
+    shown, link = foreign(host.shown_path(path)), host.file_link(path)
     if link:
         return f'{say("Written")} <a href="{foreign(link)}" target="_blank" download>{shown}</a>'
     return f"{say('Written')} <code>{shown}</code>"

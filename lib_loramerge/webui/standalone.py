@@ -28,6 +28,7 @@ from .tab import fill_tab
 
 ADDRESS = "127.0.0.1"
 FIRST_PORT = 7865
+PORTS = 100
 TITLE = "LoRA Merge"
 
 
@@ -88,19 +89,34 @@ class Page:
     def __init__(self, folder: Path, port: int | None = None, host: Host | None = None) -> None:
         self.host = host or StandaloneHost([folder])
         self.jobs = JobQueue(self.host)
-        self.port = port if port is not None else _free_port()
-        if port is not None and not _is_free(port):
-            raise LoraMergeError(f"Port {port} is taken. Choose another one with --port.")
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
             fill_tab(self.host, self.jobs)
             compat.on(self.blocks.load, None, js=page_script())
-        options = compat.launch_options(
-            server_name=ADDRESS, server_port=self.port, prevent_thread_lock=True, quiet=True, show_api=False,
-            inbrowser=False, share=False, footer_links=[], ssr_mode=False,
-        )  # fmt: skip
-        self.app = self.blocks.launch(**options)[0]
+        self.port, self.app = self._launch(port)
         self._add_rest()
         self._add_files()
+
+    def _launch(self, wanted: int | None) -> tuple[int, Any]:
+        """The port and the application.
+
+        Raises:
+            LoraMergeError: No port is free.
+        """
+        ports = range(FIRST_PORT, FIRST_PORT + PORTS) if wanted is None else (wanted,)
+        for port in filter(_is_free, ports):
+            options = compat.launch_options(
+                server_name=ADDRESS, server_port=port, prevent_thread_lock=True, quiet=True, show_api=False,
+                inbrowser=False, share=False, footer_links=[], ssr_mode=False,
+            )  # fmt: skip
+            try:
+                return port, self.blocks.launch(**options)[0]
+            except OSError:
+                continue  # Another one has taken it since we looked.
+        if wanted is not None:
+            raise LoraMergeError(f"Port {wanted} is taken. Choose another one with --port.")
+        raise LoraMergeError(
+            f"No port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free. Choose one with --port."
+        )
 
     def _add_rest(self) -> None:
         from . import api
@@ -169,15 +185,12 @@ def page_script() -> str:
     )
 
 
-def _free_port() -> int:
-    for port in range(FIRST_PORT, FIRST_PORT + 100):
-        if _is_free(port):
-            return port
-    raise LoraMergeError(f"No port from {FIRST_PORT} to {FIRST_PORT + 99} is free. Choose one with --port.")
-
-
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        if os.name == "posix":
+            # As servers do: connections of a page that has just ended do not count. Windows has another
+            # meaning for this, and no need of it.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((ADDRESS, port))
         except OSError:

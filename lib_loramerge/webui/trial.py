@@ -8,6 +8,7 @@ LoRA folder. Its name is never used again: hosts remember what they loaded under
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -15,10 +16,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..errors import FileError
+from ..files import open_file, write_again
 from ..recipe import MergeRecipe
+from .origins import Stamp, stamp_of
+
+if TYPE_CHECKING:
+    from ..report import MergeReport
 
 MAX_TRIALS = 8
 PREFIX = "loramerge-trial-"
@@ -28,13 +36,72 @@ STALE_SECONDS = 2 * 24 * 3600
 
 
 @dataclass(frozen=True)
+class Made:
+    """What a file was merged from: equal ones give equal tensors.
+
+    Attributes:
+        recipe: With presets and random entries resolved.
+        files: Sources and base checkpoint as they were before.
+    """
+
+    recipe: MergeRecipe
+    files: tuple[tuple[Path, Stamp | None], ...]
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One temporary merge that the host knows."""
+    """One temporary merge that the host knows.
+
+    Attributes:
+        recipe: As it was asked for.
+        stamp: Of the file as it was written.
+    """
 
     name: str
     path: Path
     recipe: MergeRecipe
+    made: Made
+    report: MergeReport
+    stamp: Stamp | None
     created: float
+
+    def fits(self, name: str) -> bool:
+        """Whether a file that had to fit a size still does under a longer name, which it holds twice."""
+        size = self.made.recipe.size
+        longer = 2 * len(json.dumps(name))
+        return size is None or self.report.size_bytes + longer <= size * 1_000_000
+
+    def save_as(self, path: Path, overwrite: bool, stop: Callable[[], None]) -> MergeReport | None:
+        """Write the same tensors under a real name.
+
+        Args:
+            stop: What it raises stops the writing, and nothing is left.
+
+        Returns:
+            The trial's report for the new file; None when the trial is gone.
+
+        Raises:
+            OutputError: It cannot be written there.
+        """
+        from ..metadata import renamed  # Not at the WebUI's start, see extension.py.
+
+        start = time.perf_counter()
+        try:
+            source = open_file(self.path)
+        except FileError:
+            return None
+        with source:
+            written = write_again(
+                path, source, renamed(source.metadata, path.stem), overwrite=overwrite, stop=stop
+            )
+        seconds = round(time.perf_counter() - start, 4)
+        return replace(
+            self.report,
+            output=str(path),
+            size_bytes=written.size,
+            sshs_model_hash=written.model_hash,
+            seconds={"write": seconds, "total": seconds},
+        )
 
 
 class Trials:
@@ -55,10 +122,10 @@ class Trials:
                 self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
             return self._folder / f"{NAME_PREFIX}{secrets.token_hex(3)}.safetensors"
 
-    def add(self, path: Path, recipe: MergeRecipe) -> Trial:
+    def add(self, path: Path, recipe: MergeRecipe, made: Made, report: MergeReport) -> Trial:
         """Tells the host of a finished trial; the oldest ones make room."""
         with self._lock:
-            trial = Trial(path.stem, path, recipe, time.time())
+            trial = Trial(path.stem, path, recipe, made, report, stamp_of(path), time.time())
             self._register(trial.name, path)
             self._trials[trial.name] = trial
             for name in list(self._trials)[:-MAX_TRIALS]:
@@ -72,6 +139,13 @@ class Trials:
     def get(self, name: str) -> Trial | None:
         with self._lock:
             return self._trials.get(name)
+
+    def find(self, made: Made) -> Trial | None:
+        """The last trial that was merged from the same, if its file is as it was written."""
+        with self._lock:
+            same = [trial for trial in self._trials.values() if trial.made == made]
+            same = [trial for trial in same if trial.stamp and trial.stamp == stamp_of(trial.path)]
+            return same[-1] if same else None
 
     def register_all(self) -> None:
         """Tells the host again; after its scripts were loaded anew it may have forgotten."""

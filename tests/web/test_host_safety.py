@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from lib_loramerge import merge
 from lib_loramerge.errors import LoraMergeError, OutputError
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import settings
@@ -206,6 +208,84 @@ def test_saving_what_was_tried_removes_the_trial(data):
         jobs.trials.remove_all()
         jobs.close()
         host.close()
+
+
+def test_saving_what_was_tried_merges_nothing_again_and_writes_the_file_of_a_merge(data, monkeypatch):
+    recipe = MergeRecipe(inputs=(LoraInput("a", 0.5, 0.5, lbw="MIDD"), LoraInput("b")), mode="svd", rank=3)
+    with fake_modules(data):
+        host = WebuiHost()
+        jobs = JobQueue(host)
+        merged = finish(jobs, MergeRequest(recipe, name="merged"))
+        trial = finish(jobs, MergeRequest(recipe, trial=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(merge, "run_merge", lambda *_, **__: pytest.fail("merged again"), raising=False)
+            kept = finish(jobs, MergeRequest(recipe, name="kept", subfolder="new"))
+        assert kept.output == data / "models" / "Lora" / "new" / "kept.safetensors"
+        assert tensor_bytes(kept.output) == tensor_bytes(merged.output)
+        with safe_open(kept.output, "pt") as file:
+            metadata = file.metadata()
+        assert (metadata["ss_output_name"], metadata["modelspec.title"]) == ("kept", "kept")
+        assert kept.report.output == str(kept.output)
+        assert kept.report.size_bytes == kept.output.stat().st_size
+        assert kept.report.error == trial.report.error
+        # To the last byte what a merge under that name writes.
+        copied = kept.output.read_bytes()
+        jobs.trials.remove_all()
+        again = finish(jobs, MergeRequest(recipe, name="kept", subfolder="new", overwrite=True))
+        assert "merge" in again.report.seconds
+        assert again.output.read_bytes() == copied
+        jobs.trials.remove_all()
+        jobs.close()
+        host.close()
+
+
+def test_a_tried_file_is_merged_anew_when_anything_has_changed(data, monkeypatch):
+    """Another source under its name, another preset under its name, another file in the trial's place."""
+    folder = data / "models" / "Lora"
+    recipe = MergeRecipe(inputs=(LoraInput("a", lbw="MINE"), LoraInput("b")), mode="concat")
+    presets = data / "mine.txt"
+    presets.write_text("MINE:1,0,0,0,1,1,1,1,1,1,1,1,1,1,1,1,1\n", encoding="utf-8")
+
+    def changed_source():
+        make_lora(folder / "b.safetensors", SMALL, seed=9)
+
+    def changed_preset():
+        presets.write_text("MINE:1,0,0,0,0.5,0.5,0.5,1,1,1,1,1,1,1,1,1,1\n", encoding="utf-8")
+
+    def changed_trial():
+        make_lora(jobs.trials.get(trial.prompt_name).path, SMALL, rank=2)
+
+    with fake_modules(data):
+        host = WebuiHost()
+        monkeypatch.setattr(host, "preset_path", lambda: presets)
+        jobs = JobQueue(host)
+        for number, change in enumerate((changed_source, changed_preset, changed_trial)):
+            trial = finish(jobs, MergeRequest(recipe, trial=True))
+            change()
+            saved = finish(jobs, MergeRequest(recipe, name=f"saved{number}"))
+            assert "merge" in saved.report.seconds, change.__name__
+            assert jobs.trials.names() == []
+        jobs.close()
+        host.close()
+
+
+def test_a_tried_file_of_limited_size_is_saved_only_where_a_longer_name_leaves_it_within(data):
+    with fake_modules(data):
+        host = WebuiHost()
+        jobs = JobQueue(host)
+        recipe = MergeRecipe(inputs=BOTH.inputs, mode="svd", size=0.03)
+        for name in ("s", "l" * 100):
+            finish(jobs, MergeRequest(recipe, trial=True))
+            saved = finish(jobs, MergeRequest(recipe, name=name))
+            assert saved.output.stat().st_size <= 30_000
+        jobs.close()
+        host.close()
+
+
+def tensor_bytes(path):
+    """The bytes after the header."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def test_folders_of_hosts_that_were_killed_are_cleared_and_those_of_running_ones_are_not(

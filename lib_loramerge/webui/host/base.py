@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -26,7 +27,9 @@ from ..settings import Settings
 if TYPE_CHECKING:
     from ...merge import MergePlan
 
-RESCAN_SECONDS = 2.0
+# At least so long between two looks through the folders for names that are not known.
+RESCAN_SECONDS = 0.2
+TEMPORARY = Path(tempfile.gettempdir())
 
 
 class ConflictError(OutputError):
@@ -75,7 +78,8 @@ class Host:
 
     def __init__(self) -> None:
         self._listing: Listing | None = None
-        self._scanned = 0.0
+        self._scan_began = self._scan_ended = -RESCAN_SECONDS
+        self._look_lock = threading.Lock()
         self._scan_lock = threading.Lock()
         self._labels = Labels(self._metadata_of)
         self._reads_headers = True
@@ -140,7 +144,7 @@ class Host:
             raise RecipeError("A LoRA name is missing.")
         found = self._look_up(name)
         if not found or not found[0].path.is_file():
-            self._rescan_if_old()
+            self._look_again()
             found = self._look_up(name)
         if not found:
             raise UnknownNameError(self._unknown_text(name))
@@ -166,16 +170,26 @@ class Host:
         real = path.resolve()
         return any(real.is_relative_to(folder.resolve()) for folder in self.lora_dirs())
 
-    def _rescan_if_old(self) -> None:
-        """A name that is not in the list may be new; a storm of wrong names must not rescan each time."""
-        with self._scan_lock:
-            if time.monotonic() - self._scanned > RESCAN_SECONDS:
+    def _look_again(self) -> None:
+        """Looks through the folders for a name that is not in the list, as it may be new.
+
+        All who ask meanwhile share one look, and a storm of wrong names waits between two.
+        """
+        asked = time.monotonic()
+        with self._look_lock:
+            if self._scan_began >= asked:
+                return
+            rest = self._scan_ended + RESCAN_SECONDS - time.monotonic()
+            if rest > 0:
+                time.sleep(rest)
+            with self._scan_lock:
                 self._rescan()
 
     def _rescan(self) -> None:
+        self._scan_began = time.monotonic()
         self._listing = scan(self.lora_dirs(), self._lists_hidden())
-        self._scanned = time.monotonic()
         self._labels.fill(self._listing.files, read=self._reads_headers)
+        self._scan_ended = time.monotonic()
 
     def _lists_hidden(self) -> bool:
         return True
@@ -240,14 +254,26 @@ class Host:
         return False
 
     def paths_allowed(self) -> bool:
-        """Whether a path may be typed where a name is expected."""
+        """Whether a path may be typed where a name is expected, and whole paths are shown."""
         return not self.restricted() and not self.hide_dirs()
+
+    def shown(self, text: str) -> str:
+        """A sentence for the page: without the folders of this machine where others may see it."""
+        return text if self.paths_allowed() else self.without_folders(text)
+
+    def shown_path(self, path: Path) -> str:
+        """A file as the page may name it: its name inside the LoRA folder where others may see it."""
+        if self.paths_allowed():
+            return str(path)
+        folder = self.write_dir()
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
     def without_folders(self, text: str) -> str:
         """A sentence with the names of LoRA files in place of their paths."""
-        for folder in self.lora_dirs():
+        words = {**dict.fromkeys(self.lora_dirs(), "the LoRA folder"), TEMPORARY: "the temporary folder"}
+        for folder, name in words.items():
             for known in {str(folder), os.path.realpath(folder)}:
-                text = text.replace(known + os.sep, "").replace(known, "the LoRA folder")
+                text = text.replace(known + os.sep, "").replace(known, name)
         return text
 
     def file_link(self, path: Path) -> str | None:

@@ -116,6 +116,8 @@ class WebuiHost(Host):
             return None
         folder = Path.cwd()
         shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+        if shown.is_absolute() and not self.paths_allowed():
+            return None
         return compat.FILE_ROUTE + quote(shown.as_posix(), safe="/:")
 
     def frozen_settings(self) -> bool:

@@ -77,7 +77,7 @@ class _Wiring:
             try:
                 changes = {message: "", **handler(dict(zip(names, values)))}
             except LoraMergeError as error:
-                changes = {message: render.error_box(str(error))}
+                changes = {message: render.error_box(self.host.shown(str(error)))}
             return [changes.get(place, update()) for place in places]
 
         return compat.on(
@@ -377,14 +377,14 @@ class _Wiring:
             if typed and label != typed:
                 changes[f"row{row}.lora"] = label
         how = [
-            found.problems[name]
+            self.host.shown(found.problems[name])
             for name in ("how", "mode", "rank_rule", "seed", "base")
             if name in found.problems
         ]
         # The stamp tells the page's script that its question was answered.
         changes["facts"] = f'<div data-stamp="{time.time()}">{found.plan}</div>'
         changes["how_message"] = "".join(map(render.error_box, how))
-        changes["name_message"] = render.error_box(found.problems.get("name", ""))
+        changes["name_message"] = render.error_box(self.host.shown(found.problems.get("name", "")))
         for control, auto, proposed in (
             ("name", "name_auto", found.name),
             ("activation_text", "activation_auto", found.activation_text),
@@ -450,12 +450,7 @@ class _Wiring:
         known = self.jobs.list()
         changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}")}
         if job is not None and job.finished:
-            changes["result"] = render.job_result(
-                job,
-                can_send=self.host.prompt_elem_id is not None,
-                show_path=not self.host.hide_dirs(),
-                link=self.host.file_link(job.output) if job.output is not None else None,
-            )
+            changes["result"] = render.job_result(job, self.host)
         elif job is not None:
             changes["result"] = ""
         return changes
@@ -469,7 +464,9 @@ class _Wiring:
             "copy_command": self.as_command,
         }
         for name, make in kinds.items():
-            event = self.button(name, partial(self.copy, make=make), FORM_NAMES, ("copy_text",))
+            event = self.button(
+                name, partial(self.copy, make=make), FORM_NAMES, ("copy_text",), message="copy_message"
+            )
             compat.on(
                 event.then,
                 None,
@@ -491,7 +488,7 @@ class _Wiring:
     def as_command(self, values: Form) -> str:
         recipe = form.read_form(values, self.host, METHODS).check()
         name = str(values["name"] or "").strip() or self.host.propose_name(recipe.inputs)
-        folder = [] if self.host.hide_dirs() else ["--lora-dir", str(self.host.write_dir())]
+        folder = ["--lora-dir", str(self.host.write_dir())] if self.host.paths_allowed() else []
         words = to_command(recipe, name)
         return shlex.join([*words[:2], *folder, *words[2:]])
 

@@ -52,24 +52,23 @@ class _Layout:
 
     # Pieces
 
+    def widget(self, name: str, kind: str, **options: Any) -> Any:
+        """One component that handlers know by this name."""
+        self.widgets[name] = compat.make(kind, **{"elem_id": element_id(name), **options})
+        return self.widgets[name]
+
     def control(self, control: Control, **changes: Any) -> Any:
         """One control of the form."""
-        options = {**control.options, **changes}
-        widget = compat.make(control.kind, elem_id=element_id(control.name), **options)
-        self.widgets[control.name] = widget
-        return widget
+        return self.widget(control.name, control.kind, **{**control.options, **changes})
 
     def button(self, name: str, **options: Any) -> Any:
         """One of our buttons, by its name in the table."""
-        self.widgets[f"button.{name}"] = compat.make(
-            "Button", value=BUTTONS[name][0], elem_id=element_id(name), **{"size": "sm", **options}
-        )
-        return self.widgets[f"button.{name}"]
+        options = {"value": BUTTONS[name][0], "elem_id": element_id(name), "size": "sm", **options}
+        return self.widget(f"button.{name}", "Button", **options)
 
     def place(self, name: str, value: str = "") -> Any:
         """An empty place for HTML from handlers."""
-        self.widgets[name] = compat.make("HTML", value=value, elem_id=element_id(name))
-        return self.widgets[name]
+        return self.widget(name, "HTML", value=value)
 
     @contextmanager
     def section(self, name: str, title: str) -> Iterator[None]:
@@ -124,7 +123,8 @@ class _Layout:
                     put(name)
                 with compat.make("Row", elem_id=f"loramerge_row{index}_buttons"):
                     for name, (text, _) in ROW_BUTTONS.items():
-                        self.widgets[f"button.row{index}.{name}"] = compat.make(
+                        self.widget(
+                            f"button.row{index}.{name}",
                             "Button",
                             value=text,
                             elem_id=f"loramerge_row{index}_{name}",
@@ -140,7 +140,8 @@ class _Layout:
 
     def _fill(self) -> None:
         with compat.make("Row"):
-            self.widgets["fill_text"] = compat.make(
+            self.widget(
+                "fill_text",
                 "Textbox",
                 label="Prompt or recipe",
                 lines=2,
@@ -154,7 +155,8 @@ class _Layout:
                 self.button("fill_text")
                 self.button("paste_prompt", visible=self.host.prompt_elem_id is not None)
         with compat.make("Row"):
-            self.widgets["fill_file"] = compat.make(
+            self.widget(
+                "fill_file",
                 "Dropdown",
                 label="Merged file",
                 choices=[],
@@ -247,13 +249,14 @@ class _Layout:
             with compat.make("Row"):
                 for name in ("copy_prompt", "copy_recipe", "copy_command"):
                     self.button(name, min_width=100)
-            self.widgets["copy_text"] = compat.make(
+            self.place("copy_message")
+            self.widget(
+                "copy_text",
                 "Textbox",
                 label="Copied to the clipboard",
                 lines=2,
                 max_lines=12,
                 interactive=True,
-                elem_id="loramerge_copy_text",
             )
 
     # Presets
@@ -264,26 +267,27 @@ class _Layout:
 
     def _preset_editor(self) -> None:
         with compat.make("Row", elem_id="loramerge_preset_line"):
-            self.widgets["preset_kind"] = compat.make(
+            self.widget(
+                "preset_kind",
                 "Radio",
                 label="Kind",
                 choices=list(PRESET_KINDS),
                 value=PRESET_KINDS[0],
-                elem_id="loramerge_preset_kind",
                 scale=0,
                 min_width=300,
             )
-            self.widgets["preset_pick"] = compat.make(
+            self.widget(
+                "preset_pick",
                 "Dropdown",
                 label="Preset",
                 choices=[],
                 value="",
                 allow_custom_value=True,
-                elem_id="loramerge_preset_pick",
                 scale=2,
                 min_width=180,
             )
-            self.widgets["preset_layout"] = compat.make(
+            self.widget(
+                "preset_layout",
                 "Dropdown",
                 label="Blocks",
                 choices=list(PRESET_LAYOUTS),
@@ -291,38 +295,37 @@ class _Layout:
                 scale=2,
                 min_width=180,
                 interactive=True,
-                elem_id="loramerge_preset_layout",
             )
             self.button("preset_reload", scale=0, min_width=140)
-        self.widgets["preset_text"] = compat.make(
+        self.widget(
+            "preset_text",
             "Textbox",
             label="Weights",
             lines=2,
             max_lines=8,
-            elem_id="loramerge_preset_text",
             placeholder="1,0.5,R,U,X,X+0.1 …",
         )
         self.place("preset_sliders", f'<div id="loramerge_sliders" data-blocks="{_block_data()}"></div>')
         with compat.make("Row", elem_id="loramerge_preset_save_line"):
-            self.widgets["preset_name"] = compat.make(
+            self.widget(
+                "preset_name",
                 "Textbox",
                 label="Preset name",
                 lines=1,
                 max_lines=1,
-                elem_id="loramerge_preset_name",
                 scale=2,
                 min_width=180,
             )
             self.button("preset_save", variant="primary", scale=1, min_width=120)
             self.button("preset_delete", scale=1, min_width=120)
-            self.widgets["preset_row"] = compat.make(
+            self.widget(
+                "preset_row",
                 "Number",
                 label="Row",
                 value=1,
                 precision=0,
                 minimum=1,
                 maximum=MAX_ROWS,
-                elem_id="loramerge_preset_row",
                 scale=0,
                 min_width=90,
             )
@@ -339,9 +342,9 @@ class _Layout:
                 if control.hidden:
                     self.control(replace(control, name=f"row{index}.{control.name}"))
         for name in ("argument", "draft", "copied"):
-            self.widgets[name] = compat.make("Textbox", label=name, value="", elem_id=f"loramerge_{name}")
+            self.widget(name, "Textbox", label=name, value="")
         for name in ("greet", "ask", "poll", "drop", "refill", "restore", "look", "unlook"):
-            self.widgets[f"button.{name}"] = compat.make("Button", value=name, elem_id=f"loramerge_do_{name}")
+            self.widget(f"button.{name}", "Button", value=name, elem_id=f"loramerge_do_{name}")
 
 
 PRESET_LAYOUTS: Mapping[str, int] = {
