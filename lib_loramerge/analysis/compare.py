@@ -6,12 +6,15 @@ weights of the recipe, so what is compared is what would be added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from ..delta import Delta, Dense, LowRank, inner, norm, overlap, sign_conflict
+import torch
+
+from ..delta import Delta, Dense, conflict_of, overlaps, sampled_rows
 from ..merge.layer import open_merger
 from ..merge.plan import LayerPlan, MergePlan
 from ..merge.run import Progress, for_each_layer
@@ -120,14 +123,14 @@ def compare(
     with open_merger(plan) as merger:
 
         def look(layer: LayerPlan) -> list[_Seen]:
-            deltas = {
-                index: (weight, built.weight)
+            present = [
+                (index, weight, built.weight)
                 for (index, _, _), weight, built in zip(
                     layer.inputs, layer.weights, merger.inputs(layer), strict=True
                 )
                 if built.weight is not None
-            }
-            return [seen for pair in pairs if (seen := _look(layer, pair, deltas)) is not None]
+            ]
+            return _look(layer, pairs, present) if present else []
 
         by_layer = for_each_layer(plan.layers, look, "compare", progress, cancel)
     seen = [entry for entries in by_layer for entry in entries]
@@ -139,28 +142,38 @@ def compare(
     )
 
 
-def _look(layer: LayerPlan, pair: tuple[int, int], deltas: Mapping[int, tuple[float, Delta]]) -> _Seen | None:
-    sides = [deltas.get(index) for index in pair]
-    norms_sq = [0.0 if side is None else (side[0] * norm(side[1])) ** 2 for side in sides]
-    if not any(norms_sq):
-        return None
-    first, second = sides
-    if first is None or second is None:
-        return _Seen(layer, pair, 0.0, (norms_sq[0], norms_sq[1]), None, None)
-    a, b = first[1], second[1]
-    sign = 1.0 if first[0] * second[0] > 0 else -1.0
-    spaces = None
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        common = overlap(a, b)
-        product = common.cosine * norms_sq[0] ** 0.5 * norms_sq[1] ** 0.5 * sign
-        spaces = (common.inputs, common.outputs)
-    else:
-        product = inner(a, b) * first[0] * second[0]
-    conflict = None
-    if not (isinstance(a, Dense) and a.weight.dim() == 1):
-        conflict = sign_conflict(a, b)
-        conflict = conflict if sign > 0 else 1 - conflict
-    return _Seen(layer, pair, product, (norms_sq[0], norms_sq[1]), conflict, spaces)
+def _look(
+    layer: LayerPlan, pairs: Sequence[tuple[int, int]], present: Sequence[tuple[int, float, Delta]]
+) -> list[_Seen]:
+    """What each pair has to do with each other in one layer; pairs without content there are left out.
+
+    Args:
+        present: Index, weight and delta of each input that has the layer.
+    """
+    deltas = [delta for _, _, delta in present]
+    places = {index: place for place, (index, _, _) in enumerate(present)}
+    weights = torch.tensor([weight for _, weight, _ in present], dtype=torch.float64)
+    common = overlaps(deltas)
+    products = common.products * weights[:, None] * weights
+    vector = any(isinstance(delta, Dense) and delta.weight.dim() == 1 for delta in deltas)
+    rows = [] if vector or len(deltas) < 2 else [sampled_rows(delta) for delta in deltas]
+    seen = []
+    for pair in pairs:
+        first, second = (places.get(index) for index in pair)
+        norms_sq = tuple(0.0 if i is None else max(0.0, float(products[i, i])) for i in (first, second))
+        if not any(norms_sq):
+            continue
+        if first is None or second is None:
+            seen.append(_Seen(layer, pair, 0.0, (norms_sq[0], norms_sq[1]), None, None))
+            continue
+        spaces = float(common.inputs[first, second]), float(common.outputs[first, second])
+        conflict = conflict_of(rows[first], rows[second]) if rows else None
+        if conflict is not None and weights[first] * weights[second] <= 0:
+            conflict = 1 - conflict
+        product = float(products[first, second])
+        known = None if math.isnan(spaces[0]) else spaces
+        seen.append(_Seen(layer, pair, product, (norms_sq[0], norms_sq[1]), conflict, known))
+    return seen
 
 
 def _pair(names: Sequence[str], pair: tuple[int, int], seen: Sequence[_Seen]) -> PairReport:

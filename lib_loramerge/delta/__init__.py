@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from .core import NOISE, Grams, Spectrum, decompose, gram, grams, truncate
 from .dense import decompose_dense, truncate_dense
-from .measure import Overlap, cosine, inner, norm, overlap, relative_error, sign_conflict
+from .measure import (
+    Overlap,
+    Overlaps,
+    conflict_of,
+    cosine,
+    inner,
+    inner_products,
+    norm,
+    overlap,
+    overlaps,
+    relative_error,
+    sampled_rows,
+    sign_conflict,
+)
 from .storing import Stored, realize, store, store_truncated, write_layer
 from .threads import available_cores, parallel_map, single_thread
 from .together import full_precision, write_layers
@@ -18,10 +31,12 @@ __all__ = [
     "LayerDelta",
     "LowRank",
     "Overlap",
+    "Overlaps",
     "Spectrum",
     "Stored",
     "available_cores",
     "check_same_shape",
+    "conflict_of",
     "cosine",
     "decompose",
     "decompose_dense",
@@ -29,12 +44,15 @@ __all__ = [
     "gram",
     "grams",
     "inner",
+    "inner_products",
     "norm",
     "overlap",
+    "overlaps",
     "parallel_map",
     "place_rows",
     "realize",
     "relative_error",
+    "sampled_rows",
     "scaled",
     "sign_conflict",
     "single_thread",

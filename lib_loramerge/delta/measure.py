@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .core import grams
+from .core import Grams, grams
 from .types import Delta, Dense, LowRank, stack
 
 _EXACT_BELOW = 1e-8  # Squared relative distance under which the Gram form would lose digits to cancellation.
@@ -44,15 +46,54 @@ def cosine(a: Delta, b: Delta) -> float:
     return inner(a, b) / size if size > 0 else 0.0
 
 
+def inner_products(deltas: Sequence[Delta]) -> Tensor:
+    """(n, n) float64 on the CPU: the Frobenius inner product of each two deltas of one shape."""
+    low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(low) < len(deltas):
+        rows = [[inner(a, b) for b in deltas] for a in deltas]
+        return torch.tensor(rows, dtype=torch.float64)
+    whole = stack(low, [1.0] * len(low))
+    return _products_of_parts(grams(whole), whole.component_gains(), _places(low))
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """How much the deltas of one layer have to do with each other: (n, n) float64 on the CPU each.
+
+    Attributes:
+        products: Frobenius inner products.
+        inputs: Mean squared cosine of the principal angles of their row spaces, 0 (they look at different
+            features) to 1 (at the same); NaN where one of the two is dense.
+        outputs: The same of their column spaces: whether they write to the same features.
+    """
+
+    products: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+
+def overlaps(deltas: Sequence[Delta]) -> Overlaps:
+    """Similarity of each two deltas of one layer; of low-rank ones from one pass over their factors."""
+    low = [index for index, delta in enumerate(deltas) if isinstance(delta, LowRank)]
+    inputs, outputs = torch.full((2, len(deltas), len(deltas)), math.nan, dtype=torch.float64)
+    if not low:
+        return Overlaps(inner_products(deltas), inputs, outputs)
+    parts = [delta for delta in deltas if isinstance(delta, LowRank)]
+    whole = stack(parts, [1.0] * len(parts))
+    small, places = grams(whole), _places(parts)
+    inputs[_square(low)], outputs[_square(low)] = _shared(small.down, places), _shared(small.up, places)
+    if len(low) < len(deltas):
+        return Overlaps(inner_products(deltas), inputs, outputs)
+    return Overlaps(_products_of_parts(small, whole.component_gains(), places), inputs, outputs)
+
+
 @dataclass(frozen=True)
 class Overlap:
-    """How much two deltas of one layer have to do with each other.
+    """:class:`Overlaps` of two deltas.
 
     Attributes:
         cosine: Of the angle between them, -1 to 1.
-        inputs: Mean squared cosine of the principal angles of their row spaces, 0 (they look at different
-            features) to 1 (at the same).
-        outputs: The same of their column spaces: whether they write to the same features.
+        inputs, outputs: How much their row spaces and their column spaces share, 0 to 1.
     """
 
     cosine: float
@@ -61,20 +102,13 @@ class Overlap:
 
 
 def overlap(a: LowRank, b: LowRank) -> Overlap:
-    """Similarity of two low-rank deltas of one shape, from one pass over their factors."""
-    both = stack([a, b], [1.0, 1.0])
-    small, gains, rank = grams(both), both.component_gains(), a.rank
-    product = small.up * small.down * gains[:, None] * gains
-    inner, first, second = (
-        product[:rank, rank:].sum(),
-        product[:rank, :rank].sum(),
-        product[rank:, rank:].sum(),
-    )
-    size = float(first.clamp(min=0).sqrt() * second.clamp(min=0).sqrt())
+    """Similarity of two low-rank deltas of one shape."""
+    both = overlaps([a, b])
+    size = math.prod(math.sqrt(max(0.0, float(square))) for square in both.products.diagonal())
     return Overlap(
-        cosine=float(inner) / size if size > 0 else 0.0,
-        inputs=_shared(small.down, rank),
-        outputs=_shared(small.up, rank),
+        cosine=float(both.products[0, 1]) / size if size > 0 else 0.0,
+        inputs=float(both.inputs[0, 1]),
+        outputs=float(both.outputs[0, 1]),
     )
 
 
@@ -83,11 +117,23 @@ def sign_conflict(a: Delta, b: Delta, rows: int = 64) -> float:
 
     0.5 is what unrelated deltas give. Counted on about ``rows`` rows, evenly spread, formed for it.
     """
-    step = max(1, a.out // rows)
-    first, second = _rows(a, step), _rows(b, step)
+    return conflict_of(sampled_rows(a, rows), sampled_rows(b, rows))
+
+
+def sampled_rows(delta: Delta, rows: int = 64) -> Tensor:
+    """About ``rows`` rows of a delta weight, evenly spread, (n, in * kh * kw) float32."""
+    step = max(1, delta.out // rows)
+    if isinstance(delta, Dense):
+        return delta.weight[::step].float()
+    up = delta.up[::step].double() * delta.component_gains().to(delta.up.device)
+    return up.float() @ delta.down.float()
+
+
+def conflict_of(first: Tensor, second: Tensor) -> float:
+    """:func:`sign_conflict` of two matrices."""
     product = first * second
-    total = float(product.abs().sum())
-    return float(product.clamp(max=0).abs().sum()) / total if total > 0 else 0.0
+    total, size = float(product.sum()), float(product.abs_().sum())
+    return min(1.0, max(0.0, (size - total) / (2 * size))) if size > 0 else 0.0
 
 
 def relative_error(exact: Delta, written: Delta) -> tuple[float, float]:
@@ -113,18 +159,43 @@ def _distance_by_qr(a: LowRank, b: LowRank) -> float:
     return float(((r_left @ r_right.mT) ** 2).sum())
 
 
-def _shared(square: Tensor, rank: int) -> float:
-    """Mean squared cosine of the principal angles between two row spaces.
+def _places(deltas: Sequence[LowRank]) -> list[slice]:
+    """Where each delta's components are among those of their stack."""
+    edges = itertools.accumulate((delta.rank for delta in deltas), initial=0)
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _square(indices: list[int]) -> tuple[Tensor, Tensor]:
+    chosen = torch.tensor(indices)
+    return chosen[:, None], chosen
+
+
+def _products_of_parts(small: Grams, gains: Tensor, places: Sequence[slice]) -> Tensor:
+    """Inner products of deltas that were put side by side, from the Gram matrices of all."""
+    product = gains[:, None] * small.up * small.down * gains
+    owner = torch.zeros(gains.shape[0], len(places), dtype=torch.float64)
+    for index, place in enumerate(places):
+        owner[place, index] = 1.0
+    return owner.mT @ product @ owner
+
+
+def _shared(square: Tensor, places: Sequence[slice]) -> Tensor:
+    """(n, n) mean squared cosine of the principal angles between each two row spaces.
 
     Args:
-        square: (r + s, r + s) Gram matrix of the rows of both.
-        rank: r, the number of rows of the first.
+        square: Gram matrix of the rows of all.
+        places: Which rows are whose.
     """
-    first, second = _whitener(square[:rank, :rank]), _whitener(square[rank:, rank:])
-    least = min(first.shape[1], second.shape[1])
-    if not least:
-        return 0.0
-    return min(1.0, float((first.mT @ square[:rank, rank:] @ second).square().sum()) / least)
+    whiteners = [_whitener(square[place, place]) for place in places]
+    shared = torch.zeros((len(places), len(places)), dtype=torch.float64)
+    for i, j in itertools.combinations_with_replacement(range(len(places)), 2):
+        least = min(whiteners[i].shape[1], whiteners[j].shape[1])
+        if i == j:
+            shared[i, i] = 1.0 if least else 0.0
+        elif least:
+            angles = whiteners[i].mT @ square[places[i], places[j]] @ whiteners[j]
+            shared[i, j] = shared[j, i] = min(1.0, float(angles.square().sum()) / least)
+    return shared
 
 
 def _whitener(square: Tensor) -> Tensor:
@@ -136,9 +207,3 @@ def _whitener(square: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(square)
     kept = values > 1e-12 * values[-1:].clamp(min=0)
     return vectors[:, kept] / values[kept].sqrt()
-
-
-def _rows(delta: Delta, step: int) -> Tensor:
-    if isinstance(delta, Dense):
-        return delta.weight[::step].double()
-    return (delta.up[::step].double() * delta.component_gains().to(delta.up.device)) @ delta.down.double()

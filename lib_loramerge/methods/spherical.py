@@ -6,14 +6,13 @@ inner products of the deltas. Those are known from the factors, so no delta is e
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank, grams, inner, stack
+from ..delta import Delta, inner_products
 from ..recipe import Param
 from .linear import svd as weighted_sum
 from .registry import LayerContext, merge_method
@@ -133,22 +132,6 @@ def karcher(deltas: Sequence[Delta], weights: Sequence[float], context: LayerCon
     if len(deltas) > 1:
         parts = _mean_on_the_sphere(parts, inner_products(deltas))
     return weighted_sum(deltas, parts, context)
-
-
-def inner_products(deltas: Sequence[Delta]) -> Tensor:
-    """(n, n) float64 on the CPU: the Frobenius inner product of each two deltas."""
-    low = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(low) < len(deltas):
-        rows = [[inner(a, b) for b in deltas] for a in deltas]
-        return torch.tensor(rows, dtype=torch.float64)
-    whole = stack(low, [1.0] * len(low))
-    small, gains = grams(whole), whole.component_gains()
-    product = gains[:, None] * small.up * small.down * gains
-    owner = torch.zeros(whole.rank, len(low), dtype=torch.float64)
-    edges = itertools.accumulate((delta.rank for delta in low), initial=0)
-    for index, (start, stop) in enumerate(itertools.pairwise(edges)):
-        owner[start:stop, index] = 1.0
-    return owner.mT @ product @ owner
 
 
 def _along_the_sphere(parts: Sequence[float], products: Tensor) -> list[float]:
