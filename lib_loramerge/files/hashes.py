@@ -6,7 +6,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,10 +83,13 @@ def hashing(legacy_head: bytes) -> Iterator[Hashes]:
         hashes.close()
 
 
-def model_hash(path: str | os.PathLike[str]) -> str:
+def model_hash(path: str | os.PathLike[str], stop: Callable[[], None] | None = None) -> str:
     """Hex SHA-256 of the bytes after the header: what ``sshs_model_hash`` should say.
 
     Of a ``.pt`` or ``.ckpt``, which has no header, all bytes are taken, as A1111 does.
+
+    Args:
+        stop: Called often; what it raises ends the reading.
 
     Raises:
         FileError: If the file cannot be read or is no safetensors file.
@@ -99,4 +102,6 @@ def model_hash(path: str | os.PathLike[str]) -> str:
         buffer = memoryview(bytearray(CHUNK))
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
+            if stop is not None:
+                stop()
     return digest.hexdigest()

@@ -184,6 +184,7 @@ def plan_merge(
     presets: blocks.Presets,
     base: Path | None = None,
     check_hashes: bool = True,
+    stop: Callable[[], None] | None = None,
 ) -> MergePlan:
     """Decide everything about a merge from the headers of its files.
 
@@ -192,6 +193,7 @@ def plan_merge(
         base: Base model checkpoint, for adapters that need one.
         check_hashes: Refuse a source whose bytes differ from the hash that the
             recipe states. Reads such sources whole.
+        stop: Called often meanwhile; what it raises ends the planning.
 
     Raises:
         LoraMergeError: Whatever stops this merge, before any work.
@@ -199,7 +201,7 @@ def plan_merge(
     method, params = check_method(recipe)
     sources = [open_source(find(entry.name)) for entry in recipe.inputs]
     if check_hashes:
-        _check_hashes(recipe.inputs, sources)
+        _check_hashes(recipe.inputs, sources, stop)
     skipped = _leftovers(sources, recipe.skip_unsupported)
     architecture = _one_base_model(sources)
     _check_base(sources, base)
@@ -266,9 +268,11 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
     return method, params
 
 
-def _check_hashes(inputs: Sequence[LoraInput], sources: Sequence[Source]) -> None:
+def _check_hashes(
+    inputs: Sequence[LoraInput], sources: Sequence[Source], stop: Callable[[], None] | None
+) -> None:
     for entry, source in zip(inputs, sources, strict=True):
-        if entry.hash and model_hash(source.path) != entry.hash:
+        if entry.hash and model_hash(source.path, stop) != entry.hash:
             raise RecipeError(
                 f"{source.path.name} is not the file this recipe was made with: its contents have changed. "
                 "Find the original, or allow changed sources (--allow-changed-sources)."

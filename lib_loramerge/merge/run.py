@@ -93,7 +93,7 @@ def run_merge(
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
         merger = stack.enter_context(open_merger(plan))
-        hashes = stack.enter_context(_background_hashes(plan))
+        hashes = stack.enter_context(_background_hashes(plan, cancel))
         allotted = None
         if plan.recipe.size is not None:
             with clock.phase("look"):
@@ -101,7 +101,7 @@ def run_merge(
         with clock.phase("merge"):
             merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
         embeddings = _embeddings(plan, merger)
-        source_hashes = hashes(cancel)
+        source_hashes = hashes()
     # The inputs are closed here: one of them may be the file that is replaced.
     if not any(layer.tensors for layer in merged):
         raise IncompatibleError("The LoRAs cancel each other in every layer, so there is nothing to write.")
@@ -137,14 +137,17 @@ def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
 
 
 @contextmanager
-def _background_hashes(plan: MergePlan) -> Iterator[Callable[[Callable[[], bool] | None], list[str]]]:
+def _background_hashes(
+    plan: MergePlan, cancel: Callable[[], bool] | None
+) -> Iterator[Callable[[], list[str]]]:
     """Hash the sources while their layers are merged; hashing releases the interpreter's lock."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="loramerge-hash")
-    futures = [pool.submit(model_hash, entry.path) for entry in plan.sources]
+    stop = partial(_raise_if_cancelled, cancel)
+    futures = [pool.submit(model_hash, entry.path, stop) for entry in plan.sources]
 
-    def results(cancel: Callable[[], bool] | None) -> list[str]:
+    def results() -> list[str]:
         while wait(futures, timeout=0.1).not_done:
             _raise_if_cancelled(cancel)
         return [future.result() for future in futures]

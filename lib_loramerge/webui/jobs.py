@@ -95,6 +95,15 @@ class Job:
         """Whether somebody asked for it to be cancelled."""
         return self._stop.is_set()
 
+    def stop_here(self) -> None:
+        """Ends the work if somebody asked for it.
+
+        Raises:
+            Cancelled: Somebody did.
+        """
+        if self.stopping:
+            raise Cancelled("Stopped. Nothing was written.")
+
     @property
     def fraction(self) -> float:
         """Share of the work done, 0 to 1."""
@@ -364,7 +373,7 @@ class JobQueue:
         """Computes a job's file, or takes it over from a trial."""
         request = job.request
         # Planned again: the job may have waited, and the files may have changed.
-        plan = self.host.plan(request.recipe, request.strict, check_hashes=not request.changed_sources)
+        plan = self.host.plan(request.recipe, request.strict, not request.changed_sources, job.stop_here)
         base = self.host.base_path(request.recipe.base, request.strict)
         paths = [*(source.path for source in plan.sources), *([base] if base else [])]
         made = Made(plan.recipe, tuple((path, stamp_of(path)) for path in paths))
@@ -399,12 +408,8 @@ class JobQueue:
         if trial is None or not trial.fits(output.stem):
             return None
 
-        def stop() -> None:
-            if job.stopping:
-                raise Cancelled("Stopped. Nothing was written.")
-
         self._tell(job, Progress("write", 0, trial.report.layers))
-        return trial.save_as(output, job.request.overwrite, stop)
+        return trial.save_as(output, job.request.overwrite, job.stop_here)
 
     def _publish(self, request: MergeRequest, merged: _Merged) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""

@@ -104,14 +104,24 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min"
 
 
+def _box(kind: str, text: str, attributes: str = "") -> str:
+    """A sentence of the library in a place of its own, where the page's script can translate it.
+
+    With controls in it, it is told whole beside, too.
+    """
+    shown = sentence(text)
+    says = f' data-says="{foreign(text)}"' if shown != foreign(text) else ""
+    return f'<div class="lm-{kind}"{attributes}{says}>{shown}</div>'
+
+
 def error_box(text: str) -> str:
     """An error beside what caused it; nothing for an empty text."""
-    return f'<div class="lm-error" role="alert">{sentence(text)}</div>' if text else ""
+    return _box("error", text, ' role="alert"') if text else ""
 
 
 def note_box(texts: Iterable[str]) -> str:
     """Sentences that need no action."""
-    return "".join(f'<div class="lm-note">{sentence(text)}</div>' for text in texts)
+    return "".join(_box("note", text) for text in texts)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
@@ -124,7 +134,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _warnings(texts: Iterable[str]) -> str:
-    return "".join(f'<div class="lm-warning">{sentence(text)}</div>' for text in texts)
+    return "".join(_box("warning", text) for text in texts)
 
 
 def _dots(parts: Sequence[str]) -> str:

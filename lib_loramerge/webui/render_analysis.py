@@ -114,7 +114,8 @@ def _picture(kind: str, pictures: Mapping[str, bytes]) -> str:
     )
     return (
         f'<figure class="lm-figure"><img alt="{foreign(PICTURES[kind])}" data-kind="{kind}" '
-        f'src="data:image/png;base64,{data}"><figcaption>{button}</figcaption></figure>'
+        f'src="data:image/png;base64,{data}"><figcaption>{button}<span class="lm-quiet">'
+        f"{say(PICTURES[kind])}</span></figcaption></figure>"
     )
 
 
@@ -140,19 +141,9 @@ def _pair(pair: PairReport) -> str:
     cells = "".join(f"<span><i>{key}</i> {value}</span>" for key, value in numbers)
     names = f"{foreign(pair.names[0])} <i>+</i> {foreign(pair.names[1])}"
     return (
-        f'<div class="lm-pair"><b>{names}</b><div class="lm-verdict">{_verdict(pair.verdict)}</div>'
+        f'<div class="lm-pair"><b>{names}</b><div class="lm-verdict">{foreign(pair.verdict)}</div>'
         f'<div class="lm-blocks">{cells}</div></div>'
     )
-
-
-def _verdict(text: str) -> str:
-    """The library's verdict; its fixed sentences stand alone, so that the page can translate them."""
-    from ..analysis.compare import AGREEMENTS  # Not at the WebUI's start, see extension.py.
-
-    for sentence in AGREEMENTS:
-        if text.startswith(sentence):
-            return say(sentence) + foreign(text[len(sentence) :])
-    return foreign(text)
 
 
 def _advice(report: AdviceReport) -> str:

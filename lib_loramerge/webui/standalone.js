@@ -9,6 +9,7 @@
     const words = language ? window.loramergeWords[language] : null;
     window.getTranslation = window.getTranslation || ((text) => (words ? words[text] : undefined));
     if (!words) return;
+    window.localization = words; // Where a WebUI has them; the tab's own script looks there.
     document.documentElement.lang = language.split("_")[0];
 
     function translate(node) {

@@ -171,7 +171,8 @@ def page_script() -> str:
     sheet given to them and lose parts of it.
     """
     style = shared_file("style.css").read_text(encoding="utf-8") + _PAGE_STYLE
-    script = shared_file("javascript").joinpath("lora_merge.js").read_text(encoding="utf-8")
+    scripts = sorted(shared_file("javascript").glob("*.js"))
+    script = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
     words = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(shared_file("localizations").glob("*.json"))

@@ -25,7 +25,10 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 ]
-PATIENCE = int(os.environ.get("LORAMERGE_TEST_PATIENCE", "30000"))  # ms; the machine of the tests may be busy
+# ms; the machine of the tests may be busy. Nothing waits so long that goes as it should.
+PATIENCE = int(os.environ.get("LORAMERGE_TEST_PATIENCE", "90000"))
+TRY = PATIENCE // 15
+expect.set_options(timeout=PATIENCE)
 # A real extension lies below the host's data folder, which Gradio serves; the checkout lies elsewhere.
 SERVED = ("--gradio-allowed-path", str(Path(__file__).resolve().parents[2]))
 
@@ -162,16 +165,24 @@ class Tab:
     def choose(self, name: str, text: str) -> None:
         """Type a part of a choice into a list and click the first one that has it."""
         field = self.field(name)
-        # Gradio 4 hangs the list below its field, where the window may end already.
-        field.evaluate("element => element.scrollIntoView({block: 'center'})")
-        field.click()
-        field.fill(text)
         option = self.page.locator("ul.options li, ul[role=listbox] li").filter(has_text=text).first
-        try:
-            option.click(timeout=4000)
-        except PlaywrightTimeout:
-            # The list of a row far down may end below the window, where a person would scroll.
-            option.dispatch_event("mousedown")
+        for _ in range(5):
+            # Gradio 4 hangs the list below its field, where the window may end already.
+            field.evaluate("element => element.scrollIntoView({block: 'center'})")
+            field.click()
+            field.fill(text)
+            try:
+                option.wait_for(state="attached", timeout=TRY)
+            except PlaywrightTimeout:
+                # An answer of the server has closed the list: open it again, as a person would.
+                field.blur()
+                continue
+            try:
+                option.click(timeout=2000)
+            except PlaywrightTimeout:
+                # The list of a row far down may end below the window, where a person would scroll.
+                option.dispatch_event("mousedown")
+            break
         expect(field).to_have_value(re.compile(re.escape(text), re.IGNORECASE))
 
     def tick(self, name: str, on: bool) -> None:

@@ -187,7 +187,7 @@ def test_labels_tell_base_model_and_rank_without_any_metadata(standalone, lora_d
     )
     touch(lora_dir / "broken.safetensors")
     standalone.refresh()
-    assert standalone.wait_for_labels(20)
+    assert standalone.wait_for_labels(120)
     labels = {entry.name: (entry.base, entry.rank) for entry in standalone.loras()}
     assert labels["xl"] == ("SDXL", "2-4")
     assert labels["one"][1] == "4"
@@ -209,10 +209,10 @@ def test_labels_of_a_host_come_from_what_it_has_read_already(tmp_path, lora_dir)
 def test_a_changed_file_gets_a_new_label(standalone, lora_dir):
     make_lora(lora_dir / "x.safetensors", SMALL, rank=4)
     standalone.refresh()
-    standalone.wait_for_labels(20)
+    standalone.wait_for_labels(120)
     make_lora(lora_dir / "x.safetensors", SMALL, rank=6)
     standalone.refresh()
-    standalone.wait_for_labels(20)
+    standalone.wait_for_labels(120)
     assert standalone.loras()[0].rank == "6"
 
 

@@ -40,9 +40,8 @@ def data(tmp_path):
 def finish(jobs, request):
     job = jobs.submit(request)
     version = -1
-    for _ in range(600):
-        if job.finished:
-            break
+    limit = time.monotonic() + 240
+    while not job.finished and time.monotonic() < limit:
         version = jobs.wait(version, 0.1)
     assert job.state == "done", job.error
     return job

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from lib_loramerge.files import model_hash
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.browser import SERVED, Tab
 from tests.web.hosting import FakeHost
 
-# Of high rank, so that a merge takes seconds; small on disk all the same.
-SLOW = {
-    f"lora_unet_output_blocks_{block}_1_transformer_blocks_0_attn{a}_to_{part}": (320, 320)
-    for block in range(9, 12)
+MANY_LAYERS = {
+    f"lora_unet_output_blocks_{block}_1_transformer_blocks_0_attn{a}_to_{part}": (64, 64)
+    for block in range(3, 12)
     for a in (1, 2)
-    for part in ("q", "k", "v", "out_0")
-} | {
-    f"lora_unet_input_blocks_{block}_1_transformer_blocks_0_{part}": (320, 320)
-    for block in (1, 2)
-    for part in ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_out_0")
+    for part in ("q", "v", "out_0")
 }
-MANY = 8  # rows of the slow LoRA
+# Every layer takes seconds to merge by elements; small on disk all the same.
+LARGE_LAYERS = {
+    f"lora_unet_middle_block_1_transformer_blocks_{block}_attn1_to_{part}": (1280, 1280)
+    for block in range(10)
+    for part in ("q", "k", "v", "out_0")
+}
+MANY = 4  # rows of one LoRA
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
     folder = tmp_path_factory.mktemp("webui")
     loras = folder / "models" / "Lora"
     make_lora(loras / "style.safetensors", SD1_LAYERS, rank=4, seed=1)
-    make_lora(loras / "slow.safetensors", SLOW, rank=200, seed=2)
-    with FakeHost(folder, *SERVED) as running:
+    make_lora(loras / "many.safetensors", MANY_LAYERS, rank=4, seed=2)
+    make_lora(loras / "large.safetensors", LARGE_LAYERS, rank=16, seed=3)
+    with FakeHost(folder, *SERVED, "--api") as running:
         yield running
 
 
@@ -42,9 +45,9 @@ def tab(chromium: object, host: FakeHost) -> Iterator[Tab]:
         yield opened
 
 
-def fill_slow(tab: Tab, name: str) -> None:
-    """A merge that takes long enough to be stopped."""
-    tags = "".join(f"<lora:slow:{0.1 + index / 100}>" for index in range(MANY))
+def fill(tab: Tab, name: str, lora: str = "many") -> None:
+    """A merge of several layers, under a name."""
+    tags = "".join(f"<lora:{lora}:{0.1 + index / 100}>" for index in range(MANY))
     tab.open("fill")
     tab.fill("fill_source", tags)
     tab.press("fill_text")
@@ -58,24 +61,40 @@ def left_behind(folder: Path, name: str) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if name in path.name)
 
 
-def test_cancel_in_the_middle_stops_within_a_second_and_leaves_nothing(tab: Tab, host: FakeHost) -> None:
-    fill_slow(tab, "stopped")
+CANCEL_SECONDS = 3.0  # What is promised is one second, on a machine that does nothing else.
+
+
+def test_cancel_in_the_middle_of_large_layers_acts_at_once_and_leaves_nothing(
+    tab: Tab, host: FakeHost
+) -> None:
+    fill(tab, "stopped", "large")
     tab.press("merge")
-    tab.wait_until_running(2)
-    assert "layers" in tab.text("jobs")
+    tab.wait_until_running(-1)
     assert tab.page.locator("#loramerge_row0_lora input").is_enabled()
-    tab.page.evaluate("() => { window.pressed = performance.now(); }")
-    tab.page.locator("#loramerge_jobs .lm-drop").click()
-    tab.expect_text("result", "Cancelled")
+    # From the press to the word on the page, by the page's own clock.
+    milliseconds = tab.page.evaluate(
+        "() => new Promise(done => { const start = performance.now();"
+        " const told = () => document.querySelector('#loramerge_result').textContent.includes('Cancelled');"
+        " const look = () => told() ? done(performance.now() - start) : setTimeout(look, 5);"
+        " document.querySelector('#loramerge_jobs .lm-drop').click(); look(); })"
+    )
+    print(f"cancelled after {milliseconds:.0f} ms")
+    assert milliseconds < 1000 * CANCEL_SECONDS
     assert left_behind(host.lora_dir, "stopped") == []
     assert tab.value("name") == "stopped"
     assert tab.value(f"row{MANY - 1}_strength").startswith("0.1")
 
 
-def test_a_reload_in_the_middle_shows_the_merge_again_and_keeps_the_form(tab: Tab) -> None:
-    fill_slow(tab, "reloaded")
+def test_a_reload_in_the_middle_shows_the_merge_again_and_keeps_the_form(tab: Tab, host: FakeHost) -> None:
+    with host.held():
+        _reload_in_the_middle(tab)
+
+
+def _reload_in_the_middle(tab: Tab) -> None:
+    fill(tab, "reloaded")
     tab.press("merge")
     tab.wait_until_running(1)
+    assert "layers" in tab.text("jobs")
     tab.load()
     tab.wait_until_running(1)
     tab.expect_text("jobs", "reloaded")
@@ -91,10 +110,10 @@ def test_a_reload_in_the_middle_shows_the_merge_again_and_keeps_the_form(tab: Ta
 def test_a_second_window_sees_the_merge_waits_in_line_and_can_be_dropped(
     tab: Tab, chromium: object, host: FakeHost
 ) -> None:
-    fill_slow(tab, "first")
-    tab.press("merge")
-    tab.wait_until_running()
-    with Tab(chromium, host.url) as other:
+    fill(tab, "first")
+    with host.held(), Tab(chromium, host.url) as other:
+        tab.press("merge")
+        tab.wait_until_running()
         other.expect_text("jobs", "first")
         other.row(0, "style", 0.5)
         other.wait_for_facts("LoRAs 1")
@@ -102,13 +121,14 @@ def test_a_second_window_sees_the_merge_waits_in_line_and_can_be_dropped(
         other.press("merge")
         other.expect_text("jobs", "Waiting for its turn")
         # Each window keeps its own form.
-        assert tab.value("name") == "first"
+        tab.expect_value("name", "first")
         waiting = other.page.locator("#loramerge_jobs .lm-job").filter(has_text="second")
         waiting.locator(".lm-drop").click()
         other.expect_text("result", "Cancelled")
         other.press("merge")
         tab.page.locator("#loramerge_jobs .lm-job").filter(has_text="first").locator(".lm-drop").click()
         tab.expect_text("result", "Cancelled")
+        host.post("/fake/let-go")
         other.expect_text("result", "Done")
     assert left_behind(host.lora_dir, "first") == []
     assert "second.safetensors" in left_behind(host.lora_dir, "second")
@@ -125,10 +145,14 @@ def test_a_merge_can_be_tried_sent_to_the_prompt_and_then_saved(tab: Tab, host: 
     prompt = tab.page.locator("#txt2img_prompt textarea").input_value()
     assert prompt.startswith("<lora:")
     assert host.picture(prompt)
+    tried = host.get("/loramerge/v1/jobs")["jobs"][-1]
     tab.page.locator("#tabs button").filter(has_text="LoRA Merge").first.click()
-    tab.merge("kept")
+    with host.held(0):  # Nothing is merged again.
+        tab.merge("kept")
     tab.expect_text("result", "Done")
-    assert (host.lora_dir / "kept.safetensors").is_file()
+    kept = host.get("/loramerge/v1/jobs")["jobs"][-1]
+    assert kept["report"]["sshs_model_hash"] == tried["report"]["sshs_model_hash"]
+    assert model_hash(host.lora_dir / "kept.safetensors") == tried["report"]["sshs_model_hash"]
     tab.page.locator("#loramerge_result .lm-send").click()
     assert tab.page.locator("#txt2img_prompt textarea").input_value().endswith("<lora:kept:1>")
     recipe = json.loads(json.dumps(tab.draft()))

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,11 +317,18 @@ class Host:
 
     # Merging
 
-    def plan(self, recipe: MergeRecipe, strict: bool = False, check_hashes: bool = False) -> MergePlan:
+    def plan(
+        self,
+        recipe: MergeRecipe,
+        strict: bool = False,
+        check_hashes: bool = False,
+        stop: Callable[[], None] | None = None,
+    ) -> MergePlan:
         """What a merge would do, from headers alone.
 
         Args:
             check_hashes: Compare the files with the hashes of a stored recipe, which reads them whole.
+            stop: Called often meanwhile; what it raises ends the planning.
 
         Raises:
             LoraMergeError: Whatever stops this merge.
@@ -334,6 +341,7 @@ class Host:
             presets=self.presets(),
             base=self.base_path(recipe.base, strict),
             check_hashes=check_hashes,
+            stop=stop,
         )
 
     def check_name(self, name: str, subfolder: str = "", overwrite: bool = False) -> Path:

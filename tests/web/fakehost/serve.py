@@ -122,9 +122,13 @@ def add_controls(app) -> None:
     from modules import call_queue, errors
 
     @app.post("/fake/{command}")
-    def control(command: str, seconds: float = 1.0):
+    def control(command: str, seconds: float = 1.0, layers: int = 4):
         if command in ("stop", "restart"):
             commands.put(command)
+        elif command == "hold":  # Merges stop after some layers until they are let go.
+            _hold_merges(layers)
+        elif command == "let-go":
+            let_go.set()
         elif command == "generate":  # A picture in the making holds the queue lock.
             threading.Thread(target=_hold, args=(call_queue.queue_lock, seconds), daemon=True).start()
         return {"errors": errors.records, "threads": sorted(thread.name for thread in threading.enumerate())}
@@ -133,6 +137,31 @@ def add_controls(app) -> None:
 def _hold(lock, seconds: float) -> None:
     with lock:
         time.sleep(min(seconds, 30))
+
+
+let_go = threading.Event()
+let_go.set()
+held_after = [0]
+
+
+def _hold_merges(layers: int) -> None:
+    from lib_loramerge.merge.layer import Merger
+
+    let_go.clear()
+    held_after[0] = layers
+    if hasattr(Merger.merge, "original"):
+        return
+    original = Merger.merge
+
+    def merge(self, *args):
+        if not let_go.is_set():
+            held_after[0] -= 1
+            if held_after[0] < 0:
+                let_go.wait(300)
+        return original(self, *args)
+
+    merge.original = original
+    Merger.merge = merge
 
 
 def _wrap_loaders() -> None:
