@@ -44,6 +44,9 @@ def test_all_singular_values_are_those_of_the_dense_decomposition(out, in_):
     weight = torch.randn(out, in_, generator=torch.Generator().manual_seed(1))
     spectrum = decompose_dense(Dense(weight))
     torch.testing.assert_close(spectrum.values, torch.linalg.svdvals(weight.double()))
+    alone = decompose_dense(Dense(weight), vectors=False)
+    torch.testing.assert_close(alone.values, spectrum.values)
+    assert alone.source is None, "the values would keep the whole matrix alive"
     for rank in (1, 7, 40):
         assert size(dense(truncate(spectrum, rank)) - weight) <= optimum(weight, rank)[1] + 1e-12
 

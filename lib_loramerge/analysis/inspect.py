@@ -178,7 +178,9 @@ def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | Non
                 if isinstance(weight, Dense) and weight.weight.dim() == 1:
                     return block, None, norm(weight) ** 2, delta.notes
                 spectrum = (
-                    decompose_dense(weight) if isinstance(weight, Dense) else decompose(weight, vectors=False)
+                    decompose_dense(weight, vectors=False)
+                    if isinstance(weight, Dense)
+                    else decompose(weight, vectors=False)
                 )
                 return block, spectrum.values, spectrum.energy, delta.notes
 

@@ -16,13 +16,14 @@ _CONVERGED = 4e-6  # Part of the squared error by which all further blocks may s
 _PAYS = 0.4  # Part of the shorter side up to which the iteration is faster than the whole eigenproblem.
 
 
-def decompose_dense(delta: Dense, rank: int | None = None) -> Spectrum:
+def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = True) -> Spectrum:
     """Largest singular values and vectors of a dense delta.
 
     Args:
         delta: A matrix; norm layers and biases have no rank and do not come here.
         rank: How many are wanted; None for all, which takes the eigenvectors of the shorter Gram matrix.
             For a small part of the shorter side a block Krylov iteration is several times faster.
+        vectors: False when only the values are needed, which takes less than half the time where all are.
 
     Returns:
         A spectrum of ``rank`` values or more. Its truncations miss the least error by less than 1e-5 of it.
@@ -35,9 +36,9 @@ def decompose_dense(delta: Dense, rank: int | None = None) -> Spectrum:
     energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
     basis = _krylov(weight.float(), _start_block(delta, rank), rank, energy) if rank else None
     if basis is None:
-        return decompose_whole(weight.double(), energy**0.5, delta.kernel)
+        return decompose_whole(weight.double(), energy**0.5, delta.kernel, vectors=vectors)
     inside = LowRank(basis, basis.mT @ weight.double(), float(basis.shape[1]), delta.kernel)
-    spectrum = decompose(inside, energy**0.5)
+    spectrum = decompose(inside, energy**0.5, vectors=vectors)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
 
 

@@ -132,7 +132,9 @@ class Merger:
         merged, _ = self.combine(layer, self.inputs(layer))
         if merged is None:
             return None
-        return decompose_dense(merged) if isinstance(merged, Dense) else decompose(merged, vectors=False)
+        if isinstance(merged, Dense):
+            return decompose_dense(merged, vectors=False)
+        return decompose(merged, vectors=False)
 
     def merge(self, layer: LayerPlan, allotted: int | None) -> MergedLayer:
         """Everything about one layer of the result.
