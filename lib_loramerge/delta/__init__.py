@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .core import NOISE, Grams, Spectrum, decompose, gram, grams, truncate
+from .core import NOISE, Spectrum, decompose, gram, grams, truncate
 from .dense import decompose_dense, truncate_dense
 from .measure import (
     Overlap,
@@ -21,7 +21,20 @@ from .measure import (
 from .storing import Stored, realize, store, store_truncated, write_layer
 from .threads import available_cores, parallel_map, single_thread
 from .together import full_precision, write_layers
-from .types import Delta, Dense, LayerDelta, LowRank, check_same_shape, place_rows, scaled, stack, take_rows
+from .types import (
+    Delta,
+    Dense,
+    Grams,
+    LayerDelta,
+    LowRank,
+    Merged,
+    Mixed,
+    check_same_shape,
+    place_rows,
+    scaled,
+    stack,
+    take_rows,
+)
 
 __all__ = [
     "NOISE",
@@ -30,6 +43,8 @@ __all__ = [
     "Grams",
     "LayerDelta",
     "LowRank",
+    "Merged",
+    "Mixed",
     "Overlap",
     "Overlaps",
     "Spectrum",

@@ -25,23 +25,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .types import LowRank
+from .types import Grams, LowRank, Mixed
 
 NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
 _CHUNK = 1 << 19  # Numbers turned to float64 at a time: they stay in the processor's cache.
 _BLOCK = 64  # Rows of a Gram matrix made by one product.
 _SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
+_LOSS = 64.0  # Products whose terms are this much larger than their sum are made in float64.
 _NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
 
 Mixing = Callable[[int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Grams:
-    """The two small matrices that tell all about a low-rank delta: both (R, R) float64, on the CPU."""
-
-    up: Tensor
-    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Spectrum:
     values: Tensor
     energy: float
     size: float
-    source: LowRank | None = None
+    source: LowRank | Mixed | None = None
     mixing: Mixing | None = None
     beyond: float = 0.0
 
@@ -111,21 +104,24 @@ def grams(delta: LowRank) -> Grams:
 
 
 def decompose(
-    delta: LowRank, size: float | None = None, *, vectors: bool = True, small: Grams | None = None
+    delta: LowRank | Mixed, size: float | None = None, *, vectors: bool = True, small: Grams | None = None
 ) -> Spectrum:
     """Singular values (and vectors) of a low-rank delta.
 
     Args:
-        delta: What ``stack`` gave, or any low-rank delta.
+        delta: What ``stack`` gave, or any other low-rank delta.
         size: Size of the inputs that noise is judged against; by default that of ``delta.parts``.
         vectors: False when only the values are needed.
         small: The delta's Gram matrices where they are known already.
     """
-    if min(delta.out, delta.in_) < delta.rank:
+    parts: Sequence[int] = ()
+    if isinstance(delta, Mixed):
+        small, gains = delta.small, torch.ones(delta.rank, dtype=torch.float64)
+    elif min(delta.out, delta.in_) < delta.rank:
         return _decompose_short(delta, size, vectors)
-    small = small or grams(delta)
-    gains = delta.component_gains()
-    energy, inputs = sizes(small, gains, delta.parts)
+    else:
+        small, gains, parts = small or grams(delta), delta.component_gains(), delta.parts
+    energy, inputs = sizes(small, gains, parts)
     size = inputs if size is None else size
     low, solve = _root(small.down)
     weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
@@ -140,7 +136,8 @@ def decompose(
         root = values[:rank].sqrt()
         left = weighted @ (first / root)
         first *= root
-        return left, solve(first)
+        right = solve(first)
+        return (delta.left @ left, delta.right @ right) if isinstance(delta, Mixed) else (left, right)
 
     return Spectrum(values, energy, size, delta, mixing)
 
@@ -151,7 +148,8 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
     Args:
         spectrum: From :func:`decompose` with vectors.
         rank: Wanted rank; one above the numerical rank gives a smaller delta, never padding.
-        dtype: Precision of the large products and of the result.
+        dtype: Precision of the large products and of the result; float64 where the terms of a mixed delta
+            nearly cancel.
 
     Source: Eckart and Young 1936.
     """
@@ -160,12 +158,23 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
     rank = min(rank, spectrum.rank)
     left, right = spectrum.mixing(rank)
     source_up, source_down = spectrum.source.up, spectrum.source.down
+    if not sums_hold(spectrum, left, right):
+        dtype = torch.float64
     if dtype == torch.float64 and lacks_double(source_up.device):
         source_up, source_down = source_up.cpu(), source_down.cpu()
     device = source_up.device
     up = source_up.to(dtype) @ left.to(dtype).to(device)
     down = right.mT.contiguous().to(dtype).to(device) @ source_down.to(dtype)
     return LowRank(up, down, float(rank), spectrum.source.kernel)
+
+
+def sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:
+    """Whether products with these mixings lose no digits of float32; only mixed deltas are looked at."""
+    if not isinstance(spectrum.source, Mixed):
+        return True
+    wanted = _LOSS * spectrum.values[: left.shape[1]].sqrt()
+    terms = (length @ mixing.abs() for length, mixing in zip(spectrum.source.lengths, (left, right)))
+    return all(bool((term <= wanted).all()) for term in terms)
 
 
 def lacks_double(device: torch.device) -> bool:

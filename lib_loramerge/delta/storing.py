@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import NOISE, Grams, Spectrum, decompose, gram, grams, lacks_double, sizes, truncate
+from .core import NOISE, Spectrum, decompose, gram, grams, lacks_double, sizes, truncate
 from .dense import decompose_dense
-from .types import Delta, LowRank
+from .types import Dense, Grams, LowRank, Merged
 
 _CANCELLED = 1e-2  # A sum this much smaller than its inputs is multiplied out in float64.
 _SUBNORMAL = 8  # Factors whose mean size is below this many times the least normal number are scaled up.
@@ -48,7 +48,7 @@ class Stored:
 
 
 def write_layer(
-    delta: Delta,
+    delta: Merged,
     dtype: torch.dtype,
     choose: Callable[[Spectrum], int] | None = None,
     *,
@@ -70,18 +70,18 @@ def write_layer(
     delta = _with_double(delta)
     if choose is None and isinstance(delta, LowRank):
         return store(delta, dtype, fixed_alpha=fixed_alpha)
-    spectrum = decompose(delta) if isinstance(delta, LowRank) else decompose_dense(delta, most)
+    spectrum = decompose_dense(delta, most) if isinstance(delta, Dense) else decompose(delta)
     rank = choose(spectrum) if choose else spectrum.rank
     return store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha) if rank else None
 
 
-def _with_double(delta: Delta) -> Delta:
+def _with_double(delta: Merged) -> Merged:
     """The delta where float64 can be had."""
-    if isinstance(delta, LowRank):
-        if not lacks_double(delta.up.device):
-            return delta
-        return replace(delta, up=delta.up.cpu(), down=delta.down.cpu())
-    return replace(delta, weight=delta.weight.cpu()) if lacks_double(delta.weight.device) else delta
+    if isinstance(delta, Dense):
+        return replace(delta, weight=delta.weight.cpu()) if lacks_double(delta.weight.device) else delta
+    if not lacks_double(delta.up.device):
+        return delta
+    return replace(delta, up=delta.up.cpu(), down=delta.down.cpu())
 
 
 def store_truncated(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .core import Grams, Spectrum, decompose, gram, lacks_double
+from .core import Spectrum, decompose, gram, lacks_double, sums_hold
 from .storing import (
     Stored,
     roots_in_range,
@@ -23,7 +23,7 @@ from .storing import (
     write_layer,
 )
 from .threads import parallel_map
-from .types import Delta, LowRank
+from .types import Dense, Grams, LowRank, Merged, Mixed
 
 _TOGETHER = 32  # Layers in one batch: their float64 copies stay below a few hundred MB.
 
@@ -31,7 +31,7 @@ Choose = Callable[[Spectrum], int]
 
 
 def write_layers(
-    deltas: Sequence[Delta],
+    deltas: Sequence[Merged],
     dtype: torch.dtype,
     choose: Sequence[Choose | None],
     *,
@@ -50,10 +50,10 @@ def write_layers(
         workers: Threads for the small problems.
     """
     results: list[Stored | None] = [None] * len(deltas)
-    groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, (delta, rule) in enumerate(zip(deltas, choose)):
-        if isinstance(delta, LowRank) and rule and delta.rank <= min(delta.out, delta.in_):
-            groups[delta.out, delta.in_, delta.rank].append(index)
+        if not isinstance(delta, Dense) and rule and delta.rank <= min(delta.out, delta.in_):
+            groups[type(delta), delta.up.shape, delta.down.shape, delta.up.dtype].append(index)
         else:
             limit = most[index] if most else None
             results[index] = _on_cpu(write_layer(delta, dtype, rule, most=limit, fixed_alpha=fixed_alpha))
@@ -61,7 +61,7 @@ def write_layers(
         for members in groups.values():
             for start in range(0, len(members), _TOGETHER):
                 batch = members[start : start + _TOGETHER]
-                low = [delta for delta in (deltas[index] for index in batch) if isinstance(delta, LowRank)]
+                low = [delta for delta in (deltas[index] for index in batch) if not isinstance(delta, Dense)]
                 rules = [rule for rule in (choose[index] for index in batch) if rule]
                 for index, stored in zip(batch, _write_batch(low, dtype, rules, workers, fixed_alpha)):
                     results[index] = stored
@@ -80,7 +80,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _write_batch(
-    deltas: Sequence[LowRank],
+    deltas: Sequence[LowRank | Mixed],
     dtype: torch.dtype,
     choose: Sequence[Choose],
     workers: int | None,
@@ -88,10 +88,12 @@ def _write_batch(
 ) -> list[Stored | None]:
     ups = torch.stack([delta.up for delta in deltas])
     downs = torch.stack([delta.down for delta in deltas])
-    grams_up, grams_down = _gram(ups.mT), _gram(downs)
+    small: Sequence[Grams | None] = [None] * len(deltas)  # a mixed delta brings them along
+    if isinstance(deltas[0], LowRank):
+        small = [Grams(up, down) for up, down in zip(_gram(ups.mT), _gram(downs))]
 
     def solve(index: int) -> Spectrum:
-        return decompose(deltas[index], small=Grams(grams_up[index], grams_down[index]))
+        return decompose(deltas[index], small=small[index])
 
     spectra = list(parallel_map(solve, range(len(deltas)), workers=workers))
     by_rank: dict[int, list[int]] = defaultdict(list)
@@ -132,6 +134,7 @@ def _store_batch(
     for index, spectrum in enumerate(spectra):
         values = spectrum.values[:rank]
         usual = working_dtype(spectrum, dtype) == work and roots_in_range(values, side, dtype)
+        usual = usual and sums_hold(spectrum, *mixings[index])
         if not (usual and float(farthest[index]) <= torch.finfo(dtype).eps):
             results.append(_moved(store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha)))
             continue

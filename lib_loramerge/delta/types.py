@@ -93,7 +93,59 @@ class Dense:
         return self.weight.double()
 
 
+@dataclass(frozen=True)
+class Grams:
+    """The two small matrices that tell all about a low-rank delta: both (R, R) float64, on the CPU."""
+
+    up: Tensor
+    down: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Mixed:
+    """A delta weight told in the components of the inputs: ``up @ left @ right^T @ down``.
+
+    What the subspace methods give: nothing large has been multiplied yet, and what storing it asks of the
+    large factors is known.
+
+    Attributes:
+        up: (out, r), any float dtype.
+        down: (s, in * kh * kw), any float dtype.
+        left, right: (r, k) and (s, k) float64 on the CPU.
+        small: Gram matrices of the k columns of ``up @ left`` and of the k rows of ``right^T @ down``.
+        lengths: Of the columns of up, (r,), and of the rows of down, (s,): float64 on the CPU.
+        kernel: (kh, kw) of a k x k convolution, else ().
+    """
+
+    up: Tensor
+    down: Tensor
+    left: Tensor
+    right: Tensor
+    small: Grams
+    lengths: tuple[Tensor, Tensor]
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def out(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def in_(self) -> int:
+        return self.down.shape[1]
+
+    def dense(self) -> Tensor:
+        """The delta weight itself, (out, in * kh * kw) float64."""
+        left, right = self.left.to(self.up.device), self.right.to(self.up.device)
+        return (self.up.double() @ left) @ (right.mT @ self.down.double())
+
+
 Delta = LowRank | Dense
+Merged = LowRank | Mixed | Dense
 _D = TypeVar("_D", LowRank, Dense)
 
 

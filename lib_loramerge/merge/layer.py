@@ -15,6 +15,8 @@ from ..delta import (
     Dense,
     LayerDelta,
     LowRank,
+    Merged,
+    Mixed,
     Spectrum,
     Stored,
     decompose,
@@ -59,7 +61,7 @@ class Prepared:
 
     layer: LayerPlan
     inputs: Sequence[LayerDelta]
-    merged: Delta | None
+    merged: Merged | None
     plain: Delta | None
     bias: Tensor | None
     notes: tuple[str, ...]
@@ -96,7 +98,7 @@ class Merger:
             for index, _, _ in layer.inputs
         ]
 
-    def combine(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> tuple[Delta | None, Delta | None]:
+    def combine(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> tuple[Merged | None, Delta | None]:
         """The method's delta, and the plain weighted sum where that is another."""
         present = [index for index, entry in enumerate(inputs) if entry.weight is not None]
         if not present:
@@ -173,6 +175,7 @@ class Merger:
         layer, plain = prepared.layer, prepared.plain
         try:
             if prepared.whole:
+                assert not isinstance(prepared.merged, Mixed)
                 return self._whole(layer, prepared.merged, prepared.bias, prepared.notes)
             if stored is None:
                 gone = norm(plain) ** 2 if plain is not None and self.approximate else 0.0
@@ -197,7 +200,7 @@ class Merger:
             raise OutputError(f"{prepared[0].layer.layer}: {error}") from error
 
     def _chooser(
-        self, layer: LayerPlan, merged: Delta, allotted: int | None
+        self, layer: LayerPlan, merged: Merged, allotted: int | None
     ) -> Callable[[Spectrum], int] | None:
         """The rank rule of one layer; None where all ranks are kept."""
         if not self.plan.method.uses_rank and isinstance(merged, LowRank):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..delta import Delta
+from ..delta import Merged
 
 if TYPE_CHECKING:
     from ..recipe import Param
@@ -43,7 +43,7 @@ class MergeMethod:
         name: What the recipe and ``--mode`` say.
         label: Name shown to people.
         summary: One plain sentence.
-        merge: ``merge(deltas, weights, context, **params) -> Delta``.
+        merge: ``merge(deltas, weights, context, **params) -> Merged``.
         params: Its tunables.
         exact: The result before truncation is the exact weighted sum.
         linear: The result is linear in the weights.
@@ -64,7 +64,7 @@ class MergeMethod:
     name: str
     label: str
     summary: str
-    merge: Callable[..., Delta]
+    merge: Callable[..., Merged]
     params: tuple[Param, ...] = ()
     exact: bool = False
     linear: bool = False
@@ -90,7 +90,7 @@ class MergeMethod:
 
 METHODS: dict[str, MergeMethod] = {}
 
-Merge = Callable[..., Delta]
+_Merge = TypeVar("_Merge", bound=Callable[..., Merged])
 
 
 def merge_method(
@@ -112,10 +112,10 @@ def merge_method(
     formula: str = "",
     avoid: str = "",
     vector_weights: Callable[..., Sequence[float]] | None = None,
-) -> Callable[[Merge], Merge]:
+) -> Callable[[_Merge], _Merge]:
     """Register a function as the merge method ``name``; the function itself is returned unchanged."""
 
-    def register(merge: Merge) -> Merge:
+    def register(merge: _Merge) -> _Merge:
         if name in METHODS:
             raise ValueError(f"merge method {name!r} is registered twice")
         METHODS[name] = MergeMethod(

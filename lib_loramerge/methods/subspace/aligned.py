@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...delta import Delta
+from ...delta import Delta, Merged
 from ...recipe import Param
 from ..params import DENSITY
 from ..registry import LayerContext, merge_method
@@ -43,7 +43,7 @@ def knots(
     *,
     rule: str = "ties",
     density: float = 0.5,
-) -> Delta:
+) -> Merged:
     """An inner rule on the rows ``V_i^T`` that the deltas have on one common set of left vectors.
 
     Args:
@@ -88,7 +88,7 @@ def core(
     *,
     rule: str = "ties",
     density: float = 0.5,
-) -> Delta:
+) -> Merged:
     """An inner rule on the deltas' small matrices in the joint row and column spaces.
 
     Args:
@@ -133,7 +133,7 @@ def ctm(
     rule: str = "linear",
     density: float = 0.5,
     balance: float = 0.0,
-) -> Delta:
+) -> Merged:
     """The deltas in the pair of subspaces that keeps most of each of them.
 
     Args:

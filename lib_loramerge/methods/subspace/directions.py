@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...delta import Delta, decompose
+from ...delta import Delta, Merged, decompose
 from ...recipe import Param
 from ..registry import LayerContext, merge_method
 from .joint import (
@@ -16,9 +16,9 @@ from .joint import (
     exact_sum,
     falling_eigh,
     join,
-    multiplied,
     nothing,
     numerical_rank,
+    with_values,
 )
 
 BETA = Param("beta", 0.3, "How far singular values move towards their mean; 0 is the plain sum.", 0.0, 1.0)
@@ -51,7 +51,7 @@ RIDGE = Param(
     formula="polar([U_1 .. U_N]) diag(w_1 S_1 .. w_N S_N) polar([V_1 .. V_N])^T, each cut to its share",
     avoid="for LoRAs of one training run: directions that they share count once, so they are averaged",
 )
-def tsv(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:
+def tsv(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Merged:
     """Each delta's leading singular directions, made orthogonal to those of the others, and added.
 
     Args:
@@ -112,7 +112,7 @@ def iso(
     *,
     beta: float = 0.3,
     norm: str = "mean",
-) -> Delta:
+) -> Merged:
     """The exact sum with its singular values moved towards their mean.
 
     Args:
@@ -132,13 +132,11 @@ def iso(
     total = exact_sum(deltas, weights)
     spectrum = decompose(total)
     rank = numerical_rank(spectrum.values)
-    if not rank or spectrum.mixing is None or spectrum.source is None:
+    if not rank:
         return nothing(total)
     values = spectrum.values[:rank]
     level = values.mean() if norm == "mean" else values.square().mean().sqrt()
-    left, right = spectrum.mixing(rank)
-    root = ((1 - beta) + beta * level / values).sqrt()
-    return multiplied(spectrum.source, left * root, right * root)
+    return with_values(spectrum, (1 - beta) * values + beta * level)
 
 
 @merge_method(
@@ -158,7 +156,7 @@ def null_space_priority(
     *,
     mu: float = 1.0,
     energy: float = 1.0,
-) -> Delta:
+) -> Merged:
     """The sum, with each delta softly projected away from the input spaces of those before it.
 
     Args:
@@ -214,7 +212,7 @@ def _pseudo_inverse(square: Tensor) -> Tensor:
 )
 def ssr(
     deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext, *, ridge: float = 0.01
-) -> Delta:
+) -> Merged:
     """The delta that comes closest to every input on that input's own input space.
 
     The router of the paper learns from tokens which LoRA an input belongs to. Here LoRA i's tokens are

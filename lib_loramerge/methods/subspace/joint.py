@@ -25,18 +25,20 @@ from ...delta import (
     Dense,
     Grams,
     LowRank,
+    Mixed,
+    Spectrum,
     check_same_shape,
     decompose,
     decompose_dense,
     full_precision,
     gram,
+    grams,
     scaled,
     stack,
     truncate,
 )
 
 RELATIVE = 1e-6  # Singular values below this part of the largest one are not there.
-_LOSS = 64.0  # float32 products whose terms are this much larger than their sum are made in float64 instead.
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class JointSpace:
         """K, the ranks of all inputs together."""
         return self.values.shape[0]
 
-    def delta(self, left: Tensor, right: Tensor) -> LowRank:
+    def delta(self, left: Tensor, right: Tensor) -> LowRank | Mixed:
         """``U left right^T V^T``.
 
         Args:
@@ -86,31 +88,34 @@ class JointSpace:
         size = sum(float(torch.linalg.vector_norm(self.values[span])) for span in self.spans)
         if float((left_gram * right_gram).sum()) <= (NOISE * size) ** 2:
             return nothing(self.source)
-        up_lengths, down_lengths = self.lengths
-        up = _product(self.source.up, self.left @ left, lengths=up_lengths, wanted=_roots(left_gram))
-        down = _product(
-            self.source.down, self.right @ right, rows=True, lengths=down_lengths, wanted=_roots(right_gram)
+        small, source = Grams(left_gram, right_gram), self.source
+        return Mixed(
+            source.up, source.down, self.left @ left, self.right @ right, small, self.lengths, source.kernel
         )
-        return LowRank(up, down, float(left.shape[1]), self.source.kernel)
 
-    def delta_of_rows(self, left: Tensor, rows: Tensor) -> LowRank:
+    def delta_of_rows(self, left: Tensor, rows: Tensor) -> LowRank | Mixed:
         """``U left @ rows``, of left (K, k) float64 and rows (k, in * kh * kw)."""
         if not rows.shape[0]:
             return nothing(self.source)
-        wanted = _roots(left.mT @ self.gram_up @ left)
-        up = _product(self.source.up, self.left @ left, lengths=self.lengths[0], wanted=wanted)
-        return LowRank(up, rows, float(rows.shape[0]), self.source.kernel)
+        of_rows = _gram(rows)
+        small = Grams(left.mT @ self.gram_up @ left, of_rows)
+        lengths = self.lengths[0], _roots(of_rows)
+        eye = torch.eye(rows.shape[0], dtype=torch.float64)
+        return Mixed(self.source.up, rows, self.left @ left, eye, small, lengths, self.source.kernel)
 
     def rows_of_inputs(self, mixing: Tensor) -> list[Tensor]:
         """For each input i, ``mixing_i^T V_i^T`` (k, in * kh * kw), where mixing_i are i's rows of (K, k).
 
         Made in float64: last bits that differ between factorisations could move an element over a threshold.
         """
-        precise = _double if _has_double(self.source.down.device) else Tensor.float
-        return [
-            _product(precise(self.source.down[own]), self.right[own, span] @ mixing[span], rows=True).float()
-            for own, span in zip(self.columns, self.spans)
-        ]
+        down = self.source.down
+        work = torch.float64 if _has_double(down.device) else torch.float32
+        rows = []
+        with full_precision():
+            for own, span in zip(self.columns, self.spans):
+                mixed = (self.right[own, span] @ mixing[span]).mT.contiguous()
+                rows.append((mixed.to(down.device, work) @ _to(down[own], work)).float())
+        return rows
 
 
 def join(deltas: Sequence[Delta], weights: Sequence[float]) -> JointSpace:
@@ -120,7 +125,7 @@ def join(deltas: Sequence[Delta], weights: Sequence[float]) -> JointSpace:
         IncompatibleError: The deltas are not of one shape.
     """
     given, source = _stacked(deltas, weights)
-    small = _grams(source)
+    small = grams(source)
     lefts, rights, values, present, columns = [], [], [], [], []
     for (index, delta), own in zip(given, _spans([delta.rank for _, delta in given])):
         spectrum = decompose(delta, small=Grams(small.up[own, own], small.down[own, own]))
@@ -154,10 +159,17 @@ def exact_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> LowRank:
     return _stacked(deltas, weights)[1]
 
 
-def multiplied(source: LowRank, left: Tensor, right: Tensor) -> LowRank:
-    """``source.up @ left @ right^T @ source.down``, without the source's gains; left and right (R, k)."""
-    up, down = _product(source.up, left), _product(source.down, right, rows=True)
-    return LowRank(up, down, float(left.shape[1]), source.kernel)
+def with_values(spectrum: Spectrum, values: Tensor) -> Mixed:
+    """The delta with a spectrum's leading singular vectors, but with other singular values, all above 0."""
+    source = spectrum.source
+    assert source is not None
+    assert spectrum.mixing is not None
+    left, right = spectrum.mixing(values.shape[0])
+    root = (values / spectrum.values[: values.shape[0]]).sqrt()
+    square = torch.diag(values)
+    lengths = (_lengths(source.up, 0), _lengths(source.down, 1))
+    small = Grams(square, square)
+    return Mixed(source.up, source.down, left * root, right * root, small, lengths, source.kernel)
 
 
 def nothing(like: Delta) -> LowRank:
@@ -205,51 +217,13 @@ def _low_rank(delta: Delta) -> LowRank:
     return truncate(spectrum, numerical_rank(spectrum.values))
 
 
-def _grams(delta: LowRank) -> Grams:
-    """Gram matrices on the CPU; devices without float64 leave the work to it."""
-    up, down = delta.up, delta.down
-    if not _has_double(up.device):
-        up, down = up.cpu(), down.cpu()
-    return Grams(gram(up.mT).cpu(), gram(down).cpu())
+def _gram(rows: Tensor) -> Tensor:
+    """Gram matrix on the CPU; devices without float64 leave the work to it."""
+    return gram(rows if _has_double(rows.device) else rows.cpu()).cpu()
 
 
-def _product(
-    factor: Tensor,
-    mixing: Tensor,
-    *,
-    rows: bool = False,
-    lengths: Tensor | None = None,
-    wanted: Tensor | None = None,
-) -> Tensor:
-    """``factor @ mixing`` of (n, r) in any float dtype and (r, k) float64 on the CPU.
-
-    In float32, unless a factor is float64 or its columns nearly cancel in the result.
-
-    Args:
-        rows: ``factor`` is (r, n), and the result (k, n) ``mixing^T @ factor``.
-        lengths: (r,) of the columns of ``factor``, where they are known.
-        wanted: (k,) lengths of the columns of the result, where they are known.
-    """
-    if factor.dtype != torch.float64:
-        wide = factor.float()
-        with full_precision():
-            product = _multiplied(wide, mixing, rows)
-        lengths = _lengths(wide, rows) if lengths is None else lengths
-        wanted = _lengths(product, rows) if wanted is None else wanted
-        if bool((lengths @ mixing.abs() <= _LOSS * wanted).all()):
-            return product
-    if not _has_double(factor.device):
-        return _multiplied(factor.cpu().double(), mixing, rows).float().to(factor.device)
-    return _multiplied(_double(factor), mixing, rows)
-
-
-def _multiplied(factor: Tensor, mixing: Tensor, rows: bool) -> Tensor:
-    mixing = mixing.to(factor)
-    return mixing.mT.contiguous() @ factor if rows else factor @ mixing
-
-
-def _lengths(factor: Tensor, rows: bool) -> Tensor:
-    return torch.linalg.vector_norm(factor, dim=1 if rows else 0).cpu().double()
+def _lengths(factor: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(factor.float(), dim=dim).cpu().double()
 
 
 def _roots(square: Tensor) -> Tensor:
@@ -257,9 +231,9 @@ def _roots(square: Tensor) -> Tensor:
     return square.diagonal().clamp(min=0).sqrt()
 
 
-def _double(tensor: Tensor) -> Tensor:
-    """In float64. Half precision goes by way of float32, which torch does three times as fast."""
-    return tensor.double() if tensor.element_size() >= 4 else tensor.float().double()
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half precision goes to float64 by way of float32, which torch does three times as fast."""
+    return tensor.to(dtype) if tensor.element_size() >= 4 else tensor.float().to(dtype)
 
 
 def _has_double(device: torch.device) -> bool:
