@@ -44,6 +44,10 @@
 
     // Where a piece stands. After the end of a sentence comes a space or nothing: a name has dots in it, too.
     function place(piece, text, from, end, backwards) {
+        if (piece === "") { // Between two slots: the first is a name with its colon, or empty.
+            const colon = text.indexOf(": ", from);
+            return colon >= 0 && colon + 2 <= end ? colon + 2 : from;
+        }
         const step = (at) => (backwards ? text.lastIndexOf(piece, at - 1) : text.indexOf(piece, at + 1));
         let at = backwards ? text.lastIndexOf(piece, end - piece.length) : text.indexOf(piece, from);
         for (; at >= from && at + piece.length <= end; at = step(at)) {
@@ -97,13 +101,14 @@
             const value = template.value;
             const made = value.replace(/( ?)\{(\d+)(\*?)\}( ?)/g, (whole, before, number, open, after, at) => {
                 const words = found[Number(number)] || "";
-                if (!open || !words.trim()) return before + words + after;
-                const inner = slot(words, depth + 1);
-                known = known && inner !== words;
+                if (!open) return before + words + after;
+                const inner = words.trim() ? slot(words, depth + 1) : "";
+                known = known && (inner !== words || !inner);
                 // Japanese sets foreign words apart by a space, its own not.
                 const joins = (one, other) => WIDE.test(one || "") && WIDE.test(other || "");
-                const left = joins(value[at - 1], inner[0]) ? "" : before;
-                return left + inner + (joins(inner[inner.length - 1], value[at + whole.length]) ? "" : after);
+                const next = value[at + whole.length];
+                const left = joins(value[at - 1], inner[0] || next) ? "" : before;
+                return left + inner + (joins(inner[inner.length - 1] || value[at - 1], next) ? "" : after);
             });
             if (known || template.parts.length < 3) return made;
             reserve = reserve === null ? made : reserve;

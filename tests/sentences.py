@@ -118,7 +118,9 @@ def _inlined(module: _Module) -> set[ast.AST]:
     loads: dict[str, list[bool]] = defaultdict(list)
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in module.constants:
-            loads[node.id].append(isinstance(module.parents[node], ast.FormattedValue))
+            above = module.parents[node]
+            added = isinstance(above, ast.BinOp) and _is_text(above)
+            loads[node.id].append(added or isinstance(above, ast.FormattedValue))
     return {module.constants[name] for name, within in loads.items() if all(within)}
 
 
