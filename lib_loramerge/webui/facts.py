@@ -57,6 +57,7 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
     """Look at every row and at the whole; never raises for what a user typed."""
     reading = read_form(form, host, methods)
     draft = _Draft(problems=dict(reading.problems))
+    _check_base(form, host, draft)
     _look_at_rows(reading, host, draft)
     plan = _plan(reading, host, draft)
     paths = [source.path for source in draft.sources.values()]
@@ -139,6 +140,13 @@ def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draf
         host.check_name(name, str(form.get("subfolder") or ""), bool(form.get("overwrite")))
     except LoraMergeError as error:
         draft.problems["name"] = str(error)
+
+
+def _check_base(form: Mapping[str, Any], host: Host, draft: _Draft) -> None:
+    try:
+        host.base_path(str(form.get("base") or ""))
+    except LoraMergeError as error:
+        draft.problems["base"] = str(error)
 
 
 def _with_preview(reading: Reading, draft: _Draft) -> list[str]:

@@ -8,7 +8,6 @@ A form is a mapping from the name of a control to its value, as
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraMergeError, RecipeError
 from ..recipe import LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
+from ..recipe.check import check_number, check_whole
+from ..recipe.model import MAX_RANK, MAX_SEED, MAX_SIZE, STRENGTH_LIMIT
 from .sidecar import UserMetadata
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16
 START_ROWS = 2
+SMALLEST = 0.001  # percent of a share, MB of a file
 ROW_FIELDS = ("on", "lora", "strength", "slide", "te", "linked", "blocks", "elements", "extra", "origin")
 EMPTY_ROW: Mapping[str, Any] = {
     "on": True,
@@ -123,33 +125,27 @@ def lora_label(name: str, entries: Sequence[LoraEntry]) -> str:
     return name
 
 
-def number(value: object, what: str) -> float:
-    """A finite number from a field that people type into.
+def number(value: object, what: str, low: float | None = None, high: float | None = None) -> float:
+    """A finite number from a field that people type into, within the limits.
 
     Raises:
-        RecipeError: Empty, or no number.
+        RecipeError: Empty, no number, or outside the limits.
     """
     if value is None or value == "":
         raise RecipeError(f"{what} is empty: type a number.")
-    try:
-        result = float(str(value).replace(",", ".")) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise RecipeError(f"{what} must be a number, got {value!r}.") from None
-    if not math.isfinite(result):
-        raise RecipeError(f"{what} must be a finite number, got {value!r}.")
-    return result
+    if isinstance(value, str):
+        value = value.strip().replace(",", ".")
+    return check_number(what, value, low, high, text=True)
 
 
-def whole(value: object, what: str) -> int:
+def whole(value: object, what: str, low: int | None = None, high: int | None = None) -> int:
     """A whole number from such a field.
 
     Raises:
-        RecipeError: Empty, or no whole number.
+        RecipeError: Empty, no whole number, or outside the limits.
     """
     result = number(value, what)
-    if not result.is_integer():
-        raise RecipeError(f"{what} must be a whole number, got {value!r}.")
-    return int(result)
+    return check_whole(what, int(result) if result.is_integer() else result, low, high)
 
 
 def row_count(form: Mapping[str, Any]) -> int:
@@ -174,8 +170,9 @@ def read_row(values: Mapping[str, Any], entries: Sequence[LoraEntry]) -> LoraInp
     name = lora_name(values["lora"], entries)
     if not name or not values["on"]:
         return None
-    unet = number(values["strength"], "Strength")
-    te = unet if values["linked"] else number(values["te"], "Text encoder strength")
+    limits = (-STRENGTH_LIMIT, STRENGTH_LIMIT)
+    unet = number(values["strength"], "Strength", *limits)
+    te = unet if values["linked"] else number(values["te"], "Text encoder strength", *limits)
     given = LoraInput(name, te=te, unet=unet)
     extra = str(values["extra"] or "").strip().strip(":").strip()
     if extra:
@@ -204,7 +201,10 @@ def _with_extra(given: LoraInput, extra: str) -> LoraInput:
     """Adds the options of a row's last field, which is a piece of the prompt's own grammar."""
     if any("=" not in part for part in extra.split(":")):
         raise RecipeError(f"Other options must look like dyn=8:te2=0.5, got {extra!r}.")
-    parsed = parse_input(f"x:te={given.te!r}:unet={given.unet!r}:{extra}")
+    try:
+        parsed = parse_input(f"x:te={given.te!r}:unet={given.unet!r}:{extra}")
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("'x'", repr(given.name), 1)) from None
     return replace(parsed, name=given.name)
 
 
@@ -261,7 +261,7 @@ def _read_how(
             except LoraMergeError as error:
                 problems["mode"] = str(error)
     try:
-        settings["seed"] = whole(form.get("seed") or 0, "Seed")
+        settings["seed"] = whole(form.get("seed") or 0, "Seed", 0, MAX_SEED)
     except LoraMergeError as error:
         problems["seed"] = str(error)
     return settings
@@ -270,14 +270,14 @@ def _read_how(
 def _read_rank(form: Mapping[str, Any]) -> dict[str, Any]:
     rule = key_of(RANK_RULES, form.get("rank_rule")) or "same"
     if rule == "retain":
-        return {"retain": number(form.get("retain"), "The share to keep") / 100}
+        return {"retain": number(form.get("retain"), "The share to keep", SMALLEST, 100) / 100}
     if rule == "size":
-        return {"size": number(form.get("size"), "The file size")}
+        return {"size": number(form.get("size"), "The file size", SMALLEST, MAX_SIZE)}
     settings: dict[str, Any] = {"rank": rule}
     if rule == "number":
-        settings["rank"] = whole(form.get("rank"), "Rank")
+        settings["rank"] = whole(form.get("rank"), "Rank", 1, MAX_RANK)
     if form.get("conv_rank") not in (None, "", 0):
-        settings["conv_rank"] = whole(form.get("conv_rank"), "Rank of convolutions")
+        settings["conv_rank"] = whole(form.get("conv_rank"), "Rank of convolutions", 1, MAX_RANK)
     return settings
 
 

@@ -103,23 +103,31 @@ class Tab:
         """The form as a fresh page has it, without the time that loading a page takes."""
         if self.title is None:
             self.show_page("Merge")
+        self.set_form({})
+        for number in range(2):
+            self.expect_value(f"row{number}_lora", "")
+        self.wait_for_facts("Pick a LoRA")
+        self.expect_value("name", "")
+        self.errors.clear()
+
+    def set_form(self, changes: dict[str, Any]) -> None:
+        """A fresh form but for ``changes``, put in as the page puts back what a reload has lost."""
+        draft = {**fresh_form(), **changes}
         self.page.evaluate(
             "draft => { window.usualArgument = window.usualArgument || window.loramergeArgument;"
             " window.loramergeArgument = name =>"
             " name === 'restore' ? [draft] : window.usualArgument(name); }",
-            json.dumps(fresh_form()),
+            json.dumps(draft),
         )
         self.page.evaluate(
             "() => { const e = document.getElementById('loramerge_do_restore');"
             " (e.tagName === 'BUTTON' ? e : e.querySelector('button')).click(); }"
         )
-        self.expect_value("rows", "2")
-        for number in range(2):
-            self.expect_value(f"row{number}_lora", "")
-        self.wait_for_facts("Pick a LoRA")
-        self.expect_value("name", "")
+        self.expect_value("rows", str(draft["rows"]))
+        for name in draft:
+            if name in changes and name.endswith((".lora", ".blocks", ".elements", ".extra")):
+                self.expect_value(name.replace(".", "_"), re.compile(re.escape(str(changes[name]))))
         self.page.evaluate("() => { window.loramergeArgument = window.usualArgument; }")
-        self.errors.clear()
 
     def press(self, name: str) -> None:
         self.page.locator(f"#loramerge_{name}").click()
