@@ -127,7 +127,8 @@ def join(deltas: Sequence[Delta], weights: Sequence[float]) -> JointSpace:
     given, source = _stacked(deltas, weights)
     small = grams(source)
     lefts, rights, values, present, columns = [], [], [], [], []
-    for (index, delta), own in zip(given, _spans([delta.rank for _, delta in given])):
+    places = _spans([delta.rank for _, delta in given])
+    for (index, delta), own in zip(given, places):
         spectrum = decompose(delta, small=Grams(small.up[own, own], small.down[own, own]))
         rank = numerical_rank(spectrum.values)
         left, right = spectrum.mixing(rank) if rank and spectrum.mixing else (_no_columns(delta.rank),) * 2
@@ -144,8 +145,8 @@ def join(deltas: Sequence[Delta], weights: Sequence[float]) -> JointSpace:
         values=torch.cat(values) if values else torch.zeros(0, dtype=torch.float64),
         spans=_spans([part.shape[0] for part in values]),
         present=tuple(present),
-        gram_up=left.mT @ small.up @ left,
-        gram_down=right.mT @ small.down @ right,
+        gram_up=_mixed_gram(small.up, lefts, places),
+        gram_down=_mixed_gram(small.down, rights, places),
         left=left,
         right=right,
         columns=tuple(columns),
@@ -229,6 +230,18 @@ def _lengths(factor: Tensor, dim: int) -> Tensor:
 def _roots(square: Tensor) -> Tensor:
     """Lengths of vectors with this Gram matrix."""
     return square.diagonal().clamp(min=0).sqrt()
+
+
+def _mixed_gram(square: Tensor, blocks: Sequence[Tensor], places: Sequence[slice]) -> Tensor:
+    """``M^T square M`` (K, K) for a block-diagonal M; its blocks and the places of their rows."""
+    spans = _spans([block.shape[1] for block in blocks])
+    result = square.new_zeros((spans[-1].stop,) * 2) if spans else square.new_zeros((0, 0))
+    for i, j in itertools.combinations_with_replacement(range(len(blocks)), 2):
+        part = blocks[i].mT @ (square[places[i], places[j]] @ blocks[j])
+        result[spans[i], spans[j]] = part
+        if i != j:
+            result[spans[j], spans[i]] = part.mT
+    return result
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
