@@ -156,7 +156,7 @@ def test_errors_and_warnings_of_the_library_are_told_in_japanese(japanese: Tab) 
     tab.expect_text("row1_facts", "LoRA フォルダーに stile という LoRA はありません。もしかして: style")
     assert tab.value("row1_lora") == "stile"
     tab.fill("row0_blocks", "MIDDD")
-    tab.expect_text("row0_facts", "'style': プリセット 'MIDDD' はありません。似た名前: MIDD")
+    tab.expect_text("row0_facts", "プリセット 'MIDDD' はありません。似た名前: MIDD")
     tab.fill("row0_blocks", "1,0,1")
     tab.expect_text("row0_facts", "ブロックウェイトが 3 個あります")
     tab.fill("row0_blocks", "")
