@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -125,6 +126,32 @@ def test_a_merged_file_is_linked_only_where_gradio_gives_it_out_and_folders_are_
         host = WebuiHost()
         host_modules.shared.demo = SimpleNamespace(allowed_paths=[str(data)], blocked_paths=[])
         assert host.file_link(file) is None
+        host.close()
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--share", "--hide-ui-dir-config"])
+def test_where_others_see_the_page_no_folder_of_this_machine_is_told(data, flag, monkeypatch):
+    monkeypatch.chdir(data.parent.parent)
+    folder = data / "models" / "Lora"
+    full = f"{folder / 'a.safetensors'} cannot be read. The disk of {folder} is full."
+    with fake_modules(data) as modules:
+        host = WebuiHost()
+        assert host.shown(full) == full
+        assert host.shown_path(folder / "sub" / "a.safetensors") == str(folder / "sub" / "a.safetensors")
+        host.close()
+    with fake_modules(data, flag) as modules:
+        host = WebuiHost()
+        assert host.shown(full) == "a.safetensors cannot be read. The disk of the LoRA folder is full."
+        temporary = os.path.join(tempfile.gettempdir(), "x", "y.safetensors")
+        assert tempfile.gettempdir() not in host.shown(f"{temporary} is too large.")
+        assert host.shown_path(folder / "sub" / "a.safetensors") == "sub/a.safetensors"
+        # A link is relative to where the WebUI runs, or there is none.
+        modules.shared.demo = SimpleNamespace(allowed_paths=[str(data)], blocked_paths=[])
+        below = host.file_link(folder / "a.safetensors")
+        assert below is None or below.startswith(f"file={data.parent.name}/")
+        monkeypatch.chdir(folder)
+        monkeypatch.chdir("..")
+        assert host.file_link(data / "a.safetensors") is None
         host.close()
 
 

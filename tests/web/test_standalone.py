@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib_loramerge import demo
+from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.webui import standalone
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
@@ -63,6 +65,50 @@ def test_the_demo_is_ready_to_be_merged_at_once_and_links_to_what_it_wrote(
     assert status_of(address, **{"Sec-Fetch-Site": "cross-site"}) == 404
     for other in ("style.safetensors", "..%2fstyle%2bsubject.safetensors", "%2fetc%2fpasswd", ""):
         assert status_of(page.address + "loramerge/file/" + other) == 404
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The first port that a page looks at; free, and so are those after it."""
+    with socket.socket() as probe:
+        probe.bind((standalone.ADDRESS, 0))
+        number = min(probe.getsockname()[1], 65_000)
+    monkeypatch.setattr(standalone, "FIRST_PORT", number)
+    return number
+
+
+def test_a_port_is_free_again_as_soon_as_its_page_has_ended(port: int) -> None:
+    with socket.socket() as server, socket.socket() as client:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((standalone.ADDRESS, port))
+        server.listen()
+        assert not standalone._is_free(port)
+        client.connect((standalone.ADDRESS, port))
+        accepted, _ = server.accept()
+        # Who closes first keeps the port in the state TIME_WAIT for a minute.
+        accepted.close()
+        client.recv(1)
+    assert standalone._is_free(port)
+
+
+def test_the_second_of_two_pages_takes_the_next_port_and_says_so_when_it_may_not(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Page(tmp_path)
+    # Both looked at the same time: to the second one the port seemed free.
+    monkeypatch.setattr(standalone, "_is_free", lambda _: True)
+    try:
+        second = Page(tmp_path)
+        try:
+            assert first.port != second.port
+            for page in (first, second):
+                assert status_of(page.address + "loramerge/v1/methods") == 200
+        finally:
+            second.close()
+        with pytest.raises(LoraMergeError, match=f"Port {first.port} is taken. Choose another one"):
+            Page(tmp_path, first.port)
+    finally:
+        first.close()
 
 
 def test_a_sample_of_the_demo_has_a_strength_of_its_own(tmp_path: Path) -> None:

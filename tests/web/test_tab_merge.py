@@ -292,6 +292,27 @@ def test_sixteen_rows_can_be_added_moved_and_removed(tab: Tab, host: FakeHost) -
     assert error_of(host.lora_dir / "many.safetensors", parts) < 1e-5
 
 
+def test_where_others_see_the_page_the_result_names_the_file_inside_the_lora_folder(
+    chromium: object, tmp_path: Path
+) -> None:
+    make_lora(tmp_path / "models" / "Lora" / "style.safetensors", SD1_LAYERS, rank=4)
+    with FakeHost(tmp_path, "--listen", *SERVED) as host, Tab(chromium, host.url) as tab:
+        tab.row(0, "style")
+        tab.wait_for_facts("LoRAs 1")
+        tab.fill("subfolder", "made")
+        result = tab.merge("new")
+        assert "Written made/new.safetensors" in result
+        tab.fill("name", "other")
+        tab.open("copy")
+        tab.press("copy_command")
+        tab.expect_value("copy_text", re.compile("^loramerge merge .*style"))
+        (host.lora_dir / "style.safetensors").write_bytes(b"")
+        tab.press("merge")
+        tab.page.wait_for_selector("#loramerge_message [role=alert]")
+        assert str(tmp_path) not in tab.page.locator("#loramerge_app").inner_html()
+        assert tmp_path.name not in tab.value("copy_text")
+
+
 def test_what_files_say_of_themselves_is_shown_as_text(tab: Tab, host: FakeHost) -> None:
     name = "x'<img src=x onerror=alert(1)>&amp;"
     make_lora(host.lora_dir / f"{name}.safetensors", SD1_LAYERS, rank=2, seed=9)
