@@ -103,12 +103,20 @@ class Merger:
         present = [index for index, entry in enumerate(inputs) if entry.weight is not None]
         if not present:
             return None, None
+        if layer.vector:
+            return Dense(self._vector(layer, [entry.weight for entry in inputs], layer.layer)), None
         deltas = [_moved(inputs[index].weight, self.device) for index in present]
         weights = [layer.weights[index] for index in present]
-        if layer.vector:
-            return total(deltas, self._vector_weights(weights)), None
-        context = LayerContext(
-            layer=layer.layer,
+        method = self.plan.method
+        merged = method.merge(deltas, weights, self._context(layer, present), **self.plan.params)
+        if isinstance(merged, LowRank) and not self.has_alpha:
+            # Readers of such files take the scale as 1, so it has to be in the factors.
+            merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
+        return merged, None if method.exact else total(deltas, weights)
+
+    def _context(self, layer: LayerPlan, present: Sequence[int], name: str = "") -> LayerContext:
+        return LayerContext(
+            layer=name or layer.layer,
             seed=self.plan.recipe.seed,
             present=tuple(layer.inputs[index][0] for index in present),
             inputs=len(self.plan.sources),
@@ -116,16 +124,20 @@ class Merger:
             strengths=tuple(layer.inputs[index][1] for index in present),
             block_weights=tuple(layer.inputs[index][2] for index in present),
         )
-        method = self.plan.method
-        merged = method.merge(deltas, weights, context, **self.plan.params)
-        if isinstance(merged, LowRank) and not self.has_alpha:
-            # Readers of such files take the scale as 1, so it has to be in the factors.
-            merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
-        return merged, None if method.exact else total(deltas, weights)
 
-    def _vector_weights(self, weights: Sequence[float]) -> list[float]:
-        scale = self.plan.method.vector_weights
-        return list(scale(weights, **self.plan.params)) if scale is not None else list(weights)
+    def _vector(self, layer: LayerPlan, given: Sequence[Delta | Tensor | None], name: str) -> Tensor:
+        """What the method makes of the inputs' norms or biases, at least one of which is there.
+
+        Args:
+            name: Tells the layer's vectors apart, so that a random choice in one is not that in another.
+        """
+        present = [index for index, entry in enumerate(given) if entry is not None]
+        vectors = [
+            entry if isinstance(entry, Tensor) else entry.dense() for entry in given if entry is not None
+        ]
+        weights = [layer.weights[index] for index in present]
+        context = self._context(layer, present, name)
+        return self.plan.method.merge_vectors(vectors, weights, context, **self.plan.params)
 
     def spectrum(self, layer: LayerPlan) -> Spectrum | None:
         """Singular values of the merged layer, for rules that look at all layers at once."""
@@ -219,13 +231,10 @@ class Merger:
         return layer.rank if self.plan.recipe.retain is None else None
 
     def _bias(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> Tensor | None:
-        pairs = [
-            (w, entry.bias) for w, entry in zip(layer.weights, inputs, strict=True) if entry.bias is not None
-        ]
-        if not pairs:
+        biases = [entry.bias for entry in inputs]
+        if all(bias is None for bias in biases):
             return None
-        weights = self._vector_weights([weight for weight, _ in pairs])
-        return torch.stack([w * bias.double() for w, (_, bias) in zip(weights, pairs, strict=True)]).sum(0)
+        return self._vector(layer, biases, f"{layer.layer}.bias")
 
     def _rounded(self, layer: LayerPlan, exact: Tensor) -> tuple[Tensor, float, float]:
         """A tensor in the output dtype, its squared error and its exact squared norm."""

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..delta import Merged
+import torch
+from torch import Tensor
+
+from ..delta import Dense, Merged
 
 if TYPE_CHECKING:
     from ..recipe import Param
@@ -58,7 +61,7 @@ class MergeMethod:
         formula: The formula, in a line.
         avoid: When not to use it.
         vector_weights: ``vector_weights(weights, **params)``: what becomes of the weights where biases and
-            norms are added up, which have no rank and no angles; None leaves them as they are.
+            norms are added up (see :meth:`merge_vectors`); None leaves them as they are.
     """
 
     name: str
@@ -79,6 +82,25 @@ class MergeMethod:
     formula: str = ""
     avoid: str = ""
     vector_weights: Callable[..., Sequence[float]] | None = None
+
+    def merge_vectors(
+        self, vectors: Sequence[Tensor], weights: Sequence[float], context: LayerContext, **params: Any
+    ) -> Tensor:
+        """Biases or norms of one layer merged, (n,) float64.
+
+        Elementwise methods treat them as they treat every other delta. The others look at ranks, directions
+        or angles of a matrix, which a vector has not: it is added up.
+
+        Args:
+            vectors: (n,) each, of any float dtype.
+            weights: One strength per vector.
+        """
+        if self.elementwise:
+            rows = [Dense(vector[None]) for vector in vectors]
+            return self.merge(rows, weights, context, **params).dense()[0].cpu()
+        if self.vector_weights is not None:
+            weights = self.vector_weights(weights, **params)
+        return torch.stack([w * vector.double() for w, vector in zip(weights, vectors)]).sum(0)
 
     def to_json(self) -> dict[str, Any]:
         """What people and programs are told of the method; functions left out."""
