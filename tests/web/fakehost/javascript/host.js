@@ -8,22 +8,23 @@ function onUiLoaded(callback) { uiCallbacks.loaded.push(callback); }
 function onUiUpdate(callback) { uiCallbacks.update.push(callback); }
 function onAfterUiUpdate(callback) { uiCallbacks.after.push(callback); }
 
-function fakeTranslate(root) {
-    const words = window.localization || {};
-    if (Object.keys(words).length === 0) return;
-    const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
-    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-        const parent = node.parentElement;
-        if (!parent || ['SCRIPT', 'STYLE', 'TEXTAREA'].includes(parent.nodeName)) continue;
-        const found = words[node.textContent.trim()];
-        if (found !== undefined) node.textContent = found;
+function fakeTranslateText(node) {
+    const parent = node.parentElement;
+    if (!parent || ['SCRIPT', 'STYLE', 'TEXTAREA'].includes(parent.nodeName)) return;
+    const found = window.localization[node.textContent.trim()];
+    if (found !== undefined) node.textContent = found;
+}
+
+function fakeTranslate(node) {
+    if (Object.keys(window.localization || {}).length === 0) return;
+    if (node.nodeType === Node.TEXT_NODE) fakeTranslateText(node);
+    if (node.nodeType !== Node.ELEMENT_NODE) return;
+    for (const name of ['title', 'placeholder']) {
+        const found = window.localization[node[name]];
+        if (found !== undefined) node[name] = found;
     }
-    for (const element of root.querySelectorAll('[title],[placeholder]')) {
-        for (const name of ['title', 'placeholder']) {
-            const found = words[element.getAttribute(name)];
-            if (found !== undefined) element.setAttribute(name, found);
-        }
-    }
+    const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    for (let text = walker.nextNode(); text; text = walker.nextNode()) fakeTranslateText(text);
 }
 
 document.addEventListener('DOMContentLoaded', function() {
@@ -35,10 +36,10 @@ document.addEventListener('DOMContentLoaded', function() {
             uiCallbacks.loaded.forEach((callback) => callback());
         }
         uiCallbacks.update.forEach((callback) => callback(records));
+        // At once, as the WebUI does, and only what is new.
+        records.forEach((record) => record.addedNodes.forEach(fakeTranslate));
         clearTimeout(timer);
-        timer = setTimeout(function() {
-            fakeTranslate(document.body);
-            uiCallbacks.after.forEach((callback) => callback());
-        }, 200);
+        timer = setTimeout(() => uiCallbacks.after.forEach((callback) => callback()), 200);
     }).observe(document, {childList: true, subtree: true});
+    fakeTranslate(document.body);
 });
