@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
     from ..recipe import Param
 
 
-@dataclass(frozen=True)
-class LayerContext:
+class LayerContext(NamedTuple):
     """What a method may know of the layer besides the deltas.
 
     Attributes:
@@ -38,8 +36,7 @@ class LayerContext:
     block_weights: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class MergeMethod:
+class MergeMethod(NamedTuple):
     """A merge method: deltas of one layer and their weights in, one delta out.
 
     Attributes:
@@ -104,9 +101,8 @@ class MergeMethod:
 
     def to_json(self) -> dict[str, Any]:
         """What people and programs are told of the method; functions left out."""
-        told = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("merge", "vector_weights")
-        }
+        functions = ("merge", "vector_weights")
+        told = {name: value for name, value in self._asdict().items() if name not in functions}
         return told | {"params": [param.to_json() for param in self.params]}
 
 

@@ -2,9 +2,10 @@
 
 A WebUI executes ``scripts/lora_merge.py``, which imports this module and calls :func:`register`. The
 extension's folder is on ``sys.path`` only meanwhile; modules inside the package are found later as well.
-Therefore what builds the page is imported at once, and what reads and merges files (``merge``, ``analysis``,
-``dialects``, ``adapters``) after the WebUI has started, by :func:`warm_up`, or when first used. That halves
-what we add to the start.
+Therefore the host, the settings and the queue are imported at once, the tab when the WebUI builds its pages,
+and what looks at files and merges them (``merge``, ``analysis``, ``files``, ``dialects``, ``adapters``) after
+the WebUI has started, by :func:`warm_up`, or when first used. That halves what we add to the start.
+``tests/benchmarks/imports.py`` measures it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from ..recipe import DTYPES
 from . import settings
 from .host import Host, WebuiHost
 from .jobs import JobQueue
-from .tab import build_tab
 from .trial import remove_stale_folders
 
 TITLE = "LoRA Merge"
@@ -59,6 +59,8 @@ def add_settings() -> None:
 
 
 def make_tabs() -> list[tuple[Any, str, str]]:
+    from .tab import build_tab  # Only where there is a page, and not with --nowebui.
+
     tab = build_tab(*services())
     for block in tab.blocks.values():
         # The host would write every value into ui-config.json and put stale ones back at the next start.
@@ -82,7 +84,7 @@ def add_routes(demo: Any, app: Any) -> None:
 
 def warm_up() -> None:
     """Imports the rest and labels the LoRAs, so that the first look at the tab is quick."""
-    for name in ("merge.run", "analysis"):
+    for name in ("merge.run", "analysis", "webui.facts", "webui.analyse"):
         import_module(f"lib_loramerge.{name}")
     services()[0].refresh_labels_async()
     remove_stale_folders()

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Cancelled, LoraMergeError, OutputError
 from ..recipe import MergeRecipe
 from . import sidecar
-from .analyse import Looks
 from .host import ConflictError, Host
 from .origins import changed_sources, stamp_of
 from .sidecar import UserMetadata
@@ -29,6 +28,7 @@ from .trial import Made, Trials
 if TYPE_CHECKING:
     from ..merge import MergePlan, Progress
     from ..report import MergeReport
+    from .analyse import Looks
 
 MAX_WAITING = 32
 MAX_FINISHED = 50
@@ -170,8 +170,7 @@ def _below(path: Path | None, folder: Path | None) -> str | None:
     return path.name
 
 
-@dataclass(frozen=True)
-class _Merged:
+class _Merged(NamedTuple):
     """A file that was written, and what is to be told of it.
 
     Attributes:
@@ -192,13 +191,23 @@ class JobQueue:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.trials = Trials(host.register_trial, host.unregister_trial)
-        self.looks = Looks(host.log)
+        self._looks: Looks | None = None
         self._changed = threading.Condition(threading.RLock())
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._thread: threading.Thread | None = None
         self._version = 0
         self._told = 0.0
         atexit.register(self._at_exit)
+
+    @property
+    def looks(self) -> Looks:
+        """The analyses, which wait for no merge and no merge for them."""
+        with self._changed:
+            if self._looks is None:
+                from .analyse import Looks  # Not at the WebUI's start, see extension.py.
+
+                self._looks = Looks(self.host.log)
+            return self._looks
 
     # For the tab and REST
 
@@ -280,7 +289,8 @@ class JobQueue:
 
     def close(self, timeout: float = 5.0) -> None:
         """Cancels everything and ends the threads. The queue can be used again."""
-        self.looks.close(timeout)
+        if self._looks is not None:
+            self._looks.close(timeout)
         with self._changed:
             for job in self._jobs.values():
                 self.cancel(job.id)

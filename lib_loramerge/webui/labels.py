@@ -10,11 +10,10 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import LoraMergeError
-from ..files import read_header
 from .listing import FoundFile
 
 PAUSE_SECONDS = 0.005
@@ -32,8 +31,7 @@ _SHORT = {
 _BY_VERSION = (("sdxl", "SDXL"), ("sd_v1", "SD 1"), ("sd_v2", "SD 2"), ("flux1", "Flux"), ("sd3", "SD 3"))
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """Base model and rank as shown; empty when not known."""
 
     base: str = ""
@@ -54,7 +52,9 @@ def from_file(path: Path) -> Label:
     """A label from the header of a file; empty for what cannot be understood."""
     if path.suffix.lower() != ".safetensors":
         return Label()
-    from ..dialects import parse_file  # Not at the WebUI's start, see extension.py.
+    # Not at the WebUI's start, see extension.py.
+    from ..dialects import parse_file
+    from ..files import read_header
 
     try:
         header = read_header(path)

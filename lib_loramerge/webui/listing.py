@@ -7,15 +7,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt")
 MAX_DEPTH = 32
 
 
-@dataclass(frozen=True)
-class FoundFile:
+class FoundFile(NamedTuple):
     """One LoRA file as a folder scan sees it.
 
     Attributes:
@@ -34,8 +33,7 @@ class FoundFile:
         return self.relative.rpartition("/")[0]
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(NamedTuple):
     """What a scan found, and the ways to look a file up."""
 
     files: tuple[FoundFile, ...]

@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report import percent
-
 if TYPE_CHECKING:
     from ..merge import MergePlan, Source
     from .host import Host
@@ -286,6 +284,8 @@ def _buttons(job: Job, can_send: bool) -> str:
 
 def report_table(report: Mapping[str, Any]) -> str:
     """The numbers of a finished merge."""
+    from ..report import percent  # Not at the WebUI's start, see extension.py.
+
     ranks = {int(rank): count for rank, count in report["ranks"].items()}
     rows = [
         (say("File size"), f"{size_text(report['size_bytes'])}, {foreign(report['dtype'])}"),
@@ -313,6 +313,8 @@ def _details(title: str, body: str) -> str:
 
 
 def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
+    from ..report import percent
+
     rows = "".join(
         f"<tr><td>{foreign(percent(entry['error']))}</td><td>{foreign(entry['rank'] or '–')}</td>"
         f"<td><code>{foreign(entry['layer'])}</code></td></tr>"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 PREFIX = "loramerge_"
 SECTION = ("loramerge", "LoRA Merge")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the tab starts with.
 
     Attributes:
@@ -31,8 +29,7 @@ class Settings:
     keep_trials_hours: float = 0.0
 
 
-@dataclass(frozen=True)
-class SettingRow:
+class SettingRow(NamedTuple):
     """One line of the settings page."""
 
     field: str
@@ -74,13 +71,12 @@ def rows(modes: tuple[str, ...], dtypes: tuple[str, ...], devices: tuple[str, ..
 def read(options: object) -> Settings:
     """The settings of the host; a value that makes no sense falls back to the default."""
     values: dict[str, Any] = {}
-    for field in fields(Settings):
+    for name, default in Settings()._asdict().items():
         try:
-            stored = getattr(options, PREFIX + field.name, None)
+            stored = getattr(options, PREFIX + name, None)
         except Exception:  # The host's options object raises what it likes.
             stored = None
-        default = getattr(Settings(), field.name)
-        values[field.name] = _fitting(stored, default)
+        values[name] = _fitting(stored, default)
     return Settings(**values)
 
 

@@ -11,8 +11,8 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import OutputError
 
@@ -30,8 +30,7 @@ MAX_JSON_BYTES = 4 << 20
 MAX_PREVIEW_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class UserMetadata:
+class UserMetadata(NamedTuple):
     """The fields of the WebUI's ``<name>.json``, under the names its editor shows."""
 
     activation_text: str = ""

@@ -16,12 +16,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FileError
-from ..files import open_file, write_again
 from ..recipe import MergeRecipe
 from .origins import Stamp, stamp_of
 
@@ -35,8 +34,7 @@ NAME_PREFIX = "loramerge-try-"
 STALE_SECONDS = 2 * 24 * 3600
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """What a file was merged from: equal ones give equal tensors.
 
     Attributes:
@@ -48,8 +46,7 @@ class Made:
     files: tuple[tuple[Path, Stamp | None], ...]
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """One temporary merge that the host knows.
 
     Attributes:
@@ -83,7 +80,9 @@ class Trial:
         Raises:
             OutputError: It cannot be written there.
         """
-        from ..metadata import renamed  # Not at the WebUI's start, see extension.py.
+        # Not at the WebUI's start, see extension.py.
+        from ..files import open_file, write_again
+        from ..metadata import renamed
 
         start = time.perf_counter()
         try:

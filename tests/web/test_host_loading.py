@@ -119,6 +119,34 @@ def in_a_process(code):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+# What no page needs before something is pressed.
+LATER = {
+    "merge",
+    "analysis",
+    "adapters",
+    "architectures",
+    "cli",
+    "demo",
+    "dialects",
+    "files",
+    "metadata",
+    "ranks",
+    "report",
+    "webui.analyse",
+    "webui.api",
+    "webui.facts",
+    "webui.plots",
+    "webui.render_analysis",
+    "webui.standalone",
+}
+
+
+def ours_of(names):
+    """Our modules among the imported ones, each as the part of the design that it belongs to."""
+    ours = {name.removeprefix("lib_loramerge.") for name in names if name.startswith("lib_loramerge.")}
+    return {".".join(name.split(".")[: 2 if name.startswith("webui.") else 1]) for name in ours}
+
+
 def test_loading_imports_nothing_that_only_a_merge_needs():
     """Our part of the WebUI's start: what reads and merges files comes later."""
     names = in_a_process(
@@ -127,19 +155,26 @@ def test_loading_imports_nothing_that_only_a_merge_needs():
         "import lib_loramerge.webui.extension\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
-    ours = {name.split(".")[1] for name in names if name.startswith("lib_loramerge.")}
-    assert not ours & {
-        "merge",
-        "analysis",
-        "dialects",
-        "adapters",
-        "architectures",
-        "metadata",
-        "cli",
-        "demo",
-    }
+    assert "lib_loramerge.webui.extension" in names
+    assert sorted(ours_of(names) & LATER) == []
     foreign = {name.split(".")[0] for name in names} - {"lib_loramerge"} - set(sys.stdlib_module_names)
     assert foreign == set(), "a WebUI has imported all others before us"
+
+
+def test_building_the_tab_imports_nothing_that_only_a_merge_needs_either():
+    names = in_a_process(
+        "import json, sys\n"
+        "import lib_loramerge.webui.extension\n"
+        "assert 'lib_loramerge.webui.tab' not in sys.modules, 'a WebUI without pages needs no tab'\n"
+        "from lib_loramerge.webui.host import StandaloneHost\n"
+        "from lib_loramerge.webui.jobs import JobQueue\n"
+        "from lib_loramerge.webui.tab import build_tab\n"
+        "host = StandaloneHost(['tests/data'])\n"
+        "build_tab(host, JobQueue(host))\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert "lib_loramerge.webui.tab" in names
+    assert sorted(ours_of(names) & LATER) == []
 
 
 def test_loading_leaves_torch_warnings_and_signals_alone():

@@ -11,13 +11,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import blocks
 from ...errors import FileError, IncompatibleError, LoraMergeError, OutputError, RecipeError
-from ...files import output_path
 from ...recipe import LoraInput, MergeRecipe, nearest
 from ..labels import Label, Labels
 from ..listing import FoundFile, Listing, scan, subfolders
@@ -40,8 +38,7 @@ class UnknownNameError(FileError):
     """A LoRA or a checkpoint of that name is not in the host's lists."""
 
 
-@dataclass(frozen=True)
-class LoraEntry:
+class LoraEntry(NamedTuple):
     """One LoRA of the list. All texts come from file names and metadata: escape them in HTML.
 
     Attributes:
@@ -351,6 +348,8 @@ class Host:
             OutputError: The name or the subfolder cannot be used.
             ConflictError: The name is taken.
         """
+        from ...files import output_path  # Not at the WebUI's start, see extension.py.
+
         if subfolder and self.hide_dirs():
             raise OutputError("This WebUI does not let folders be chosen (--hide-ui-dir-config).")
         path = output_path(self.write_dir(), name, subfolder)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...methods import METHODS
-from .. import analyse, form, render_analysis
+from .. import form
 
 if TYPE_CHECKING:
     from ..analyse import Look
@@ -23,6 +23,8 @@ def connect(wiring: Any, form_names: Sequence[str]) -> None:
     jobs: JobQueue = wiring.jobs
 
     def start(values: Mapping[str, Any]) -> dict[str, Any]:
+        from .. import analyse  # Not at the WebUI's start, see extension.py.
+
         theme, _, before = str(values["argument"] or "").partition(" ")
         if before:
             jobs.looks.cancel(before)  # Of another form: nobody waits for it any more.
@@ -59,6 +61,8 @@ def connect(wiring: Any, form_names: Sequence[str]) -> None:
 
 def told(look: Look) -> dict[str, Any]:
     """What the page shows of a look; findings stay until the next ones are there."""
+    from .. import render_analysis  # Not at the WebUI's start, see extension.py.
+
     changes = {STATE: render_analysis.look_state(look, f"{time.time()}")}
     if look.findings is not None:
         changes[RESULT] = render_analysis.look_page(look)

@@ -7,8 +7,7 @@ of the recipe needs a row here and a line in :mod:`lib_loramerge.webui.form`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..form import NO_PREVIEW, PRECISIONS, RANK_RULES, SPELLINGS
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from ...recipe import Param
 
 
-@dataclass(frozen=True)
-class Control:
+class Control(NamedTuple):
     """One widget of the form.
 
     Attributes:
@@ -32,7 +30,7 @@ class Control:
 
     name: str
     kind: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any]
     hint: str = ""
     fills: tuple[str, ...] = ()
     hidden: bool = False

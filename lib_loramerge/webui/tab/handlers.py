@@ -10,10 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LoraMergeError, RecipeError
-from ...files import read_header
 from ...methods import METHODS
 from ...recipe import format_prompt, to_command, to_json
-from .. import compat, facts, form, render
+from .. import compat, form, render
 from ..compat import update
 from ..jobs import MergeRequest
 from . import analysing, presets
@@ -270,7 +269,9 @@ class _Wiring:
         name = form.lora_name(values["fill_file"], self.host.loras())
         if not name:
             raise RecipeError("Pick a merged file first.")
-        from ...metadata import read_recipe  # Not at the WebUI's start, see extension.py.
+        # Not at the WebUI's start, see extension.py.
+        from ...files import read_header
+        from ...metadata import read_recipe
 
         path = self.host.find(name)
         recipe = read_recipe(read_header(path).metadata)
@@ -367,6 +368,8 @@ class _Wiring:
 
     def ask(self, values: Form) -> Changes:
         """The facts, for the form as it is now."""
+        from .. import facts  # Not at the WebUI's start, see extension.py.
+
         found = facts.gather(values, self.host, METHODS)
         changes: Changes = {f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)}
         entries = self.host.loras()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...blocks import BLOCK_IDS
@@ -115,7 +114,7 @@ class _Layout:
             changes = {"value": values[name]} if name in values else {}
             if name == "lora" and values:
                 changes["choices"] = [values[name]]
-            self.control(replace(controls[name], name=f"row{index}.{name}"), **changes)
+            self.control(controls[name]._replace(name=f"row{index}.{name}"), **changes)
 
         with compat.make("Column", visible=index < START_ROWS, elem_id=f"loramerge_row{index}") as group:
             with compat.make("Row", elem_id=f"loramerge_row{index}_line"):
@@ -340,7 +339,7 @@ class _Layout:
         for index in range(MAX_ROWS):
             for control in ROW_CONTROLS:
                 if control.hidden:
-                    self.control(replace(control, name=f"row{index}.{control.name}"))
+                    self.control(control._replace(name=f"row{index}.{control.name}"))
         for name in ("argument", "draft", "copied"):
             self.widget(name, "Textbox", label=name, value="")
         for name in ("greet", "ask", "poll", "drop", "refill", "restore", "look", "unlook"):
