@@ -6,7 +6,9 @@
     "use strict";
 
     const PLACES = ".lm-error, .lm-note, .lm-warning, .lm-verdict";
-    const LOOK = 500; // ms between looks for the tab, which Gradio makes late and may make again
+    // Lists whose choices are words of ours, never names of files or presets.
+    const LISTS = ["mode", "rank_rule", "dtype", "device", "dialect", "preview", "preset_layout"];
+    const LOOK = 250; // ms between looks for the tab, which Gradio makes late and may make again
     const LONGEST = 4000; // characters of a text that is looked at
     const MOST_SENTENCES = 8;
     const MOST_TRIES = 20;
@@ -252,5 +254,21 @@
         observer.observe(tab, { childList: true, subtree: true, characterData: true });
     }
 
-    setInterval(watch, LOOK);
+    // A list's field holds the choice that the server knows; what people read lies over it, see style.css.
+    function showChoices() {
+        if (!watched || !watched.isConnected) return;
+        for (const name of LISTS) {
+            const field = watched.querySelector(`#loramerge_${name} .secondary-wrap input`);
+            if (!field) continue;
+            const place = field.parentElement;
+            const shown = has(field.value) && dictionary[field.value] !== field.value ? dictionary[field.value] : "";
+            if (shown && place.dataset.shown !== shown) place.dataset.shown = shown;
+            if (!shown && place.dataset.shown) delete place.dataset.shown;
+        }
+    }
+
+    setInterval(() => {
+        watch();
+        showChoices();
+    }, LOOK);
 })();
