@@ -51,7 +51,7 @@ def svd(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext
     uses_rank=False,
     source="the original LoRA Merger; LoRA Soups (Prabhakar et al. 2024), https://arxiv.org/abs/2410.13025",
     formula="up = [sqrt(|w_i| alpha_i/r_i R/alpha_1) up_i ...], down likewise, signs on up, R = sum_i r_i",
-    avoid="when file size or loading time matters; svd that keeps everything is smaller where the LoRAs overlap",
+    avoid="when file size or loading time matters; svd keeping all is smaller where the LoRAs overlap",
 )
 def concat(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:
     """The exact sum with the inputs' factors side by side.
