@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import Spectrum, decompose, decompose_whole, gram, truncate
-from .types import Dense, LowRank
+from .types import Dense, Grams, LowRank
 
 _WIDTH = 2  # Columns of the start block per wanted rank.
 _CONVERGED = 4e-6  # Part of the squared error by which all further blocks may still lower it.
@@ -38,7 +38,8 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
     if basis is None:
         return decompose_whole(weight.double(), energy**0.5, delta.kernel, vectors=vectors)
     inside = LowRank(basis, basis.mT @ weight.double(), float(basis.shape[1]), delta.kernel)
-    spectrum = decompose(inside, energy**0.5, vectors=vectors)
+    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(inside.down).cpu())
+    spectrum = decompose(inside, energy**0.5, vectors=vectors, small=small)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
 
 
@@ -60,7 +61,7 @@ def _start_block(delta: Dense, rank: int) -> Tensor:
 
 
 def _krylov(weight: Tensor, start: Tensor, rank: int, energy: float) -> Tensor | None:
-    """(out, c) float64 orthonormal columns that hold the ``rank`` largest left singular vectors.
+    """(out, rank) float64 orthonormal columns that span the largest left singular vectors.
 
     None when they are not found in few enough columns.
     """
@@ -71,9 +72,11 @@ def _krylov(weight: Tensor, start: Tensor, rank: int, energy: float) -> Tensor |
     basis, image = block, block.mT @ weight  # (out, c), (c, in)
     found: list[float] = []
     while basis.shape[1] <= most:
-        found.append(float(torch.linalg.eigvalsh(gram(image))[-rank:].sum()))
+        square = gram(image)
+        found.append(float(torch.linalg.eigvalsh(square)[-rank:].sum()))
         if _still_to_gain(found) <= _CONVERGED * (energy - found[-1]):
-            return torch.linalg.qr(basis.double()).Q
+            largest = torch.linalg.eigh(square).eigenvectors[:, -rank:]
+            return torch.linalg.qr((basis @ largest.to(basis)).double()).Q
         block = weight @ image[-block.shape[1] :].mT
         for _ in range(2):  # once leaves rounding errors of the size of what is taken away
             block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
