@@ -75,6 +75,15 @@ def test_magnitude_pruning_equals_that_of_peft(weights, density):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_ties_elects_among_any_number_of_loras(count, normalize):
+    deltas = [low_rank(50, 70, 3, seed=i, alpha=4.0) for i in range(count)]
+    weights = [0.7, -0.4, 1.2, 0.0, 0.5, -0.9][:count]
+    votes = [w * trimmed(dense(d), 0.4) for d, w in zip(deltas, weights)]
+    close(run("ties", deltas, weights, density=0.4, normalize=normalize), elected(votes, normalize))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 1.2), (1.0, -0.8, 0.6)])
 def test_ties_follows_the_paper_with_weighted_votes(weights, normalize):
     deltas = three()

@@ -6,7 +6,7 @@ before anything is voted on, and never change which of its elements are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ SELECT_TOPK = Param(
 SAME = 1e-6
 
 LOSSY = "at small ranks: the result is of full rank, so storing it as a LoRA always loses a part"
+
+# Up to this many LoRAs all votes of a layer are held at once: no more memory than adding them up takes.
+HELD = 3
 
 Sparsify = Callable[[Tensor, int], None]
 
@@ -380,13 +383,10 @@ def _summed(
     weights = [weight * factor for weight in weights]
     if whole:
         return weighted_sum(deltas, weights, LayerContext())
-    total: Tensor | None = None
-    for index, (delta, weight) in enumerate(zip(deltas, weights)):
-        matrix = sparsify.elements(delta)
-        prepare(matrix, index)
-        total = torch.zeros_like(matrix) if total is None else total
+    prepared = _prepared(deltas, prepare)
+    total = next(prepared).mul_(weights[0])
+    for matrix, weight in zip(prepared, weights[1:]):
         total.add_(matrix, alpha=weight)
-    assert total is not None
     return Dense(total, deltas[0].kernel, sparsify.row_space(deltas, weights))
 
 
@@ -402,12 +402,23 @@ def _elected(
     check_same_shape(deltas)
     if whole and len(deltas) == 1:
         return weighted_sum(deltas, [weights[0] * factor], LayerContext())
-    election: sparsify.Election | None = None
-    for index, (delta, weight) in enumerate(zip(deltas, weights)):
+    prepared = _prepared(deltas, prepare)
+    if len(deltas) <= HELD:
+        result = sparsify.elected(list(prepared), weights, factor, normalize=normalize)
+    else:
+        first = next(prepared)
+        election = sparsify.Election(first)
+        election.cast(first, weights[0])
+        del first
+        for matrix, weight in zip(prepared, weights[1:]):
+            election.cast(matrix, weight)
+        result = election.result(factor, normalize=normalize)
+    return Dense(result, deltas[0].kernel, sparsify.row_space(deltas, weights))
+
+
+def _prepared(deltas: Sequence[Delta], prepare: Sparsify) -> Iterator[Tensor]:
+    """The elements of one delta after the other, (out, in) float32, those dropped that are to be."""
+    for index, delta in enumerate(deltas):
         matrix = sparsify.elements(delta)
         prepare(matrix, index)
-        election = election or sparsify.Election(matrix)
-        election.cast(matrix, weight)
-    assert election is not None
-    result = election.result(factor, normalize=normalize)
-    return Dense(result, deltas[0].kernel, sparsify.row_space(deltas, weights))
+        yield matrix

@@ -181,6 +181,40 @@ def _order_in_rows(magnitudes: np.ndarray) -> np.ndarray:
     return (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
+def elected(
+    votes: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    factor: float = 1.0,
+    *,
+    normalize: bool = True,
+) -> Tensor:
+    """What :class:`Election` gives, from all votes at once: several times faster, but it has to hold them.
+
+    Args:
+        votes: At least one matrix; used up, the first one's memory becomes that of the result.
+        weights: What each is multiplied by first.
+        factor: Of the result.
+        normalize: The mean of the winners and not their sum.
+    """
+    for own in pieces(*votes):
+        if weights is not None:
+            for vote, weight in zip(own, weights):
+                vote.mul_(weight)
+        signs = own[0].clone()
+        for vote in own[1:]:
+            signs += vote
+        signs.sign_()
+        total, count = torch.zeros_like(signs), torch.zeros_like(signs)
+        for vote in own:
+            winning = vote.mul_(signs).clamp_(min=0)
+            total += winning
+            count += winning.sign_()
+        if normalize:
+            total /= count.clamp_(min=1)
+        torch.mul(total, signs, out=own[0]).mul_(factor)
+    return votes[0]
+
+
 class Election:
     """Sign votes for every element, and the sums of those on either side.
 

@@ -54,7 +54,7 @@ def merged(rule: str, inputs: Sequence[Tensor], density: float, context: LayerCo
         matrix = given.to(torch.float32, copy=True).contiguous()
         prepare(matrix, density, sparsify.Draws(context.seed, context.layer, places.index(index)))
         thinned.append(matrix)
-    return (_elected(thinned) if votes else _sum(thinned)).to(inputs[0].dtype)
+    return (sparsify.elected(thinned) if votes else _sum(thinned)).to(inputs[0].dtype)
 
 
 def _sum(inputs: Sequence[Tensor]) -> Tensor:
@@ -62,17 +62,3 @@ def _sum(inputs: Sequence[Tensor]) -> Tensor:
     for matrix in inputs[1:]:
         total += matrix
     return total
-
-
-def _elected(votes: Sequence[Tensor]) -> Tensor:
-    """The mean of the elements that have the sign of their sum; 0 where the sum is 0. ``votes`` are used up.
-
-    The same as :class:`sparsify.Election`, which never holds all votes and takes much longer for it.
-    """
-    signs = _sum(votes).sign_()
-    total, count = torch.zeros_like(signs), torch.zeros_like(signs)
-    for vote in votes:
-        winning = vote.mul_(signs).clamp_(min=0)
-        total += winning
-        count += winning.sign_()
-    return total.mul_(signs).div_(count.clamp_(min=1))
