@@ -5,9 +5,10 @@
 makes two random float16 LoRAs with the true shapes of SDXL (986 layers) per rank, merges them to the same
 rank and prints one table. Two kinds of rows:
 
-- whole processes, files in, file out: ours (``python -m lib_loramerge merge``), and the floor: reading both
-  files and writing one of the result's size with the safetensors library alone. CPU and wall seconds, and
-  peak memory beyond that of Python with torch imported, mapped file pages aside (Linux).
+- whole processes, files in, file out: ours (``python -m lib_loramerge merge``), ``compare`` of the same files
+  (in turns with ``merge``), and the floor: reading both files and writing one of the result's size with the
+  safetensors library alone. CPU and wall seconds, and peak memory beyond that of Python with torch imported,
+  mapped file pages aside (Linux).
 - arithmetic alone, on one thread: our core with the measurement of its error; ``torch.svd_lowrank`` and the
   full ``torch.linalg.svd`` of the dense sum, as other merge tools do it. Measured once per shape and
   multiplied by the number of layers of that shape (least of several runs; dense once), CPU seconds.
@@ -106,14 +107,17 @@ def _whole_processes(rank: int, folder: Path, repeat: int) -> list[Row]:
     output = folder / "merged.safetensors"
     floor = _least([sys.executable, "-c", _FLOOR, *map(str, files), str(output)], repeat)
     inputs = [f"{file}:{strength}" for file, strength in zip(files, _STRENGTHS)]
-    command = [sys.executable, "-m", "lib_loramerge", "merge", *inputs, "-o", str(output)]
-    ours = _least([*command, "--dtype", "float16", "--overwrite", "--json"], repeat)
+    program = [sys.executable, "-m", "lib_loramerge"]
+    merging = [*program, "merge", *inputs, "-o", str(output), "--dtype", "float16", "--overwrite", "--json"]
+    ours, comparing = _least_in_turns([merging, [*program, "compare", *inputs, "--json"]], repeat)
     base = _least([sys.executable, "-c", "import torch, safetensors"], repeat)
     for file in (*files, output):
         file.unlink()
     return [
         Row("merge, files to file", rank, ours.cpu, ours.wall, (ours.memory - base.memory) / 2**20,
             f"{ours.wall / floor.wall:.2f} x the floor"),
+        Row("compare, files to report", rank, comparing.cpu, comparing.wall,
+            (comparing.memory - base.memory) / 2**20, f"{comparing.cpu / ours.cpu:.2f} x the CPU of merge"),
         Row("the floor: safetensors reads both, writes one", rank, floor.cpu, floor.wall,
             (floor.memory - base.memory) / 2**20),
     ]  # fmt: skip
@@ -134,8 +138,16 @@ def make_lora(path: Path, rank: int, seed: int) -> Path:
 
 def _least(command: list[str], repeat: int) -> Cost:
     """The cheapest of several runs of a process, after one that warms the file cache."""
-    costs = [run(command) for _ in range(repeat + 1)][1:]
-    return Cost(min(c.cpu for c in costs), min(c.wall for c in costs), max(c.memory for c in costs))
+    return _least_in_turns([command], repeat)[0]
+
+
+def _least_in_turns(commands: list[list[str]], repeat: int) -> list[Cost]:
+    """:func:`_least` of several processes, run in turns so that a busy moment hits all of them."""
+    rounds = [[run(command) for command in commands] for _ in range(repeat + 1)][1:]
+    return [
+        Cost(min(c.cpu for c in costs), min(c.wall for c in costs), max(c.memory for c in costs))
+        for costs in zip(*rounds)
+    ]
 
 
 def run(command: list[str]) -> Cost:
