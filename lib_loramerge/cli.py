@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .merge import MergePlan, Progress
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+LONG_SECONDS = 60.0  # Work that is expected to take longer says so before it begins.
 
 EXAMPLES = """examples:
   loramerge merge style.safetensors:0.8 subject.safetensors:0.5:lbw=MIDD -o both.safetensors
@@ -504,7 +505,9 @@ def run_compare(options: argparse.Namespace) -> int:
     from .analysis import compare
 
     recipe, _ = recipe_of(options)
-    report = compare(_plan(options, recipe))
+    plan = _plan(options, recipe)
+    with progress_line(sys.stderr) as progress:
+        report = compare(plan, progress=progress)
     _print_report(report, options)
     _draw("compare_figure", report, options)
     return EXIT_DONE
@@ -522,10 +525,18 @@ def _advise_parser(commands: Any, *, with_methods: bool) -> None:
 
 
 def run_advise(options: argparse.Namespace) -> int:
-    from .analysis import advise
+    from .analysis import advise, expected_seconds
 
     recipe, _ = recipe_of(options)
-    report = advise(_plan(options, recipe))
+    plan = _plan(options, recipe)
+    expected = expected_seconds(plan)
+    if expected >= LONG_SECONDS:
+        sys.stderr.write(
+            f"note: Mode {plan.method.name} gives whole layers, and all of their singular values are needed: "
+            f"about {expected / 60:.0f} min on this machine. Ctrl-C stops.\n"
+        )
+    with progress_line(sys.stderr) as progress:
+        report = advise(plan, progress=progress)
     _print_report(report, options)
     _draw("advise_figure", report, options)
     return EXIT_DONE

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib_loramerge import cli
-from lib_loramerge.analysis import advise, compare, inspect
+from lib_loramerge.analysis import advise, compare, expected_seconds, inspect
 from lib_loramerge.blocks import bundled_preset_path, load_presets
 from lib_loramerge.files import LoraFolder
 from lib_loramerge.merge import MergePlan, plan_merge, run_merge
+from lib_loramerge.merge.layer import open_merger
 from lib_loramerge.recipe import MergeRecipe, parse_inputs
 from tests.fixtures import SD1_LAYERS, dense_deltas, lora_tensors, make_lora, relative_error, weighted_sum
 
@@ -102,6 +103,55 @@ def test_advice_and_merge_agree_on_error_and_size(folder):
         assert point.size_bytes - 1500 <= report.size_bytes <= point.size_bytes
         error = relative_error(dense_deltas(Path(report.output)), wanted)
         assert error == pytest.approx(point.error, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("knots", (1, 4, 8)), ("iso", (3, 8)), ("ties", (2, 24, 512))])
+def test_advice_and_merge_agree_for_methods_that_are_no_sum(folder, mode, ranks):
+    """Errors are against the method's own result, which the merge makes again at each rank."""
+    inputs = ("a:0.8", "b:-0.5")
+    advice = {point.rank: point for point in advise(plan(folder, *inputs, mode=mode)).uniform}
+    for rank in ranks:
+        report = run_merge(plan(folder, *inputs, mode=mode, rank=rank), folder / f"{mode}{rank}.safetensors")
+        assert report.error == pytest.approx(advice[rank].error, rel=2e-5, abs=1e-6)
+        assert report.kept == pytest.approx(advice[rank].kept, rel=1e-5)
+        assert advice[rank].size_bytes - 1500 <= report.size_bytes <= advice[rank].size_bytes
+
+
+def test_a_file_of_limited_size_has_the_error_that_was_foreseen_for_whole_layers(folder):
+    point = advise(plan(folder, "a:0.8", "b:-0.5", mode="ties")).allotted[8]
+    sized = plan(folder, "a:0.8", "b:-0.5", mode="ties", size=point.size_bytes / 1e6)
+    report = run_merge(sized, folder / "sized.safetensors")
+    assert report.size_bytes <= point.size_bytes
+    assert report.error == pytest.approx(point.error, rel=5e-3)
+
+
+def test_advice_on_whole_layers_keeps_no_layer_in_memory(folder):
+    """With vectors each spectrum holds its layer: 23 GB for the layers of SDXL."""
+    with open_merger(plan(folder, "a", "b", mode="ties")) as merger:
+        assert [merger.spectrum(layer).source for layer in merger.plan.layers] == [None] * len(SD1_LAYERS)
+
+
+def test_the_time_that_whole_layers_take_is_told_before_they_are_looked_at(folder):
+    assert expected_seconds(plan(folder, "a", "b")) == 0
+    slow = plan(folder, "a", "b", mode="ties")
+    assert expected_seconds(slow, cores=1) == pytest.approx(2 * expected_seconds(slow, cores=2))
+    assert expected_seconds(plan(folder, "a", "b", "a:0.3", mode="ties"), 1) > expected_seconds(slow, 1) > 0
+    steps = []
+    advise(slow, progress=steps.append)
+    assert (steps[0].done, steps[0].eta) == (0, expected_seconds(slow))
+    assert [step.done for step in steps] == list(range(len(SD1_LAYERS) + 1))
+    assert steps[-1].eta == 0
+    assert all(step.eta >= 0 for step in steps)
+
+
+def test_a_long_look_is_announced_on_the_command_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LONG_SECONDS", 0.0)
+    files = [str(folder / "a.safetensors"), str(folder / "b.safetensors")]
+    assert cli.main(["advise", *files, "--mode", "ties", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "Mode ties" in told.err
+    assert "min on this machine" in told.err
+    assert json.loads(told.out)["mode"] == "ties"
 
 
 def test_the_smallest_rank_for_an_error_is_the_smallest(folder):

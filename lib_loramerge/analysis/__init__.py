@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from .advise import AdviceReport, advise
+from .advise import AdviceReport, advise, expected_seconds
 from .compare import CompareReport, compare
 from .inspect import InspectReport, inspect
 
-__all__ = ["AdviceReport", "CompareReport", "InspectReport", "advise", "compare", "inspect"]
+__all__ = [
+    "AdviceReport",
+    "CompareReport",
+    "InspectReport",
+    "advise",
+    "compare",
+    "expected_seconds",
+    "inspect",
+]

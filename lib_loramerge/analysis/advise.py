@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from .. import ranks
+from ..delta import available_cores
 from ..merge.layer import open_merger
 from ..merge.plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, entries_bytes, metadata_bytes
 from ..merge.run import Progress, for_each_layer
+from ..methods import METHODS
 from ..report import percent
 
 TARGETS = (0.01, 0.05, 0.10)
 # Points of the curve of files with ranks allotted across layers.
 _SIZE_POINTS = 24
+# Nanoseconds of one core for layers that are formed whole: to merge an element of one LoRA, and for a
+# multiplication of the Gram matrix and of its singular values. Processors differ; this is to say minutes.
+_ELEMENT, _GRAM, _VALUES = 25.0, 0.05, 0.1
+# Modes whose result is another one at each --rank: the curve is that of cutting the present one further.
+_MADE_FOR_RANK = ("tsv", "ctm")
+# Part of the work after which the time it took tells more than the estimate does.
+_TELLING = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,15 +82,23 @@ class AdviceReport:
         return asdict(self)
 
     def to_text(self) -> str:
+        whole = "the exact sum" if METHODS[self.mode].exact else f"mode {self.mode}'s own result"
         rows = [
             f"{self.base_model}, mode {self.mode}, {self.dtype}, {self.layers} layers",
+            f"error: what a rank loses of {whole}; kept: what it keeps. Both as parts of its norm.",
+            "A LoRA far weaker than the others can be lost in a small error; see `loramerge compare`.",
+            *(
+                ["This mode makes its result for the rank that is asked for: give the wanted one as --rank."]
+                if self.mode in _MADE_FOR_RANK
+                else []
+            ),
             f"True rank: up to {self.numerical_rank}, {self.mean_rank:.1f} on average",
             f"{'rank':>6}{'size':>12}{'error':>10}{'kept':>10}",
             *(
                 f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{percent(p.kept):>10}"
                 for p in self.uniform
             ),
-            "Smallest that stays below an error of",
+            "Smallest rank or file for an error of at most",
             *(
                 f"  {percent(float(target)):>6}: rank {rank}, or {self.smallest_size[target] / 1e6:.2f} MB "
                 "with ranks allotted (--size)"
@@ -97,6 +116,46 @@ class _Layer:
     fixed: int
 
 
+def expected_seconds(plan: MergePlan, cores: int | None = None) -> float:
+    """About how long :func:`advise` takes where layers have to be formed whole; 0 where none has to.
+
+    Elementwise methods give layers of full rank. All their singular values are needed for the error at
+    every rank, and no faster way tells them: a sample of layers or of values would be a guess.
+
+    Args:
+        cores: By default those that this process may use.
+    """
+    work = sum(_work(plan, layer) for layer in plan.layers)
+    return work * 1e-9 / (cores or available_cores())
+
+
+def _work(plan: MergePlan, layer: LayerPlan) -> float:
+    """Nanoseconds of one core; 0 for layers that stay factors, which take no time to speak of."""
+    if layer.vector or not (plan.method.elementwise or layer.dense):
+        return 0.0
+    short, long = sorted((layer.out, layer.width))
+    return short * long * (_ELEMENT * len(layer.inputs) + _GRAM * short) + _VALUES * short**3
+
+
+def _timed(plan: MergePlan, progress: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
+    """Tell the time left by work and not by the number of layers: large ones come first and take long."""
+    expected = expected_seconds(plan)
+    if progress is None or not expected:
+        return progress
+    tell = progress
+    # In the order of work: for_each_layer begins with the largest.
+    done = list(accumulate(sorted((_work(plan, layer) for layer in plan.layers), reverse=True), initial=0.0))
+    start = perf_counter()
+    progress(Progress("look", 0, len(plan.layers), eta=expected))
+
+    def told(step: Progress) -> None:
+        share, spent = done[step.done] / done[-1], perf_counter() - start
+        left = spent * (1 - share) / share if share > _TELLING else max(0.0, expected - spent)
+        tell(replace(step, eta=left))
+
+    return told
+
+
 def advise(
     plan: MergePlan,
     *,
@@ -112,7 +171,7 @@ def advise(
         LoraMergeError: What the merge would refuse, too.
     """
     with open_merger(plan) as merger:
-        spectra = for_each_layer(plan.layers, merger.spectrum, "look", progress, cancel)
+        spectra = for_each_layer(plan.layers, merger.spectrum, "look", _timed(plan, progress), cancel)
     item = ITEM_BYTES[plan.dtype]
     layers, whole = [], metadata_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):

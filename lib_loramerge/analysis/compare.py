@@ -90,7 +90,13 @@ class CompareReport:
         return asdict(self)
 
     def to_text(self) -> str:
-        return "\n\n".join([f"Base model   {self.base_model}", *(_pair_text(pair) for pair in self.pairs)])
+        legend = [
+            "cosine: 1 is the same change, 0 unrelated, -1 the opposite. inputs, outputs: share of the",
+            "directions that both read and write. signs: share of the elements that they push opposite",
+            "ways, 50 % is chance. norms: how strong each is, strengths and block weights included.",
+        ]
+        pairs = [_pair_text(pair) for pair in self.pairs]
+        return "\n\n".join([f"Base model   {self.base_model}", *pairs, "\n".join(legend)])
 
 
 @dataclass(frozen=True)
@@ -262,9 +268,15 @@ def _pair_text(pair: PairReport) -> str:
     return "\n".join(rows)
 
 
+def _rounded(cosine: float) -> float:
+    """To the three digits that are shown; never a minus before zeros."""
+    return round(cosine, 3) + 0.0
+
+
 def _row(title: str, relation: Relation) -> str:
     spaces = "".join(
         f"{'-' if value is None else percent(value):>9}" for value in (relation.inputs, relation.outputs)
     )
     norms = f"{relation.norms[0]:.3g} : {relation.norms[1]:.3g}"
-    return f"  {title:<8}{relation.cosine:>8.3f}{spaces}{percent(relation.sign_conflict):>9}{norms:>18}"
+    signs = percent(relation.sign_conflict)
+    return f"  {title:<8}{_rounded(relation.cosine):>8.3f}{spaces}{signs:>9}{norms:>18}"

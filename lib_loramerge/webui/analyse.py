@@ -31,6 +31,7 @@ THEMES = ("light", "dark")
 MAX_COMPARED = 12  # LoRAs; the pairs grow with the square
 MAX_WAITING = 8
 LIMIT_SECONDS = 600.0
+_PATIENCE = 6.0  # Times the expected time that a slow or busy machine may take.
 _LOOKS_KEPT = 8
 _FINDINGS_KEPT = 32
 
@@ -72,6 +73,7 @@ class Look:
     Attributes:
         state: ``waiting``, ``running``, ``done``, ``failed`` or ``cancelled``.
         stage: A kind, or ``draw``.
+        eta: Seconds left in this stage, where that can be told.
         error: What went wrong, once ``failed``.
     """
 
@@ -81,6 +83,7 @@ class Look:
         self.state = "waiting"
         self.stage = ""
         self.fraction = 0.0
+        self.eta: float | None = None
         self.findings: Findings | None = None
         self.error: Exception | None = None
         self._stop = threading.Event()
@@ -218,6 +221,13 @@ def check(question: Question) -> None:
         )
 
 
+def limit_for(plan: MergePlan) -> float:
+    """Seconds to give everything about a plan: more where whole layers have to be looked at."""
+    from ..analysis import expected_seconds  # Not at the WebUI's start, see extension.py.
+
+    return LIMIT_SECONDS + _PATIENCE * expected_seconds(plan)
+
+
 def kinds_for(plan: MergePlan) -> tuple[str, ...]:
     """Everything that can be told of a plan; one LoRA alone has nothing to be compared with."""
     return KINDS if 2 <= len(plan.sources) <= MAX_COMPARED else ("inspect", "advise")
@@ -237,12 +247,13 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
     steps = len(kinds) + (question.theme is not None)
 
     def enter(stage: str, index: int) -> Callable[[Any], None]:
-        look.stage, look.fraction = stage, index / steps
+        look.stage, look.fraction, look.eta = stage, index / steps, None
         if look.stopped():
             raise Cancelled("The analysis was cancelled.")
 
         def tell(progress: Any) -> None:
             look.fraction = (index + progress.done / max(1, progress.total)) / steps
+            look.eta = progress.eta
 
         return tell
 

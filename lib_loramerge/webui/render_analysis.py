@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoraMergeError
 from ..report import percent
 from .analyse import MAX_COMPARED
-from .render import error_box, foreign, say, size_text
+from .render import error_box, foreign, say, size_text, time_text
 
 if TYPE_CHECKING:
     from ..analysis import AdviceReport, CompareReport, InspectReport
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .analyse import Look
 
 PAIRS_OPEN = 4
+SOON = 5.0  # Seconds; a shorter rest is not told.
 STAGES = {
     "inspect": "Measuring each file",
     "compare": "Comparing the LoRAs",
@@ -51,6 +52,8 @@ def _state(look: Look) -> str:
         return f'<div class="lm-quiet">{say("The analysis was cancelled.")}</div>'
     text = STAGES.get(look.stage, "")
     words = say(text) if text else say("Waiting for its turn")
+    if look.eta is not None and look.eta >= SOON:
+        words += f" · {say('time left')} {time_text(look.eta)}"
     button = (
         f'<button type="button" class="lm-button lm-stop-look" data-look="{foreign(look.id)}">'
         f"{say('Cancel')}</button>"

@@ -190,6 +190,19 @@ def test_a_look_that_takes_too_long_is_ended_with_a_sentence(host, looks, slow):
     assert "longer than" in render_analysis.look_state(look, "")
 
 
+def test_the_time_left_is_told_and_whole_layers_get_more_time(host, looks):
+    plan = plan_of(host, *BOTH)
+    assert analyse.limit_for(plan) == analyse.LIMIT_SECONDS
+    whole = host.plan(MergeRecipe(BOTH, mode="ties", device="cpu"))
+    assert analyse.limit_for(whole) > analyse.LIMIT_SECONDS
+    look = analyse.Look(Question(whole, ("advise",)))
+    look.start()
+    look.stage, look.eta = "advise", 240.0
+    assert "time left 4 min" in re.sub(r"<[^>]*>", "", render_analysis.look_state(look, "0"))
+    look.eta = 0.5
+    assert "time left" not in render_analysis.look_state(look, "0")
+
+
 def test_a_bug_of_ours_becomes_a_sentence_on_the_page_and_a_traceback_in_the_console(host, monkeypatch):
     told = []
     looks = Looks(lambda *words: told.append(words))

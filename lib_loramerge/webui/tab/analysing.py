@@ -31,7 +31,8 @@ def connect(wiring: Any, form_names: Sequence[str]) -> None:
         recipe = form.read_form(values, host, METHODS).check()
         plan = host.plan(recipe)
         theme = theme if theme in analyse.THEMES else analyse.THEMES[0]
-        look = jobs.looks.ask(analyse.Question(plan, analyse.kinds_for(plan), theme))
+        question = analyse.Question(plan, analyse.kinds_for(plan), theme, analyse.limit_for(plan))
+        look = jobs.looks.ask(question)
         return told(look)
 
     def follow(values: Mapping[str, Any]) -> dict[str, Any]:
