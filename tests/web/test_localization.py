@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
-from tests.web.browser import SERVED, Tab
+from tests.web.browser import PATIENCE, SERVED, Tab
 from tests.web.hosting import ROOT, FakeHost
 
 SLOT = re.compile(r"\{(\d+)\*?\}")
@@ -194,6 +195,15 @@ def test_analyses_are_told_in_japanese(japanese: Tab) -> None:
                         "by block and kind of layer."]  # fmt: skip
 
 
+def test_choices_are_read_in_japanese_and_stay_what_the_server_knows(japanese: Tab) -> None:
+    tab = japanese
+    place = tab.page.locator("#loramerge_rank_rule [data-shown]")
+    expect(place).to_have_attribute("data-shown", "入力と同じ", timeout=PATIENCE)
+    assert tab.value("rank_rule") == "Same as the inputs"
+    tab.fill("row0_strength", 1)
+    assert tab.page.locator("[id$=_lora] [data-shown], [id$=_blocks] [data-shown]").count() == 0
+
+
 def test_presets_are_told_in_japanese(japanese: Tab) -> None:
     tab = japanese
     tab.show_page("ブロックプリセット")
@@ -218,6 +228,7 @@ def test_in_english_nothing_is_changed(english: Tab) -> None:
     tab.expect_text("row1_facts", "There is no LoRA called stile in the LoRA folder. Did you mean style")
     tab.fill("name", "style")
     tab.expect_text("name_message", "style.safetensors exists already. Choose another name")
+    assert tab.page.locator("[data-shown]").count() == 0
     assert (
         tab.page.evaluate("() => /[\\u3040-\\u30ff\\u4e00-\\u9fff]/.test(document.body.innerText)") is False
     )

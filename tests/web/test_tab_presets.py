@@ -126,6 +126,8 @@ def test_the_page_speaks_japanese_when_asked(chromium: object, page: tuple[Page,
     with Tab(chromium, page[0].address, title=None, query="?lang=ja_JP") as tab:
         tab.expect_text("merge", "マージして保存")
         tab.expect_text("facts", "LoRA を選ぶと")
+        tab.fill("row0_lora", "stile")
+        tab.expect_text("row0_facts", "stile という LoRA はありません。")
         tab.page.wait_for_function(
             "() => (document.querySelector('#loramerge_merge').title || '').includes('フォルダー')"
         )
