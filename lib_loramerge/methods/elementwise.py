@@ -211,11 +211,10 @@ def della(
 
     Source: Deep et al. 2024, section 3.
     """
-    places = sparsify.streams(deltas, weights)
+    draws = _draws(deltas, weights, context)
 
     def drop(matrix: Tensor, index: int) -> None:
-        draws = sparsify.Draws(context.seed, context.layer, places[index])
-        sparsify.drop_small_and_rescale(matrix, density, epsilon, draws)
+        sparsify.drop_small_and_rescale(matrix, density, epsilon, draws(index))
 
     return _elected(deltas, weights, drop, density >= 1, normalize, factor_of_result(factor))
 
@@ -366,13 +365,20 @@ def _large_variance(voters: Sequence[tuple[Delta, float]], fraction: float) -> T
 def _dare(
     deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext, density: float
 ) -> Sparsify:
-    places = sparsify.streams(deltas, weights)
+    draws = _draws(deltas, weights, context)
 
     def drop(matrix: Tensor, index: int) -> None:
-        draws = sparsify.Draws(context.seed, context.layer, places[index])
-        sparsify.drop_and_rescale(matrix, density, draws)
+        sparsify.drop_and_rescale(matrix, density, draws(index))
 
     return drop
+
+
+def _draws(
+    deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext
+) -> Callable[[int], sparsify.Draws]:
+    """The random numbers of each input, by its place among the deltas."""
+    places = sparsify.streams(deltas, weights)
+    return lambda index: sparsify.Draws(context.seed, context.layer, places[index])
 
 
 def _summed(
