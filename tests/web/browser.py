@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 CHROMIUM = "/usr/bin/chromium"
@@ -174,6 +174,7 @@ class Tab:
         """Type a part of a choice into a list and click the first one that has it."""
         field = self.field(name)
         option = self.page.locator("ul.options li, ul[role=listbox] li").filter(has_text=text).first
+        chosen = re.compile(re.escape(text), re.IGNORECASE)
         for _ in range(5):
             # Gradio 4 hangs the list below its field, where the window may end already.
             field.evaluate("element => element.scrollIntoView({block: 'center'})")
@@ -181,17 +182,21 @@ class Tab:
             field.fill(text)
             try:
                 option.wait_for(state="attached", timeout=TRY)
-            except PlaywrightTimeout:
+                self._take(option)
+                expect(field).to_have_value(chosen, timeout=TRY)
+                return
+            except (PlaywrightTimeout, AssertionError):
                 # An answer of the server has closed the list: open it again, as a person would.
                 field.blur()
-                continue
-            try:
-                option.click(timeout=2000)
-            except PlaywrightTimeout:
-                # The list of a row far down may end below the window, where a person would scroll.
-                option.dispatch_event("mousedown")
-            break
-        expect(field).to_have_value(re.compile(re.escape(text), re.IGNORECASE))
+        expect(field).to_have_value(chosen)
+
+    @staticmethod
+    def _take(option: Locator) -> None:
+        try:
+            option.click(timeout=2000)
+        except PlaywrightTimeout:
+            # The list of a row far down may end below the window, where a person would scroll.
+            option.dispatch_event("mousedown", timeout=2000)
 
     def tick(self, name: str, on: bool) -> None:
         self.page.locator(f"#loramerge_{name} input[type=checkbox]").set_checked(on)
