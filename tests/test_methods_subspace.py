@@ -102,6 +102,27 @@ def test_a_negative_strength_is_the_negative_lora(name):
     same(run(name, [a, b], [0.7, -0.4]), run(name, [a, minus], [0.7, 0.4]))
 
 
+@pytest.mark.parametrize("name", SUBSPACE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("nearness", [1.0, 1e-3])
+def test_what_is_stored_is_the_best_of_its_rank_and_its_error_is_told_right(name, dtype, nearness):
+    a = low_rank(96, 128, 12, seed=1, dtype=torch.float16)
+    noise = low_rank(96, 128, 12, seed=2)
+    near = LowRank(a.up.double() + nearness * noise.up, a.down.double() + nearness * noise.down, 12.0)
+    params = {param.name: param.default for param in METHODS[name].params}
+    rank = 7
+    for deltas in ([a, near], [with_gauge(a, 3), with_gauge(near, 4)]):
+        result = METHODS[name].merge(deltas, [0.8, -0.6], LayerContext("a.layer"), **params)
+        exact = result.dense()
+        stored = write_layer(result, dtype, lambda spectrum: rank)
+        assert stored.exact_sq == pytest.approx(size(exact) ** 2, rel=1e-7)
+        error = size(exact - dense(stored.delta())) ** 2
+        assert stored.error_sq == pytest.approx(error, rel=1e-6, abs=1e-12 * stored.exact_sq)
+        least = float(torch.linalg.svdvals(exact)[rank:].square().sum())
+        precise = write_layer(result, torch.float64, lambda spectrum: rank)
+        assert precise.error_sq == pytest.approx(least, rel=1e-8, abs=1e-14 * precise.exact_sq)
+
+
 # --- tsv
 
 

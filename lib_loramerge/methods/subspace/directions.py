@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...delta import Delta, Merged, decompose
+from ...delta import Delta, LowRank, Merged, decompose, grams
 from ...recipe import Param
 from ..registry import LayerContext, merge_method
 from .joint import (
@@ -130,13 +130,16 @@ def iso(
         min(out, in) singular values; most of a LoRA's are zero, so ours runs over the numerical rank.
     """
     total = exact_sum(deltas, weights)
-    spectrum = decompose(total)
+    small = grams(total)
+    spectrum = decompose(total, small=small)
     rank = numerical_rank(spectrum.values)
-    if not rank:
+    if not rank or not isinstance(spectrum.source, LowRank):
         return nothing(total)
     values = spectrum.values[:rank]
     level = values.mean() if norm == "mean" else values.square().mean().sqrt()
-    return with_values(spectrum, (1 - beta) * values + beta * level)
+    # A layer with more components than rows or columns comes back in other factors.
+    small = small if spectrum.source is total else grams(spectrum.source)
+    return with_values(spectrum, (1 - beta) * values + beta * level, small)
 
 
 @merge_method(

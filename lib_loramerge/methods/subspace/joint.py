@@ -160,17 +160,22 @@ def exact_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> LowRank:
     return _stacked(deltas, weights)[1]
 
 
-def with_values(spectrum: Spectrum, values: Tensor) -> Mixed:
-    """The delta with a spectrum's leading singular vectors, but with other singular values, all above 0."""
+def with_values(spectrum: Spectrum, values: Tensor, small: Grams) -> Mixed:
+    """The delta with a spectrum's leading singular vectors, but with other singular values, all above 0.
+
+    Args:
+        small: The Gram matrices of the spectrum's source. Where inputs nearly cancel they tell what the
+            result is to more digits than the wanted values do.
+    """
     source = spectrum.source
     assert source is not None
     assert spectrum.mixing is not None
     left, right = spectrum.mixing(values.shape[0])
     root = (values / spectrum.values[: values.shape[0]]).sqrt()
-    square = torch.diag(values)
-    lengths = (_lengths(source.up, 0), _lengths(source.down, 1))
-    small = Grams(square, square)
-    return Mixed(source.up, source.down, left * root, right * root, small, lengths, source.kernel)
+    left, right = left * root, right * root
+    lengths = _roots(small.up), _roots(small.down)
+    own = Grams(left.mT @ small.up @ left, right.mT @ small.down @ right)
+    return Mixed(source.up, source.down, left, right, own, lengths, source.kernel)
 
 
 def nothing(like: Delta) -> LowRank:
@@ -221,10 +226,6 @@ def _low_rank(delta: Delta) -> LowRank:
 def _gram(rows: Tensor) -> Tensor:
     """Gram matrix on the CPU; devices without float64 leave the work to it."""
     return gram(rows if _has_double(rows.device) else rows.cpu()).cpu()
-
-
-def _lengths(factor: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(factor.float(), dim=dim).cpu().double()
 
 
 def _roots(square: Tensor) -> Tensor:
