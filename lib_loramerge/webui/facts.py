@@ -11,6 +11,7 @@ from .. import blocks
 from ..errors import LoraMergeError
 from . import render, sidecar
 from .form import NO_PREVIEW, Reading, is_random, mode_name, read_form
+from .host import ConflictError
 from .origins import changed_sources
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Facts:
         rows: Row number to the HTML below it: what the file is, or what is wrong.
         plan: HTML of what will come out.
         problems: Control to the sentence beside it.
+        taken: Why the name cannot be used without overwriting, as it is right after a merge.
         name: A free name for the result.
         activation_text: The union of the inputs' activation texts.
         previews: Names of inputs that have a preview picture.
@@ -38,6 +40,7 @@ class Facts:
     rows: Mapping[int, str]
     plan: str
     problems: Mapping[str, str]
+    taken: str = ""
     name: str = ""
     activation_text: str = ""
     previews: tuple[str, ...] = (NO_PREVIEW,)
@@ -51,6 +54,7 @@ class _Draft:
     rows: dict[int, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     sources: dict[int, Source] = field(default_factory=dict)
+    taken: str = ""
 
 
 def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod]) -> Facts:
@@ -67,12 +71,13 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
         rows={**draft.rows, **_row_problems(draft.problems, host)},
         plan=plan,
         problems=draft.problems,
+        taken=draft.taken,
         name=proposed,
         activation_text=sidecar.union(paths).activation_text,
         previews=(NO_PREVIEW, *_with_preview(reading, draft)),
         needs_base=any(source.needs_base for source in draft.sources.values()) or bool(form.get("base")),
         random=is_random(reading, methods, mode_name(form.get("mode"), methods)),
-        ready=reading.recipe is not None and not draft.problems,
+        ready=reading.recipe is not None and not draft.problems and not draft.taken,
     )
 
 
@@ -138,6 +143,8 @@ def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draf
         return  # About to be replaced by the new proposal.
     try:
         host.check_name(name, str(form.get("subfolder") or ""), bool(form.get("overwrite")))
+    except ConflictError as error:
+        draft.taken = str(error)
     except LoraMergeError as error:
         draft.problems["name"] = str(error)
 

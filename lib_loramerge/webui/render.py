@@ -117,6 +117,11 @@ def error_box(text: str) -> str:
     return _box("error", text, ' role="alert"') if text else ""
 
 
+def warning_box(texts: Iterable[str]) -> str:
+    """Sentences to read before going on."""
+    return "".join(_box("warning", text) for text in texts)
+
+
 def note_box(texts: Iterable[str]) -> str:
     """Sentences that need no action."""
     return "".join(_box("note", text) for text in texts)
@@ -129,10 +134,6 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
         + "".join(f"<dt>{key}</dt> <dd>{value}</dd> " for key, value in rows)
         + "</dl>"
     )
-
-
-def _warnings(texts: Iterable[str]) -> str:
-    return "".join(_box("warning", text) for text in texts)
 
 
 def _dots(parts: Sequence[str]) -> str:
@@ -168,7 +169,7 @@ def plan_facts(plan: MergePlan, warnings: Sequence[str]) -> str:
         (say("File size"), upper + f"<b>{size_text(facts['predicted_bytes'])}</b>"),
         (say("Precision"), foreign(plan.dtype)),
     ]
-    return _table(rows) + _warnings((*facts["warnings"], *facts["skipped"], *warnings))
+    return _table(rows) + warning_box((*facts["warnings"], *facts["skipped"], *warnings))
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
@@ -247,7 +248,7 @@ def job_result(job: Job, host: Host) -> str:
         _title(job),
         f'<div class="lm-written">{where}</div>',
         _buttons(job, host.prompt_elem_id is not None),
-        _warnings(map(host.shown, (*report["warnings"], *job.notes))),
+        warning_box(map(host.shown, (*report["warnings"], *job.notes))),
         report_table(report),
     ]
     return f"{box}{''.join(parts)}</div>"

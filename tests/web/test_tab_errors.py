@@ -170,7 +170,7 @@ WRONG_FORMS = {
     "a name with folders": (row() | {"name": "a/../../b"}, "name_message", "holds '/'"),
     "a name of Windows": (row() | {"name": "con"}, "name_message", "a device on Windows"),
     "a name without end": (row() | {"name": "x" * 300}, "name_message", "too long"),
-    "a name that is taken": (row() | {"name": "style"}, "name_message", "style.safetensors exists already"),
+    "a name that is taken": (row() | {"name": "style"}, "message", "style.safetensors exists already"),
     "a subfolder that leads out": (
         row() | {"name": "n", "subfolder": "../up"},
         "name_message",

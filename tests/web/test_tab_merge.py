@@ -92,6 +92,10 @@ def test_two_loras_are_merged_and_the_file_holds_their_weighted_sum(tab: Tab, ho
     # Merge again keeps every input, and proposes a new name or says that this one is taken.
     assert tab.value("row0_strength") == "0.8"
     tab.expect_text("name_message", "exists already")
+    # Nobody did anything wrong: it is told, not shown as an error, and the facts stay.
+    assert tab.page.locator("#loramerge_name_message .lm-warning").is_visible()
+    assert not tab.page.locator("#loramerge_name_message .lm-error").count()
+    tab.wait_for_facts("Rank 12")
 
 
 def test_the_text_encoder_follows_strength_until_it_gets_a_number_of_its_own(

@@ -387,7 +387,9 @@ class _Wiring:
         # The stamp tells the page's script that its question was answered.
         changes["facts"] = f'<div data-stamp="{time.time()}">{found.plan}</div>'
         changes["how_message"] = "".join(map(render.error_box, how))
-        changes["name_message"] = render.error_box(self.host.shown(found.problems.get("name", "")))
+        changes["name_message"] = render.error_box(
+            self.host.shown(found.problems.get("name", ""))
+        ) or render.warning_box([self.host.shown(found.taken)] if found.taken else [])
         for control, auto, proposed in (
             ("name", "name_auto", found.name),
             ("activation_text", "activation_auto", found.activation_text),
