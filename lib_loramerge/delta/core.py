@@ -37,7 +37,7 @@ _NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below w
 Mixing = Callable[[int], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """A delta's singular values, and what is needed to write any truncation of it.
 

@@ -56,7 +56,7 @@ def inner_products(deltas: Sequence[Delta]) -> Tensor:
     return _products_of_parts(grams(whole), whole.component_gains(), _places(low))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Overlaps:
     """How much the deltas of one layer have to do with each other: (n, n) float64 on the CPU each.
 
@@ -87,7 +87,7 @@ def overlaps(deltas: Sequence[Delta]) -> Overlaps:
     return Overlaps(_products_of_parts(small, whole.component_gains(), places), inputs, outputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Overlap:
     """:class:`Overlaps` of two deltas.
 

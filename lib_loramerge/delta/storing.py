@@ -18,7 +18,7 @@ _CANCELLED = 1e-2  # A sum this much smaller than its inputs is multiplied out i
 _SUBNORMAL = 8  # Factors whose mean size is below this many times the least normal number are scaled up.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """The tensors of one layer as they are written.
 

@@ -13,7 +13,7 @@ from ..errors import IncompatibleError
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """A delta weight held as two factors: ``alpha / rank * up @ down``.
 
@@ -66,7 +66,7 @@ class LowRank:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """A delta weight held whole.
 
@@ -93,7 +93,7 @@ class Dense:
         return self.weight.double()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grams:
     """The two small matrices that tell all about a low-rank delta: both (R, R) float64, on the CPU."""
 
@@ -102,7 +102,7 @@ class Grams:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixed:
     """A delta weight told in the components of the inputs: ``up @ left @ right^T @ down``.
 
@@ -149,7 +149,7 @@ Merged = LowRank | Mixed | Dense
 _D = TypeVar("_D", LowRank, Dense)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerDelta:
     """All that one adapter changes in one layer.
 

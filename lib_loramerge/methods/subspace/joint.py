@@ -41,7 +41,7 @@ from ...delta import (
 RELATIVE = 1e-6  # Singular values below this part of the largest one are not there.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JointSpace:
     """The weighted deltas of one layer, each as its singular value decomposition.
 
