@@ -13,7 +13,7 @@ import binascii
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..errors import (
 from ..methods import METHODS
 from ..recipe import DTYPES, MergeRecipe, from_json
 from . import analyse, schema
-from .host import ConflictError, Host, UnknownNameError
+from .host import ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue, MergeRequest
 from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
 from .sidecar import UserMetadata
@@ -350,11 +350,15 @@ class _Gate:
 
     def _public(self, value: Any) -> Any:
         """``value`` without the folders of this machine and in the words of a recipe."""
-        if isinstance(value, str):
-            return _FLAG.sub(_in_a_recipe, self._host.without_folders(value))
-        if isinstance(value, dict):
-            return {key: self._public(item) for key, item in value.items()}
-        return [self._public(item) for item in value] if isinstance(value, list) else value
+        return _public(value, self._host.folder_words())
+
+
+def _public(value: Any, folder_words: Sequence[tuple[str, str]]) -> Any:
+    if isinstance(value, str):
+        return _FLAG.sub(_in_a_recipe, without(folder_words, value))
+    if isinstance(value, dict):
+        return {key: _public(item, folder_words) for key, item in value.items()}
+    return [_public(item, folder_words) for item in value] if isinstance(value, list) else value
 
 
 async def read_json(request: Request) -> dict[str, Any]:

@@ -6,8 +6,8 @@ forks, always at the time of the call and never at import; :class:`StandaloneHos
 
 from __future__ import annotations
 
-from .base import ConflictError, Host, LoraEntry, UnknownNameError
+from .base import ConflictError, Host, LoraEntry, UnknownNameError, without
 from .standalone import StandaloneHost
 from .webui import WebuiHost
 
-__all__ = ["ConflictError", "Host", "LoraEntry", "StandaloneHost", "UnknownNameError", "WebuiHost"]
+__all__ = ["ConflictError", "Host", "LoraEntry", "StandaloneHost", "UnknownNameError", "WebuiHost", "without"]

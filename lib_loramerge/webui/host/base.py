@@ -63,6 +63,14 @@ class LoraEntry(NamedTuple):
         return " · ".join(part for part in (shown, self.base, self.rank and f"rank {self.rank}") if part)
 
 
+def without(folder_words: Sequence[tuple[str, str]], text: str) -> str:
+    """A sentence with the names of files in place of their paths, see :meth:`Host.folder_words`."""
+    if os.sep in text:
+        for known, name in folder_words:
+            text = text.replace(known + os.sep, "").replace(known, name)
+    return text
+
+
 class Host:
     """What the rest of the extension may ask; this base class answers as if there were no WebUI."""
 
@@ -267,11 +275,16 @@ class Host:
 
     def without_folders(self, text: str) -> str:
         """A sentence with the names of LoRA files in place of their paths."""
+        return without(self.folder_words(), text)
+
+    def folder_words(self) -> list[tuple[str, str]]:
+        """Every spelling of a folder of this machine that a sentence may hold, and what stands for it."""
         words = {**dict.fromkeys(self.lora_dirs(), "the LoRA folder"), TEMPORARY: "the temporary folder"}
-        for folder, name in words.items():
-            for known in {str(folder), os.path.realpath(folder)}:
-                text = text.replace(known + os.sep, "").replace(known, name)
-        return text
+        return [
+            (known, name)
+            for folder, name in words.items()
+            for known in sorted({str(folder), os.path.realpath(folder)})
+        ]
 
     def file_link(self, path: Path) -> str | None:
         """Where a merged file can be downloaded, relative to the page; None where it cannot."""
