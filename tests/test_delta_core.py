@@ -106,7 +106,8 @@ def test_any_sum_is_cut_to_any_rank_with_the_least_error(out, in_, ranks, weight
     inputs = sum(abs(weight) * size(dense(delta)) for delta, weight in zip(deltas, weights))
     got = truncate(spectrum, keep) if spectrum.rank else None
     error = size(whole - dense(got)) if got else size(whole)
-    assert error <= optimum(whole, keep)[1] * (1 + 1e-8) + 2e-7 * inputs
+    # Below the last term the squares that energies are made of are 0 in float64.
+    assert error <= optimum(whole, keep)[1] * (1 + 1e-8) + 2e-7 * inputs + 1e-150
     assert spectrum.energy == pytest.approx(size(whole) ** 2, rel=1e-9, abs=1e-14 * inputs**2)
 
 
