@@ -119,7 +119,8 @@ def test_any_inputs_give_their_sum(name, ranks, alphas, weights, seed):
     inputs = sum(abs(w) * size(dense(d)) for d, w in zip(deltas, weights))
     stored = run(name, deltas, weights)
     whole = dense_sum(deltas, weights)
-    assert size((product(stored) if stored else 0 * whole) - whole) <= 3e-7 * inputs
+    # Below the last term the squares that sizes are made of are 0 in float64.
+    assert size((product(stored) if stored else 0 * whole) - whole) <= 3e-7 * inputs + 1e-150
 
 
 def factor_sum(deltas, strengths, blocks):
