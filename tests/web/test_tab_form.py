@@ -160,7 +160,6 @@ def test_a_recipe_survives_the_form(host: StandaloneHost) -> None:
         ({"rank_rule": form.RANK_RULES["size"], "size": None}, "rank_rule", "empty"),
         ({"seed": -1}, "seed", "Seed"),
         ({"name": "a/../../b"}, "name", "b"),
-        ({"name": "style"}, "name", "exists"),
     ],
 )
 def test_every_mistake_is_told_at_its_place(
@@ -172,6 +171,17 @@ def test_every_mistake_is_told_at_its_place(
     assert not found.ready
     if place.startswith("row"):
         assert 'role="alert"' in found.rows[0]
+
+
+def test_a_name_that_is_taken_is_no_mistake_and_hides_nothing(host: StandaloneHost) -> None:
+    found = facts.gather(default_form(row0__lora="style", name="style"), host, METHODS)
+    assert "exists" in found.taken
+    assert not found.problems
+    assert "File size" in found.plan
+    assert not found.ready
+    allowed = facts.gather(default_form(row0__lora="style", name="style", overwrite=True), host, METHODS)
+    assert allowed.ready
+    assert not allowed.taken
 
 
 def test_files_of_two_base_models_are_told_apart_in_their_rows(host: StandaloneHost) -> None:
