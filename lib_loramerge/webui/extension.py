@@ -29,6 +29,7 @@ IDENT = "loramerge"
 
 _LOADED = time.time()
 _services: tuple[Host, JobQueue] | None = None
+_warming: threading.Thread | None = None
 
 
 def services() -> tuple[Host, JobQueue]:
@@ -70,11 +71,13 @@ def make_tabs() -> list[tuple[Any, str, str]]:
 
 def add_routes(demo: Any, app: Any) -> None:
     """Adds REST where the host serves its own; ``demo`` is None with ``--nowebui``."""
+    global _warming
     from modules import shared
 
     # A host that has loaded its extensions anew has forgotten them.
     services()[1].trials.register_all()
-    threading.Thread(target=warm_up, name="loramerge-import", daemon=True).start()
+    _warming = threading.Thread(target=warm_up, name="loramerge-import", daemon=True)
+    _warming.start()
     options = shared.cmd_opts
     if getattr(options, "api", False) or getattr(options, "nowebui", False):
         from . import api  # needed only here, and not cheap to load
@@ -92,14 +95,16 @@ def warm_up() -> None:
 
 def let_go() -> None:
     """Ends our threads and takes our hands off the host, before its extensions are loaded anew."""
+    if _warming is not None:
+        _warming.join(30)  # Or it would start other threads, and import old code beside the new.
     host, jobs = services()
     jobs.close()
     host.close()
     if _changed_on_disk():
         # The extension was updated: the host is about to run the new script, which must find the new code.
         jobs.trials.remove_all()
-        for name in [name for name in sys.modules if name.partition(".")[0] == "lib_loramerge"]:
-            del sys.modules[name]
+        for name in [name for name in list(sys.modules) if name.partition(".")[0] == "lib_loramerge"]:
+            sys.modules.pop(name, None)
 
 
 def _changed_on_disk() -> bool:

@@ -80,6 +80,34 @@ def test_an_updated_extension_is_loaded_anew_with_the_ui(tmp_path):
         assert host.post("/fake/status")["errors"] == []
 
 
+def test_an_update_waits_for_what_is_still_being_imported():
+    """A reload of the UI right after the start must not leave old code in memory beside the new."""
+    left = in_a_process(
+        "import json, sys, threading, types\n"
+        "from lib_loramerge.webui import extension\n"
+        "begun, go = threading.Event(), threading.Event()\n"
+        "def slow():\n"
+        "  begun.set(); go.wait(60)\n"
+        "  import lib_loramerge.analysis\n"
+        "extension.warm_up = slow\n"
+        "def nothing(): pass\n"
+        "trials = types.SimpleNamespace(register_all=nothing, remove_all=nothing)\n"
+        "host = types.SimpleNamespace(close=nothing)\n"
+        "jobs = types.SimpleNamespace(close=nothing, trials=trials)\n"
+        "extension._services = host, jobs\n"
+        "modules = sys.modules['modules'] = types.ModuleType('modules')\n"
+        "modules.shared = types.SimpleNamespace(cmd_opts=types.SimpleNamespace())\n"
+        "extension.add_routes(None, None)\n"
+        "begun.wait(60)\n"
+        "extension._LOADED = 0.0\n"
+        "threading.Timer(0.3, go.set).start()\n"
+        "extension.let_go()\n"
+        "extension._warming.join(60)\n"
+        "print(json.dumps([name for name in sys.modules if name.startswith('lib_loramerge')]))"
+    )
+    assert left == []
+
+
 def test_what_was_tried_is_gone_when_the_webui_ends(tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
