@@ -50,7 +50,8 @@ class InputReport:
     """What one input was, and with which strengths it went in.
 
     Attributes:
-        blocks: Block id to the number its layers were multiplied by, strength included.
+        blocks: Block id to the number that most of its layers were multiplied by, strength included. Text
+            encoders with strengths of their own are told apart, ``"BASE te2"``.
     """
 
     name: str
@@ -72,7 +73,8 @@ class MergeReport:
     Attributes:
         output: Path of the file written.
         layers: Number of layers in the file.
-        layers_left_out: Layers whose weights were all 0 or that cancelled out.
+        layers_left_out: Layers whose weights were all 0, that cancelled out, or for which a file of limited
+            size had no room.
         ranks: Rank to number of layers with it.
         whole_layers: Layers written whole (``diff``, norms), which have no rank.
         error: Relative Frobenius error of the written file against ``error_against``.
@@ -181,7 +183,7 @@ def _layers_text(report: MergeReport) -> str:
     if report.whole_layers:
         text += f", {report.whole_layers} of them whole"
     if report.layers_left_out:
-        text += f"; {report.layers_left_out} left out (weight 0, or they cancel)"
+        text += f"; {report.layers_left_out} left out (weight 0, cancelled, or no room for them)"
     return text
 
 

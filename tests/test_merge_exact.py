@@ -291,6 +291,47 @@ class TestSize:
             merge(large, "a", "b", size=0.001)
         assert not (large / "out.safetensors").exists()
 
+    @pytest.mark.parametrize("mode", ["svd", "average"])
+    def test_what_is_lost_with_layers_that_have_no_room_is_told(self, large, mode):
+        tensors = load_file(large / "a.safetensors")
+        tensors[f"{next(iter(SD1_LAYERS))}.lora_up.weight"] *= 100  # It takes all the room.
+        save_file(tensors, large / "a.safetensors")
+        report = merge(large, "a:0.9", "b:0.1", size=0.03, dtype="float16", mode=mode)
+        assert 0 < report.layers_left_out < len(SD1_LAYERS)
+        wanted = weighted_sum([(large / "a.safetensors", 0.9), (large / "b.safetensors", 0.1)])
+        error = relative_error(dense_deltas(large / "out.safetensors"), wanted)
+        assert report.error == pytest.approx(error, rel=1e-3)
+        assert report.from_sum is None or report.from_sum == pytest.approx(error, rel=1e-3)
+
+    @pytest.mark.parametrize("mode", ["concat", "add"])
+    def test_a_mode_that_keeps_all_ranks_refuses_it_and_tells_of_an_idle_rank(self, large, mode):
+        with pytest.raises(RecipeError, match="keeps all ranks"):
+            merge(large, "a", "b", mode=mode, size=0.1)
+        report = merge(large, "a", "b", mode=mode, rank=2)
+        assert [note for note in report.warnings if "does not count" in note]
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    def test_layers_of_zeros_that_complete_a_group_are_in_the_size(self, tmp_path, cancelled):
+        """A host takes q, k, v and out of the second text encoder only together; the file has q and v."""
+        missing = ("k_proj", "out_proj")
+        layers = {name: shape for name, shape in SDXL_LAYERS.items() if not name.endswith(missing)}
+        for name, seed in (("a", 1), ("b", 2)):
+            tensors = lora_tensors(layers, rank=12, alpha=12, seed=seed)
+            if cancelled:
+                same = lora_tensors(layers, rank=12)
+                tensors |= {key: tensor for key, tensor in same.items() if "_v_" in key}
+            save_file(tensors, tmp_path / f"{name}.safetensors")
+        recipe = MergeRecipe(parse_inputs(["a", "b:-1"]))
+        plan = plan_merge(recipe, find=LoraFolder([tmp_path]).find, presets=load_presets([]))
+        whole = merge(tmp_path, "a", "b:-1", out="whole")
+        assert whole.layers == len(layers) + 2 == plan.to_json()["layers"]
+        assert whole.size_bytes <= plan.predicted_bytes
+        for megabytes in (0.06, 0.1, 0.3):
+            report = merge(tmp_path, "a", "b:-1", size=megabytes, dtype="float16", out=f"s{megabytes}")
+            assert 0.93 * megabytes * 1e6 <= report.size_bytes <= megabytes * 1e6
+        four = [key for key in load_file(tmp_path / "s0.06.safetensors") if "te2" in key and "lora_up" in key]
+        assert len(four) == 4
+
     def test_more_room_than_needed_keeps_everything(self, large):
         merge(large, "a:0.8", "b:0.5", size=100)
         wanted = weighted_sum([(large / "a.safetensors", 0.8), (large / "b.safetensors", 0.5)])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..recipe import MergeRecipe
 
 if TYPE_CHECKING:
+    from ..methods import MergeMethod
     from .plan import LayerPlan, SourcePlan
 
 # LoRAs that change how many steps sampling takes; their deltas are large and brittle.
@@ -53,6 +54,15 @@ def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe:
         f"LoHa and LoKr layers are exact only at large ranks, here up to {largest}, so the file becomes "
         "large. Ask for a rank (--rank 32), a share of the norm (--retain 0.95) or a size (--size) for a "
         "smaller one."
+    ]
+
+
+def unused_rank_notes(recipe: MergeRecipe, method: MergeMethod) -> list[str]:
+    """A method that keeps all ranks passes over a rank, which its user should know."""
+    if method.uses_rank or (isinstance(recipe.rank, str) and recipe.conv_rank is None):
+        return []
+    return [
+        f"Mode {method.name} keeps all ranks, so the rank that was given does not count. Mode svd cuts to it."
     ]
 
 

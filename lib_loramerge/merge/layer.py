@@ -190,8 +190,7 @@ class Merger:
                 assert not isinstance(prepared.merged, Mixed)
                 return self._whole(layer, prepared.merged, prepared.bias, prepared.notes)
             if stored is None:
-                gone = norm(plain) ** 2 if plain is not None and self.approximate else 0.0
-                return self._absent(layer, gone, prepared.bias, prepared.notes)
+                return self._absent(prepared)
             return self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
         except OutputError as error:
             raise OutputError(f"{layer.layer}: {error}") from error
@@ -284,13 +283,22 @@ class Merger:
         }
         return ("w_norm", "b_norm") if kinds == {"norm"} else ("diff", "diff_b")
 
-    def _absent(
-        self, layer: LayerPlan, exact_sq: float, bias: Tensor | None, notes: tuple[str, ...]
-    ) -> MergedLayer:
-        """A layer that cancelled; its bias alone is kept where there is one."""
+    def _absent(self, prepared: Prepared) -> MergedLayer:
+        """A layer that cancelled, or for which a file of limited size has no room.
+
+        Its bias alone is kept where there is one; what is lost counts as error.
+        """
+        layer, bias, notes = prepared.layer, prepared.bias, prepared.notes
+        sum_sq = 0.0 if prepared.plain is None else norm(prepared.plain) ** 2
+        lost = sum_sq if self.approximate else _size_sq(prepared.merged)
         if bias is not None and bool(bias.any()):
-            return self._whole(layer, None, bias, notes)
-        return MergedLayer({}, LayerResult(layer.layer, 0, exact_sq, exact_sq), None, False, notes, 0.0)
+            kept = self._whole(layer, None, bias, notes)
+            error_sq, exact_sq = kept.result.error_sq + lost, kept.result.exact_sq + lost
+            result = LayerResult(layer.layer, kept.result.rank, error_sq, exact_sq, sum_sq, sum_sq)
+            return replace(kept, result=result)
+        return MergedLayer(
+            {}, LayerResult(layer.layer, 0, lost, lost, sum_sq, sum_sq), None, False, notes, 0.0
+        )
 
     def low_rank(
         self,
@@ -351,6 +359,16 @@ class Merger:
 
     def _key(self, prefix: str, slot: str) -> str:
         return dialects.output_key(prefix, slot, self.plan.recipe.dialect, self.plan.style)
+
+
+def _size_sq(delta: Merged | None) -> float:
+    """Squared norm of a delta that is not written; 0 where only the noise of a cancellation is left."""
+    if delta is None:
+        return 0.0
+    if isinstance(delta, Dense):
+        return norm(delta) ** 2
+    spectrum = decompose(delta, vectors=False)
+    return spectrum.energy if spectrum.rank else 0.0
 
 
 def _moved(delta: Delta | None, device: torch.device) -> Delta:

@@ -23,7 +23,7 @@ from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .host_notes import host_notes
-from .input_notes import input_notes, rank_notes
+from .input_notes import input_notes, rank_notes, unused_rank_notes
 from .sources import LayerShape, Source, SourcePart, open_source
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class MergePlan:
             "mode": self.method.name,
             "params": dict(self.params),
             "dtype": self.dtype,
-            "layers": len(self.layers),
+            "layers": len(self.layers) + len(zero_layers(self)),
             "layers_left_out": len(self.left_out),
             "ranks": {str(rank): count for rank, count in self.rank_histogram.items()},
             "predicted_bytes": self.predicted_bytes,
@@ -234,6 +234,7 @@ def plan_merge(
         warnings=(
             *input_notes(plans),
             *rank_notes(plans, layers, recipe),
+            *unused_rank_notes(recipe, method),
             *notes,
             *clashes,
             *host_notes(architecture, recipe.dialect, layers, len(embeddings)),
@@ -265,6 +266,13 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
         if method.maximum is not None and method.minimum != method.maximum:
             wanted = f"{method.minimum} to {method.maximum}"
         raise RecipeError(f"Mode {method.name} merges {wanted} LoRAs, and {count} were given.")
+    if not method.uses_rank:
+        for rule in ("retain", "size"):
+            if getattr(recipe, rule) is not None:
+                raise RecipeError(
+                    f"Mode {method.name} keeps all ranks, so it cannot hold to a given {rule}. Leave that "
+                    "out, or use mode svd."
+                )
     return method, params
 
 
@@ -272,7 +280,8 @@ def _check_hashes(
     inputs: Sequence[LoraInput], sources: Sequence[Source], stop: Callable[[], None] | None
 ) -> None:
     for entry, source in zip(inputs, sources, strict=True):
-        if entry.hash and model_hash(source.path, stop) != entry.hash:
+        # Hosts show the first 8 to 12 digits of a hash; a recipe written by hand may have those.
+        if entry.hash and not model_hash(source.path, stop).startswith(entry.hash):
             raise RecipeError(
                 f"{source.path.name} is not the file this recipe was made with: its contents have changed. "
                 "Find the original, or allow changed sources (--allow-changed-sources)."
@@ -513,9 +522,26 @@ def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]]
 def predicted_bytes(plan: MergePlan) -> int:
     """Size of the file, an upper bound by a few bytes a tensor."""
     item = ITEM_BYTES[plan.dtype]
-    tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in plan.layers)
+    layers = (*plan.layers, *zero_layers(plan))
+    tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in layers)
     total = metadata_bytes(plan) + embeddings_bytes(plan) + tensors
     return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
+
+
+def zero_layers(plan: MergePlan) -> tuple[LayerPlan, ...]:
+    """Layers that no input changes, written because a host takes them and planned ones only together."""
+    planned = {layer.layer for layer in plan.layers}
+    missing: dict[str, LayerPlan] = {}
+    for layer in plan.layers:
+        for name in architectures.companions(plan.architecture.id, layer.layer):
+            if name not in planned:
+                missing.setdefault(name, zero_layer(layer, name))
+    return tuple(missing.values())
+
+
+def zero_layer(like: LayerPlan, name: str) -> LayerPlan:
+    """A layer of zeros that completes the group of another, which tells its shape."""
+    return LayerPlan(name, like.component, like.block, like.out, like.in_, (), (), (), 1, False, False)
 
 
 def embeddings_bytes(plan: MergePlan) -> int:

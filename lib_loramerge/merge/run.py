@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import architectures, ranks
-from ..delta import LowRank, Stored, parallel_map
+from ..delta import Stored, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, model_hash, write_file
 from ..report import InputReport, LayerResult, MergeReport, relative, worst
@@ -26,10 +26,13 @@ from .plan import (
     ITEM_BYTES,
     LayerPlan,
     MergePlan,
+    SourcePlan,
     embeddings_bytes,
     entries_bytes,
     merged_metadata,
     metadata_bytes,
+    zero_layer,
+    zero_layers,
 )
 
 # Layers that an accelerator is given at once: enough to fill it, few enough to hold and to stop soon.
@@ -174,23 +177,28 @@ def _allot(
     assert plan.recipe.size is not None
     spectra = for_each_layer(plan.layers, merger.spectrum, "look", progress, cancel, workers)
     item = ITEM_BYTES[plan.dtype]
-    costs, names, fixed = [], [], metadata_bytes(plan, name) + embeddings_bytes(plan)
+    costs, names = [], []
+    fixed = metadata_bytes(plan, name) + embeddings_bytes(plan)
+    fixed += sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in zero_layers(plan))
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
         entry = entries_bytes(plan, layer)
         if spectrum is None:
             fixed += layer.bytes(item) + entry
             continue
+        grouped = bool(architectures.companions(plan.architecture.id, layer.layer))
+        if grouped and not spectrum.rank:
+            fixed += zero_layer(layer, layer.layer).bytes(item) + entry  # the others may need it
         per_rank = (layer.out + layer.width) * item
-        needed = 1 if architectures.companions(plan.architecture.id, layer.layer) else 0
         biases = layer.out * item if layer.bias else 0
+        least = 1 if grouped and spectrum.rank else 0
         costs.append(
-            ranks.LayerCost(
-                spectrum.values.tolist(), per_rank, entry + ALPHA_BYTES + biases, min(needed, spectrum.rank)
-            )
+            ranks.LayerCost(spectrum.values.tolist(), per_rank, entry + ALPHA_BYTES + biases, least)
         )
         names.append(layer.layer)
     budget = int(plan.recipe.size * 1_000_000) - fixed
-    least = min((cost.per_rank + cost.fixed for cost in costs), default=0)
+    least = sum(cost.per_rank + cost.fixed for cost in costs if cost.least) or min(
+        (cost.per_rank + cost.fixed for cost in costs), default=0
+    )
     if budget < least:
         raise OutputError(
             f"{plan.recipe.size:g} MB is too small for any layer of this merge; "
@@ -286,12 +294,9 @@ def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]
                 continue
             # The four are square and of one size, so any of them tells the others' shape.
             like = shapes.get(companion, shapes[name])
-            zero = LowRank(torch.zeros(like.out, 1), torch.zeros(1, like.width), 1.0, like.kernel)
-            stored = Stored(zero.up.to(merger.dtype), zero.down.to(merger.dtype), 1.0, (), 0.0, 0.0)
-            template = LayerPlan(
-                companion, like.component, like.block, like.out, like.in_, (), (), (), 1, False, False
-            )
-            added.append(merger.low_rank(template, stored, None, None, ()))
+            up, down = torch.zeros(like.out, 1), torch.zeros(1, like.width)
+            stored = Stored(up.to(merger.dtype), down.to(merger.dtype), 1.0, (), 0.0, 0.0)
+            added.append(merger.low_rank(zero_layer(like, companion), stored, None, None, ()))
     kept = [
         entry
         for entry in merged
@@ -389,11 +394,6 @@ def _by_block(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, dict[
 
 def _input_report(plan: MergePlan, index: int, source_hash: str) -> InputReport:
     entry = plan.sources[index]
-    blocks: dict[str, float] = {}
-    for layer in plan.layers:
-        for source, strength, block_weight in layer.inputs:
-            if source == index:
-                blocks.setdefault(layer.block or "other", strength * block_weight)
     return InputReport(
         name=entry.input.name,
         path=str(entry.path),
@@ -404,8 +404,24 @@ def _input_report(plan: MergePlan, index: int, source_hash: str) -> InputReport:
         dialect=entry.source.dialect,
         kinds=entry.source.kinds,
         ranks=entry.source.ranks,
-        blocks=dict(sorted(blocks.items())),
+        blocks=_resolved_blocks(plan, entry),
     )
+
+
+def _resolved_blocks(plan: MergePlan, entry: SourcePlan) -> dict[str, float]:
+    """Block to what most of its layers in one input are multiplied by, 0 included.
+
+    Text encoders with strengths of their own are told apart, ``"BASE te2"``.
+    """
+    own = any(getattr(entry.input, part) is not None for part in ("te1", "te2", "te3"))
+    counts: dict[str, Counter[float]] = {}
+    for layer in entry.source.layers:
+        component = architectures.component(layer)
+        block = architectures.block(plan.architecture.id, layer)
+        weight = entry.input.strength(component) * entry.block_weights.weight(component, block, layer)
+        name = f"{block} {component}" if own and component != "unet" else block or "other"
+        counts.setdefault(name, Counter())[weight] += 1
+    return {name: count.most_common(1)[0][0] for name, count in sorted(counts.items())}
 
 
 __all__ = ["Progress", "for_each_layer", "run_merge"]
