@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from . import __version__
-from .errors import LoraMergeError, RecipeError
+from .errors import LoraMergeError, OutputError, RecipeError
 from .recipe import (
     DIALECTS,
     DTYPES,
@@ -233,15 +233,17 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def run_merge_command(options: argparse.Namespace) -> int:
     from .merge import run_merge
+    from .merge.device import compute_device
 
     recipe, notes = recipe_of(options)
     if options.output is None and not options.dry_run:
         raise RecipeError("Say where to write the result: -o OUT (or --dry-run to write nothing).")
-    target = output_target(options.output, options.lora_dir) if options.output else None
+    target = None if options.output is None else output_target(options.output, options.lora_dir)
     if target is not None:
         _check_output(target, options.overwrite)
     plan = _plan(options, recipe, check_hashes=not options.allow_changed_sources)
     if options.dry_run or target is None:
+        compute_device(recipe.device)  # the one thing of a run that a plan does not look at
         _show_plan(plan, target, options.json, notes)
         return EXIT_DONE
     with progress_line(sys.stderr) as show:
@@ -296,21 +298,28 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _replaced(recipe: MergeRecipe, fields: Mapping[str, Any]) -> MergeRecipe:
+    """A stored recipe with the options that were given instead of its own, and without those they exclude."""
     from dataclasses import replace
 
-    if any(name in fields for name in ("rank", "retain", "size")):
-        recipe = replace(recipe, rank="same", retain=None, size=None)
+    if any(name in fields for name in ("retain", "size")):
+        recipe = replace(recipe, rank="same", conv_rank=None, retain=None, size=None)
+    elif any(name in fields for name in ("rank", "conv_rank")):
+        recipe = replace(recipe, retain=None, size=None)
+    if fields.get("mode", recipe.mode) != recipe.mode:
+        recipe = replace(recipe, params={})
+    elif "params" in fields:
+        fields = {**fields, "params": {**recipe.params, **fields["params"]}}
     return replace(recipe, **fields)
 
 
 def read_recipe_file(path: Path) -> MergeRecipe:
     """The recipe in a merged file's metadata, or in a JSON file."""
-    from .files import read_header
+    from .files import LORA_SUFFIXES, read_header
     from .metadata import read_recipe
 
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() not in LORA_SUFFIXES:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} cannot be read as a recipe: {error}.") from error
         return from_json(text)
@@ -321,7 +330,13 @@ def read_recipe_file(path: Path) -> MergeRecipe:
 
 
 def output_target(output: str, lora_dir: Path | None) -> Path:
-    """Where ``-o`` points: a path as it is, a bare name within the LoRA folder."""
+    """Where ``-o`` points: a path as it is, a bare name within the LoRA folder.
+
+    Raises:
+        OutputError: It names no file.
+    """
+    if not output.strip() or output.endswith(("/", os.sep)) or Path(output).name in ("", ".", ".."):
+        raise OutputError(f"-o {output!r} is a folder or nothing; give the name of a file.")
     path = Path(output)
     if path.suffix.lower() != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
@@ -373,7 +388,7 @@ def _show_plan(plan: MergePlan, target: Path | None, as_json: bool, notes: Seque
     print(f"Would write  {target or 'nothing (no -o)'}")
     print(f"Size         {at_most}{plan.predicted_bytes / 1e6:,.2f} MB, {plan.dtype}")
     print(f"Base model   {facts['base_model']}")
-    print(f"Layers       {len(plan.layers)} ({len(plan.left_out)} left out)")
+    print(f"Layers       {facts['layers']} ({facts['layers_left_out']} left out)")
     print(f"Ranks        {at_most}{histogram_text(plan.rank_histogram) or 'none'}")
     for source in plan.sources:
         print(f"Input        {source.path.name}: {len(source.source.layers)} layers, {source.source.dialect}")

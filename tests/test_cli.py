@@ -136,6 +136,60 @@ def test_a_changed_source_is_refused_unless_allowed(folder, capsys):
     assert run(*again, "--allow-changed-sources") == 0
 
 
+def test_a_hash_by_its_first_digits_is_enough(folder):
+    assert run("merge", "a", "--lora-dir", folder, "-o", "one") == 0
+    kept = read_recipe(read_header(folder / "one.safetensors").metadata)
+    assert kept is not None
+    digits = kept.inputs[0].hash
+    for hash_, status in ((digits[:12], 0), ("0" * 12, 1)):
+        recipe = folder / "recipe.txt"  # any name but that of a LoRA, and as Windows editors write it
+        text = json.dumps({"inputs": [{"name": "a", "hash": hash_}]})
+        recipe.write_text(text, encoding="utf-8-sig")
+        out = folder / f"two{status}"
+        assert run("merge", "--recipe", recipe, "--lora-dir", folder, "-o", out) == status
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--size", 1),
+        ("--retain", 0.9),
+        ("--rank", 2),
+        ("--mode", "concat"),
+        ("--mode", "ties", "--density", 0.3),
+    ],
+)
+def test_options_beside_a_recipe_take_the_place_of_its_own_and_of_those_they_exclude(folder, words):
+    recipe = folder / "recipe.json"
+    stored = {"inputs": ["a", "b"], "mode": "dare_ties", "params": {"density": 0.7}, "rank": 4}
+    stored["conv_rank"] = 2
+    recipe.write_text(json.dumps(stored), encoding="utf-8")
+    words = ("merge", "--recipe", recipe, "--lora-dir", folder, "-o", "out", *words)
+    assert run(*words, "--json") == 0
+    kept = read_recipe(read_header(folder / "out.safetensors").metadata)
+    assert kept is not None
+    if "--mode" not in words:
+        assert kept.params["density"] == 0.7
+
+
+@pytest.mark.parametrize("output", ["", " ", ".", "..", "./", "/", "sub/"])
+def test_an_output_that_names_no_file_is_refused(folder, capsys, output):
+    assert run("merge", "a", "--lora-dir", folder, "-o", output) == 1
+    assert "give the name of a file" in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_dry_run_refuses_a_device_that_is_not_there(folder, capsys):
+    assert run("merge", "a", "--lora-dir", folder, "--dry-run", "--device", "cuda:99") == 1
+    assert "cuda:99" in capsys.readouterr().err
+
+
+def test_the_report_tells_the_weight_of_every_block_zeros_too(folder, capsys):
+    assert run("merge", "a:0.8:te1=0.3:lbw=MIDD", "--lora-dir", folder, "-o", "out", "--json") == 0
+    (told,) = json.loads(capsys.readouterr().out)["inputs"]
+    assert told["blocks"] == {"BASE te": 0.3, "IN01": 0, "M00": 0.8, "OUT05": 0.8}
+
+
 def test_a_file_without_a_recipe_says_so(folder, capsys):
     assert run("merge", "--recipe", folder / "a.safetensors", "-o", folder / "two.safetensors") == 1
     assert "no recipe" in capsys.readouterr().err

@@ -67,6 +67,8 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
         raise FileError(f"{path.name} is a safetensors file with the wrong name; rename it to .safetensors.")
     if what is not None and not what.endswith(RENAME):
         raise FileError(f"{path.name} {what}")
+    if what is None:
+        raise FileError(f"{path.name} is not a PyTorch file, or its start is damaged; download it again.")
     if head.startswith(b"PK"):
         file.seek(0)
         try:
