@@ -14,9 +14,12 @@
 
     function translate(node) {
         if (node.nodeType === Node.TEXT_NODE) {
-            const text = words[node.textContent.trim()];
+            const shown = node.textContent.trim();
+            const text = words[shown];
             const parent = node.parentElement;
-            if (text && parent && !["SCRIPT", "STYLE", "TEXTAREA"].includes(parent.tagName)) node.textContent = text;
+            // The same in both languages: putting it in would be a change to look at, again and again.
+            if (!text || text === shown || !parent) return;
+            if (!["SCRIPT", "STYLE", "TEXTAREA"].includes(parent.tagName)) node.textContent = text;
             return;
         }
         if (node.nodeType !== Node.ELEMENT_NODE) return;

@@ -67,6 +67,19 @@ def test_the_demo_is_ready_to_be_merged_at_once_and_links_to_what_it_wrote(
         assert status_of(page.address + "loramerge/file/" + other) == 404
 
 
+def test_the_demo_in_japanese_stays_alive_with_words_that_both_languages_share(
+    chromium: object, page: Page
+) -> None:
+    with Tab(chromium, page.address, title=None, query="?lang=ja_JP") as tab:
+        # "LoRAs" becomes "LoRA" here, which stays "LoRA".
+        tab.expect_text("facts", re.compile(r"ベースモデル.*LoRA.*ファイルサイズ", re.DOTALL))
+        tab.fill("row0_strength", 0.25)
+        tab.expect_value("row0_te", "0.25")
+        tab.fill("name", "japanese")
+        assert "完了" in tab.merge()
+        assert tab.errors == []
+
+
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """The first port that a page looks at; free, and so are those after it."""
