@@ -47,6 +47,21 @@
     // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
     window.loramergeArgument = (name) => [state.arguments[name] || ""];
 
+    function proposals() {
+        try {
+            return JSON.parse(valueOf("loramerge_proposed") || "{}");
+        } catch (error) {
+            return {};
+        }
+    }
+
+    // What the server proposes for fields, each only as long as it holds what the server saw.
+    window.loramergeTake = (names, values) => names.map((name, index) => {
+        const [seen, wanted] = proposals()[name] || [null, undefined];
+        const now = values[index] === undefined || values[index] === null ? "" : values[index];
+        return wanted === undefined || (seen !== null && seen !== now) ? values[index] : wanted;
+    });
+
     window.loramergePrompt = () => {
         const words = pageWords();
         const area = words.prompt && find(`#${words.prompt} textarea`);
@@ -133,6 +148,7 @@
             state.stamp = stamp;
             state.asked = 0;
             keepDraft();
+            if (Object.keys(proposals()).length) press("take");
         }
         if (state.asked && now - state.asked < ANSWER) return;
         const signature = signatureOfForm();
@@ -290,14 +306,6 @@
         return JSON.parse(element.dataset.blocks);
     }
 
-    function setPresetText(text) {
-        const field = presetField();
-        if (!field || field.value === text) return;
-        field.value = text;
-        sliders.text = text;
-        field.dispatchEvent(new Event("input", { bubbles: true }));
-    }
-
     function drawSliders() {
         const place = byId("loramerge_sliders");
         const field = presetField();
@@ -344,21 +352,27 @@
         box.setAttribute("aria-label", id);
         range.addEventListener("input", () => {
             box.value = range.value;
-            collectSliders();
+            setEntry(index, range.value);
         });
         box.addEventListener("input", () => {
             const entry = box.value.trim();
             range.disabled = entry === "" || !Number.isFinite(Number(entry));
             if (!range.disabled) range.value = entry;
-            collectSliders();
+            setEntry(index, entry);
         });
         cell.append(name, range, box);
         return cell;
     }
 
-    function collectSliders() {
-        const boxes = [...root().querySelectorAll("#loramerge_sliders input[type=text]")];
-        setPresetText(boxes.map((box) => box.value.trim() || "0").join(","));
+    // The text decides, not the sliders: they follow it a little later.
+    function setEntry(index, entry) {
+        const field = presetField();
+        if (!field) return;
+        const written = field.value.split(",").map((one) => one.trim());
+        const entries = written.length === sliders.count ? written : new Array(sliders.count).fill("1");
+        entries[index] = entry || "0";
+        field.value = entries.join(",");
+        field.dispatchEvent(new Event("input", { bubbles: true }));
     }
 
     // --- keyboard ----------------------------------------------------------------------------------------------------

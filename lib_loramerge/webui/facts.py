@@ -76,7 +76,7 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
         activation_text=sidecar.union(paths).activation_text,
         previews=(NO_PREVIEW, *_with_preview(reading, draft)),
         needs_base=any(source.needs_base for source in draft.sources.values()) or bool(form.get("base")),
-        random=is_random(reading, methods, mode_name(form.get("mode"), methods)),
+        random=is_random(reading, methods, mode_name(form.get("mode"), methods), host.presets().weights),
         ready=reading.recipe is not None and not draft.problems and not draft.taken,
     )
 

@@ -292,14 +292,19 @@ def mode_name(value: object, methods: Mapping[str, MergeMethod]) -> str:
     )
 
 
-def is_random(reading: Reading, methods: Mapping[str, MergeMethod], mode: str) -> bool:
-    """Whether the seed matters: the method draws, or some block weight is R or U."""
+def is_random(
+    reading: Reading, methods: Mapping[str, MergeMethod], mode: str, weights: Mapping[str, str]
+) -> bool:
+    """Whether the seed matters: the method draws, or some block weight is R or U.
+
+    Args:
+        weights: Presets of block weights, by name.
+    """
     method = methods.get(mode)
     if method is not None and method.random:
         return True
-    return any(
-        {"R", "U"} & {entry.strip() for entry in (given.lbw or "").split(",")} for given in reading.inputs
-    )
+    lists = [weights.get(given.lbw, given.lbw) for given in reading.inputs if given.lbw]
+    return any({"R", "U"} & {entry.strip() for entry in text.split(",")} for text in lists)
 
 
 # --- the other way: from a recipe to control values --------------------------------------

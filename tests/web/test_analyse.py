@@ -317,7 +317,7 @@ def test_analyse_shows_verdict_ranks_and_pictures_while_the_page_stays_usable(ch
         images = tab.page.locator("#loramerge_analyse_result >> nth=0").locator("img")
         expect(images).to_have_count(3, timeout=PATIENCE)
         for image in images.all():
-            assert image.evaluate("image => image.complete && image.naturalWidth > 800")
+            assert image.evaluate("image => image.decode().then(() => image.naturalWidth > 800)")
             assert image.get_attribute("alt")
         with tab.page.expect_download() as download:
             tab.page.locator(".lm-save-picture").first.click()

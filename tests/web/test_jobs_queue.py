@@ -133,7 +133,8 @@ def test_a_waiting_job_can_be_dropped_and_the_others_move_up(queue, gate, folder
     assert not (folder / "two.safetensors").exists()
 
 
-CANCEL_SECONDS = 3.0  # What is promised is one second, on a machine that does nothing else.
+# What is promised is one second, on a machine that does nothing else; the work is held for a minute.
+CANCEL_SECONDS = 15.0
 
 
 @pytest.mark.parametrize(

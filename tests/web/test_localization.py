@@ -110,7 +110,7 @@ def test_long_and_strange_texts_cost_little(page: Any) -> None:
         " return (performance.now() - start) / 1000; }",
         texts,
     )
-    assert seconds < 5
+    assert seconds < 30  # Some milliseconds; hours where the work grows with a power of the length.
 
 
 def test_without_keys_with_slots_nothing_is_translated(chromium: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from lib_loramerge import merge
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.files import place
+from lib_loramerge.webui import facts
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
@@ -349,6 +351,33 @@ def test_a_merge_that_fails_says_why_leaves_nothing_and_keeps_the_form(
     expect_error(tab, "result", sentence)
     assert "Not merged" in tab.text("result")
     assert (tab.value("name"), tab.value("row0_strength")) == ("failing", "0.75")
+
+
+def test_what_is_typed_while_the_facts_are_looked_for_stays(
+    tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tab.set_form({})
+    tab.wait_for_facts("Pick a LoRA")
+    asked, go = threading.Event(), threading.Event()
+    gather = facts.gather
+
+    def slow(values: Mapping[str, object], *others: object) -> facts.Facts:
+        if values["row0.lora"]:
+            asked.set()
+            go.wait(60)
+        return gather(values, *others)
+
+    monkeypatch.setattr(facts, "gather", slow)
+    try:
+        tab.fill("row0_lora", "styl")
+        assert asked.wait(60)
+        tab.fill("name", "typed")
+    finally:
+        go.set()
+    tab.wait_for_facts("LoRAs 1")
+    # The whole name of the LoRA is taken over, the name of the file is not.
+    tab.expect_value("row0_lora", re.compile("^style · "))
+    tab.expect_value("name", "typed")
 
 
 @pytest.mark.parametrize("change", ["vanished", "broken"])

@@ -191,6 +191,20 @@ def test_files_of_two_base_models_are_told_apart_in_their_rows(host: StandaloneH
     assert "lm-other" in found.rows[1]
 
 
+def test_the_seed_is_asked_for_when_a_list_or_a_preset_draws(tmp_path: Path) -> None:
+    presets = tmp_path / "preset.txt"
+    presets.write_text("DICE:1,R" + ",0" * 15 + "\nPLAIN:1,1" + ",0" * 15 + "\n", encoding="utf-8")
+    make_lora(tmp_path / "style.safetensors", SD1_LAYERS, rank=2)
+    host = StandaloneHost([tmp_path], preset_path=presets)
+    try:
+        for blocks, wanted in (("DICE", True), ("PLAIN", False), ("1,U" + ",0" * 15, True), ("", False)):
+            found = facts.gather(default_form(row0__lora="style", row0__blocks=blocks), host, METHODS)
+            assert found.ready
+            assert found.random is wanted
+    finally:
+        host.close()
+
+
 def test_rows_that_are_off_or_empty_do_not_count(host: StandaloneHost) -> None:
     values = default_form(rows=3, row0__lora="style", row1__lora="", row2__lora="face", row2__on=False)
     assert [given.name for given in form.read_form(values, host, METHODS).inputs] == ["style"]
@@ -345,7 +359,7 @@ def shown_words(components: list[dict]) -> set[str]:
     """Every text of ours that the tab can show."""
     hidden = {
         "loramerge_" + name
-        for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "copied")
+        for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "proposed", "copied")
     }
     hidden |= {f"loramerge_row{index}_origin" for index in range(form.MAX_ROWS)}
     words: set[str] = set(layout.hints().values())

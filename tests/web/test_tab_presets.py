@@ -14,7 +14,7 @@ from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.browser import Tab
 
 # Labels of fields that only the page's script sees.
-HIDDEN = ("argument", "draft", "copied", "rows", "origin")
+HIDDEN = ("argument", "draft", "proposed", "copied", "rows", "origin")
 PRESETS = (
     "# mine\nFIRST:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n\n"
     "# the second\nSECOND:R,U,X,1,1,1,1,1,1,1,1,1\nELEM:IN04:attn:0.5\n"
@@ -48,9 +48,19 @@ def test_a_preset_is_edited_by_sliders_saved_and_kept_with_the_comments(
     tab.choose("preset_pick", "FIRST")
     tab.expect_value("preset_text", "1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0")
     sliders = tab.page.locator("#loramerge_sliders label")
-    assert sliders.count() == 17
+    expect(sliders).to_have_count(17)
     sliders.nth(3).locator("input[type=range]").fill("0.55")
     tab.expect_value("preset_text", "1,0,0,0.55,0,0,0,0,0,0,0,0,0,0,0,0,0")
+    # The text decides, also before the sliders have followed it.
+    tab.page.evaluate(
+        "() => { const text = document.querySelector('#loramerge_preset_text textarea');"
+        " text.value = text.value.replace('0.55', '0.25'); text.dispatchEvent(new Event('input'));"
+        " const slider = document.querySelectorAll('#loramerge_sliders input[type=range]')[1];"
+        " slider.value = '1.5'; slider.dispatchEvent(new Event('input')); }"
+    )
+    tab.expect_value("preset_text", "1,1.5,0,0.25,0,0,0,0,0,0,0,0,0,0,0,0,0")
+    expect(sliders.nth(3).locator("input[type=text]")).to_have_value("0.25")
+    tab.fill("preset_text", "1,0,0,0.55,0,0,0,0,0,0,0,0,0,0,0,0,0")
     sliders.nth(4).locator("input[type=text]").fill("X+0.1")
     tab.expect_value("preset_text", "1,0,0,0.55,X+0.1,0,0,0,0,0,0,0,0,0,0,0,0")
     expect(sliders.nth(4).locator("input[type=range]")).to_be_disabled()

@@ -33,6 +33,11 @@ FORM_NAMES = (
     *(param_control(method.name, param).name for method in METHODS.values() for param in method.params),
 )
 ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
+# What the server proposes, and the page takes.
+PROPOSED = (
+    *("name", "name_auto", "activation_text", "activation_auto"),
+    *(f"row{index}.lora" for index in range(form.MAX_ROWS)),
+)
 SHOWN_FIRST = 60 * 60  # A finished merge is shown again after a reload for an hour.
 
 
@@ -330,14 +335,11 @@ class _Wiring:
             self.ask,
             FORM_NAMES,
             (
-                *(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("facts", "lora")),
+                *(f"row{row}.facts" for row in range(form.MAX_ROWS)),
                 "facts",
                 "how_message",
                 "name_message",
-                "name",
-                "name_auto",
-                "activation_text",
-                "activation_auto",
+                "proposed",
                 "preview",
                 "base",
                 "seed",
@@ -345,6 +347,9 @@ class _Wiring:
             ),
             message="rows_message",
         )
+        # In the browser: what was typed since the question was asked must not be lost.
+        js = f"(...v) => loramergeTake({json.dumps(PROPOSED)}, v)"
+        self.browser(self.widgets["button.take"].click, PROPOSED, PROPOSED, js)
 
     def by_choice(self, values: Form) -> Changes:
         """What is seen depends on the mode and on the rank rule."""
@@ -372,13 +377,6 @@ class _Wiring:
 
         found = facts.gather(values, self.host, METHODS)
         changes: Changes = {f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)}
-        entries = self.host.loras()
-        for row in range(form.row_count(values)):
-            # A part of a name was typed, or the list knows the base model by now.
-            typed = values[f"row{row}.lora"]
-            label = form.lora_label(form.lora_name(typed, entries), entries)
-            if typed and label != typed:
-                changes[f"row{row}.lora"] = label
         how = [
             self.host.shown(found.problems[name])
             for name in ("how", "mode", "rank_rule", "seed", "base")
@@ -390,14 +388,9 @@ class _Wiring:
         changes["name_message"] = render.error_box(
             self.host.shown(found.problems.get("name", ""))
         ) or render.warning_box([self.host.shown(found.taken)] if found.taken else [])
-        for control, auto, proposed in (
-            ("name", "name_auto", found.name),
-            ("activation_text", "activation_auto", found.activation_text),
-        ):
-            if (values[control] or "") == (values[auto] or "") and (values[auto] or "") != proposed:
-                changes[control] = changes[auto] = proposed
-        preview = values["preview"] if values["preview"] in found.previews else form.NO_PREVIEW
-        changes["preview"] = update(choices=list(found.previews), value=preview)
+        changes["proposed"] = json.dumps(self.proposed(values, found.name, found.activation_text))
+        gone = {} if values["preview"] in found.previews else {"value": form.NO_PREVIEW}
+        changes["preview"] = update(choices=list(found.previews), **gone)
         changes["base"] = update(visible=found.needs_base)
         changes["seed"] = update(visible=found.random)
         changes["rows_message"] = update()
@@ -405,6 +398,25 @@ class _Wiring:
             {name: value for name, value in values.items() if _worth_keeping(name, value)}
         )
         return changes
+
+    def proposed(self, values: Form, name: str, activation_text: str) -> dict[str, tuple[str | None, str]]:
+        """Control to what it held, None for whatever it holds, and what it should hold."""
+        proposals: dict[str, tuple[str | None, str]] = {}
+        entries = self.host.loras()
+        for row in range(form.row_count(values)):
+            # A part of a name was typed, or the list knows the base model by now.
+            typed = values[f"row{row}.lora"]
+            label = form.lora_label(form.lora_name(typed, entries), entries)
+            if typed and label != typed:
+                proposals[f"row{row}.lora"] = (typed, label)
+        for control, auto, text in (
+            ("name", "name_auto", name),
+            ("activation_text", "activation_auto", activation_text),
+        ):
+            last = values[auto] or ""
+            if (values[control] or "") == last != text:
+                proposals |= {control: (last, text), auto: (None, text)}
+        return proposals
 
     # --- jobs --------------------------------------------------------------------------------
 

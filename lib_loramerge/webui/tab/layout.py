@@ -340,9 +340,9 @@ class _Layout:
             for control in ROW_CONTROLS:
                 if control.hidden:
                     self.control(control._replace(name=f"row{index}.{control.name}"))
-        for name in ("argument", "draft", "copied"):
+        for name in ("argument", "draft", "proposed", "copied"):
             self.widget(name, "Textbox", label=name, value="")
-        for name in ("greet", "ask", "poll", "drop", "refill", "restore", "look", "unlook"):
+        for name in ("greet", "ask", "take", "poll", "drop", "refill", "restore", "look", "unlook"):
             self.widget(f"button.{name}", "Button", value=name, elem_id=f"loramerge_do_{name}")
 
 
