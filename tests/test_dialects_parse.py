@@ -287,3 +287,40 @@ def test_the_same_rows_of_a_fused_layer_twice_are_an_error_that_names_both(first
         parse_file(tensors, {})
     assert first in str(caught.value)
     assert second in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["base_model.model.transformer.", "transformer.base_model.model.", "base_model.model."],
+)
+def test_the_component_may_stand_on_either_side_of_pefts_prefix(start):
+    names = {
+        "single_transformer_blocks.5.proj_mlp": "lora_unet_single_blocks_5_linear1",
+        "norm_out.linear": "lora_unet_final_layer_adaLN_modulation_1",
+    }
+    tensors = {}
+    for name in names:
+        tensors |= {f"{start}{name}.lora_A.weight": (2, 24), f"{start}{name}.lora_B.weight": (48, 2)}
+    parsed = parse_file(tensors, {})
+    assert (parsed.dialect, parsed.architecture.id, parsed.unknown) == ("peft", "flux1", ())
+    assert {part.layer for part in parsed.parts} == set(names.values())
+
+
+def test_a_text_encoder_inside_pefts_prefix_is_the_one_it_names():
+    layer = "text_model.encoder.layers.0.mlp.fc1"
+    tensors = {
+        f"base_model.model.{start}.lora_{side}.weight": shape
+        for start, wide in (
+            (f"text_encoder.{layer}", 768),
+            (f"text_encoder_2.{layer}", 1280),
+            ("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048),
+        )
+        for side, shape in (("A", (2, wide)), ("B", (16, 2)))
+    }
+    parsed = parse_file(tensors, {})
+    assert (parsed.architecture.id, parsed.unknown) == ("sdxl", ())
+    assert {part.layer for part in parsed.parts} == {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+    }

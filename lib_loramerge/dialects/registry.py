@@ -75,6 +75,13 @@ def _component_by_path(path: str) -> str:
 
 _ENCODERS = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3", "text_encoder_4": "te"}
 _DENOISERS = {"unet": "unet", "transformer": "unet", "prior": "unet"}
+_COMPONENT = r"(?:unet|transformer|prior|text_encoder(?:_[234])?)"
+# The component stands before PEFT's own prefix, or after it when a whole pipeline or host model was wrapped.
+_PEFT_PARTS = {
+    name: part
+    for component, part in {**_DENOISERS, **_ENCODERS}.items()
+    for name in (f"{component}.base_model.model", f"base_model.model.{component}")
+} | {f"base_model.model.{name}": "unet" for name in ("diffusion_model", "model.diffusion_model")}
 _RAW_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5": "te3", "t5xxl": "te3", "llama": "te", "qwen": "te"}
 _XLABS = r"(?:double|single)_blocks\.\d+\.processor\."
 _ANY_PREFIX = (
@@ -117,7 +124,7 @@ _TABLE = (
     Dialect(
         "diffusers", "diffusers, ai-toolkit, OneTrainer's own format",
         re.compile(
-            r"(?P<part>(?:unet|transformer|prior|text_encoder(?:_[234])?)\.)(?!base_model\.model\.)(?P<path>.+)",
+            rf"(?P<part>{_COMPONENT}\.)(?!base_model\.model\.)(?P<path>.+)",
             re.I,
         ),
         {**_DENOISERS, **_ENCODERS},
@@ -126,10 +133,11 @@ _TABLE = (
     Dialect(
         "peft", "PEFT's save_pretrained",
         re.compile(
-            r"(?P<part>(?:(?:unet|transformer|prior|text_encoder(?:_[234])?)\.)?)base_model\.model\.(?P<path>.+)",
+            rf"(?P<part>(?:{_COMPONENT}\.)?base_model\.model\."
+            rf"(?:{_COMPONENT}\.(?!resblocks\.)|(?:model\.)?diffusion_model\.)?)(?P<path>.+)",
             re.I,
         ),
-        {**_DENOISERS, **_ENCODERS},
+        _PEFT_PARTS,
         "base_model.model.down_blocks.0.attentions.0.proj_in.lora_A.weight",
     ),
     Dialect(
