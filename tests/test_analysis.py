@@ -198,14 +198,169 @@ def test_inspect_measures_norm_and_rank_by_another_route(folder):
 def test_hosts_are_told_what_stops_them(tmp_path):
     plain = make_lora(tmp_path / "plain.safetensors", SD1_LAYERS)
     assert set(inspect(plain).hosts.values()) == {"yes"}
-    names = {
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.ones(2, 768),
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.weight": torch.ones(64, 2),
-    }
-    save_file(names, tmp_path / "dotted.safetensors")
-    hosts = inspect(tmp_path / "dotted.safetensors").hosts
-    assert hosts["A1111"].startswith("no")
-    assert hosts["Forge"] == "yes"
+
+
+MID = "mid_block.attentions.0.transformer_blocks.0."
+MID_KOHYA = "lora_unet_" + MID.replace(".", "_")
+SD1_K = {f"{MID_KOHYA}attn2_to_k.{end}": (64, 2) if "up" in end else (2, 768) for end in (
+    "lora_up.weight", "lora_down.weight",
+)}  # fmt: skip
+SDXL_K = {
+    key.replace("mid_block", "down_blocks_1"): (2, 2048) if shape[0] == 2 else shape
+    for key, shape in SD1_K.items()
+}
+COMFY = ("Forge", "reForge", "Forge Neo")
+NO_NAMES = "no: it does not look for names such as"
+
+
+def pair(name: str, up: str = "lora_B.weight", down: str = "lora_A.weight", in_: int = 64) -> dict:
+    return {f"{name}.{up}": (64, 2), f"{name}.{down}": (2, in_)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "verdicts"),
+    [
+        pytest.param(
+            # ComfyUI's lists have the attention of a U-Net under the names of attention processors alone.
+            pair(f"unet.{MID}attn2.to_k", in_=768),
+            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, NO_NAMES), "SD.Next": "yes"},
+            id="diffusers with PEFT",
+        ),
+        pytest.param(
+            pair(f"unet.{MID}attn2.processor.to_k_lora", "up.weight", "down.weight", in_=768),
+            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, "yes"), "SD.Next": "yes"},
+            id="attention processors",
+        ),
+        pytest.param(
+            pair(f"base_model.model.{MID}attn2.to_k", "lora_B.default.weight", "lora_A.default.weight", 768),
+            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, NO_NAMES), "SD.Next": "yes"},
+            id="PEFT with the name of an adapter",
+        ),
+        pytest.param(
+            {
+                "transformer." + key: shape
+                for key, shape in pair("single_transformer_blocks.0.proj_mlp").items()
+            },
+            {"A1111": "no: it has no Flux.1", **dict.fromkeys(COMFY, "yes"), "SD.Next": "yes"},
+            id="ai-toolkit",
+        ),
+        pytest.param(
+            pair("double_blocks.0.processor.qkv_lora1", "up.weight", "down.weight"),
+            {**dict.fromkeys(COMFY, NO_NAMES), "SD.Next": "yes"},
+            id="XLabs",
+        ),
+        pytest.param(
+            pair("lora_unet_double_blocks_0_img_mlp_0", "lora_up.weight", "lora_down.weight"),
+            {**dict.fromkeys(COMFY, "yes"), "SD.Next": "no: it takes this spelling only with an alpha"},
+            id="Flux without alpha",
+        ),
+        pytest.param(
+            pair("lora_unet_joint_blocks_0_x_block_attn_proj", "lora_up.weight", "lora_down.weight", 1536),
+            {"Forge": "yes", "reForge": "yes", "SD.Next": "no: it takes SD3 only in the diffusers spelling"},
+            id="SD3 of kohya",
+        ),
+        pytest.param(
+            {**SD1_K, f"{MID_KOHYA}attn1_to_q.alpha": ()},
+            {"A1111": "no: it refuses a file in which an alpha stands alone", "Forge": "yes"},
+            id="lone alpha",
+        ),
+        pytest.param(
+            {**SD1_K, f"{MID_KOHYA}attn1_to_out_0.diff_b": (64,)},
+            {"A1111": "no: it refuses a file in which a bias stands alone", "Forge": "yes"},
+            id="lone bias",
+        ),
+        pytest.param(
+            {**SD1_K, "lora_unet_mid_block_attentions_0_norm.w_norm": (64,)},
+            {"A1111": "no: it refuses a file with w_norm but no b_norm", "Forge": "yes"},
+            id="lone norm",
+        ),
+        pytest.param(
+            {
+                **SD1_K,
+                **{
+                    f"{MID_KOHYA}attn1_to_q.{slot}.weight": shape
+                    for slot, shape in (
+                        ("a1", (64, 2)),
+                        ("a2", (2, 64)),
+                        ("b1", (64, 2)),
+                        ("b2", (2, 64)),
+                    )
+                },
+            },
+            {
+                "A1111": "no: it computes only GLoRA of the old order",
+                "Forge": "yes",
+                "SD.Next": "no: it comp",
+            },
+            id="new GLoRA",
+        ),
+        pytest.param(
+            {**SDXL_K, **pair("lora_unet_add_embedding_linear_1", "lora_up.weight", "lora_down.weight")},
+            {"A1111": "yes, but it leaves out 2 tensors, such as lora_unet_add_emb", "Forge": "yes"},
+            id="SDXL in diffusers names",
+        ),
+        pytest.param(
+            {
+                **SDXL_K,
+                **pair(
+                    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+                    "lora_up.weight",
+                    "lora_down.weight",
+                ),
+            },
+            {"A1111": "yes, but it leaves out 2 tensors, such as lora_te2_", "Forge": "yes"},
+            id="q alone of OpenCLIP",
+        ),
+        pytest.param(
+            {
+                **SD1_K,
+                **pair(f"{MID_KOHYA}attn1_to_q", "lora_up.weight", "lora_down.weight"),
+                **{
+                    f"{MID_KOHYA}attn2_to_k.bias_{end}": shape
+                    for end, shape in (
+                        ("indices", (2, 1)),
+                        ("values", (1,)),
+                        ("size", (2,)),
+                    )
+                },
+            },
+            {**dict.fromkeys(("A1111", *COMFY), "yes, but it leaves out 3 tensors"), "SD.Next": "yes"},
+            id="sparse residual",
+        ),
+        pytest.param(
+            {**SD1_K, **{f"bundle_emb.e{n}.string_to_param.*": (1, 768) for n in range(13)}},
+            {"A1111": "yes", "Forge": "no: it refuses a file with more than 12 tensors", "Forge Neo": "no: "},
+            id="many embeddings",
+        ),
+        pytest.param(
+            pair("transformer.weird.3.q"),
+            dict.fromkeys(("A1111", *COMFY, "SD.Next"), "no: which base model the file is for is not known"),
+            id="unknown model",
+        ),
+    ],
+)
+def test_what_each_host_makes_of_a_file_follows_from_its_names(tmp_path, tensors, verdicts):
+    save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "a.safetensors")
+    hosts = inspect(tmp_path / "a.safetensors", tensors=False).hosts
+    for host, verdict in verdicts.items():
+        assert hosts[host] == verdict if verdict == "yes" else hosts[host].startswith(verdict), host
+
+
+def test_the_name_that_is_shown_as_written_is_one_that_a_merge_writes(folder, tmp_path):
+    files = {
+        "norm": {"lora_unet_mid_block_attentions_0_norm.w_norm": torch.ones(64),
+                 "lora_unet_mid_block_attentions_0_norm.b_norm": torch.ones(64)},
+        "diff": {f"{MID_KOHYA}attn2_to_k.diff": torch.ones(64, 768)},
+    }  # fmt: skip
+    files["both"] = {**files["norm"], **{key: torch.ones(shape) for key, shape in SD1_K.items()}}
+    for name, tensors in files.items():
+        if name == "norm":
+            tensors["lora_te_text_model_encoder_layers_0_layer_norm1.w_norm"] = torch.ones(768)
+            tensors["lora_te_text_model_encoder_layers_0_layer_norm1.b_norm"] = torch.ones(768)
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata={"ss_base_model_version": "sd_v1"})
+        assert cli.main(["convert", str(tmp_path / f"{name}.safetensors"), "-o", str(tmp_path / "o")]) == 0
+        assert inspect(tmp_path / f"{name}.safetensors").written_as in load_file(tmp_path / "o.safetensors")
+        (tmp_path / "o.safetensors").unlink()
 
 
 @pytest.mark.parametrize("command", ["inspect", "compare", "advise"])

@@ -231,12 +231,19 @@ def _needs(source: Source) -> list[str]:
 
 
 def _written_as(source: Source) -> str:
-    """One tensor name as a merge of this file would spell it."""
+    """One tensor name as a merge of this file would spell it, of a layer with factors if there is one."""
     style = source.style if source.architecture.opaque else None
-    for layer in source.layers:
+    for layer in sorted(source.layers, key=lambda layer: _written_slot(source, layer) != "up"):
         try:
             prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto", style)[0]
         except LoraMergeError as error:
             return str(error)
-        return dialects.output_key(prefix, "up", "auto", style)
+        return dialects.output_key(prefix, _written_slot(source, layer), "auto", style)
     return "nothing: no layer of it can be merged"
+
+
+def _written_slot(source: Source, layer: str) -> str:
+    kinds = {part.facts.kind for part in source.layers[layer]}
+    if kinds <= {"norm", "bias"}:
+        return "w_norm" if "norm" in kinds else "diff_b"
+    return "diff" if source.rank(layer) is None else "up"
