@@ -206,6 +206,24 @@ def test_np_of_three_gives_way_to_all_earlier_input_spaces():
     same(run("np", deltas, weights, mu=mu), expected)
 
 
+@pytest.mark.parametrize("mu", [1e3, 1e6])
+def test_np_takes_all_but_nothing_where_earlier_loras_read_everything(mu):
+    """What is left of the later ones is the small rest of a cancellation; it must not be made of rounding."""
+    a, b = inputs((10, 4))
+    c = LowRank(low_rank(OUT, IN, 10, seed=8).up, a.down.double(), 10.0)
+    d = low_rank(OUT, IN, 12, seed=9)  # with a and b it has more rows than the layer has columns
+    for deltas in ([a, c], [a, d, b], [a, b, d, c]):
+        rows, expected = torch.zeros(0, IN, dtype=torch.float64), torch.zeros(OUT, IN, dtype=torch.float64)
+        for delta in deltas:
+            projector = torch.linalg.pinv(rows) @ rows
+            expected += dense(delta) @ (torch.eye(IN) - mu / (1 + mu) * projector)
+            rows = torch.cat([rows, delta.down.double()])
+        params = {"mu": mu, "energy": 1.0}
+        result = METHODS["np"].merge(deltas, [1.0] * len(deltas), LayerContext("a.layer"), **params)
+        stored = write_layer(result, torch.float64, lambda spectrum: spectrum.rank)
+        same(dense(stored.delta()), expected, 1e-7)
+
+
 def test_np_protects_only_directions_with_the_wanted_energy():
     a, b = low_rank(OUT, IN, 4, seed=1, decay=2.0), low_rank(OUT, IN, 3, seed=2)
     _, s, v = svd_of(dense(a), 4)

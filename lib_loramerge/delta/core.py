@@ -123,7 +123,7 @@ def decompose(
         small, gains, parts = small or grams(delta), delta.component_gains(), delta.parts
     energy, inputs = sizes(small, gains, parts)
     size = inputs if size is None else size
-    low, solve = _root(small.down)
+    low, solve = _root(small.down, delta.terms()[1] if isinstance(delta, Mixed) else None)
     weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
     core = weighted.mT @ small.up @ weighted
     if not vectors:
@@ -200,14 +200,18 @@ def sizes(small: Grams, gains: Tensor, parts: Sequence[int]) -> tuple[float, flo
     return max(0.0, energy), size
 
 
-def _root(gram_down: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _root(gram_down: Tensor, terms: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """L (R, k) with ``L L^T = gram_down``, and the function ``matrix -> L^-T @ matrix``.
 
     Where rows depend on each other (the same LoRA twice, a zero row), L comes from the eigenvectors of the
     rows brought to length 1, and directions that no row has are left out: k < R.
+
+    Args:
+        terms: (R,) what the rows are sums of, where that is more than they are: a row that is the small
+            rest of a cancellation is known only to the digits that its terms have left.
     """
     low, info = torch.linalg.cholesky_ex(gram_down)
-    lengths = gram_down.diagonal().sqrt()
+    lengths = gram_down.diagonal().sqrt() if terms is None else terms
     if int(info) == 0 and bool((low.diagonal() >= _SINGULAR * lengths).all()):
         return low, lambda matrix: torch.linalg.solve_triangular(low.mT, matrix, upper=True)
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))[:, None]
