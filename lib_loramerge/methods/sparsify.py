@@ -138,7 +138,7 @@ def drop_and_rescale(matrix: Tensor, density: float, draws: Draws) -> None:
     """Keep each element with probability ``density``, then divided by it; otherwise zero it."""
     if density >= 1:
         return
-    limit = np.uint32(round(density * _FULL))
+    limit = np.uint32(min(round(density * _FULL), _FULL - 1))
     for (piece,) in pieces(matrix):
         kept = torch.from_numpy((draws.next(piece.numel()) < limit).view(np.uint8))
         piece.mul_(kept.to(piece.device)).mul_(1 / density)
