@@ -146,6 +146,14 @@ def test_the_smallest_density_never_empties_a_layer(name, shape):
 # DARE and DELLA
 
 
+@pytest.mark.parametrize("density", [1 - 1e-10, 0.999999])
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della"])
+def test_a_density_next_to_1_drops_next_to_nothing(name, density):
+    deltas = [whole(dense(low_rank(30, 20, 2, seed=i))) for i in range(2)]
+    nothing_dropped = run(name, deltas, [1.0, -0.6], density=1.0).dense()
+    close(run(name, deltas, [1.0, -0.6], density=density), nothing_dropped)
+
+
 def test_dare_is_the_exact_sum_on_average():
     """Within 4 standard errors, for every element, over 2000 seeds."""
     deltas, weights, density = [whole(dense(low_rank(5, 8, 2, seed=i))) for i in range(2)], [1.0, -0.6], 0.3
@@ -297,6 +305,16 @@ def test_sce_follows_its_formula(weights, select):
     deltas = three()
     votes = [w * dense(d) for d, w in zip(deltas, weights)]
     close(run("sce", deltas, list(weights), select_topk=select), sce_formula(votes, select))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
+def test_sce_selects_by_variance_where_two_loras_nearly_agree_in_many_elements(weights):
+    """A count of differing elements that rounding has made too small would keep too few."""
+    deltas = [low_rank(300, 400, 4, seed=seed) for seed in (1, 2)]
+    votes = [weight * dense(delta) for delta, weight in zip(deltas, weights)]
+    got = run("sce", deltas, list(weights), select_topk=0.3).dense()
+    # One element in a million may be at the threshold.
+    assert float(((got - sce_formula(votes, 0.3)).abs() > 1e-6 * got.abs().max()).sum()) <= 2
 
 
 def test_sce_of_deltas_of_one_sign_is_their_mean_by_energy():

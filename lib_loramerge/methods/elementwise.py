@@ -30,8 +30,8 @@ SELECT_TOPK = Param(
     "select_topk", 1.0, "Fraction of the elements to keep: those in which the LoRAs differ most.", 0.01, 1.0
 )
 
-# A variance below this part of the mean square is the rounding of float32 and not a difference.
-SAME = 1e-6
+# A variance below this part of the squared mean is the rounding of float32 and not a difference.
+SAME = 1e-12
 
 LOSSY = "at small ranks: the result is of full rank, so storing it as a LoRA always loses a part"
 
@@ -347,14 +347,14 @@ def sce(
 
 def _large_variance(voters: Sequence[tuple[Delta, float]], fraction: float) -> Tensor | None:
     """(out, in) uint8: 1 at the fraction of elements with the largest variance; None where all agree."""
-    total = sparsify.elements(voters[0][0]).mul_(voters[0][1])
-    square = total.square()
-    for delta, weight in voters[1:]:
-        matrix = sparsify.elements(delta).mul_(weight)
-        total += matrix
-        square += matrix.square_()
-    variance = square.mul_(len(voters)) - total.square_()
-    variance.masked_fill_(variance <= SAME * square, 0.0)
+    # Welford's way: the difference of two sums of squares would have lost small variances to rounding.
+    mean = sparsify.elements(voters[0][0]).mul_(voters[0][1])
+    variance = torch.zeros_like(mean)
+    for count, (delta, weight) in enumerate(voters[1:], start=2):
+        step = sparsify.elements(delta).mul_(weight).sub_(mean)
+        mean.add_(step, alpha=1 / count)
+        variance.add_(step.square_(), alpha=(count - 1) / count)
+    variance.masked_fill_(variance <= mean.square_().mul_(SAME), 0.0)
     differing = int(variance.count_nonzero())
     if not differing:
         return None
