@@ -99,6 +99,16 @@ def test_slerp_ends_at_its_deltas_exactly(end):
     close(run("slerp", pair, [1.0 - end, float(end)]), dense(pair[end]), 1e-14)
 
 
+@pytest.mark.parametrize(("owner", "t", "counts"), [(0, 1.0, 0), (1, 0.0, 0), (0, 0.9, 1), (1, 0.1, 1)])
+def test_at_the_end_of_one_lora_a_layer_that_only_the_other_has_is_not_there(owner, t, counts):
+    a = low_rank(40, 60, 8, seed=1)
+    context = LayerContext("a.layer", present=(owner,), inputs=2)
+    assert size(METHODS["slerp"].merge([a], [0.7], context, t=t).dense() - counts * dense(a)) <= 1e-14
+    vector = torch.arange(6.0)
+    merged = METHODS["slerp"].merge_vectors([vector], [0.7], context, t=t)
+    assert torch.equal(merged, counts * vector.double())
+
+
 @pytest.mark.parametrize("t", [0.1, 0.4, 0.5, 0.9])
 def test_slerp_of_equally_long_deltas_stays_as_long(t):
     a, b = deltas_at(-0.4)
@@ -174,11 +184,11 @@ def test_dense_inputs_give_the_same_mean(name):
 def test_biases_and_norms_take_the_same_shares(name):
     method = METHODS[name]
     params = {param.name: param.default for param in method.params}
-    assert method.vector_weights([0.5, -1.5], **params) == pytest.approx([0.25, -0.75])
-    assert method.vector_weights([0.4], **params) == pytest.approx([1.0])
-    assert method.vector_weights([0.0, 0.0], **params) == [0.0, 0.0]
+    assert method.vector_weights([0.5, -1.5], LayerContext(), **params) == pytest.approx([0.25, -0.75])
+    assert method.vector_weights([0.4], LayerContext(), **params) == pytest.approx([1.0])
+    assert method.vector_weights([0.0, 0.0], LayerContext(), **params) == [0.0, 0.0]
 
 
 def test_biases_go_the_same_way_as_slerp():
-    assert METHODS["slerp"].vector_weights([1.0, 1.0], t=0.0) == [1.0, 0.0]
-    assert METHODS["slerp"].vector_weights([1.0, 1.0], t=0.25) == pytest.approx([0.75, 0.25])
+    assert METHODS["slerp"].vector_weights([1.0, 1.0], LayerContext(), t=0.0) == [1.0, 0.0]
+    assert METHODS["slerp"].vector_weights([1.0, 1.0], LayerContext(), t=0.25) == pytest.approx([0.75, 0.25])

@@ -57,8 +57,8 @@ class MergeMethod(NamedTuple):
         source: The paper or program it comes from.
         formula: The formula, in a line.
         avoid: When not to use it.
-        vector_weights: ``vector_weights(weights, **params)``: what becomes of the weights where biases and
-            norms are added up (see :meth:`merge_vectors`); None leaves them as they are.
+        vector_weights: ``vector_weights(weights, context, **params)``: what becomes of the weights where
+            biases and norms are added up (see :meth:`merge_vectors`); None leaves them as they are.
     """
 
     name: str
@@ -96,7 +96,7 @@ class MergeMethod(NamedTuple):
             rows = [Dense(vector[None]) for vector in vectors]
             return self.merge(rows, weights, context, **params).dense()[0].cpu()
         if self.vector_weights is not None:
-            weights = self.vector_weights(weights, **params)
+            weights = self.vector_weights(weights, context, **params)
         return torch.stack([w * vector.double() for w, vector in zip(weights, vectors)]).sum(0)
 
     def to_json(self) -> dict[str, Any]:

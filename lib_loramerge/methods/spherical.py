@@ -25,17 +25,22 @@ _CONVERGED = 1e-12
 _NO_DIRECTION = 1e-6  # A mean of unit vectors shorter than this points nowhere.
 
 
-def shares(weights: Sequence[float]) -> list[float]:
+def shares(weights: Sequence[float], context: LayerContext | None = None) -> list[float]:
     """``w_i / sum_j |w_j|``: what each strength is of all of them; zeros when all are 0."""
     total = math.fsum(abs(weight) for weight in weights)
     return [weight / total if total else 0.0 for weight in weights]
 
 
-def shares_at(weights: Sequence[float], *, t: float) -> list[float]:
-    """:func:`shares` of two LoRAs, the first counting ``1 - t`` and the second ``t``."""
-    if len(weights) == 2:
-        weights = [weights[0] * (1 - t), weights[1] * t]
-    return shares(weights)
+def shares_at(weights: Sequence[float], context: LayerContext, *, t: float) -> list[float]:
+    """:func:`shares` of two LoRAs, the first counting ``1 - t`` and the second ``t``.
+
+    A layer that one of two has alone is whole on the way between them and not there at the other's end.
+    """
+    if len(weights) == 1 and context.inputs < 2:
+        return shares(weights)
+    counts = (1 - t, t)
+    present = context.present or range(len(weights))
+    return shares([weight * counts[index] for weight, index in zip(weights, present)])
 
 
 @merge_method(
@@ -92,13 +97,13 @@ def slerp(
     Args:
         deltas: One or two deltas of one layer; one alone is kept.
         weights: One strength per delta.
-        context: Not used.
+        context: Which of the two LoRAs a layer of only one is from: at the end of the other it is not there.
         t: Way gone from the first to the second.
 
     Returns:
         A low-rank delta with the inputs' factors side by side, or a dense one where an input is dense.
     """
-    parts = shares_at(weights, t=t)
+    parts = shares_at(weights, context, t=t)
     if len(deltas) == 2:
         parts = _along_the_sphere(parts, inner_products(deltas))
     return weighted_sum(deltas, parts, context)
