@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib_loramerge.blocks import bundled_preset_path, load_presets
 from lib_loramerge.errors import FileError, IncompatibleError, LoraMergeError, UnsupportedError
+from lib_loramerge.merge import plan_merge
 from lib_loramerge.merge.base import BaseCheckpoint
+from lib_loramerge.recipe import MergeRecipe, parse_inputs
 
 Q = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
 LDM = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -151,3 +154,28 @@ def test_nan_in_a_base_model_is_found(tmp_path):
     path = saved(tmp_path / "a.safetensors", {LDM: torch.full((2, 2), float("nan"))})
     with BaseCheckpoint(path) as checkpoint, pytest.raises(FileError, match="NaN"):
         checkpoint.weight("sd1", Q)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        pytest.param({"conv_in.weight": (4, 4, 3, 3)}, "has no layer", id="lacks the layer"),
+        pytest.param({LDM: (64, 32)}, "made for a weight of", id="another shape"),
+        pytest.param({LDM: torch.int8}, "quantised", id="quantised"),
+    ],
+)
+def test_a_base_model_that_cannot_serve_is_refused_before_any_work(tmp_path, base, message):
+    spelled = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    saved(tmp_path / "a.safetensors", {
+        f"{spelled}.lora_up.weight": numbers(64, 2), f"{spelled}.lora_down.weight": numbers(2, 64),
+        f"{spelled}.dora_scale": numbers(64, 1),
+        f"{spelled.replace('attn1_to_q', 'attn2_to_k')}.lora_up.weight": numbers(64, 2),
+        f"{spelled.replace('attn1_to_q', 'attn2_to_k')}.lora_down.weight": numbers(2, 768),
+    })  # fmt: skip
+    checkpoint = saved(tmp_path / "base.safetensors", {
+        key: torch.ones(64, 64, dtype=shape) if isinstance(shape, torch.dtype) else numbers(*shape)
+        for key, shape in base.items()
+    })  # fmt: skip
+    recipe = MergeRecipe(parse_inputs([str(tmp_path / "a.safetensors")]))
+    with pytest.raises((IncompatibleError, UnsupportedError), match=message):
+        plan_merge(recipe, find=Path, presets=load_presets([bundled_preset_path()]), base=checkpoint)

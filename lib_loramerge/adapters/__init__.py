@@ -12,7 +12,7 @@ from . import lora, loha, lokr, dora, glora, oft, ia3, full  # noqa: F401
 # isort: on
 
 from .kinds import ADAPTERS, AdapterKind, LayerFacts
-from .layers import build, describe
+from .layers import build, check_base_shape, describe
 from .table import kinds_table
 
-__all__ = ["ADAPTERS", "AdapterKind", "LayerFacts", "build", "describe", "kinds_table"]
+__all__ = ["ADAPTERS", "AdapterKind", "LayerFacts", "build", "check_base_shape", "describe", "kinds_table"]

@@ -105,13 +105,24 @@ def _check_base(kind: AdapterKind, facts: LayerFacts, base: Tensor | None, where
             f"{where}: {kind.label} changes the base model's own weight and cannot be merged without it; "
             "name the model it was trained on with --base CHECKPOINT."
         )
-    in_ = base.shape[1] if base.dim() > 1 else 0
-    same = facts.out in (None, base.shape[0]) and facts.in_ in (None, in_)
+    check_base_shape(facts, tuple(base.shape), where)
+
+
+def check_base_shape(facts: LayerFacts, shape: Shape, where: str) -> None:
+    """Raise IncompatibleError when a layer was made for another weight than the base model has.
+
+    Args:
+        facts: What ``describe`` found.
+        shape: Of the base weight, (out, in[, kh, kw]).
+        where: File and layer, for messages.
+    """
+    in_ = shape[1] if len(shape) > 1 else 0
+    same = facts.out in (None, shape[0]) and facts.in_ in (None, in_)
     if same and facts.in_ is not None:
-        same = math.prod(facts.kernel) == math.prod(base.shape[2:])
+        same = math.prod(facts.kernel) == math.prod(shape[2:])
     if not same:
         told = (facts.out, facts.in_, *facts.kernel)
         raise IncompatibleError(
-            f"{where}: this {kind.label} layer was made for a weight of {told} (out, in, kernel), but the "
-            f"base checkpoint's is {tuple(base.shape)}."
+            f"{where}: this {ADAPTERS[facts.kind].label} layer was made for a weight of {told} (out, in, "
+            f"kernel), but the base checkpoint's is {shape}."
         )

@@ -67,6 +67,17 @@ class BaseCheckpoint:
         sources = self._sources(architecture_id, layer)
         return _whole_shape(sources, self._shapes(sources), f"{self.path.name}: {layer}")
 
+    def check_readable(self, architecture_id: str, layer: str) -> tuple[int, ...]:
+        """Shape of a layer's weight, as ``shape`` gives it, once it is sure that it can be read.
+
+        Raises:
+            IncompatibleError: If the checkpoint does not have the layer.
+            UnsupportedError: If the layer is stored quantised.
+        """
+        for source in self._sources(architecture_id, layer):
+            self._check_stored_plainly(source.key)
+        return self.shape(architecture_id, layer)
+
     def weight(self, architecture_id: str, layer: str) -> Tensor:
         """A layer's weight, whatever way the checkpoint keeps it.
 
@@ -133,12 +144,8 @@ class BaseCheckpoint:
         """The rows of one tensor that belong to the layer, float32."""
         import torch
 
+        self._check_stored_plainly(source.key)
         file, name = self._keys[source.key]
-        if file.tensors[name].dtype not in NUMBERS:
-            raise UnsupportedError(
-                f"{self.path.name}: {name} is stored as {file.tensors[name].dtype}, that is quantised; give "
-                "the float16, bfloat16 or float8 version of the base model."
-            )
         tensor = file.read(name).to(torch.float32)
         scale = self._scale(source.key)
         if scale != 1:
@@ -149,17 +156,31 @@ class BaseCheckpoint:
             tensor = torch.cat([tensor[start:stop] for start, stop in source.take.cut(tensor.shape[0])])
         return tensor.contiguous()
 
+    def _check_stored_plainly(self, key: str) -> None:
+        """Stop at a tensor whose numbers are not the weight itself, or not up to one scale."""
+        dtype = self._info(key).dtype
+        if dtype not in NUMBERS:
+            raise UnsupportedError(
+                f"{self.path.name}: {self._keys[key][1]} is stored as {dtype}, that is quantised; give "
+                "the float16, bfloat16 or float8 version of the base model."
+            )
+        scale = self._scale_key(key)
+        if scale is not None and math.prod(self._info(scale).shape) != 1:
+            raise UnsupportedError(
+                f"{self.path.name}: {key} has a scale per row; give the float16 or bfloat16 version."
+            )
+
+    def _scale_key(self, key: str) -> str | None:
+        """Where the factor of a float8 weight is that was scaled to use its range, as in ComfyUI's files."""
+        names = (f"{key.removesuffix('weight')}scale_weight", f"{key}_scale")
+        return next((name for name in names if name in self._keys), None)
+
     def _scale(self, key: str) -> float:
-        """Factor of a float8 weight that was scaled to use its range, as ComfyUI's files have it."""
-        for name in (f"{key.removesuffix('weight')}scale_weight", f"{key}_scale"):
-            if name in self._keys:
-                file, stored = self._keys[name]
-                if math.prod(file.tensors[stored].shape) != 1:
-                    raise UnsupportedError(
-                        f"{self.path.name}: {key} has a scale per row; give the float16 or bfloat16 version."
-                    )
-                return float(file.read(stored).reshape(-1)[0])
-        return 1.0
+        name = self._scale_key(key)
+        if name is None:
+            return 1.0
+        file, stored = self._keys[name]
+        return float(file.read(stored).reshape(-1)[0])
 
     def close(self) -> None:
         """Let go of the files."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .. import architectures, blocks, dialects
+from .. import adapters, architectures, blocks, dialects
 from ..errors import IncompatibleError, LoraMergeError, RecipeError, UnsupportedError
 from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
@@ -382,6 +382,9 @@ def _plan_layers(
         if not inputs:
             left_out.append(layer)
             continue
+        if base is not None:
+            for index, _, _ in inputs:
+                _check_base_weight(base, architecture, layer, plans[index].source)
         out, in_, kernel = shape
         draft = LayerPlan(
             layer=layer,
@@ -421,15 +424,30 @@ def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
 
 @contextmanager
 def _base_model(base: Path | None, sources: Sequence[Source]) -> Iterator[BaseCheckpoint | None]:
-    """The base model, open, if there is one and some layer's size is told by nothing else."""
+    """The base model, open, if there is one and some layer's weight or size has to come from it."""
     from .base import BaseCheckpoint
 
-    untold = any(source.shape(layer) is None for source in sources for layer in source.layers)
-    if base is None or not untold:
+    wanted = any(source.needs_base for source in sources) or any(
+        source.shape(layer) is None for source in sources for layer in source.layers
+    )
+    if base is None or not wanted:
         yield None
     else:
         with BaseCheckpoint(base) as checkpoint:
             yield checkpoint
+
+
+def _check_base_weight(base: BaseCheckpoint, architecture: str, layer: str, source: Source) -> None:
+    """Find out before any work whether the base model has the weight that the adapters of a layer need."""
+    for part in source.layers[layer]:
+        if not part.facts.needs_base:
+            continue
+        where = f"{source.path.name}: {part.part.spelling}"
+        shape = base.check_readable(architecture, layer)
+        if part.spans is None:
+            adapters.check_base_shape(part.facts, shape, where)
+        else:
+            adapters.check_base_shape(replace(part.facts, out=part.out), shape, where)
 
 
 def _base_shape(base: BaseCheckpoint, architecture: str, layer: str) -> LayerShape:
