@@ -450,9 +450,12 @@ def test_19_a_control_adapter_of_bfl_names_what_cannot_be_merged(tmp_path):
         "double_blocks.0.img_attn.qkv.lora_B.bias": rand(48),
         "double_blocks.0.img_attn.norm.key_norm.scale": rand(128),
         "single_blocks.0.norm.key_norm.scale": rand(128),
+        "img_in.lora_B.weight": rand(16, 2),
+        "img_in.lora_A.weight": rand(2, 128),
+        "img_in.lora_B.bias": rand(16),
     }
     save(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(UnsupportedError, match=r"a\.safetensors.*key_norm.*replaces"):
+    with pytest.raises(UnsupportedError, match=r"a\.safetensors.*key_norm.*replaces.*2 more layers"):
         plan(tmp_path, "a")
     weights, biases, report = merged(tmp_path, tensors, skip_unsupported=True)
     assert weights.keys() == {"lora_unet_double_blocks_0_img_attn_qkv"}
@@ -460,7 +463,8 @@ def test_19_a_control_adapter_of_bfl_names_what_cannot_be_merged(tmp_path):
         biases["lora_unet_double_blocks_0_img_attn_qkv"],
         0.5 * tensors["double_blocks.0.img_attn.qkv.lora_B.bias"],
     )
-    assert len(report.skipped) == 2
+    assert len(report.skipped) == 3
+    assert any("img_in" in text and "wider" in text for text in report.skipped)
 
 
 def test_19_the_wider_img_in_of_a_control_adapter_does_not_merge_with_an_ordinary_one(tmp_path):

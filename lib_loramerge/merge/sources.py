@@ -20,6 +20,9 @@ from .stated_scale import stated_scale_note
 # A large file takes about two megabytes here; a form has 16 rows, and a list keeps its own small records.
 REMEMBERED = 64
 
+# A control adapter gives it the control picture's channels too; hosts widen it for such a file alone.
+_FIRST_LAYER_OF_FLUX = "lora_unet_img_in"
+
 LayerShape = tuple[int, int, tuple[int, ...]]
 
 
@@ -216,8 +219,15 @@ def _understand(path: Path, header: Header) -> Source:
         raise type(error)(f"{path.name}: {error}") from error
     layers: dict[str, list[SourcePart]] = {}
     unsupported = []
+    # The control adapters of Flux replace norms, and only they do.
+    control = any("set_weight" in part.slots for part in parsed.parts)
     for part in parsed.parts:
         where = f"{path.name}: {part.spelling}"
+        if control and part.layer == _FIRST_LAYER_OF_FLUX:
+            unsupported.append(
+                f"{where} cannot be merged: this control adapter makes the layer wider than the base model has it."
+            )
+            continue
         try:
             described = _describe(part, shapes, parsed.architecture.id, where)
         except UnsupportedError as error:
