@@ -225,7 +225,8 @@ def _understand(path: Path, header: Header) -> Source:
         where = f"{path.name}: {part.spelling}"
         if control and part.layer == _FIRST_LAYER_OF_FLUX:
             unsupported.append(
-                f"{where} cannot be merged: this control adapter makes the layer wider than the base model has it."
+                f"{where} cannot be merged: this control adapter makes the layer wider than the base "
+                "model has it."
             )
             continue
         try:
