@@ -184,3 +184,13 @@ def test_linear1_tells_flux_2_of_the_same_width_from_flux_1():
     name = "lora_unet_single_blocks_0_linear1"
     assert detect({name: slots("lora", 9 * 3072, 3072)}, {}).architecture.id == "flux2"
     assert detect({name: slots("lora", 7 * 3072, 3072)}, {}).architecture.id == "flux1"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("flux-1-dev/lora", "flux1"), ("qwen-image/lora", "qwen_image"), ("wan2.1/lora", "unknown")],
+)
+def test_metadata_choose_among_models_that_have_every_layer_of_a_small_file(said, expected):
+    layers = {"lora_unet_transformer_blocks_3_attn_to_out_0": {"up": (3072, 2), "down": (2, 3072)}}
+    assert detect(layers).architecture.id == "unknown"
+    assert detect(layers, {"modelspec.architecture": said}).architecture.id == expected

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from .base import ARCHITECTURES, Architecture, component
+from .base import ARCHITECTURES, Architecture, component, layer_path
+from .dit import resolve
 
 Shape = tuple[int, ...]
 Slots = Mapping[str, Shape]
@@ -459,4 +460,7 @@ def detect(layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = Non
         is_unet = prepared.has(*_UNET_EDGES, *_UNET_ROOTS)
         if not prepared.denoiser or (is_unet and said[0] in _CONTEXT.values()):
             return Detection(ARCHITECTURES[said[0]], said[1])
+        # A file of a few layers that several models have: the metadata choose, if that model has all of them.
+        if all(resolve(said[0], layer_path(name)) is not None for name in prepared.denoiser):
+            return Detection(ARCHITECTURES[said[0]], f"{said[1]}, and it has all of these layers")
     return Detection(ARCHITECTURES["unknown"], "neither its layer names nor its metadata are known to us")
