@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
 import torch
 
+from ..blocks import BLOCK_IDS
 from ..delta import Delta, Dense, conflict_of, overlaps, sampled_rows
 from ..merge.layer import open_merger
 from ..merge.plan import LayerPlan, MergePlan
@@ -22,13 +23,19 @@ from ..report import percent
 
 # Cosines beyond which two LoRAs are called the same, agreeing, unrelated, or opposed.
 SAME, AGREE, UNRELATED, OPPOSED = 0.9, 0.3, 0.05, -0.1
-# The first sentence of a verdict: the same, agreeing, opposed, unrelated, a little related.
+# From this ratio of norms on, one is called much stronger.
+LOUD = 3.0
+# Lists of block weights of each architecture, the shortest first; those of others are too long to show.
+_LISTS = {"sd1": (17, 26), "sd2": (17, 26), "sdxl": (12, 20, 26)}
+_LOWERED = "0.5"
+# The first sentence of a verdict: the same, agreeing, opposed, unrelated, a little related, neither by block.
 AGREEMENTS = (
     "Nearly the same change, as from one training run: average them, or the sum is twice as strong.",
     "They agree in much: the sum is louder than either. Lower the strengths, or use mode average.",
     "They pull against each other: part of both is lost in a sum. Try mode np, ties or block weights.",
     "Nearly orthogonal: a plain sum keeps all of both.",
     "A little related: a plain sum is a good choice.",
+    "Little related as a whole, but not in every block.",
 )
 
 
@@ -80,11 +87,18 @@ class PairReport:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """All pairs of a recipe's inputs."""
+    """All pairs of a recipe's inputs.
+
+    Attributes:
+        norms: For each input, block id to the norm of its delta, strength included.
+        sum_norms: The same of their plain sum: less than the inputs' where they fight.
+    """
 
     base_model: str
     names: Sequence[str]
     pairs: Sequence[PairReport]
+    norms: Sequence[Mapping[str, float]] = ()
+    sum_norms: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +111,15 @@ class CompareReport:
         ]
         pairs = [_pair_text(pair) for pair in self.pairs]
         return "\n\n".join([f"Base model   {self.base_model}", *pairs, "\n".join(legend)])
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Squared norms in one layer: of each input, 0 where it has no part in it, and of their sum."""
+
+    layer: LayerPlan
+    inputs: Sequence[float]
+    total: float
 
 
 @dataclass(frozen=True)
@@ -128,7 +151,7 @@ def compare(
     pairs = list(combinations(range(len(plan.sources)), 2))
     with open_merger(plan) as merger:
 
-        def look(layer: LayerPlan) -> list[_Seen]:
+        def look(layer: LayerPlan) -> tuple[_Sizes | None, list[_Seen]]:
             present = [
                 (index, weight, built.weight)
                 for (index, _, _), weight, built in zip(
@@ -136,25 +159,52 @@ def compare(
                 )
                 if built.weight is not None
             ]
-            return _look(layer, pairs, present) if present else []
+            return _look(layer, pairs, present, len(plan.sources)) if present else (None, [])
 
         by_layer = for_each_layer(plan.layers, look, "compare", progress, cancel)
-    seen = [entry for entries in by_layer for entry in entries]
+    seen = [entry for _, entries in by_layer for entry in entries]
+    sizes = [entry for entry, _ in by_layer if entry is not None]
     names = [entry.name for entry in plan.recipe.inputs]
     return CompareReport(
         base_model=plan.architecture.label,
         names=names,
-        pairs=[_pair(names, pair, [entry for entry in seen if entry.pair == pair]) for pair in pairs],
+        pairs=[
+            _pair(names, pair, [entry for entry in seen if entry.pair == pair], plan.architecture.id)
+            for pair in pairs
+        ],
+        norms=[
+            _by_block((entry.layer, entry.inputs[index]) for entry in sizes)
+            for index in range(len(plan.sources))
+        ],
+        sum_norms=_by_block((entry.layer, entry.total) for entry in sizes),
     )
 
 
+def _by_block(squares: Iterable[tuple[LayerPlan, float]]) -> dict[str, float]:
+    """Norms of blocks from the squared norms of layers."""
+    sums: dict[str, float] = {}
+    for layer, square in squares:
+        block = layer.block or "other"
+        sums[block] = sums.get(block, 0.0) + square
+    return {block: square**0.5 for block, square in sorted(sums.items())}
+
+
+def most_opposed_first(pairs: Sequence[PairReport]) -> list[PairReport]:
+    """The pairs by the block in which each fights most, so that a few tell what matters."""
+    return sorted(pairs, key=lambda pair: min((r.cosine for r in pair.blocks.values()), default=0.0))
+
+
 def _look(
-    layer: LayerPlan, pairs: Sequence[tuple[int, int]], present: Sequence[tuple[int, float, Delta]]
-) -> list[_Seen]:
+    layer: LayerPlan,
+    pairs: Sequence[tuple[int, int]],
+    present: Sequence[tuple[int, float, Delta]],
+    count: int,
+) -> tuple[_Sizes, list[_Seen]]:
     """What each pair has to do with each other in one layer; pairs without content there are left out.
 
     Args:
         present: Index, weight and delta of each input that has the layer.
+        count: Number of all inputs.
     """
     deltas = [delta for _, _, delta in present]
     places = {index: place for place, (index, _, _) in enumerate(present)}
@@ -162,11 +212,15 @@ def _look(
     common = overlaps(deltas)
     products = common.products * weights[:, None] * weights
     vector = any(isinstance(delta, Dense) and delta.weight.dim() == 1 for delta in deltas)
+    squares = [0.0] * count
+    for index, place in places.items():
+        squares[index] = max(0.0, float(products[place, place]))
+    sizes = _Sizes(layer, squares, max(0.0, float(products.sum())))
     rows = [] if vector or len(deltas) < 2 else [sampled_rows(delta) for delta in deltas]
     seen = []
     for pair in pairs:
         first, second = (places.get(index) for index in pair)
-        norms_sq = tuple(0.0 if i is None else max(0.0, float(products[i, i])) for i in (first, second))
+        norms_sq = tuple(squares[index] for index in pair)
         if not any(norms_sq):
             continue
         if first is None or second is None:
@@ -179,10 +233,12 @@ def _look(
         product = float(products[first, second])
         known = None if math.isnan(spaces[0]) else spaces
         seen.append(_Seen(layer, pair, product, (norms_sq[0], norms_sq[1]), conflict, known))
-    return seen
+    return sizes, seen
 
 
-def _pair(names: Sequence[str], pair: tuple[int, int], seen: Sequence[_Seen]) -> PairReport:
+def _pair(
+    names: Sequence[str], pair: tuple[int, int], seen: Sequence[_Seen], architecture: str
+) -> PairReport:
     blocks: dict[str, list[_Seen]] = {}
     for entry in seen:
         blocks.setdefault(entry.layer.block or "other", []).append(entry)
@@ -196,7 +252,7 @@ def _pair(names: Sequence[str], pair: tuple[int, int], seen: Sequence[_Seen]) ->
         blocks=by_block,
         layers={entry.layer.layer: _relation([entry]) for entry in shared},
         layer_blocks={entry.layer.layer: entry.layer.block or "other" for entry in shared},
-        verdict=_verdict((names[pair[0]], names[pair[1]]), whole, by_block, len(shared)),
+        verdict=_verdict((names[pair[0]], names[pair[1]]), whole, by_block, len(shared), architecture),
     )
 
 
@@ -228,31 +284,64 @@ def _mean(pairs: Iterable[tuple[float, float]]) -> float | None:
     return sum(value * w for value, w in values) / weight if weight else None
 
 
-def _verdict(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Relation], shared: int) -> str:
+def _verdict(
+    names: tuple[str, str],
+    whole: Relation,
+    blocks: Mapping[str, Relation],
+    shared: int,
+    architecture: str,
+) -> str:
     a, b = names
     if not shared:
         return f"{a} and {b} change no layer in common: a plain sum is exact for both."
-    sentences = [_agreement(whole)]
-    fighting = [block for block, relation in blocks.items() if relation.cosine <= OPPOSED]
-    if fighting and whole.cosine > OPPOSED:
+    fighting = [block for block, relation in blocks.items() if relation.cosine <= OPPOSED < whole.cosine]
+    agreeing = [block for block, relation in blocks.items() if relation.cosine >= AGREE > whole.cosine]
+    sentences = [_agreement(whole, everywhere=not (fighting or agreeing))]
+    if fighting:
         sentences.append(
             f"They pull against each other in {', '.join(fighting)}: lower one of them there with block "
-            "weights (lbw=), or let one go first with mode np."
+            f"weights (lbw={_lowering(fighting, blocks, architecture)}), or let one go first with mode np."
         )
-    loud = [name for name, other in ((a, 1), (b, 0)) if whole.norms[1 - other] > 3 * whole.norms[other] > 0]
-    if loud:
-        sentences.append(f"{loud[0]} is more than three times as strong as the other at these strengths.")
-    return " ".join(sentences)
+    if agreeing:
+        sentences.append(f"They agree in {', '.join(agreeing)}: there the sum is louder than either.")
+    return " ".join([*sentences, *_loudness(names, whole, blocks)])
 
 
-def _agreement(whole: Relation) -> str:
-    same, agree, opposed, unrelated, little = AGREEMENTS
+def _lowering(fighting: Sequence[str], blocks: Iterable[str], architecture: str) -> str:
+    """Block weights that halve a LoRA where it fights and leave it as it is elsewhere; empty if too long."""
+    for count in _LISTS.get(architecture, ()):
+        if set(blocks) - {"other"} <= set(BLOCK_IDS[count]):
+            return ",".join(_LOWERED if block in fighting else "1" for block in BLOCK_IDS[count])
+    return ""
+
+
+def _loudness(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Relation]) -> list[str]:
+    """Who drowns whom: as a whole, else in some blocks."""
+    for side in (0, 1):
+        if _drowns(whole, side):
+            return [f"{names[side]} is more than three times as strong as the other at these strengths."]
+    loud = [[block for block, relation in blocks.items() if _drowns(relation, side)] for side in (0, 1)]
+    return [
+        f"{name} is more than three times as strong as the other in {', '.join(where)}."
+        for name, where in zip(names, loud)
+        if where
+    ]
+
+
+def _drowns(relation: Relation, side: int) -> bool:
+    return relation.norms[side] > LOUD * relation.norms[1 - side] > 0
+
+
+def _agreement(whole: Relation, everywhere: bool) -> str:
+    same, agree, opposed, unrelated, little, by_block = AGREEMENTS
     if whole.cosine >= SAME:
         return same
     if whole.cosine >= AGREE:
         return agree
     if whole.cosine <= OPPOSED:
         return opposed
+    if not everywhere:
+        return by_block
     return unrelated if abs(whole.cosine) <= UNRELATED else little
 
 

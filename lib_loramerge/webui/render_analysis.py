@@ -29,9 +29,11 @@ STAGES = {
 # Kind of picture: what it shows, for people who cannot see it.
 PICTURES = {
     "inspect": "Chart: norm of each file by block, and the share of the norm that each rank keeps.",
-    "compare": "Map: where two LoRAs agree (blue) and where they pull against each other (red), "
+    "compare": "Bars: how strong each LoRA and their sum is, by block. "
+    "Map: where two LoRAs agree (blue) and where they pull against each other (red), "
     "by block and kind of layer.",
-    "advise": "Charts: error against rank, error against file size, and what each block keeps.",
+    "advise": "Charts: how fast the components fall off, error against rank, error against file size, "
+    "and what each block keeps.",
 }
 
 
@@ -123,8 +125,11 @@ def _picture(kind: str, pictures: Mapping[str, bytes]) -> str:
 
 
 def _verdicts(report: CompareReport) -> str:
-    shown = "".join(_pair(pair) for pair in report.pairs[:PAIRS_OPEN])
-    rest = "".join(_pair(pair) for pair in report.pairs[PAIRS_OPEN:])
+    from ..analysis.compare import most_opposed_first  # Not at the WebUI's start, see extension.py.
+
+    pairs = most_opposed_first(report.pairs) if len(report.pairs) > PAIRS_OPEN else report.pairs
+    shown = "".join(_pair(pair) for pair in pairs[:PAIRS_OPEN])
+    rest = "".join(_pair(pair) for pair in pairs[PAIRS_OPEN:])
     if rest:
         shown += f'<details class="lm-details"><summary>{say("More pairs")}</summary>{rest}</details>'
     return shown
