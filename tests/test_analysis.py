@@ -16,6 +16,7 @@ from lib_loramerge.files import LoraFolder
 from lib_loramerge.merge import MergePlan, plan_merge, run_merge
 from lib_loramerge.merge.layer import open_merger
 from lib_loramerge.recipe import MergeRecipe, parse_inputs
+from lib_loramerge.webui import plots
 from tests.fixtures import SD1_LAYERS, dense_deltas, lora_tensors, make_lora, relative_error, weighted_sum
 
 
@@ -93,6 +94,49 @@ def test_verdicts_tell_unrelated_from_same_and_opposed(folder):
     assert "against" in compare(plan(folder, "a", "a:-1")).pairs[0].verdict
 
 
+def fighter(folder: Path, strength: float) -> None:
+    """Saves d: a stranger to a, but ``strength`` times a in the middle block."""
+    make_lora(folder / "c.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=9)
+    a, tensors = load_file(folder / "a.safetensors"), load_file(folder / "c.safetensors")
+    tensors |= {key: value for key, value in a.items() if "_mid_block_" in key}
+    for key in (key for key in tensors if "_mid_block_" in key and key.endswith("lora_up.weight")):
+        tensors[key] = strength * tensors[key]
+    save_file(tensors, folder / "d.safetensors")
+
+
+def test_loras_that_fight_in_one_block_are_not_called_orthogonal_and_get_weights_for_it(folder):
+    fighter(folder, -1.0)
+    before = compare(plan(folder, "a", "d")).pairs[0]
+    assert abs(before.whole.cosine) < 0.1
+    assert "keeps all of both" not in before.verdict
+    assert "pull against each other in M00" in before.verdict
+    weights = before.verdict.partition("lbw=")[2].partition(")")[0]
+    after = compare(plan(folder, "a", f"d:lbw={weights}")).pairs[0]
+    for block, relation in before.blocks.items():
+        wanted = relation.norms[1] * (0.5 if block == "M00" else 1)
+        assert after.blocks[block].norms[1] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_blocks_in_which_loras_agree_or_one_drowns_the_other_are_named(folder):
+    fighter(folder, 4.0)
+    verdict = compare(plan(folder, "a", "d")).pairs[0].verdict
+    assert "agree in M00" in verdict
+    assert "d is more than three times as strong as the other in M00." in verdict
+
+
+def test_of_many_pairs_those_are_drawn_that_fight(folder):
+    fighter(folder, -1.0)
+    inputs = ["c", "a:0.3:1", "b", "c:0.5", "d"]
+    report = compare(plan(folder, *inputs))
+    titles = [axis.get_title() for axis in plots.compare_figure(report).axes if axis.get_title()]
+    assert titles[0] == "a  and  d"
+    assert len(titles) == 4
+    few = compare(plan(folder, *inputs[2:]))
+    assert [axis.get_title() for axis in plots.compare_figure(few).axes if axis.get_title()] == [
+        "b  and  c", "b  and  d", "c  and  d",
+    ]  # fmt: skip
+
+
 def test_advice_and_merge_agree_on_error_and_size(folder):
     advice = advise(plan(folder, "a:0.8", "b:-0.5"))
     wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
@@ -115,6 +159,52 @@ def test_advice_and_merge_agree_for_methods_that_are_no_sum(folder, mode, ranks)
         assert report.error == pytest.approx(advice[rank].error, rel=2e-5, abs=1e-6)
         assert report.kept == pytest.approx(advice[rank].kept, rel=1e-5)
         assert advice[rank].size_bytes - 1500 <= report.size_bytes <= advice[rank].size_bytes
+
+
+@pytest.mark.parametrize(
+    ("rule", "chosen"), [({"rank": 5}, 5), ({}, 8), ({"rank": 500}, 8), ({"retain": 0.9}, None)]
+)
+def test_the_chosen_rank_is_a_point_of_the_curve_and_marked_on_it(folder, rule, chosen):
+    advice = advise(plan(folder, "a:0.8", "b:-0.5", **rule))
+    assert advice.chosen_rank == chosen
+    figure = plots.advise_figure(advice)
+    diamonds = [line for axis in figure.axes for line in axis.lines if line.get_marker() == "D"]
+    point = next((point for point in advice.uniform if point.rank == chosen), None)
+    assert len(diamonds) == (2 if point else 0)
+    for line, place in zip(diamonds, (chosen, point and point.size_bytes / 1e6)):
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([place], [point.error])
+
+
+def test_a_chosen_size_is_marked_on_the_curve_of_allotted_ranks(folder):
+    advice = advise(plan(folder, "a:0.8", "b:-0.5", size=0.05))
+    report = run_merge(plan(folder, "a:0.8", "b:-0.5", size=0.05), folder / "sized.safetensors")
+    # Layers for which there was no room are lost, too.
+    wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
+    assert report.layers_left_out == 3
+    assert report.error == pytest.approx(relative_error(dense_deltas(Path(report.output)), wanted), rel=1e-5)
+    assert report.kept == pytest.approx((1 - report.error**2) ** 0.5, rel=1e-5)
+    figure = plots.advise_figure(advice)
+    (diamond,) = [line for axis in figure.axes for line in axis.lines if line.get_marker() == "D"]
+    assert list(diamond.get_xdata()) == [0.05]
+    assert float(diamond.get_ydata()[0]) == pytest.approx(report.error, rel=0.02)
+
+
+def test_the_spectrum_is_each_components_share_of_the_norm(folder):
+    advice = advise(plan(folder, "a:0.8", "b:-0.5"))
+    wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
+    squares = sum(torch.linalg.svdvals(delta)[:8].square() for delta in wanted.values())
+    assert advice.spectrum == pytest.approx((squares / squares.sum()).sqrt().tolist(), rel=1e-6)
+
+
+def test_norms_of_inputs_and_their_sum_are_those_of_the_dense_deltas(folder):
+    report = compare(plan(folder, "a:0.8", "b:-0.5"))
+    sources = [(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)]
+    deltas = [weighted_sum([source]) for source in sources]
+    for norms, found in zip([*report.norms, report.sum_norms], [*deltas, weighted_sum(sources)]):
+        middle = next(delta for name, delta in found.items() if "_mid_block_" in name)
+        assert norms["M00"] == pytest.approx(float(middle.norm()), rel=1e-9)
+        whole = sum(float(delta.square().sum()) for delta in found.values())
+        assert sum(norm**2 for norm in norms.values()) == pytest.approx(whole, rel=1e-9)
 
 
 def test_a_file_of_limited_size_has_the_error_that_was_foreseen_for_whole_layers(folder):

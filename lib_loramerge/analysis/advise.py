@@ -63,6 +63,10 @@ class AdviceReport:
         numerical_rank: Largest rank any layer really has; more keeps nothing more.
         whole_bytes: Bytes that no rank changes: header, norms, layers written whole.
         kept_by_block: Block id to the share of its norm kept at each rank of ``uniform``.
+        spectrum: For each component of the layers, the strongest first, its share of the whole norm.
+        chosen_rank: The rank that the recipe gives all layers, if it is one; it is among ``uniform``.
+        chosen_bytes: The size that the recipe asks for, as far as there is something to fill it with; it is
+            among ``allotted``.
     """
 
     base_model: str
@@ -77,6 +81,9 @@ class AdviceReport:
     mean_rank: float
     whole_bytes: int
     kept_by_block: Mapping[str, Sequence[float]]
+    spectrum: Sequence[float] = ()
+    chosen_rank: int | None = None
+    chosen_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,14 +191,15 @@ def advise(
     top = max((len(layer.squares) for layer in layers), default=0)
     total = float(sum(layer.squares.sum() for layer in layers))
     tails = _tails(layers, top)
-    points = _shown_ranks(top)
+    chosen, chosen_bytes = _chosen_rank(plan, top), _chosen_bytes(plan, layers, whole)
+    points = _shown_ranks(top, chosen)
     return AdviceReport(
         base_model=plan.architecture.label,
         mode=plan.method.name,
         dtype=plan.dtype,
         layers=len(plan.layers),
         uniform=[_rank_point(layers, rank, whole, float(tails[rank]), total) for rank in points],
-        allotted=_allotted(layers, whole, total),
+        allotted=_allotted(layers, whole, total, chosen_bytes),
         smallest_rank={
             f"{target:g}": int(np.argmax(tails <= target**2 * total * (1 + 1e-12))) for target in TARGETS
         },
@@ -202,12 +210,39 @@ def advise(
         mean_rank=sum(len(layer.squares) for layer in layers) / len(layers) if layers else 0.0,
         whole_bytes=whole,
         kept_by_block=_kept_by_block(layers, points),
+        spectrum=np.sqrt(np.maximum(tails[:-1] - tails[1:], 0) / total).tolist() if total else [],
+        chosen_rank=chosen,
+        chosen_bytes=chosen_bytes,
     )
 
 
-def _shown_ranks(top: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 ... up to the largest rank, which is always among them."""
-    ranks_shown = {1, 3, top} | {1 << bit for bit in range(12)} | {3 << bit for bit in range(11)}
+def _chosen_rank(plan: MergePlan, top: int) -> int | None:
+    """The one rank that all layers will get, if it is one; ranks that no layer has are the largest."""
+    wanted = plan.recipe.rank
+    if plan.recipe.retain is not None or plan.recipe.size is not None or not top:
+        return None
+    if isinstance(wanted, int):
+        return min(wanted, top)
+    ranks_foreseen = list(plan.rank_histogram)
+    return min(ranks_foreseen[0], top) if len(ranks_foreseen) == 1 else None
+
+
+def _chosen_bytes(plan: MergePlan, layers: Sequence[_Layer], whole: int) -> int | None:
+    if plan.recipe.size is None:
+        return None
+    return max(whole + 1, min(int(plan.recipe.size * 1_000_000), whole + _largest(layers)))
+
+
+def _largest(layers: Sequence[_Layer]) -> int:
+    """Bytes of all ranks of all layers."""
+    return sum(len(layer.squares) * layer.per_rank + layer.fixed for layer in layers)
+
+
+def _shown_ranks(top: int, chosen: int | None) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 ... up to the largest rank, which is always among them, and the chosen one."""
+    ranks_shown = (
+        {1, 3, top, chosen or top} | {1 << bit for bit in range(12)} | {3 << bit for bit in range(11)}
+    )
     return sorted(rank for rank in ranks_shown if 0 < rank <= top)
 
 
@@ -252,13 +287,14 @@ def _smallest_size(layers: Sequence[_Layer], allowed_sq: float) -> int:
     )
 
 
-def _allotted(layers: Sequence[_Layer], whole: int, total: float) -> list[SizePoint]:
+def _allotted(layers: Sequence[_Layer], whole: int, total: float, wanted: int | None) -> list[SizePoint]:
     costs = [
         ranks.LayerCost(np.sqrt(layer.squares).tolist(), layer.per_rank, layer.fixed) for layer in layers
     ]
-    largest = sum(len(layer.squares) * layer.per_rank + layer.fixed for layer in layers)
+    largest = max(1, _largest(layers))
+    budgets = {int(size) for size in np.geomspace(max(1, largest // 64), largest, _SIZE_POINTS)}
     points = []
-    for budget in np.unique(np.geomspace(max(1, largest // 64), max(1, largest), _SIZE_POINTS).astype(int)):
+    for budget in sorted(budgets | ({wanted - whole} if wanted else set())):
         chosen = ranks.allot(costs, int(budget))
         tail = sum(float(layer.squares[rank:].sum()) for layer, rank in zip(layers, chosen, strict=True))
         points.append(SizePoint(whole + int(budget), (tail / total) ** 0.5 if total else 0.0))

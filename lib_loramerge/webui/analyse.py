@@ -281,12 +281,12 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
         for index, kind in enumerate(kinds):
             enter("draw", len(kinds))
             look.fraction = (len(kinds) + index / len(kinds)) / steps
-            key = (identity(plan, kind), question.theme, chosen_rank(plan))
-            pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, plan, question.theme))
+            key = (identity(plan, kind), question.theme)
+            pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, question.theme))
     return Findings(**found, pictures=pictures)
 
 
-def draw(report: Any, kind: str, plan: MergePlan, theme: str) -> bytes:
+def draw(report: Any, kind: str, theme: str) -> bytes:
     """The picture of a report as the bytes of a PNG file."""
     from . import plots  # Brings matplotlib.
 
@@ -294,15 +294,7 @@ def draw(report: Any, kind: str, plan: MergePlan, theme: str) -> bytes:
         return plots.png(plots.inspect_figure(report, theme))
     if kind == "compare":
         return plots.png(plots.compare_figure(report, theme))
-    return plots.png(plots.advise_figure(report, theme, chosen_rank(plan)))
-
-
-def chosen_rank(plan: MergePlan) -> int | None:
-    """The one rank that all layers will get, if it is one."""
-    if isinstance(plan.recipe.rank, int):
-        return plan.recipe.rank
-    ranks = list(plan.rank_histogram)
-    return ranks[0] if len(ranks) == 1 and plan.recipe.retain is None and plan.recipe.size is None else None
+    return plots.png(plots.advise_figure(report, theme))
 
 
 def identity(plan: MergePlan, kind: str) -> Hashable:

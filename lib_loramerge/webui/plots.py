@@ -6,15 +6,16 @@ host is touched and nothing has to be closed.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ..analysis import AdviceReport, CompareReport, InspectReport
-from ..analysis.compare import PairReport
+from ..analysis.compare import PairReport, most_opposed_first
 from ..errors import OutputError, RecipeError
 
 # Told apart by people who see colours differently (Okabe and Ito).
@@ -65,13 +66,11 @@ def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> An
     """Norm by block of each file, and the share of the norm that each rank keeps."""
     figure, (left, right) = _figure(1, 2, theme, size=(12, 4.2))
     blocks = sorted({block for report in reports for block in report.norm_by_block}, key=_block_order)
-    width = 0.8 / max(1, len(reports))
-    for index, report in enumerate(reports):
-        colour, label = _COLOURS[index % len(_COLOURS)], _short(Path(report.file).stem)
-        places = [place + (index - (len(reports) - 1) / 2) * width for place in range(len(blocks))]
-        left.bar(places, [report.norm_by_block.get(b, 0.0) for b in blocks], width, color=colour, label=label)
+    names = [_short(Path(report.file).stem) for report in reports]
+    _bars(left, blocks, [(name, report.norm_by_block) for name, report in zip(names, reports)])
+    for index, (label, report) in enumerate(zip(names, reports)):
+        colour = _COLOURS[index % len(_COLOURS)]
         right.plot(*_curve(report.kept_at_rank), marker="o", color=colour, label=label)
-    _block_axis(left, blocks)
     left.set_ylabel("norm of the delta weights")
     _rank_axis(right, sorted({int(rank) for report in reports for rank in report.kept_at_rank}))
     right.set_xlabel("rank")
@@ -83,69 +82,125 @@ def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> An
 
 
 def compare_figure(report: CompareReport, theme: str = "light") -> Any:
-    """Where LoRAs agree (blue) and fight (red): cosine by block and kind of layer, a map for each pair."""
-    pairs = report.pairs[:_PAIRS_SHOWN]
-    if not pairs:
+    """How strong each LoRA and their sum is by block, and where they agree (blue) and fight (red).
+
+    The latter is the cosine by block and kind of layer, a map for each pair. All maps have one scale. Of many
+    pairs those are drawn that fight most.
+    """
+    if not report.pairs:
         raise RecipeError("Comparing needs at least two LoRAs.")
-    figure, axes = _figure(len(pairs), 1, theme, size=(12, 0.6 + 2.7 * len(pairs)))
-    for axis, pair in zip(axes if len(pairs) > 1 else [axes], pairs):
-        _interference(figure, axis, pair, theme)
+    left_out = len(report.pairs) - _PAIRS_SHOWN
+    pairs = list(report.pairs) if left_out <= 0 else most_opposed_first(report.pairs)[:_PAIRS_SHOWN]
+    figure, (bars, *axes) = _figure(1 + len(pairs), 1, theme, size=(12, 0.6 + 2.7 * (1 + len(pairs))))
+    _norms(bars, report, theme)
+    maps = [_cosines(pair) for pair in pairs]
+    limit = max([0.1, *(abs(cosine) for cells in maps for cosine in cells.values())])
+    for axis, pair, cells in zip(axes, pairs, maps):
+        _interference(figure, axis, pair, cells, limit, theme)
+    if left_out > 0:
+        text = f"not drawn: {left_out} pairs that pull less against each other"
+        figure.supxlabel(text, color=THEMES[theme].text, fontsize=9)
     return figure
 
 
-def advise_figure(report: AdviceReport, theme: str = "light", chosen_rank: int | None = None) -> Any:
-    """Error against rank and against file size, and what each block keeps."""
-    figure, (by_rank, by_size, by_block) = _figure(1, 3, theme, size=(15, 4.2))
+def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
+    """The spectrum, error against rank and against file size with the chosen point, and what blocks keep."""
+    figure, axes = _figure(2, 2, theme, size=(13, 8.4))
+    (spectrum, by_rank), (by_size, by_block) = axes
+    _spectrum(spectrum, report)
     ranks = [point.rank for point in report.uniform]
     errors = [point.error for point in report.uniform]
     by_rank.plot(ranks, errors, marker="o", color=_COLOURS[0])
     _rank_axis(by_rank, ranks)
-    by_rank.set_ylim(bottom=0)
-    by_size.set_ylim(bottom=0)
     by_rank.set_xlabel("rank of all layers")
-    by_rank.set_ylabel("error")
-    by_size.plot(
-        [p.size_bytes / 1e6 for p in report.uniform],
-        errors,
-        marker="o",
-        color=_COLOURS[0],
-        label="one rank for all",
-    )
-    by_size.plot(
-        [p.size_bytes / 1e6 for p in report.allotted],
-        [p.error for p in report.allotted],
-        color=_COLOURS[5],
-        label="ranks allotted",
-    )
+    sizes = [point.size_bytes / 1e6 for point in report.uniform]
+    by_size.plot(sizes, errors, marker="o", color=_COLOURS[0], label="one rank for all")
+    allotted = [(point.size_bytes / 1e6, point.error) for point in report.allotted]
+    by_size.plot(*zip(*allotted), color=_COLOURS[5], label="ranks allotted")
     by_size.set_xlabel("file size, MB")
-    by_size.set_ylabel("error")
-    for point in report.uniform:
-        if point.rank == chosen_rank:
-            by_rank.plot([point.rank], [point.error], "D", color=_COLOURS[3], markersize=10)
-            by_size.plot(
-                [point.size_bytes / 1e6], [point.error], "D", color=_COLOURS[3], markersize=10, label="chosen"
-            )
+    for axis in (by_rank, by_size):
+        axis.set_ylabel("error")
+        axis.set_ylim(bottom=0)
+    _mark_chosen(by_rank, by_size, report)
     _legend(by_size, theme)
     _kept_map(figure, by_block, report, theme)
     return figure
 
 
-def _interference(figure: Any, axis: Any, pair: PairReport, theme: str) -> None:
-    kinds = [name for name, _ in _KINDS] + ["other"]
-    blocks = sorted(pair.blocks, key=_block_order)
+def _spectrum(axis: Any, report: AdviceReport) -> None:
+    """How fast the components of the layers fall off, as far as they are no rounding noise."""
+    values = list(report.spectrum)
+    axis.plot(range(1, len(values) + 1), values, color=_COLOURS[2], marker="." if len(values) <= 64 else "")
+    _rank_axis(axis, [point.rank for point in report.uniform])
+    axis.set_xlabel("component of each layer, strongest first")
+    axis.set_ylabel("share of the norm")
+    positive = [value for value in values if value > 0]
+    if positive:
+        _percent_axis(axis, max(min(positive), max(positive) * 1e-6), max(positive))
+
+
+def _percent_axis(axis: Any, least: float, most: float) -> None:
+    """Logarithmic, with ticks at 1, 2 and 5 of each power of ten; at the powers alone of many."""
+    powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    steps = (1, 2, 5) if len(powers) <= 3 else (1,)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    axis.set_yscale("log")
+    axis.set_yticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(least / 1.5, most * 1.5)
+
+
+def _mark_chosen(by_rank: Any, by_size: Any, report: AdviceReport) -> None:
+    """A diamond where the recipe stands on the curves."""
+    look = {"color": _COLOURS[3], "markersize": 10, "zorder": 3, "clip_on": False}
+    for point in report.uniform:
+        if point.rank == report.chosen_rank:
+            by_rank.plot([point.rank], [point.error], "D", **look)
+            by_size.plot([point.size_bytes / 1e6], [point.error], "D", label="chosen", **look)
+    for sized in report.allotted:
+        if sized.size_bytes == report.chosen_bytes:
+            by_size.plot([sized.size_bytes / 1e6], [sized.error], "D", label="chosen", **look)
+
+
+def _norms(axis: Any, report: CompareReport, theme: str) -> None:
+    """Bars of every LoRA at its strength, and of what adding them up gives: less where they fight."""
+    blocks = sorted(report.sum_norms, key=_block_order)
+    shown = [(_short(name), norms) for name, norms in zip(report.names, report.norms)]
+    _bars(axis, blocks, [*shown, ("their sum", report.sum_norms)], last=THEMES[theme].text)
+    axis.set_ylabel("norm at these strengths")
+    _legend(axis, theme, "center left", (1.005, 0.5))  # above the scales of the maps
+
+
+def _bars(
+    axis: Any, blocks: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]], last: str = ""
+) -> None:
+    """A group of bars for each block, one of each row; ``last`` is a colour of its own for the last row."""
+    width = 0.8 / max(1, len(rows))
+    for index, (label, norms) in enumerate(rows):
+        colour = last if last and index == len(rows) - 1 else _COLOURS[index % len(_COLOURS)]
+        places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(blocks))]
+        axis.bar(places, [norms.get(block, 0.0) for block in blocks], width, color=colour, label=label)
+    _block_axis(axis, blocks)
+
+
+def _cosines(pair: PairReport) -> dict[tuple[str, str], float]:
+    """Kind of layer and block to the cosine of the layers there, weighted by what both put in."""
     sums: dict[tuple[str, str], tuple[float, float]] = {}
     for layer, relation in pair.layers.items():
-        key = (layer_kind(layer), _block_of(layer, pair, blocks))
+        key = (layer_kind(layer), _block_of(layer, pair))
         product, size = sums.get(key, (0.0, 0.0))
         weight = relation.norms[0] * relation.norms[1]
         sums[key] = (product + relation.cosine * weight, size + weight)
-    grid = [
-        [_ratio(sums.get((kind, block))) for block in blocks]
-        for kind in kinds
-        if any((kind, b) in sums for b in blocks)
-    ]
-    shown = [kind for kind in kinds if any((kind, block) in sums for block in blocks)]
-    limit = max([0.1, *(abs(value) for row in grid for value in row if value == value)])
+    return {key: product / size for key, (product, size) in sums.items() if size}
+
+
+def _interference(
+    figure: Any, axis: Any, pair: PairReport, cells: Mapping[tuple[str, str], float], limit: float, theme: str
+) -> None:
+    blocks = sorted(pair.blocks, key=_block_order)
+    kinds = [name for name, _ in _KINDS] + ["other"]
+    shown = [kind for kind in kinds if any((kind, block) in cells for block in blocks)]
+    grid = [[cells.get((kind, block), float("nan")) for block in blocks] for kind in shown]
     image = axis.imshow(grid or [[0.0]], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     axis.set_yticks(range(len(shown)), shown)
     axis.set_xticks(range(len(blocks)), blocks, rotation=90)
@@ -178,19 +233,15 @@ def layer_kind(layer: str) -> str:
     return next((name for name, pattern in _KINDS if pattern.search(layer)), "other")
 
 
-def _block_of(layer: str, pair: PairReport, blocks: Sequence[str]) -> str:
+def _block_of(layer: str, pair: PairReport) -> str:
     block = pair.layer_blocks.get(layer, "other")
-    return block if block in blocks else "other"
+    return block if block in pair.blocks else "other"
 
 
 def _block_order(block: str) -> tuple[int, str]:
     first = ("BASE", "CLIP", "T5", "IN", "M", "D", "B", "S", "OUT", "other")
     letters = re.sub(r"\d", "", block)
     return (first.index(letters) if letters in first else len(first), block)
-
-
-def _ratio(entry: tuple[float, float] | None) -> float:
-    return entry[0] / entry[1] if entry is not None and entry[1] else float("nan")
 
 
 def _curve(kept: Any) -> tuple[list[int], list[float]]:
@@ -230,10 +281,15 @@ def _block_axis(axis: Any, blocks: Sequence[str]) -> None:
     axis.set_xticks(range(len(blocks)), blocks, rotation=90)
 
 
-def _legend(axis: Any, theme: str, place: str = "best") -> None:
+def _legend(axis: Any, theme: str, place: str = "best", anchor: tuple[float, float] | None = None) -> None:
     colours = THEMES[theme]
     axis.legend(
-        loc=place, facecolor=colours.background, edgecolor=colours.grid, labelcolor=colours.text, fontsize=8
+        loc=place,
+        bbox_to_anchor=anchor,
+        facecolor=colours.background,
+        edgecolor=colours.grid,
+        labelcolor=colours.text,
+        fontsize=8,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
+from lib_loramerge.webui.render_analysis import PICTURES
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 from tests.web.browser import PATIENCE, SERVED, Tab
 from tests.web.hosting import ROOT, FakeHost
@@ -79,6 +80,18 @@ def test_every_sentence_gets_its_names_in_the_right_places(page: Any) -> None:
             "Dr. Strange is more than three times as strong as the other at these strengths.",
             "ほぼ直交しています。単純に足しても両方がそのまま残ります。"
             "この強さでは、Dr. Strange がもう一方の 3 倍以上強く効きます。",
+        ),
+        (
+            "Little related as a whole, but not in every block. "
+            "They pull against each other in OUT00, OUT01: lower one of them there with block weights "
+            "(lbw=1,1,0.5,0.5,1), or let one go first with mode np. "
+            "They agree in IN08: there the sum is louder than either. "
+            "Dr. Strange is more than three times as strong as the other in M00, OUT02.",
+            "全体としてはあまり関連がありませんが、ブロックによっては違います。"
+            "OUT00, OUT01 で互いに打ち消し合っています。そのブロックだけ片方をブロックウェイト"
+            "（lbw=1,1,0.5,0.5,1）で下げるか、np モードで一方を優先してください。"
+            "IN08 では一致しており、足すとどちらよりも強くなります。"
+            "M00, OUT02 では、Dr. Strange がもう一方の 3 倍以上強く効きます。",
         ),
         # Numbers with their nouns; words of ours side by side need no space in Japanese.
         (
@@ -191,8 +204,7 @@ def test_analyses_are_told_in_japanese(japanese: Tab) -> None:
     verdict = tab.page.locator("#loramerge_analyse_result .lm-verdict").first.inner_text()
     assert not re.search("[A-Za-z]{3,}", verdict.replace("style", ""))
     alt = tab.page.locator("#loramerge_analyse_result img").first.get_attribute("alt")
-    assert alt == WORDS["Map: where two LoRAs agree (blue) and where they pull against each other (red), "
-                        "by block and kind of layer."]  # fmt: skip
+    assert alt == WORDS[PICTURES["compare"]]
 
 
 def test_choices_are_read_in_japanese_and_stay_what_the_server_knows(japanese: Tab) -> None:
