@@ -4,7 +4,7 @@
 (function () {
     "use strict";
 
-    const TICK = 200; // ms between looks at the page
+    const TICK = 100; // ms between looks at the page; what is the same twice is asked for, well within 300 ms
     const ANSWER = 4000; // ms to wait for an answer before asking again
     const POLL_ACTIVE = 400;
     const POLL_IDLE = 5000;
@@ -202,6 +202,14 @@
                 state.signature = null; // and the name is taken.
             }
             state.active = active;
+            state.newLabels = state.newLabels || (state.labels === "busy" && jobs.dataset.labels === "");
+            state.labels = jobs.dataset.labels;
+        }
+        // Base model and rank of all LoRAs are known now; an open list is left alone.
+        const focused = document.activeElement;
+        if (state.newLabels && !(focused && focused.closest("#loramerge_app .secondary-wrap"))) {
+            state.newLabels = false;
+            press("greet");
         }
         if (state.polled && now - state.polled < ANSWER) return;
         const pause = state.active ? POLL_ACTIVE : POLL_IDLE;

@@ -120,6 +120,11 @@ class Labels:
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
+    @property
+    def busy(self) -> bool:
+        """Whether files are still being read."""
+        return self._thread is not None
+
     def wait(self, timeout: float) -> bool:
         """Blocks until nothing is left to read, for tests; False after ``timeout``."""
         limit = time.monotonic() + timeout

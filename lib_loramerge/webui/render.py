@@ -190,17 +190,18 @@ STATES = {
 PHASES = {"read": "Reading", "merge": "Merging", "write": "Writing"}
 
 
-def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str) -> str:
+def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels_busy: bool = False) -> str:
     """Running and waiting merges with their bars and buttons.
 
     The attributes of the outer element tell the page's script whether to ask
-    again, and for which job.
+    again, for which job, and when the lists of LoRAs know more than before.
     """
     active = [job for job in jobs if not job.finished]
     state = "active" if active else "idle"
     body = "".join(_job(job) for job in active)
     follow = f' data-follow="{foreign(followed.id)}" data-created="{followed.created}"' if followed else ""
-    return f'<div class="lm-jobs" data-state="{state}" data-stamp="{foreign(stamp)}"{follow}>{body}</div>'
+    told = f'data-state="{state}" data-stamp="{foreign(stamp)}" data-labels="{"busy" if labels_busy else ""}"'
+    return f'<div class="lm-jobs" {told}{follow}>{body}</div>'
 
 
 def _job(job: Job) -> str:

@@ -177,7 +177,7 @@ class Tab:
         field = self.field(name)
         option = self.page.locator("ul.options li, ul[role=listbox] li").filter(has_text=text).first
         chosen = re.compile(re.escape(text), re.IGNORECASE)
-        for _ in range(5):
+        for _ in range(10):
             # Gradio 4 hangs the list below its field, where the window may end already.
             field.evaluate("element => element.scrollIntoView({block: 'center'})")
             field.click()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from lib_loramerge import demo
 from lib_loramerge.errors import LoraMergeError
-from lib_loramerge.webui import standalone
+from lib_loramerge.webui import labels, standalone
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
 from tests.web.browser import Tab
@@ -78,6 +79,31 @@ def test_the_demo_in_japanese_stays_alive_with_words_that_both_languages_share(
         tab.fill("name", "japanese")
         assert "完了" in tab.merge()
         assert tab.errors == []
+
+
+def test_lists_show_base_model_and_rank_as_soon_as_they_are_known(
+    chromium: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.make_samples(tmp_path)
+    go, read = threading.Event(), labels.from_file
+
+    def slow(path: Path) -> labels.Label:
+        go.wait(240)
+        return read(path)
+
+    monkeypatch.setattr(labels, "from_file", slow)
+    served = Page(tmp_path)
+    try:
+        with Tab(chromium, served.address, title=None) as tab:
+            tab.page.wait_for_selector("#loramerge_jobs [data-labels=busy]", state="attached")
+            go.set()
+            # Nobody picks a file or refreshes the list.
+            tab.page.wait_for_selector("#loramerge_jobs [data-labels='']", state="attached")
+            tab.choose("row0_lora", "style · SD 1 · rank 8")
+            assert tab.errors == []
+    finally:
+        go.set()
+        served.close()
 
 
 @pytest.fixture

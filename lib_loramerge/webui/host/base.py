@@ -131,6 +131,10 @@ class Host:
         self._reads_headers = True
         self._labels.fill(self.listing().files)
 
+    def labels_busy(self) -> bool:
+        """Whether base model and rank of some files are still being found."""
+        return self._labels.busy
+
     def wait_for_labels(self, timeout: float = 10.0) -> bool:
         return self._labels.wait(timeout)
 

@@ -465,7 +465,7 @@ class _Wiring:
 
     def _state(self, job: Job | None) -> Changes:
         known = self.jobs.list()
-        changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}")}
+        changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}", self.host.labels_busy())}
         if job is not None and job.finished:
             changes["result"] = render.job_result(job, self.host)
         elif job is not None:
