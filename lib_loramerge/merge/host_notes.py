@@ -78,11 +78,11 @@ def _biases(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan
     low_rank = [layer for layer in layers if layer.rank is not None and not _bias_alone(layer)]
     beside = sum(layer.bias for layer in low_rank)
     if beside:
-        notes.append(f"{_layers(beside)} also change a bias (diff_b): Forge applies it, A1111 ignores it.")
+        notes.append(f"A bias (diff_b) changes too in {_layers(beside)}: Forge applies it, A1111 ignores it.")
     alone = sum(_bias_alone(layer) for layer in layers)
     if alone:
         notes.append(
-            f"{_layers(alone)} change a bias alone, and nothing tells their width: Forge applies that, A1111 "
+            f"A bias alone changes in {_layers(alone)}, and nothing tells the width: Forge applies that, A1111 "
             "refuses the whole file. With the base model (--base CHECKPOINT) both will load it."
         )
     return notes
