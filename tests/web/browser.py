@@ -93,7 +93,7 @@ class Tab:
         """Open the page, or open it again."""
         self.page.goto(self.url)
         if self.title is not None:
-            self.page.locator("#tabs button").filter(has_text=self.title).first.click()
+            self._turn_to("tabs", self.title)
         self.page.wait_for_selector("#loramerge_merge")
         # The page's script has asked its first questions when the facts and the jobs carry a stamp.
         self.page.wait_for_selector("#loramerge_facts [data-stamp]", state="attached")
@@ -140,8 +140,11 @@ class Tab:
 
     def show_page(self, title: str) -> None:
         """Turn to another page of the tab."""
+        self._turn_to("loramerge_tabs", title)
+
+    def _turn_to(self, tabs: str, title: str) -> None:
         # The newest Gradio measures its tabs with copies that nobody sees.
-        heads = self.page.locator("#loramerge_tabs button:not([aria-hidden=true] *)")
+        heads = self.page.locator(f"#{tabs} button:not([aria-hidden=true] *)")
         heads.filter(has_text=title).first.click()
 
     def field(self, name: str) -> Any:
