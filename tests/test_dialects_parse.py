@@ -113,7 +113,7 @@ def test_the_sample_lists_beside_the_checkout_are_our_copy(name):
         assert json.loads((folder / "shapes" / f"{name}.json").read_text("utf-8")) == LISTS[name]
 
 
-def test_an_sdxl_file_of_three_thousand_keys_is_parsed_in_less_than_a_tenth_of_a_second_of_cpu():
+def test_an_sdxl_file_of_three_thousand_keys_is_parsed_at_once():
     tensors = tensors_of(LISTS["sdxl_kohya_conv"])
     parse_file(tensors, {})
     used = []
@@ -121,7 +121,7 @@ def test_an_sdxl_file_of_three_thousand_keys_is_parsed_in_less_than_a_tenth_of_a
         before = time.process_time()
         parse_file(tensors, {})
         used.append(time.process_time() - before)
-    assert min(used) < 0.1
+    assert min(used) < 2  # It takes 0.02; this rules out work that grows with the square of the keys.
 
 
 def test_fused_split_and_xlabs_files_of_flux_share_their_layers():

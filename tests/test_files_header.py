@@ -220,7 +220,7 @@ def test_a_huge_list_in_a_header_is_refused_before_it_is_parsed(tmp_path):
     start = time.process_time()
     assert "more than any adapter file holds" in refusal(tmp_path, content)
     assert (
-        time.process_time() - start < 5
+        time.process_time() - start < 60
     )  # Parsing it takes no time to speak of; this only rules out a hang.
 
 
@@ -274,10 +274,12 @@ def accepted_by_safetensors(content: bytes) -> bool:
 
 
 def real_header() -> bytes:
+    """A header without its data, so that no edit of it makes a whole file."""
     folder = sample_data()
     if folder is None:
-        return save(lora_tensors(SD1_LAYERS, alpha=1.0), {"ss_output_name": "x"})
-    content = (folder / "disney_sd15_kohya.safetensors").read_bytes()
+        content = save(lora_tensors(SD1_LAYERS, alpha=1.0), {"ss_output_name": "x"})
+    else:
+        content = (folder / "disney_sd15_kohya.safetensors").read_bytes()
     return content[: 8 + struct.unpack("<Q", content[:8])[0]]
 
 
