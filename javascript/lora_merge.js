@@ -255,6 +255,8 @@
         if (typeof window.updateInput === "function") window.updateInput(area);
         else area.dispatchEvent(new Event("input", { bubbles: true }));
         if (typeof window.switch_to_txt2img === "function") window.switch_to_txt2img();
+        // The page stays scrolled as it was; the other tab may begin far above the window.
+        requestAnimationFrame(() => area.scrollIntoView({ block: "nearest" }));
     }
 
     function onClick(event) {

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from lib_loramerge.files import model_hash
 from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import SERVED, Tab
+from tests.web.browser import PATIENCE, SERVED, Tab
 from tests.web.hosting import FakeHost
 
 MANY_LAYERS = {
@@ -159,6 +160,17 @@ def test_a_merge_can_be_tried_sent_to_the_prompt_and_then_saved(tab: Tab, host: 
     assert tab.page.locator("#txt2img_prompt textarea").input_value().endswith("<lora:kept:1>")
     recipe = json.loads(json.dumps(tab.draft()))
     assert recipe["row0.strength"] == 0.5
+
+
+def test_the_prompt_is_in_the_window_after_sending_to_it(tab: Tab, host: FakeHost) -> None:
+    tab.row(0, "style", 0.5)
+    tab.merge("sent")
+    tab.page.set_viewport_size({"width": 1400, "height": 400})
+    tab.page.locator("#loramerge_result .lm-send").click()
+    expect(tab.page.locator("#txt2img_prompt textarea")).to_be_in_viewport(timeout=PATIENCE)
+    assert tab.page.locator("#txt2img_prompt textarea").input_value().endswith("<lora:sent:1>")
+    tab.page.set_viewport_size({"width": 1400, "height": 1000})
+    tab.page.locator("#tabs button").filter(has_text="LoRA Merge").first.click()
 
 
 def test_an_error_in_the_middle_is_told_and_the_form_stays(tab: Tab, host: FakeHost) -> None:

@@ -3,6 +3,10 @@ function gradioApp() {
     return document;
 }
 
+function switch_to_txt2img() {
+    gradioApp().querySelector('#tabs').querySelectorAll('button')[0].click();
+}
+
 const uiCallbacks = {loaded: [], update: [], after: []};
 function onUiLoaded(callback) { uiCallbacks.loaded.push(callback); }
 function onUiUpdate(callback) { uiCallbacks.update.push(callback); }

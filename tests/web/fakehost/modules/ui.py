@@ -14,6 +14,8 @@ def create_ui():
         )
         gr.Textbox(label="Negative prompt", elem_id="txt2img_neg_prompt", show_label=False, lines=3)
         gr.Button("Generate", elem_id="txt2img_generate")
+        # The real page is longer than a window, too.
+        gr.HTML('<div style="height: 1500px"></div>')
     with gr.Blocks(analytics_enabled=False) as settings:
         for key, info in shared.opts.data_labels.items():
             _setting(key, info)
