@@ -355,8 +355,9 @@ def test_add_is_the_original_formula_and_its_error_is_told(tmp_path):
     assert report.error > 0.1
 
 
-def test_methods_that_mean_something_else_say_how_far_from_the_sum_they_are(folder):
-    report = merge(folder, "a:0.8", "b:-0.5", mode="average", rank="full")
+@pytest.mark.parametrize("mode", ["average", "ties"])  # Factors, and layers written whole.
+def test_methods_that_mean_something_else_say_how_far_from_the_sum_they_are(folder, mode):
+    report = merge(folder, "a:0.8", "b:-0.5", mode=mode, rank="full")
     wanted = weighted_sum([(folder / "a.safetensors", 0.8), (folder / "b.safetensors", -0.5)])
     distance = relative_error(dense_deltas(folder / "out.safetensors"), wanted)
     assert report.from_sum == pytest.approx(distance, rel=1e-6)

@@ -188,7 +188,7 @@ class Merger:
         try:
             if prepared.whole:
                 assert not isinstance(prepared.merged, Mixed)
-                return self._whole(layer, prepared.merged, prepared.bias, prepared.notes)
+                return self._whole(layer, prepared.merged, prepared.bias, prepared.notes, plain)
             if stored is None:
                 return self._absent(prepared)
             return self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
@@ -244,7 +244,12 @@ class Merger:
         return rounded.contiguous(), float(error), float(exact.double().square().sum())
 
     def _whole(
-        self, layer: LayerPlan, merged: Delta | None, bias: Tensor | None, notes: tuple[str, ...]
+        self,
+        layer: LayerPlan,
+        merged: Delta | None,
+        bias: Tensor | None,
+        notes: tuple[str, ...],
+        plain: Delta | None = None,
     ) -> MergedLayer:
         """A layer written as plain differences: ``diff``/``diff_b``, or ``w_norm``/``b_norm``."""
         if merged is None and bias is not None and layer.in_ and not layer.vector:
@@ -272,7 +277,8 @@ class Merger:
                     tensor = self._shaped(layer, tensor)
                 error_sq, exact_sq = error_sq + error, exact_sq + exact
                 tensors[self._key(prefix, slot)] = tensor
-        result = LayerResult(layer.layer, None, error_sq, exact_sq)
+        away = (0.0, 0.0) if plain is None or merged is None else relative_error(plain, merged)
+        result = LayerResult(layer.layer, None, error_sq, exact_sq, *away)
         return MergedLayer(tensors, result, None, bool(layer.kernel), notes, exact_sq)
 
     def _whole_slots(self, layer: LayerPlan) -> tuple[str, str]:

@@ -383,7 +383,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"The body is not JSON: {type(error).__name__}.") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise Refusal(400, f"The body is not JSON: {reason}.") from error
     if not isinstance(content, dict):
         raise Refusal(422, "The body must be a JSON object.")
     _check_limits(content, 0)

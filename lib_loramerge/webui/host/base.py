@@ -242,8 +242,8 @@ class Host:
                 return path
         close = nearest(text, self.checkpoints())
         raise UnknownNameError(
-            f"There is no checkpoint called {text}. "
-            + (f"Did you mean {' or '.join(close)}?" if close else "")
+            f"There is no checkpoint called {text}."
+            + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
 
     def _listed_checkpoint(self, title: str) -> Path | None:
