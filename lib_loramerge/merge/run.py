@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ class Progress:
 
     Attributes:
         phase: ``"look"`` (singular values for a size rule), ``"merge"`` or ``"write"``.
-        done, total: Layers.
+        done, total: Layers; tensors while writing.
         eta: Seconds left in this phase, once that can be told.
     """
 
@@ -111,14 +112,12 @@ def run_merge(
     tensors = {key: tensor for layer in merged for key, tensor in layer.tensors.items()} | embeddings
     _raise_if_cancelled(cancel)
     with clock.phase("write"):
-        if progress is not None:
-            progress(Progress("write", 0, len(merged)))
         written = write_file(
             output,
             tensors,
             _metadata(plan, output, merged, source_hashes),
             overwrite=overwrite,
-            stop=partial(_raise_if_cancelled, cancel),
+            stop=_write_step(len(tensors), progress, cancel),
             before_rename=partial(_raise_if_cancelled, cancel),
         )
     return _report(plan, output, merged, written, source_hashes, clock, merger.device)
@@ -132,6 +131,20 @@ def _embeddings(plan: MergePlan, merger: Merger) -> dict[str, Tensor]:
         stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.source.header.tensors[key].dtype)
         tensors[f"bundle_emb.{name}"] = reader.read(key).to(stored or torch.float32)
     return tensors
+
+
+def _write_step(
+    total: int, progress: Callable[[Progress], None] | None, cancel: Callable[[], bool] | None
+) -> Callable[[], None]:
+    """What is called before each tensor is written: tells how far the writing is, or stops it."""
+    written = itertools.count()
+
+    def step() -> None:
+        _raise_if_cancelled(cancel)
+        if progress is not None:
+            progress(Progress("write", next(written), total))
+
+    return step
 
 
 def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:

@@ -35,6 +35,8 @@ MAX_FINISHED = 50
 NOTIFY_SECONDS = 0.1
 # Writing is the last phase, and short: the bar is nearly full when it begins.
 WRITING_STARTS = 0.95
+# A size rule looks at every layer before it merges them.
+LOOKING_ENDS = 0.5
 
 Notes = list[str]
 
@@ -112,12 +114,11 @@ class Job:
         progress = self.progress
         if progress is None or not progress.total:
             return 0.0
-        share = min(1.0, progress.done / progress.total)
-        return (
-            WRITING_STARTS + (1 - WRITING_STARTS) * share
-            if progress.phase == "write"
-            else WRITING_STARTS * share
+        merging_starts = LOOKING_ENDS if self.request.recipe.size is not None else 0.0
+        start, end = {"look": (0.0, LOOKING_ENDS), "write": (WRITING_STARTS, 1.0)}.get(
+            progress.phase, (merging_starts, WRITING_STARTS)
         )
+        return start + (end - start) * min(1.0, progress.done / progress.total)
 
     @property
     def eta(self) -> float | None:

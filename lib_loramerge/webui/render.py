@@ -187,7 +187,7 @@ STATES = {
     "failed": "Not merged",
     "cancelled": "Cancelled",
 }
-PHASES = {"read": "Reading", "merge": "Merging", "write": "Writing"}
+PHASES = {"look": "Reading", "merge": "Merging", "write": "Writing"}
 
 
 def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels_busy: bool = False) -> str:
@@ -216,7 +216,7 @@ def _job(job: Job) -> str:
         return f'<div class="lm-job">{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
     share = max(0.0, min(1.0, job.fraction))
     parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
-    if job.progress and job.progress.total:
+    if job.progress and job.progress.total and job.progress.phase != "write":
         parts.append(f"{job.progress.done} / {job.progress.total} {say('layers')}")
     if job.eta is not None:
         parts.append(f"{say('time left')} {time_text(job.eta)}")

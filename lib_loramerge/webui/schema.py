@@ -126,7 +126,7 @@ PNG: Schema = text(format="binary")
 def job_schema() -> Schema:
     progress = object_of(
         {
-            "phase": text(enum=["read", "merge", "write"]),
+            "phase": text(enum=["look", "merge", "write"]),
             "done": {"type": "integer"},
             "total": {"type": "integer"},
             "layer": text(),

@@ -6,6 +6,7 @@ import json
 import pkgutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from lib_loramerge.webui import jobs as jobs_module
 from lib_loramerge.webui import sidecar
 from lib_loramerge.webui.host import ConflictError, StandaloneHost, WebuiHost
 from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.schema import job_schema
 from lib_loramerge.webui.sidecar import UserMetadata
 from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, weighted_sum
 from tests.web.inprocess import fake_modules
@@ -302,16 +304,24 @@ def test_the_name_may_be_taken_while_a_job_waits(queue, gate, folder):
     assert (folder / "second.safetensors").read_bytes() == b"mine"
 
 
-def test_progress_is_told_while_a_job_runs(queue):
+@pytest.mark.parametrize(("size", "phases"), [(None, ["merge", "write"]), (1, ["look", "merge", "write"])])
+def test_progress_is_told_while_a_job_runs_and_never_goes_back(queue, monkeypatch, size, phases):
     seen = []
-    job = queue.submit(MergeRequest(BOTH, "merged"))
-    version = -1
-    while not job.finished:
-        version = queue.wait(version, 0.5)
-        seen.append((job.state, job.fraction))
-    assert job.progress is not None
-    assert job.progress.total > 0
-    assert [fraction for _, fraction in seen] == sorted(fraction for _, fraction in seen)
+    tell = queue._tell
+
+    def telling(job, progress):
+        tell(job, progress)
+        seen.append((progress.phase, job.fraction, progress.done, progress.total))
+
+    monkeypatch.setattr(queue, "_tell", telling)
+    recipe = replace(BOTH, mode="svd", size=size)
+    job = end(queue, queue.submit(MergeRequest(recipe, "merged")))
+    assert job.state == "done", job.error
+    assert list(dict.fromkeys(phase for phase, *_ in seen)) == phases
+    assert set(phases) <= set(job_schema()["properties"]["progress"]["properties"]["phase"]["enum"])
+    assert [fraction for _, fraction, *_ in seen] == sorted(fraction for _, fraction, *_ in seen)
+    writing = [(done, total) for phase, _, done, total in seen if phase == "write"]
+    assert writing == [(done, len(writing)) for done in range(len(writing))]
 
 
 def test_waiting_for_a_change_ends_by_itself(queue):
