@@ -378,6 +378,9 @@ class JobQueue:
         with self._changed:
             job.report, job.output, job.prompt_name = merged.report, merged.output, merged.output.stem
             job.notes = tuple(notes)
+            if job.progress is not None:
+                # Writing tells of its beginning only; who reads the numbers later is to see all layers done.
+                job.progress = replace(job.progress, done=job.progress.total)
             self._finish(job, DONE)
 
     def _merge(self, job: Job) -> _Merged:

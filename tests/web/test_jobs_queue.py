@@ -109,6 +109,7 @@ def test_a_job_writes_the_weighted_sum_and_its_report(queue, folder):
     assert content["output"] == "merged.safetensors"
     assert str(folder) not in json.dumps(content), "no folder of this machine is told"
     assert job.fraction == 1.0
+    assert content["progress"]["done"] == content["progress"]["total"] > 0
 
 
 def test_later_jobs_wait_their_turn_one_at_a_time(queue, gate):
