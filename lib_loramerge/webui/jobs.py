@@ -379,7 +379,7 @@ class JobQueue:
             job.report, job.output, job.prompt_name = merged.report, merged.output, merged.output.stem
             job.notes = tuple(notes)
             if job.progress is not None:
-                # Writing tells of its beginning only; who reads the numbers later is to see all layers done.
+                # Each step is told before it is done; who reads the numbers later is to see all of it done.
                 job.progress = replace(job.progress, done=job.progress.total)
             self._finish(job, DONE)
 
