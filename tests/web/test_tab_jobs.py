@@ -58,6 +58,18 @@ def fill(tab: Tab, name: str, lora: str = "many") -> None:
     tab.fill("name", name)
 
 
+def test_the_page_stands_still_while_it_asks_the_server(tab: Tab) -> None:
+    """The page asks again and again; an empty place must not grow and shrink meanwhile."""
+    tab.row(1, "style")
+    tab.wait_for_facts("LoRAs 1")
+    heights = tab.page.evaluate(
+        "() => new Promise((done) => { const seen = new Set(), end = performance.now() + 3000;"
+        " const look = () => { seen.add(document.querySelector('#loramerge_jobs').offsetHeight);"
+        " performance.now() < end ? requestAnimationFrame(look) : done([...seen]); }; look(); })"
+    )
+    assert heights == [0]
+
+
 def left_behind(folder: Path, name: str) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if name in path.name)
 

@@ -150,7 +150,7 @@ CONTROLS = (
     Control(
         "mode",
         "Dropdown",
-        {"label": "Mode", "choices": [], "scale": 2, "min_width": 200},
+        {"label": "Mode", "choices": [], "scale": 3, "min_width": 210},
         "How the LoRAs become one. The sentence below says what it does.",
         ("recipe.mode",),
     ),
@@ -211,7 +211,7 @@ CONTROLS = (
     Control(
         "device",
         "Dropdown",
-        {"label": "Device", "choices": [], "scale": 2, "min_width": 160},
+        {"label": "Device", "choices": [], "scale": 1, "min_width": 110},
         ("Where the arithmetic runs. The CPU is fast enough for almost every merge and needs no VRAM."),
         ("recipe.device",),
     ),
