@@ -220,6 +220,38 @@ def test_stopping_between_two_tensors_leaves_everything_as_it_was(tmp_path, way)
     assert os.listdir(tmp_path) == []
 
 
+@POSIX
+def test_stopping_does_not_wait_for_a_slow_disk(tmp_path, way, monkeypatch):
+    flushing, disk = threading.Event(), threading.Event()
+
+    def slow(number: int) -> None:
+        flushing.set()
+        disk.wait(60)
+
+    def stop() -> None:
+        if flushing.is_set():
+            raise Cancelled("Stopped.")
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(Cancelled):
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA, stop=stop)
+    assert not disk.is_set()
+    assert os.listdir(tmp_path) == []
+    disk.set()
+
+
+@POSIX
+def test_a_disk_that_fails_at_the_end_is_told_by_every_way_of_waiting(tmp_path, way, monkeypatch):
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for stop in (None, lambda: None):
+        with pytest.raises(OutputError, match="disk is full"):
+            write_file(tmp_path / "a.safetensors", TENSORS, METADATA, stop=stop)
+        assert os.listdir(tmp_path) == []
+
+
 def test_what_is_written_again_under_another_name_is_what_would_have_been_written_there(tmp_path, way):
     """Scalars, half precision and whole layers; the bytes are those of a first writing."""
     tensors = {**TENSORS, "x.diff": torch.randn(3, 5), "x.alpha": torch.tensor(2.0, dtype=torch.bfloat16)}

@@ -283,6 +283,35 @@ def _remove_abandoned(temporary: str) -> None:
         os.close(number)
 
 
+def to_disk(number: int, stop: Callable[[], None] | None = None) -> None:
+    """Wait until the bytes of an open file are durable.
+
+    Args:
+        number: The file's descriptor.
+        stop: Called often meanwhile, since a slow disk takes its time; what it raises ends the waiting.
+    """
+    if stop is None or os.name == "nt":  # Which removes no file that another thread still flushes.
+        os.fsync(number)
+        return
+    copy, done = os.dup(number), threading.Event()
+    failed: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            os.fsync(copy)
+        except OSError as error:
+            failed.append(error)
+        finally:
+            os.close(copy)
+            done.set()
+
+    threading.Thread(target=flush, name="loramerge-flush", daemon=True).start()
+    while not done.wait(0.1):
+        stop()
+    if failed:
+        raise failed[0]
+
+
 def _flush_folder(folder: Path) -> None:
     """Make a new name durable; Windows and some network disks have no way to."""
     if os.name == "nt":

@@ -21,7 +21,7 @@ from lib_loramerge.files.decode import tensor_bytes
 from lib_loramerge.files.hashes import hashing
 from lib_loramerge.files.header import DTYPE_BITS
 from lib_loramerge.files.pickled import torch_dtypes
-from lib_loramerge.files.place import check_space, check_target, output
+from lib_loramerge.files.place import check_space, check_target, output, to_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,7 @@ def write_file(
     *,
     overwrite: bool = False,
     stop: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     before_rename: Callable[[], None] | None = None,
 ) -> Written:
     """Write a safetensors file; the two ``sshs_`` hashes are added to its metadata.
@@ -82,7 +83,9 @@ def write_file(
         metadata: Texts for the header.
         overwrite: Replace a file that is there. Without it one that appears while this one
             is written is kept as well.
-        stop: Called before each tensor; what it raises stops the writing, and nothing is left.
+        stop: Called before each tensor, and often while the disk is waited for; what it raises stops the
+            writing, and nothing is left.
+        progress: Called before each tensor with how many are written, and how many there are.
         before_rename: Called when all is on disk but nothing has the name yet; what it
             raises stops the writing, and nothing is left.
 
@@ -96,7 +99,7 @@ def write_file(
     def data(entry: _Entry) -> memoryview:
         return _bytes_of(tensors[entry.key], entry, Path(path))
 
-    return _write(Path(path), entries, data, metadata, overwrite, stop, before_rename)
+    return _write(Path(path), entries, data, metadata, overwrite, stop, progress, before_rename)
 
 
 def write_again(
@@ -122,7 +125,7 @@ def write_again(
     def data(entry: _Entry) -> memoryview:
         return memoryview(source.data_bytes(entry.key))
 
-    return _write(Path(path), entries, data, metadata, overwrite, stop, stop)
+    return _write(Path(path), entries, data, metadata, overwrite, stop, None, stop)
 
 
 def _write(
@@ -132,6 +135,7 @@ def _write(
     metadata: Mapping[str, str],
     overwrite: bool,
     stop: Callable[[], None] | None,
+    progress: Callable[[int, int], None] | None,
     before_rename: Callable[[], None] | None,
 ) -> Written:
     """Header, data in the order of ``entries``, then the header again with the hashes."""
@@ -142,9 +146,11 @@ def _write(
     check_space(path.parent, len(head) + total)
     with output(path, overwrite) as file, hashing(_legacy_head(entries, texts)) as hashes:
         file.write(head)
-        for entry in entries:
+        for done, entry in enumerate(entries):
             if stop is not None:
                 stop()
+            if progress is not None:
+                progress(done, len(entries))
             data = data_of(entry)
             hashes.add(data)
             file.write(data)
@@ -153,7 +159,7 @@ def _write(
         texts |= {"sshs_legacy_hash": legacy_hash, "sshs_model_hash": model_hash}
         file.write(header_json(entries, texts))
         file.flush()
-        os.fsync(file.fileno())
+        to_disk(file.fileno(), stop)
         if before_rename is not None:
             before_rename()
     return Written(path, len(head) + total, model_hash, legacy_hash)

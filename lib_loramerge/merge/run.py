@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +116,8 @@ def run_merge(
             tensors,
             _metadata(plan, output, merged, source_hashes),
             overwrite=overwrite,
-            stop=_write_step(len(tensors), progress, cancel),
+            stop=partial(_raise_if_cancelled, cancel),
+            progress=progress and (lambda done, total: progress(Progress("write", done, total))),
             before_rename=partial(_raise_if_cancelled, cancel),
         )
     return _report(plan, output, merged, written, source_hashes, clock, merger.device)
@@ -131,20 +131,6 @@ def _embeddings(plan: MergePlan, merger: Merger) -> dict[str, Tensor]:
         stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.source.header.tensors[key].dtype)
         tensors[f"bundle_emb.{name}"] = reader.read(key).to(stored or torch.float32)
     return tensors
-
-
-def _write_step(
-    total: int, progress: Callable[[Progress], None] | None, cancel: Callable[[], bool] | None
-) -> Callable[[], None]:
-    """What is called before each tensor is written: tells how far the writing is, or stops it."""
-    written = itertools.count()
-
-    def step() -> None:
-        _raise_if_cancelled(cancel)
-        if progress is not None:
-            progress(Progress("write", next(written), total))
-
-    return step
 
 
 def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
