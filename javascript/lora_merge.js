@@ -56,11 +56,14 @@
     }
 
     // What the server proposes for fields, each only as long as it holds what the server saw.
-    window.loramergeTake = (names, values) => names.map((name, index) => {
-        const [seen, wanted] = proposals()[name] || [null, undefined];
-        const now = values[index] === undefined || values[index] === null ? "" : values[index];
-        return wanted === undefined || (seen !== null && seen !== now) ? values[index] : wanted;
-    });
+    window.loramergeTake = (names, values) => {
+        const proposed = proposals();
+        return names.map((name, index) => {
+            const [seen, wanted] = proposed[name] || [null, undefined];
+            const now = values[index] === undefined || values[index] === null ? "" : values[index];
+            return wanted === undefined || (seen !== null && seen !== now) ? values[index] : wanted;
+        });
+    };
 
     window.loramergePrompt = () => {
         const words = pageWords();

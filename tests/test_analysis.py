@@ -307,6 +307,10 @@ def pair(name: str, up: str = "lora_B.weight", down: str = "lora_A.weight", in_:
     return {f"{name}.{up}": (64, 2), f"{name}.{down}": (2, in_)}
 
 
+def kohya_pair(name: str, in_: int = 64) -> dict:
+    return pair(name, "lora_up.weight", "lora_down.weight", in_)
+
+
 @pytest.mark.parametrize(
     ("tensors", "verdicts"),
     [
@@ -340,12 +344,12 @@ def pair(name: str, up: str = "lora_B.weight", down: str = "lora_A.weight", in_:
             id="XLabs",
         ),
         pytest.param(
-            pair("lora_unet_double_blocks_0_img_mlp_0", "lora_up.weight", "lora_down.weight"),
+            kohya_pair("lora_unet_double_blocks_0_img_mlp_0"),
             {**dict.fromkeys(COMFY, "yes"), "SD.Next": "no: it takes this spelling only with an alpha"},
             id="Flux without alpha",
         ),
         pytest.param(
-            pair("lora_unet_joint_blocks_0_x_block_attn_proj", "lora_up.weight", "lora_down.weight", 1536),
+            kohya_pair("lora_unet_joint_blocks_0_x_block_attn_proj", 1536),
             {"Forge": "yes", "reForge": "yes", "SD.Next": "no: it takes SD3 only in the diffusers spelling"},
             id="SD3 of kohya",
         ),
@@ -385,18 +389,14 @@ def pair(name: str, up: str = "lora_B.weight", down: str = "lora_A.weight", in_:
             id="new GLoRA",
         ),
         pytest.param(
-            {**SDXL_K, **pair("lora_unet_add_embedding_linear_1", "lora_up.weight", "lora_down.weight")},
+            {**SDXL_K, **kohya_pair("lora_unet_add_embedding_linear_1")},
             {"A1111": "yes, but it leaves out 2 tensors, such as lora_unet_add_emb", "Forge": "yes"},
             id="SDXL in diffusers names",
         ),
         pytest.param(
             {
                 **SDXL_K,
-                **pair(
-                    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
-                    "lora_up.weight",
-                    "lora_down.weight",
-                ),
+                **kohya_pair("lora_te2_text_model_encoder_layers_0_self_attn_q_proj"),
             },
             {"A1111": "yes, but it leaves out 2 tensors, such as lora_te2_", "Forge": "yes"},
             id="q alone of OpenCLIP",
@@ -404,7 +404,7 @@ def pair(name: str, up: str = "lora_B.weight", down: str = "lora_A.weight", in_:
         pytest.param(
             {
                 **SD1_K,
-                **pair(f"{MID_KOHYA}attn1_to_q", "lora_up.weight", "lora_down.weight"),
+                **kohya_pair(f"{MID_KOHYA}attn1_to_q"),
                 **{
                     f"{MID_KOHYA}attn2_to_k.bias_{end}": shape
                     for end, shape in (

@@ -123,7 +123,8 @@ def decompose(
         small, gains, parts = small or grams(delta), delta.component_gains(), delta.parts
     energy, inputs = sizes(small, gains, parts)
     size = inputs if size is None else size
-    low, solve = _root(small.down, delta.terms()[1] if isinstance(delta, Mixed) else None)
+    terms = _terms(delta.lengths[1], delta.right) if isinstance(delta, Mixed) else None
+    low, solve = _root(small.down, terms)
     weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
     core = weighted.mT @ small.up @ weighted
     if not vectors:
@@ -173,8 +174,18 @@ def sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:
     if not isinstance(spectrum.source, Mixed):
         return True
     wanted = _LOSS * spectrum.values[: left.shape[1]].sqrt()
-    terms = (length @ mixing.abs() for length, mixing in zip(spectrum.source.lengths, (left, right)))
+    terms = map(_terms, spectrum.source.lengths, (left, right))
     return all(bool((term <= wanted).all()) for term in terms)
+
+
+def _terms(lengths: Tensor, mixing: Tensor) -> Tensor:
+    """(k,) the lengths of what mixed rows or columns are sums of: more than theirs where terms cancel.
+
+    Args:
+        lengths: (R,) of the rows or columns before.
+        mixing: (R, k).
+    """
+    return lengths @ mixing.abs()
 
 
 def lacks_double(device: torch.device) -> bool:

@@ -138,11 +138,6 @@ class Mixed:
     def in_(self) -> int:
         return self.down.shape[1]
 
-    def terms(self) -> tuple[Tensor, Tensor]:
-        """(k,) float64 each: the lengths of what every column of ``up @ left``, and every row of
-        ``right^T @ down``, is the sum of. They are larger than the sums where terms cancel."""
-        return self.lengths[0] @ self.left.abs(), self.lengths[1] @ self.right.abs()
-
     def dense(self) -> Tensor:
         """The delta weight itself, (out, in * kh * kw) float64."""
         left, right = self.left.to(self.up.device), self.right.to(self.up.device)
