@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib_loramerge.delta import LowRank, parallel_map, single_thread, stack, write_layer, write_layers
+from lib_loramerge.delta import LowRank, own_settings, parallel_map, stack, write_layer, write_layers
 from lib_loramerge.errors import Cancelled
 from tests.delta_cases import low_rank
 
@@ -63,8 +63,8 @@ def test_threads_and_random_states_are_left_as_they_were():
         with pytest.raises(ZeroDivisionError):
             list(parallel_map(lambda job: 1 / 0, [1], workers=2))
         assert torch.get_num_threads() == 3
-        with single_thread():
-            with single_thread():
+        with own_settings():
+            with own_settings():
                 assert torch.get_num_threads() == 1
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
@@ -151,10 +151,47 @@ def test_layers_taken_together_come_out_as_one_by_one():
             )
 
 
-def test_taking_layers_together_turns_tf32_off_and_on_again():
+def precisions() -> list[object]:
+    """Every setting of torch for products of float32 numbers; an error where it cannot be read."""
+    looks = (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+    )
+    found: list[object] = []
+    for look in looks:
+        try:
+            found.append(look())
+        except (AttributeError, RuntimeError) as error:
+            found.append(type(error))
+    return found
+
+
+def shared_setting() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def named_setting() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def setting_of_one_backend() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("turn_on", [shared_setting, named_setting, setting_of_one_backend])
+def test_products_have_full_precision_whatever_the_host_has_turned_on_and_that_is_back_afterwards(turn_on):
+    plain = precisions()
+    turn_on()
     try:
-        write_layers(layers()[:1], torch.float16, [lambda spectrum: 4])
-        assert torch.backends.cuda.matmul.allow_tf32
+        wanted = precisions()
+        assert wanted != plain
+        seen = list(parallel_map(lambda _: precisions(), range(3), workers=2))
+        assert precisions() == wanted
+        write_layers(layers()[:1], torch.float16, [lambda spectrum: seen.append(precisions()) or 4])
+        assert precisions() == wanted
+        for while_working in seen:
+            assert not {True, "medium", "high", "tf32", "bf16"} & set(while_working)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")

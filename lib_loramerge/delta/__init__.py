@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .core import NOISE, Spectrum, decompose, gram, grams, truncate
+from .core import NOISE, Spectrum, as_double, decompose, gram, grams, truncate
 from .dense import decompose_dense, truncate_dense
 from .measure import (
     Overlap,
@@ -19,8 +19,8 @@ from .measure import (
     sign_conflict,
 )
 from .storing import Stored, realize, store, store_truncated, write_layer
-from .threads import available_cores, parallel_map, single_thread
-from .together import full_precision, write_layers
+from .threads import available_cores, own_settings, parallel_map
+from .together import write_layers
 from .types import (
     Delta,
     Dense,
@@ -30,6 +30,7 @@ from .types import (
     Merged,
     Mixed,
     check_same_shape,
+    moved,
     place_rows,
     scaled,
     stack,
@@ -49,20 +50,22 @@ __all__ = [
     "Overlaps",
     "Spectrum",
     "Stored",
+    "as_double",
     "available_cores",
     "check_same_shape",
     "conflict_of",
     "cosine",
     "decompose",
     "decompose_dense",
-    "full_precision",
     "gram",
     "grams",
     "inner",
     "inner_products",
+    "moved",
     "norm",
     "overlap",
     "overlaps",
+    "own_settings",
     "parallel_map",
     "place_rows",
     "realize",
@@ -70,7 +73,6 @@ __all__ = [
     "sampled_rows",
     "scaled",
     "sign_conflict",
-    "single_thread",
     "stack",
     "store",
     "store_truncated",

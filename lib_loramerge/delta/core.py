@@ -74,7 +74,7 @@ def gram(rows: Tensor) -> Tensor:
     chunk = max(_CHUNK // max(rank, 1), 64)
     total = None
     for start in range(0, length, chunk):
-        product = _lower(_double(rows[..., start : start + chunk]))
+        product = _lower(as_double(rows[..., start : start + chunk]))
         total = product if total is None else total.add_(product)
     if total is None:
         return rows.new_zeros((*rows.shape[:-1], rank), dtype=torch.float64)
@@ -97,10 +97,7 @@ def _lower(piece: Tensor) -> Tensor:
 
 def grams(delta: LowRank) -> Grams:
     """The Gram matrices of a delta's factors, without its gains."""
-    up, down = delta.up.mT, delta.down
-    if lacks_double(up.device):
-        up, down = up.cpu(), down.cpu()
-    return Grams(gram(up).cpu(), gram(down).cpu())
+    return Grams(gram(delta.up.mT).cpu(), gram(delta.down).cpu())
 
 
 def decompose(
@@ -158,14 +155,11 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
         raise ValueError("this spectrum was made without vectors")
     rank = min(rank, spectrum.rank)
     left, right = spectrum.mixing(rank)
-    source_up, source_down = spectrum.source.up, spectrum.source.down
     if not sums_hold(spectrum, left, right):
         dtype = torch.float64
-    if dtype == torch.float64 and lacks_double(source_up.device):
-        source_up, source_down = source_up.cpu(), source_down.cpu()
-    device = source_up.device
-    up = source_up.to(dtype) @ left.to(dtype).to(device)
-    down = right.mT.contiguous().to(dtype).to(device) @ source_down.to(dtype)
+    device = spectrum.source.up.device
+    up = spectrum.source.up.to(dtype) @ left.to(dtype).to(device)
+    down = right.mT.contiguous().to(dtype).to(device) @ spectrum.source.down.to(dtype)
     return LowRank(up, down, float(rank), spectrum.source.kernel)
 
 
@@ -188,12 +182,7 @@ def _terms(lengths: Tensor, mixing: Tensor) -> Tensor:
     return lengths @ mixing.abs()
 
 
-def lacks_double(device: torch.device) -> bool:
-    """Whether float64 is missing, or only emulated, on a device."""
-    return device.type in ("mps", "xpu")
-
-
-def _double(tensor: Tensor) -> Tensor:
+def as_double(tensor: Tensor) -> Tensor:
     """In float64. Half precision goes by way of float32, which torch does three times as fast."""
     return tensor.double() if tensor.element_size() >= 4 else tensor.float().double()
 

@@ -22,7 +22,7 @@ def norm(delta: Delta) -> float:
 
 
 def inner(a: Delta, b: Delta) -> float:
-    """Frobenius inner product ``sum(a * b)``, in float64."""
+    """Frobenius inner product ``sum(a * b)``, in float64, of two deltas on one device."""
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         left = a.component_gains()[:, None] * b.component_gains()
         return float((cross(a.up.mT, b.up.mT) * cross(a.down, b.down) * left.to(a.up.device)).sum())
@@ -139,8 +139,8 @@ def conflict_of(first: Tensor, second: Tensor) -> float:
 def relative_error(exact: Delta, written: Delta) -> tuple[float, float]:
     """Squared distance of ``written`` from ``exact``, and the squared norm of ``exact``.
 
-    Squares, so that they can be added over the layers of a file. Low-rank deltas that nearly agree go
-    through orthogonal factors, so that a distance of 1e-12 is still told right.
+    Both on one device. Squares, so that they can be added over the layers of a file. Low-rank deltas that
+    nearly agree go through orthogonal factors, so that a distance of 1e-12 is still told right.
     """
     if isinstance(exact, Dense) or isinstance(written, Dense):
         difference = exact.dense() - written.dense()
@@ -153,7 +153,8 @@ def relative_error(exact: Delta, written: Delta) -> tuple[float, float]:
 
 
 def _distance_by_qr(a: LowRank, b: LowRank) -> float:
-    left = torch.cat([a.up.double() * a.component_gains(), -b.up.double() * b.component_gains()], dim=1)
+    gains = [delta.component_gains().to(delta.up.device) for delta in (a, b)]
+    left = torch.cat([a.up.double() * gains[0], -b.up.double() * gains[1]], dim=1)
     right = torch.cat([a.down.double(), b.down.double()])
     r_left, r_right = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.mT, mode="r").R
     return float(((r_left @ r_right.mT) ** 2).sum())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import NOISE, Spectrum, decompose, gram, grams, lacks_double, sizes, truncate
+from .core import NOISE, Spectrum, decompose, gram, grams, sizes, truncate
 from .dense import decompose_dense
 from .types import Dense, Grams, LowRank, Merged
 
@@ -67,21 +67,11 @@ def write_layer(
     Returns:
         None when nothing is left of the layer (weights 0, or inputs that cancel).
     """
-    delta = _with_double(delta)
     if choose is None and isinstance(delta, LowRank):
         return store(delta, dtype, fixed_alpha=fixed_alpha)
     spectrum = decompose_dense(delta, most) if isinstance(delta, Dense) else decompose(delta)
     rank = choose(spectrum) if choose else spectrum.rank
     return store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha) if rank else None
-
-
-def _with_double(delta: Merged) -> Merged:
-    """The delta where float64 can be had."""
-    if isinstance(delta, Dense):
-        return replace(delta, weight=delta.weight.cpu()) if lacks_double(delta.weight.device) else delta
-    if not lacks_double(delta.up.device):
-        return delta
-    return replace(delta, up=delta.up.cpu(), down=delta.down.cpu())
 
 
 def store_truncated(

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,20 +19,20 @@ _Result = TypeVar("_Result")
 
 _lock = threading.Lock()
 _running = 0
-_before = 1
+_restore: Callable[[], object] = bool
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """One torch thread per operation while inside; the process's own setting is back afterwards.
+def own_settings() -> Iterator[None]:
+    """torch as our arithmetic needs it while inside; the process's own settings are back afterwards.
 
-    Several may be inside at once; the last one out restores.
+    One thread per operation, and float32 products in full precision, whatever the host has turned on for its
+    pictures (TF32, bfloat16). Several may be inside at once; the last one out restores.
     """
-    global _running, _before
+    global _running, _restore
     with _lock:
         if _running == 0:
-            _before = torch.get_num_threads()
-            torch.set_num_threads(1)
+            _restore = _take_settings()
         _running += 1
     try:
         yield
@@ -40,7 +40,36 @@ def single_thread() -> Iterator[None]:
         with _lock:
             _running -= 1
             if _running == 0:
-                torch.set_num_threads(_before)
+                _restore()
+
+
+def _take_settings() -> Callable[[], None]:
+    """Make the settings ours; returns what brings the old ones back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # From torch 2.9 each backend has a setting of its own beside the old one for all of them, and the old one
+    # cannot be read where they differ.
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    own = [(part, part.fp32_precision) for part in backends if hasattr(part, "fp32_precision")]
+    try:
+        shared = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        shared = None
+    if shared is not None:
+        torch.set_float32_matmul_precision("highest")
+    else:
+        for part, _ in own:
+            part.fp32_precision = "ieee"
+
+    def restore() -> None:
+        torch.set_num_threads(threads)
+        if shared is not None:
+            torch.set_float32_matmul_precision(shared)
+        for part, before in own:
+            if part.fp32_precision != before:
+                part.fp32_precision = before
+
+    return restore
 
 
 def parallel_map(
@@ -67,7 +96,7 @@ def parallel_map(
     workers = workers or available_cores()
     waiting = iter(jobs)
     ahead: deque[Future[_Result]] = deque()
-    with single_thread():
+    with own_settings():
         pool = ThreadPoolExecutor(workers, thread_name_prefix="loramerge", initializer=_start_worker)
         complete = False
         try:

@@ -7,13 +7,12 @@ where LAPACK solves hundreds of them faster than an accelerator does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .core import Spectrum, decompose, gram, lacks_double, sums_hold
+from .core import Spectrum, decompose, gram, sums_hold
 from .storing import (
     Stored,
     roots_in_range,
@@ -22,7 +21,7 @@ from .storing import (
     working_dtype,
     write_layer,
 )
-from .threads import parallel_map
+from .threads import own_settings, parallel_map
 from .types import Dense, Grams, LowRank, Merged, Mixed
 
 _TOGETHER = 32  # Layers in one batch: their float64 copies stay below a few hundred MB.
@@ -57,7 +56,7 @@ def write_layers(
         else:
             limit = most[index] if most else None
             results[index] = _on_cpu(write_layer(delta, dtype, rule, most=limit, fixed_alpha=fixed_alpha))
-    with full_precision():
+    with own_settings():
         for members in groups.values():
             for start in range(0, len(members), _TOGETHER):
                 batch = members[start : start + _TOGETHER]
@@ -66,17 +65,6 @@ def write_layers(
                 for index, stored in zip(batch, _write_batch(low, dtype, rules, workers, fixed_alpha)):
                     results[index] = stored
     return results
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products without TF32, which the host may have turned on."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _write_batch(
@@ -121,8 +109,6 @@ def _store_batch(
     mixings = [spectrum.mixing(rank) for spectrum in spectra if spectrum.mixing]
     side = max(ups.shape[-2], downs.shape[-1])
     work = torch.float32 if torch.finfo(dtype).bits < 32 else torch.float64
-    if work == torch.float64 and lacks_double(ups.device):
-        ups, downs = ups.cpu(), downs.cpu()
     left = torch.stack([left for left, _ in mixings]).to(work).to(ups.device)
     right = torch.stack([right for _, right in mixings]).to(work).to(ups.device)
     up, down = ups.to(work) @ left, right.mT @ downs.to(work)
@@ -146,8 +132,7 @@ def _store_batch(
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Gram matrices on the CPU; devices without float64 leave the work to it."""
-    return gram(rows.cpu() if lacks_double(rows.device) else rows).cpu()
+    return gram(rows).cpu()
 
 
 def _on_cpu(stored: Stored | None) -> Stored | None:

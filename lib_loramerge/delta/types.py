@@ -164,6 +164,14 @@ class LayerDelta:
     notes: tuple[str, ...] = ()
 
 
+def moved(delta: Delta, device: torch.device) -> Delta:
+    """The delta with its factors, or its weight, on a device."""
+    if isinstance(delta, LowRank):
+        return replace(delta, up=delta.up.to(device), down=delta.down.to(device))
+    start = None if delta.start is None else delta.start.to(device)
+    return replace(delta, weight=delta.weight.to(device), start=start)
+
+
 def place_rows(delta: Delta, spans: Sequence[tuple[int, int]], total: int) -> Delta:
     """Put a split layer (q of a fused qkv, say) into its rows of the fused one; other rows are zero.
 

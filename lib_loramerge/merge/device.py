@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from ..errors import RecipeError
+from .input_notes import WITHOUT_DOUBLE
 
 
 def compute_device(name: str) -> torch.device:
-    """The torch device that a recipe's ``device`` means.
+    """The torch device that does the arithmetic for a recipe's ``device``.
 
     ``auto`` is the CPU: the arithmetic is small there, exact, and leaves the
-    graphics memory to the model that is loaded.
+    graphics memory to the model that is loaded. It also stands in for devices
+    that have no float64, and a note of the plan says so.
 
     Raises:
         RecipeError: Not a device, or none that this machine has.
@@ -28,7 +30,7 @@ def compute_device(name: str) -> torch.device:
         raise RecipeError(f"This machine has no {name}. It has {', '.join(devices())}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"This machine has no {name}. It has {', '.join(devices())}.")
-    return device
+    return torch.device("cpu") if device.type in WITHOUT_DOUBLE else device
 
 
 def devices() -> list[str]:

@@ -17,6 +17,8 @@ _STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd
 # Kinds whose rank is a product of the ranks that they were trained at, and what people call a large one.
 _PRODUCTS = frozenset({"loha", "loha_tucker", "lokr"})
 _LARGE_RANK = 128
+# Accelerators without float64, or with an emulated one.
+WITHOUT_DOUBLE = ("mps", "xpu")
 
 
 def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
@@ -64,6 +66,13 @@ def unused_rank_notes(recipe: MergeRecipe, method: MergeMethod) -> list[str]:
     return [
         f"Mode {method.name} keeps all ranks, so the rank that was given does not count. Mode svd cuts to it."
     ]
+
+
+def device_notes(recipe: MergeRecipe) -> list[str]:
+    """A device that cannot do the arithmetic."""
+    if recipe.device.partition(":")[0] not in WITHOUT_DOUBLE:
+        return []
+    return [f"{recipe.device} has no 64-bit numbers, which exact sums need, so the CPU does the work."]
 
 
 def _is_product(plan: SourcePlan, layer: LayerPlan) -> bool:

@@ -21,6 +21,7 @@ from ..delta import (
     Stored,
     decompose,
     decompose_dense,
+    moved,
     norm,
     parallel_map,
     relative_error,
@@ -101,11 +102,12 @@ class Merger:
     def combine(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> tuple[Merged | None, Delta | None]:
         """The method's delta, and the plain weighted sum where that is another."""
         present = [index for index, entry in enumerate(inputs) if entry.weight is not None]
+        given = [entry.weight for entry in inputs if entry.weight is not None]
         if not present:
             return None, None
         if layer.vector:
             return Dense(self._vector(layer, [entry.weight for entry in inputs], layer.layer)), None
-        deltas = [_moved(inputs[index].weight, self.device) for index in present]
+        deltas = [moved(delta, self.device) for delta in given]
         weights = [layer.weights[index] for index in present]
         method = self.plan.method
         merged = method.merge(deltas, weights, self._context(layer, present), **self.plan.params)
@@ -319,7 +321,7 @@ class Merger:
         written_sq = max(0.0, exact_sq - error_sq)
         from_sum_sq = sum_sq = 0.0
         if plain is not None:
-            from_sum_sq, sum_sq = relative_error(plain, delta)
+            from_sum_sq, sum_sq = relative_error(plain, moved(delta, self.device))
         if plain is not None and self.approximate:
             error_sq, exact_sq, written_sq = from_sum_sq, sum_sq, norm(delta) ** 2
         tensors: dict[str, Tensor] = {}
@@ -375,16 +377,3 @@ def _size_sq(delta: Merged | None) -> float:
         return norm(delta) ** 2
     spectrum = decompose(delta, vectors=False)
     return spectrum.energy if spectrum.rank else 0.0
-
-
-def _moved(delta: Delta | None, device: torch.device) -> Delta:
-    assert delta is not None
-    if device.type == "cpu":
-        return delta
-    if isinstance(delta, LowRank):
-        return LowRank(
-            delta.up.to(device), delta.down.to(device), delta.alpha, delta.kernel, delta.parts, delta.gains
-        )
-    return Dense(
-        delta.weight.to(device), delta.kernel, None if delta.start is None else delta.start.to(device)
-    )

@@ -23,7 +23,7 @@ from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .host_notes import host_notes
-from .input_notes import input_notes, rank_notes, unused_rank_notes
+from .input_notes import device_notes, input_notes, rank_notes, unused_rank_notes
 from .sources import LayerShape, Source, SourcePart, open_source
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ def plan_merge(
             *input_notes(plans),
             *rank_notes(plans, layers, recipe),
             *unused_rank_notes(recipe, method),
+            *device_notes(recipe),
             *notes,
             *clashes,
             *host_notes(architecture, recipe.dialect, layers, len(embeddings)),

@@ -96,6 +96,7 @@ def run_merge(
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
         merger = stack.enter_context(open_merger(plan))
+        stack.enter_context(_enough_memory(merger.device))
         hashes = stack.enter_context(_background_hashes(plan, cancel))
         allotted = None
         if plan.recipe.size is not None:
@@ -131,6 +132,32 @@ def _embeddings(plan: MergePlan, merger: Merger) -> dict[str, Tensor]:
         stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.source.header.tensors[key].dtype)
         tensors[f"bundle_emb.{name}"] = reader.read(key).to(stored or torch.float32)
     return tensors
+
+
+@contextmanager
+def _enough_memory(device: torch.device) -> Iterator[None]:
+    """Memory is shared with the host's models: it may be too small, and an accelerator's is given back.
+
+    Raises:
+        OutputError: It is too small.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise OutputError(
+                f"The memory of {device} is too full for this merge. Choose the CPU, which needs none of it, "
+                "or unload the model first. Nothing was written."
+            ) from error
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise OutputError(
+                "The memory of this machine is too full for this merge. Close what else needs memory, or "
+                "unload the model first. Nothing was written."
+            ) from error
+        raise
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:

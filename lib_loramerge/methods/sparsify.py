@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank, decompose, full_precision, norm, stack, truncate
+from ..delta import Delta, Dense, LowRank, decompose, norm, stack, truncate
 
 _PIECE = 1 << 17  # Elements at a time on a processor: half a megabyte of float32. Even.
 _LARGE_PIECE = 1 << 24  # On an accelerator.
@@ -31,14 +31,11 @@ def elements(delta: Delta) -> Tensor:
     if isinstance(delta, Dense):
         return delta.weight.to(torch.float32, copy=True).contiguous()
     device = delta.up.device
-    work = torch.float32 if device.type == "mps" else torch.float64
-    up = delta.up.to(work) * delta.component_gains().to(device, work)
-    down = delta.down.to(work)
+    up, down = delta.up.double() * delta.component_gains().to(device), delta.down.double()
     result = torch.empty((delta.out, delta.in_), dtype=torch.float32, device=device)
     rows = max(1, _piece(device) // max(1, delta.in_))
-    with full_precision():
-        for start in range(0, delta.out, rows):
-            result[start : start + rows] = up[start : start + rows] @ down
+    for start in range(0, delta.out, rows):
+        result[start : start + rows] = up[start : start + rows] @ down
     return result
 
 

@@ -27,10 +27,10 @@ from ...delta import (
     LowRank,
     Mixed,
     Spectrum,
+    as_double,
     check_same_shape,
     decompose,
     decompose_dense,
-    full_precision,
     gram,
     grams,
     scaled,
@@ -109,12 +109,10 @@ class JointSpace:
         Made in float64: last bits that differ between factorisations could move an element over a threshold.
         """
         down = self.source.down
-        work = torch.float64 if _has_double(down.device) else torch.float32
         rows = []
-        with full_precision():
-            for own, span in zip(self.columns, self.spans):
-                mixed = (self.right[own, span] @ mixing[span]).mT.contiguous()
-                rows.append((mixed.to(down.device, work) @ _to(down[own], work)).float())
+        for own, span in zip(self.columns, self.spans):
+            mixed = (self.right[own, span] @ mixing[span]).mT.contiguous()
+            rows.append((mixed.to(down.device) @ as_double(down[own])).float())
         return rows
 
 
@@ -224,8 +222,7 @@ def _low_rank(delta: Delta) -> LowRank:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Gram matrix on the CPU; devices without float64 leave the work to it."""
-    return gram(rows if _has_double(rows.device) else rows.cpu()).cpu()
+    return gram(rows).cpu()
 
 
 def _roots(square: Tensor) -> Tensor:
@@ -243,15 +240,6 @@ def _mixed_gram(square: Tensor, blocks: Sequence[Tensor], places: Sequence[slice
         if i != j:
             result[spans[j], spans[i]] = part.mT
     return result
-
-
-def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half precision goes to float64 by way of float32, which torch does three times as fast."""
-    return tensor.to(dtype) if tensor.element_size() >= 4 else tensor.float().to(dtype)
-
-
-def _has_double(device: torch.device) -> bool:
-    return device.type not in ("mps", "xpu")
 
 
 def _no_columns(rows: int) -> Tensor:

@@ -395,7 +395,7 @@ class _Wiring:
         changes["seed"] = update(visible=found.random)
         changes["rows_message"] = update()
         changes["draft"] = json.dumps(
-            {name: value for name, value in values.items() if _worth_keeping(name, value)}
+            {name: value for name, value in values.items() if worth_keeping(name, value)}
         )
         return changes
 
@@ -541,7 +541,7 @@ def _with_values(changes: Changes, wanted: Form) -> Changes:
     return merged
 
 
-def _worth_keeping(name: str, value: object) -> bool:
+def worth_keeping(name: str, value: object) -> bool:
     """Whether a draft needs the value: most of a form is as it was made."""
     if name.startswith("row") and "." in name:
         return value != form.EMPTY_ROW[name.split(".", 1)[1]]
