@@ -46,6 +46,19 @@ def fresh_form() -> dict[str, Any]:
     return {**values, "mode": METHODS["svd"].label, "device": "CPU"}
 
 
+# Fields that the server fills by itself while nobody has.
+PROPOSED = ["name", "name_auto", "activation_text", "activation_auto"]
+# Whether the server has seen the wanted form: a LoRA may have its whole label by then.
+SEEN_AS_WANTED = """([wanted, proposed]) => {
+    const field = document.querySelector('#loramerge_draft textarea, #loramerge_draft input');
+    const seen = JSON.parse((field && field.value) || '{}');
+    const same = (name) => seen[name] === wanted[name]
+        || (name.endsWith('.lora') && String(seen[name]).startsWith(wanted[name] + ' \\u00b7 '))
+        || (proposed.includes(name) && !(name in wanted));
+    return [...Object.keys(seen), ...Object.keys(wanted)].every(same);
+}"""
+
+
 @contextmanager
 def launched() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -112,22 +125,23 @@ class Tab:
 
     def set_form(self, changes: dict[str, Any]) -> None:
         """A fresh form but for ``changes``, put in as the page puts back what a reload has lost."""
-        draft = {**fresh_form(), **changes}
+        from lib_loramerge.webui.tab.handlers import worth_keeping
+
+        wanted = {**fresh_form(), **changes}
+        kept = {name: value for name, value in wanted.items() if worth_keeping(name, value)}
         self.page.evaluate(
             "draft => { window.usualArgument = window.usualArgument || window.loramergeArgument;"
-            " window.loramergeArgument = name =>"
-            " name === 'restore' ? [draft] : window.usualArgument(name); }",
-            json.dumps(draft),
+            " window.loramergeArgument = name => {"
+            "   if (name !== 'restore') return window.usualArgument(name);"
+            "   window.loramergeArgument = window.usualArgument;"
+            "   return [draft]; };"
+            " const e = document.getElementById('loramerge_do_restore');"
+            " (e.tagName === 'BUTTON' ? e : e.querySelector('button')).click(); }",
+            json.dumps(wanted),
         )
-        self.page.evaluate(
-            "() => { const e = document.getElementById('loramerge_do_restore');"
-            " (e.tagName === 'BUTTON' ? e : e.querySelector('button')).click(); }"
-        )
-        self.expect_value("rows", str(draft["rows"]))
-        for name in draft:
-            if name in changes and name.endswith((".lora", ".blocks", ".elements", ".extra")):
-                self.expect_value(name.replace(".", "_"), re.compile(re.escape(str(changes[name]))))
-        self.page.evaluate("() => { window.loramergeArgument = window.usualArgument; }")
+        # Gradio asks for the argument some time after the click, and the answer takes its time again.
+        self.page.wait_for_function("() => window.loramergeArgument === window.usualArgument")
+        self.page.wait_for_function(SEEN_AS_WANTED, arg=[kept, PROPOSED])
 
     def press(self, name: str) -> None:
         self.page.locator(f"#loramerge_{name}").click()
