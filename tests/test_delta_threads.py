@@ -136,7 +136,7 @@ def test_layers_taken_together_come_out_as_one_by_one():
     jobs.append(LowRank(tiny.up * 1e-9, tiny.down, 32.0))
     rules = [lambda spectrum, most=8 + i % 2: min(most, spectrum.rank) for i in range(len(jobs))]
     for dtype in (torch.float16, torch.float32):
-        for one, delta, rule in zip(write_layers(jobs, dtype, rules, workers=2), jobs, rules, strict=True):
+        for one, delta, rule in zip(write_layers(jobs, dtype, rules), jobs, rules, strict=True):
             other = write_layer(delta, dtype, rule)
             if other is None:
                 assert one is None

@@ -1,43 +1,113 @@
-"""Layers merged many at once, as on an accelerator, are the layers merged one by one."""
+"""Layers written many at once are the layers written one by one."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lib_loramerge.blocks import bundled_preset_path, load_presets
-from lib_loramerge.files import LoraFolder
-from lib_loramerge.merge import plan_merge
-from lib_loramerge.merge.layer import open_merger
-from lib_loramerge.recipe import MergeRecipe, parse_inputs
-from tests.fixtures import SD1_LAYERS, make_lora
+from lib_loramerge.delta import LowRank, stack, together, write_layer, write_layers
+from lib_loramerge.errors import OutputError
+from lib_loramerge.merge import run_merge
+from tests import format_files as ff
+from tests.delta_cases import dense_sum, low_rank, optimum, size
+from tests.fixtures import SDXL_LAYERS, make_lora, weighted_sum
+
+Summands = tuple[list[LowRank], list[float]]
 
 
-def test_a_batch_gives_what_single_layers_give(tmp_path, monkeypatch):
-    from lib_loramerge.delta import write_layers
+def cases() -> dict[str, Summands]:
+    """Two deltas of one shape and their weights: ordinary ones, and all that is hard to take together."""
+    a, b = low_rank(64, 96, 8, seed=1), low_rank(64, 96, 8, seed=2)
+    gone = LowRank(b.up, b.down * torch.arange(8).clamp(max=1)[:, None], b.alpha)
+    tiny = [LowRank(delta.up * 1e-9, delta.down, delta.alpha) for delta in (a, b)]
+    return {
+        "ordinary": ([a, b], [0.8, -0.5]),
+        "another": ([b, low_rank(64, 96, 8, seed=3)], [1.0, 2.0]),
+        "one twice": ([a, a], [1.0, 0.5]),
+        "cancelled": ([a, a], [1.0, -1.0]),
+        "nearly cancelled": ([a, LowRank(a.up, a.down * (1 + 1e-4), a.alpha)], [1.0, -1.0]),
+        "a row of zeros": ([a, gone], [1.0, 1.0]),
+        "no strength": ([a, b], [0.0, 0.0]),
+        "very small": (tiny, [1.0, 1.0]),
+        "unbalanced": ([LowRank(a.up * 1e6, a.down * 1e-6, a.alpha), b], [1.0, 1.0]),
+    }
 
-    make_lora(tmp_path / "a.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=1)
-    make_lora(tmp_path / "b.safetensors", SD1_LAYERS, rank=6, alpha=6, seed=2)
-    recipe = MergeRecipe(inputs=parse_inputs(["a:0.8", "b:-0.5"]), rank=5)
-    plan = plan_merge(recipe, find=LoraFolder([tmp_path]).find, presets=load_presets([bundled_preset_path()]))
-    with open_merger(plan) as merger:
-        single = [merger.merge(layer, None) for layer in plan.layers]
-        # The batched route needs no accelerator, only to be taken.
-        monkeypatch.setattr(
-            merger,
-            "_store",
-            lambda prepared, allotted: write_layers(
-                [p.merged for p in prepared],
-                merger.dtype,
-                [merger._chooser(p.layer, p.merged, a) for p, a in zip(prepared, allotted)],
-            ),
-        )
-        batched = merger.merge_together(plan.layers, [None] * len(plan.layers))
-    for one, other in zip(single, batched, strict=True):
-        assert one.tensors.keys() == other.tensors.keys()
-        assert one.result.rank == other.result.rank == 5
-        up = next(t for k, t in one.tensors.items() if "lora_up" in k).double()
-        down = next(t for k, t in one.tensors.items() if "lora_down" in k).double()
-        up2 = next(t for k, t in other.tensors.items() if "lora_up" in k).double()
-        down2 = next(t for k, t in other.tensors.items() if "lora_down" in k).double()
-        torch.testing.assert_close(up2 @ down2, up @ down, rtol=1e-4, atol=1e-7)
-        assert abs(one.result.error - other.result.error) < 1e-6
+
+def sums() -> list[LowRank]:
+    return [stack(*case) for case in cases().values()]
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[int]:
+    """How many deltas went together, each time."""
+    counts: list[int] = []
+    original = together._Batch.of
+
+    def counting(deltas: list[LowRank]) -> object:
+        counts.append(len(deltas))
+        return original(deltas)
+
+    monkeypatch.setattr(together._Batch, "of", counting)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [5, 8, 16])
+def test_a_batch_gives_what_single_layers_give(batches, dtype, rank):
+    deltas = sums()
+    rules = [lambda spectrum: min(rank, spectrum.rank)] * len(deltas)
+    found = write_layers(deltas, dtype, rules)
+    assert batches == [len(deltas)]
+    for name, delta, one in zip(cases(), deltas, found, strict=True):
+        other = write_layer(delta, dtype, rules[0])
+        if other is None:
+            assert one is None, name
+            continue
+        assert (one.rank, one.alpha, one.up.dtype) == (other.rank, other.alpha, dtype), name
+        assert one.error_sq == pytest.approx(other.error_sq, rel=1e-3, abs=1e-12 * other.exact_sq), name
+        assert one.exact_sq == pytest.approx(other.exact_sq, rel=1e-9), name
+        coarse = 4 * torch.finfo(dtype).eps
+        assert size(one.delta().dense() - other.delta().dense()) <= coarse * size(other.delta().dense()), name
+
+
+@pytest.mark.parametrize("name", ["ordinary", "another", "one twice", "unbalanced"])
+def test_a_layer_of_a_batch_is_the_best_approximation_and_its_error_is_the_distance(name):
+    """By the singular value decomposition of the whole matrix."""
+    found = write_layers(sums(), torch.float32, [lambda s: min(5, s.rank)] * len(cases()))
+    stored = found[list(cases()).index(name)]
+    whole = dense_sum(*cases()[name])
+    distance = size(stored.delta().dense() - whole)
+    assert distance == pytest.approx(optimum(whole, 5)[1], rel=1e-6)
+    assert stored.error_sq**0.5 == pytest.approx(distance, rel=1e-5)
+
+
+def test_each_layer_of_a_batch_keeps_the_rank_of_its_own_rule(batches):
+    deltas = sums()[:3]
+    found = write_layers(deltas, torch.float16, [lambda s: 3, lambda s: 7, lambda s: 0])
+    assert batches == [3]
+    assert [stored and stored.rank for stored in found] == [3, 7, None]
+
+
+def test_a_layer_that_is_too_large_is_named(batches):
+    a, b = low_rank(64, 96, 8, seed=1), low_rank(64, 96, 8, seed=2)
+    deltas = [stack([a, b], [1.0, 1.0]), stack([LowRank(a.up * 1e30, a.down, a.alpha), b], [1e30, 1.0])]
+    with pytest.raises(OutputError, match=r"^second: .*too large to be saved as float16"):
+        write_layers(deltas, torch.float16, [lambda s: 16] * 2, names=["first", "second"], fixed_alpha=True)
+    assert batches == [2]
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_whole_files_are_the_exact_sum_and_the_same_bytes_from_any_number_of_threads(tmp_path, workers):
+    make_lora(tmp_path / "a.safetensors", SDXL_LAYERS, rank=4, alpha=2, seed=1)
+    make_lora(tmp_path / "b.safetensors", SDXL_LAYERS, rank=6, alpha=6, seed=2)
+    plan = ff.plan(tmp_path, "a:0.8", "b:-0.5", rank="full", dtype="float32")
+    for folder, threads in (("alone", 1), ("together", workers)):
+        (tmp_path / folder).mkdir()
+        run_merge(plan, tmp_path / folder / "out.safetensors", workers=threads)
+    alone, result = (tmp_path / folder / "out.safetensors" for folder in ("alone", "together"))
+    assert alone.read_bytes() == result.read_bytes()
+    wanted = weighted_sum([(tmp_path / "a.safetensors", 0.8), (tmp_path / "b.safetensors", -0.5)])
+    got, _ = ff.written(result)
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        ff.assert_close(got[name], tensor, 1e-6)

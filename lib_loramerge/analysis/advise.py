@@ -178,7 +178,7 @@ def advise(
         LoraMergeError: What the merge would refuse, too.
     """
     with open_merger(plan) as merger:
-        spectra = for_each_layer(plan.layers, merger.spectrum, "look", _timed(plan, progress), cancel)
+        spectra = for_each_layer(plan, merger.spectrum, "look", _timed(plan, progress), cancel)
     item = ITEM_BYTES[plan.dtype]
     layers, whole = [], metadata_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):

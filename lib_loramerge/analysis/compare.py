@@ -161,7 +161,7 @@ def compare(
             ]
             return _look(layer, pairs, present, len(plan.sources)) if present else (None, [])
 
-        by_layer = for_each_layer(plan.layers, look, "compare", progress, cancel)
+        by_layer = for_each_layer(plan, look, "compare", progress, cancel)
     seen = [entry for _, entries in by_layer for entry in entries]
     sizes = [entry for entry, _ in by_layer if entry is not None]
     names = [entry.name for entry in plan.recipe.inputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import architectures, dialects
-from ..delta import Dense, decompose, decompose_dense, norm, parallel_map
+from ..delta import Dense, decompose, decompose_dense, helpful_threads, norm, parallel_map
 from ..errors import LoraMergeError
 from ..merge.base import BaseCheckpoint
 from ..merge.read import SourceReader
@@ -189,7 +190,9 @@ def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | Non
                 for layer in source.layers
                 if checkpoint is not None or not source.layer_needs_base(layer)
             ]
-            for block, values, energy, notes in parallel_map(look, layers, cancel=cancel):
+            stored = sum(math.prod(info.shape) for info in source.header.tensors.values())
+            workers = helpful_threads(stored / max(1, len(layers))) if checkpoint is None else None
+            for block, values, energy, notes in parallel_map(look, layers, workers=workers, cancel=cancel):
                 measured.norm_sq[block] = measured.norm_sq.get(block, 0.0) + energy
                 measured.notes += notes
                 if values is not None:

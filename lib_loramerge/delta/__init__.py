@@ -19,8 +19,8 @@ from .measure import (
     sign_conflict,
 )
 from .storing import Stored, realize, store, store_truncated, write_layer
-from .threads import available_cores, own_settings, parallel_map
-from .together import write_layers
+from .threads import available_cores, helpful_threads, own_settings, parallel_map
+from .together import batch_numbers, write_layers
 from .types import (
     Delta,
     Dense,
@@ -52,6 +52,7 @@ __all__ = [
     "Stored",
     "as_double",
     "available_cores",
+    "batch_numbers",
     "check_same_shape",
     "conflict_of",
     "cosine",
@@ -59,6 +60,7 @@ __all__ = [
     "decompose_dense",
     "gram",
     "grams",
+    "helpful_threads",
     "inner",
     "inner_products",
     "moved",

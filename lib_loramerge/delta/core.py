@@ -30,7 +30,7 @@ from .types import Grams, LowRank, Mixed
 NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
 _CHUNK = 1 << 19  # Numbers turned to float64 at a time: they stay in the processor's cache.
 _BLOCK = 64  # Rows of a Gram matrix made by one product.
-_SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
+SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
 _LOSS = 64.0  # Products whose terms are this much larger than their sum are made in float64.
 _NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
 
@@ -212,7 +212,7 @@ def _root(gram_down: Tensor, terms: Tensor | None) -> tuple[Tensor, Callable[[Te
     """
     low, info = torch.linalg.cholesky_ex(gram_down)
     lengths = gram_down.diagonal().sqrt() if terms is None else terms
-    if int(info) == 0 and bool((low.diagonal() >= _SINGULAR * lengths).all()):
+    if int(info) == 0 and bool((low.diagonal() >= SINGULAR * lengths).all()):
         return low, lambda matrix: torch.linalg.solve_triangular(low.mT, matrix, upper=True)
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))[:, None]
     values, vectors = torch.linalg.eigh(gram_down / lengths / lengths.mT)

@@ -17,6 +17,8 @@ from ..errors import Cancelled
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
+_NUMBERS_A_THREAD = 150_000
+
 _lock = threading.Lock()
 _running = 0
 _restore: Callable[[], object] = bool
@@ -121,6 +123,15 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def helpful_threads(numbers: float) -> int:
+    """How many threads get through jobs of so many numbers soonest.
+
+    A layer's small factors are a few hundred short operations, between which Python's threads wait for each
+    other: on 16 cores, four take longer than two. Whole matrices keep every core busy.
+    """
+    return min(available_cores(), max(2, round(numbers / _NUMBERS_A_THREAD)))
 
 
 def _start_worker() -> None:

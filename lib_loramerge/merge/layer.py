@@ -23,10 +23,8 @@ from ..delta import (
     decompose_dense,
     moved,
     norm,
-    parallel_map,
     relative_error,
     take_rows,
-    write_layer,
     write_layers,
 )
 from ..errors import OutputError
@@ -77,7 +75,11 @@ def open_merger(plan: MergePlan) -> Iterator[Merger]:
         if plan.base is not None and plan.needs_base:
             base = stack.enter_context(BaseCheckpoint(plan.base))
         readers = [stack.enter_context(SourceReader(entry.source, base)) for entry in plan.sources]
-        yield Merger(plan, readers, compute_device(plan.recipe.device))
+        device = compute_device(plan.recipe.device)
+        if device.type != "cpu":
+            # torch loads an accelerator's linear algebra at its first use, which two threads must not make.
+            torch.linalg.qr(torch.ones(1, 1, device=device))
+        yield Merger(plan, readers, device)
 
 
 class Merger:
@@ -158,14 +160,13 @@ class Merger:
         Args:
             allotted: Rank that a size rule gives the layer.
         """
-        prepared = self.prepare(layer)
-        return self.finish(prepared, None if prepared.whole else self._store([prepared], [allotted])[0])
+        return self.merge_together([layer], [allotted])[0]
 
     def merge_together(
         self, layers: Sequence[LayerPlan], allotted: Sequence[int | None]
     ) -> list[MergedLayer]:
-        """The same for several layers, on an accelerator, which is quick only with many at once."""
-        prepared = list(parallel_map(self.prepare, layers))
+        """The same for several layers, which is quicker than one by one where they are of one shape."""
+        prepared = [self.prepare(layer) for layer in layers]
         cut = [index for index, entry in enumerate(prepared) if not entry.whole]
         stored = dict(
             zip(cut, self._store([prepared[i] for i in cut], [allotted[i] for i in cut]), strict=True)
@@ -201,16 +202,9 @@ class Merger:
         deltas = [entry.merged for entry in prepared if entry.merged is not None]
         rules = [self._chooser(p.layer, d, a) for p, d, a in zip(prepared, deltas, allotted, strict=True)]
         most = [self._most(p.layer, a) for p, a in zip(prepared, allotted, strict=True)]
+        names = [entry.layer.layer for entry in prepared]
         fixed = not self.has_alpha
-        if self.device.type != "cpu":
-            return write_layers(deltas, self.dtype, rules, most=most, fixed_alpha=fixed)
-        try:
-            return [
-                write_layer(delta, self.dtype, rule, most=limit, fixed_alpha=fixed)
-                for delta, rule, limit in zip(deltas, rules, most, strict=True)
-            ]
-        except OutputError as error:
-            raise OutputError(f"{prepared[0].layer.layer}: {error}") from error
+        return write_layers(deltas, self.dtype, rules, names=names, most=most, fixed_alpha=fixed)
 
     def _chooser(
         self, layer: LayerPlan, merged: Merged, allotted: int | None

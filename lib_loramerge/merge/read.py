@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ class SourceReader:
         self.source = source
         self.base = base
         self._file: LoraFile = open_file(source.path)
+        self._reading = threading.Lock()
 
     def __enter__(self) -> SourceReader:
         return self
@@ -52,7 +54,9 @@ class SourceReader:
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _part(self, part: SourcePart, dyn: int | None) -> LayerDelta:
-        slots = {slot: self.read(key) for slot, key in part.part.slots.items()}
+        # Reading is many short steps, at which threads only hinder each other.
+        with self._reading:
+            slots = {slot: self.read(key) for slot, key in part.part.slots.items()}
         built = adapters.build(
             slots,
             where=f"{self.source.path.name}: {part.part.spelling}",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import architectures, ranks
-from ..delta import Stored, parallel_map
+from ..delta import Stored, batch_numbers, helpful_threads, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, model_hash, write_file
 from ..report import InputReport, LayerResult, MergeReport, relative, worst
@@ -35,8 +35,8 @@ from .plan import (
     zero_layers,
 )
 
-# Layers that an accelerator is given at once: enough to fill it, few enough to hold and to stop soon.
-BATCH = 64
+# Batches on their way to an accelerator at once: more would only wait for each other, and need its memory.
+FEEDERS = 2
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run_merge(
         output: File to write; it appears under its name only when complete.
         progress: Called on the calling thread as layers are done.
         cancel: Asked often; True stops the merge with nothing written.
-        workers: Threads; by default one a core. Results do not depend on it.
+        workers: Threads; by default as many as help. Results do not depend on it.
 
     Raises:
         LoraMergeError: Anything a user can cause; nothing was written then.
@@ -201,7 +201,7 @@ def _allot(
         OutputError: Not even the header fits.
     """
     assert plan.recipe.size is not None
-    spectra = for_each_layer(plan.layers, merger.spectrum, "look", progress, cancel, workers)
+    spectra = for_each_layer(plan, merger.spectrum, "look", progress, cancel, workers)
     item = ITEM_BYTES[plan.dtype]
     costs, names = [], []
     fixed = metadata_bytes(plan, name) + embeddings_bytes(plan)
@@ -242,36 +242,41 @@ def _merge_layers(
     workers: int | None,
 ) -> list[MergedLayer]:
     ranks_allotted = allotted or {}
-    if merger.device.type == "cpu":
 
-        def merge(layer: LayerPlan) -> MergedLayer:
-            return merger.merge(layer, ranks_allotted.get(layer.layer))
+    def merge(batch: Sequence[LayerPlan]) -> list[MergedLayer]:
+        return merger.merge_together(batch, [ranks_allotted.get(layer.layer) for layer in batch])
 
-        merged = for_each_layer(plan.layers, merge, "merge", progress, cancel, workers)
-    else:
-        merged = _merge_in_batches(plan, merger, ranks_allotted, progress, cancel)
-    return _completed_groups(plan, merger, merged)
+    batches = _batches(plan, batch_numbers(merger.device))
+    if merger.device.type != "cpu":
+        workers = FEEDERS
+    merged = {
+        entry.result.layer: entry
+        for entries in _for_each(plan, batches, merge, "merge", progress, cancel, workers)
+        for entry in entries
+    }
+    return _completed_groups(plan, merger, [merged[layer.layer] for layer in plan.layers])
 
 
-def _merge_in_batches(
-    plan: MergePlan,
-    merger: Merger,
-    allotted: Mapping[str, int],
-    progress: Callable[[Progress], None] | None,
-    cancel: Callable[[], bool] | None,
-) -> list[MergedLayer]:
-    """All layers on an accelerator, those of one shape together; in the order of the plan."""
-    layers = plan.layers
-    order = _by_size(layers)
-    results: dict[int, MergedLayer] = {}
-    start = time.perf_counter()
-    for first in range(0, len(order), BATCH):
-        _raise_if_cancelled(cancel)
-        batch = [layers[index] for index in order[first : first + BATCH]]
-        merged = merger.merge_together(batch, [allotted.get(layer.layer) for layer in batch])
-        results.update(zip(order[first : first + BATCH], merged))
-        _tell(progress, "merge", len(results), len(layers), batch[-1].layer, start)
-    return [results[index] for index in range(len(layers))]
+def _batches(plan: MergePlan, most: int) -> list[list[LayerPlan]]:
+    """Layers that are merged together: of one shape, and of at most so many numbers."""
+    batches: list[list[LayerPlan]] = []
+    shape, count = None, 0
+    for index in _by_size(plan.layers):
+        layer = plan.layers[index]
+        numbers = _numbers(plan, layer)
+        if (layer.out, layer.width) != shape or count + numbers > most:
+            batches.append([])
+            shape, count = (layer.out, layer.width), 0
+        batches[-1].append(layer)
+        count += numbers
+    return batches
+
+
+def _numbers(plan: MergePlan, layer: LayerPlan) -> int:
+    """How many numbers a layer has while it is merged: whole matrices, or factors."""
+    if layer.vector or layer.dense or plan.method.elementwise:
+        return layer.out * max(1, layer.width)
+    return sum(rank or 0 for rank in layer.ranks) * (layer.out + layer.width)
 
 
 def _by_size(layers: Sequence[LayerPlan]) -> list[int]:
@@ -289,24 +294,42 @@ def _tell(
 
 
 def for_each_layer(
-    layers: Sequence[LayerPlan],
+    plan: MergePlan,
     function: Callable[[LayerPlan], Any],
     phase: str,
     progress: Callable[[Progress], None] | None = None,
     cancel: Callable[[], bool] | None = None,
     workers: int | None = None,
 ) -> list[Any]:
-    """``function`` of every layer, in the order of ``layers``."""
-    order = _by_size(layers)
-    results: list[Any] = [None] * len(layers)
-    start = time.perf_counter()
-    jobs = (layers[index] for index in order)
-    for done, (index, result) in enumerate(
-        zip(order, parallel_map(function, jobs, workers=workers, cancel=cancel), strict=True), start=1
-    ):
+    """``function`` of every layer of a plan, in the plan's order."""
+    order = _by_size(plan.layers)
+    jobs = [[plan.layers[index]] for index in order]
+    found = _for_each(plan, jobs, lambda batch: function(batch[0]), phase, progress, cancel, workers)
+    results: list[Any] = [None] * len(order)
+    for index, result in zip(order, found, strict=True):
         results[index] = result
-        _tell(progress, phase, done, len(layers), layers[index].layer, start)
     return results
+
+
+def _for_each(
+    plan: MergePlan,
+    batches: Sequence[Sequence[LayerPlan]],
+    function: Callable[[Sequence[LayerPlan]], Any],
+    phase: str,
+    progress: Callable[[Progress], None] | None,
+    cancel: Callable[[], bool] | None,
+    workers: int | None,
+) -> Iterator[Any]:
+    """``function`` of every batch, in their order."""
+    total, done = len(plan.layers), 0
+    workers = workers or helpful_threads(sum(_numbers(plan, layer) for layer in plan.layers) / total)
+    start = time.perf_counter()
+    for batch, result in zip(
+        batches, parallel_map(function, batches, workers=workers, cancel=cancel), strict=True
+    ):
+        yield result
+        done += len(batch)
+        _tell(progress, phase, done, total, batch[-1].layer, start)
 
 
 def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]) -> list[MergedLayer]:
