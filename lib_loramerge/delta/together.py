@@ -34,7 +34,7 @@ Choose = Callable[[Spectrum], int]
 
 def batch_numbers(device: torch.device) -> int:
     """How many numbers the layers of a batch may have: the CPU has a cache, an accelerator wants work."""
-    return 1 << 20 if device.type == "cpu" else 1 << 22
+    return 1 << 19 if device.type == "cpu" else 1 << 22
 
 
 def write_layers(

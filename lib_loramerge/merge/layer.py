@@ -59,7 +59,6 @@ class Prepared:
     """
 
     layer: LayerPlan
-    inputs: Sequence[LayerDelta]
     merged: Merged | None
     plain: Delta | None
     bias: Tensor | None
@@ -183,7 +182,7 @@ class Merger:
         )
         merged, plain = self.combine(layer, inputs)
         whole = merged is None or layer.vector or (isinstance(merged, Dense) and layer.rank is None)
-        return Prepared(layer, inputs, merged, plain, self._bias(layer, inputs), notes, whole)
+        return Prepared(layer, merged, plain, self._bias(layer, inputs), notes, whole)
 
     def finish(self, prepared: Prepared, stored: Stored | None) -> MergedLayer:
         """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
