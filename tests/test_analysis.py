@@ -15,6 +15,7 @@ from lib_loramerge.blocks import bundled_preset_path, load_presets
 from lib_loramerge.files import LoraFolder
 from lib_loramerge.merge import MergePlan, plan_merge, run_merge
 from lib_loramerge.merge.layer import open_merger
+from lib_loramerge.merge.plan import output_names
 from lib_loramerge.recipe import MergeRecipe, parse_inputs
 from lib_loramerge.webui import plots
 from tests.fixtures import SD1_LAYERS, dense_deltas, lora_tensors, make_lora, relative_error, weighted_sum
@@ -135,6 +136,46 @@ def test_of_many_pairs_those_are_drawn_that_fight(folder):
     assert [axis.get_title() for axis in plots.compare_figure(few).axes if axis.get_title()] == [
         "b  and  c", "b  and  d", "c  and  d",
     ]  # fmt: skip
+
+
+def norms_of(deltas: dict[str, torch.Tensor], made: MergePlan) -> dict[str, float]:
+    """Norm of each block, from whole matrices."""
+    blocks = {
+        name: layer.block or "other"
+        for layer in made.layers
+        for name, _ in output_names(made, layer.layer)
+    }
+    sums: dict[str, float] = {}
+    for name, delta in deltas.items():
+        sums[blocks[name]] = sums.get(blocks[name], 0.0) + float(delta.square().sum())
+    return {block: square**0.5 for block, square in sums.items()}
+
+
+@pytest.mark.parametrize("mode", ["svd", "ties", "slerp", "add"])
+def test_the_norms_of_the_result_are_those_of_the_merged_file(folder, mode):
+    inputs = ("a:0.8", "c:0.5") if mode == "add" else ("a:0.8", "b:0.5")
+    make_lora(folder / "c.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=9)
+    rank = "same" if mode == "add" else "full"
+    made = plan(folder, *inputs, mode=mode, rank=rank, dtype="float32")
+    run_merge(made, folder / "made.safetensors")
+    merged = dense_deltas(folder / "made.safetensors")
+    found = advise(made).norm_by_block
+    assert found == pytest.approx(norms_of(merged, made), rel=1e-5)
+    sums = compare(made).sum_norms
+    assert (found == pytest.approx(sums, rel=1e-5)) == (mode == "svd")
+
+
+def test_the_picture_shows_the_result_of_a_mode_that_is_no_sum(folder):
+    def labels(figure: object) -> list[str]:
+        return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+    made = plan(folder, "a:0.8", "b:0.5", mode="ties")
+    report, advice = compare(made), advise(made)
+    assert labels(plots.compare_figure(report)) == ["a", "b", "their sum"]
+    figure = plots.compare_figure(report, result=(advice.mode, advice.norm_by_block))
+    assert labels(figure) == ["a", "b", "their sum", "mode ties"]
+    heights = [bar.get_height() for bar in figure.axes[0].containers[3]]
+    assert sorted(heights) == pytest.approx(sorted(advice.norm_by_block.values()))
 
 
 def test_advice_and_merge_agree_on_error_and_size(folder):

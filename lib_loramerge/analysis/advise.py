@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from .. import ranks
-from ..delta import available_cores
-from ..merge.layer import open_merger
+from ..delta import Dense, Spectrum, available_cores, norm
+from ..merge.layer import Merger, open_merger
 from ..merge.plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, entries_bytes, metadata_bytes
 from ..merge.run import Progress, for_each_layer
 from ..methods import METHODS
 from ..report import percent
+from .compare import norms_by_block
 
 TARGETS = (0.01, 0.05, 0.10)
 # Points of the curve of files with ranks allotted across layers.
@@ -63,6 +65,7 @@ class AdviceReport:
         numerical_rank: Largest rank any layer really has; more keeps nothing more.
         whole_bytes: Bytes that no rank changes: header, norms, layers written whole.
         kept_by_block: Block id to the share of its norm kept at each rank of ``uniform``.
+        norm_by_block: Block id to the norm of what the mode makes of it, before any rank is cut.
         spectrum: For each component of the layers, the strongest first, its share of the whole norm.
         chosen_rank: The rank that the recipe gives all layers, if it is one; it is among ``uniform``.
         chosen_bytes: The size that the recipe asks for, as far as there is something to fill it with; it is
@@ -81,6 +84,7 @@ class AdviceReport:
     mean_rank: float
     whole_bytes: int
     kept_by_block: Mapping[str, Sequence[float]]
+    norm_by_block: Mapping[str, float] = field(default_factory=dict)
     spectrum: Sequence[float] = ()
     chosen_rank: int | None = None
     chosen_bytes: int | None = None
@@ -178,7 +182,9 @@ def advise(
         LoraMergeError: What the merge would refuse, too.
     """
     with open_merger(plan) as merger:
-        spectra = for_each_layer(plan, merger.spectrum, "look", _timed(plan, progress), cancel)
+        look = partial(_look, merger)
+        looked = for_each_layer(plan, look, "look", _timed(plan, progress), cancel)
+    spectra = [spectrum for spectrum, _ in looked]
     item = ITEM_BYTES[plan.dtype]
     layers, whole = [], metadata_bytes(plan)
     for layer, spectrum in zip(plan.layers, spectra, strict=True):
@@ -210,10 +216,22 @@ def advise(
         mean_rank=sum(len(layer.squares) for layer in layers) / len(layers) if layers else 0.0,
         whole_bytes=whole,
         kept_by_block=_kept_by_block(layers, points),
+        norm_by_block=norms_by_block(
+            (layer, square) for layer, (_, square) in zip(plan.layers, looked, strict=True)
+        ),
         spectrum=np.sqrt(np.maximum(tails[:-1] - tails[1:], 0) / total).tolist() if total else [],
         chosen_rank=chosen,
         chosen_bytes=chosen_bytes,
     )
+
+
+def _look(merger: Merger, layer: LayerPlan) -> tuple[Spectrum | None, float]:
+    """Singular values and squared norm of what the mode makes of a layer."""
+    spectrum = merger.spectrum(layer)
+    if spectrum is not None:
+        return spectrum, spectrum.energy
+    merged, _ = merger.combine(layer, merger.inputs(layer)) if layer.vector else (None, None)
+    return None, norm(merged) ** 2 if isinstance(merged, Dense) else 0.0
 
 
 def _chosen_rank(plan: MergePlan, top: int) -> int | None:

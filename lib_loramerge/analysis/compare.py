@@ -173,14 +173,14 @@ def compare(
             for pair in pairs
         ],
         norms=[
-            _by_block((entry.layer, entry.inputs[index]) for entry in sizes)
+            norms_by_block((entry.layer, entry.inputs[index]) for entry in sizes)
             for index in range(len(plan.sources))
         ],
-        sum_norms=_by_block((entry.layer, entry.total) for entry in sizes),
+        sum_norms=norms_by_block((entry.layer, entry.total) for entry in sizes),
     )
 
 
-def _by_block(squares: Iterable[tuple[LayerPlan, float]]) -> dict[str, float]:
+def norms_by_block(squares: Iterable[tuple[LayerPlan, float]]) -> dict[str, float]:
     """Norms of blocks from the squared norms of layers."""
     sums: dict[str, float] = {}
     for layer, square in squares:

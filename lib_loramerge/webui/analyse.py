@@ -281,19 +281,23 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
         for index, kind in enumerate(kinds):
             enter("draw", len(kinds))
             look.fraction = (len(kinds) + index / len(kinds)) / steps
-            key = (identity(plan, kind), question.theme)
-            pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, question.theme))
+            # The picture of the comparison shows what the mode makes of it, too, where that is known.
+            advice = found.get("advise") if kind == "compare" and not plan.method.exact else None
+            about = (kind,) if advice is None else (kind, "advise")
+            key = (*(identity(plan, each) for each in about), question.theme)
+            pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, question.theme, advice))
     return Findings(**found, pictures=pictures)
 
 
-def draw(report: Any, kind: str, theme: str) -> bytes:
-    """The picture of a report as the bytes of a PNG file."""
+def draw(report: Any, kind: str, theme: str, advice: AdviceReport | None = None) -> bytes:
+    """The picture of a report as a PNG file; a comparison shows the result of the advice's mode, too."""
     from . import plots  # Brings matplotlib.
 
     if kind == "inspect":
         return plots.png(plots.inspect_figure(report, theme))
     if kind == "compare":
-        return plots.png(plots.compare_figure(report, theme))
+        result = None if advice is None else (advice.mode, advice.norm_by_block)
+        return plots.png(plots.compare_figure(report, theme, result))
     return plots.png(plots.advise_figure(report, theme))
 
 

@@ -20,6 +20,7 @@ from ..errors import OutputError, RecipeError
 
 # Told apart by people who see colours differently (Okabe and Ito).
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_RESULT = "#9F5FC9"  # Of what a mode makes of the LoRAs.
 _KINDS = (
     ("self attention", re.compile(r"attn1_|img_attn|txt_attn|joint|self_attn")),
     ("cross attention", re.compile(r"attn2_|cross_attn")),
@@ -81,18 +82,23 @@ def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> An
     return figure
 
 
-def compare_figure(report: CompareReport, theme: str = "light") -> Any:
+def compare_figure(
+    report: CompareReport, theme: str = "light", result: tuple[str, Mapping[str, float]] | None = None
+) -> Any:
     """How strong each LoRA and their sum is by block, and where they agree (blue) and fight (red).
 
     The latter is the cosine by block and kind of layer, a map for each pair. All maps have one scale. Of many
     pairs those are drawn that fight most.
+
+    Args:
+        result: What a mode that gives no sum makes of them: its name, and the norm of that in each block.
     """
     if not report.pairs:
         raise RecipeError("Comparing needs at least two LoRAs.")
     left_out = len(report.pairs) - _PAIRS_SHOWN
     pairs = list(report.pairs) if left_out <= 0 else most_opposed_first(report.pairs)[:_PAIRS_SHOWN]
     figure, (bars, *axes) = _figure(1 + len(pairs), 1, theme, size=(12, 0.6 + 2.7 * (1 + len(pairs))))
-    _norms(bars, report, theme)
+    _norms(bars, report, theme, result)
     maps = [_cosines(pair) for pair in pairs]
     limit = max([0.1, *(abs(cosine) for cells in maps for cosine in cells.values())])
     for axis, pair, cells in zip(axes, pairs, maps):
@@ -162,22 +168,30 @@ def _mark_chosen(by_rank: Any, by_size: Any, report: AdviceReport) -> None:
             by_size.plot([sized.size_bytes / 1e6], [sized.error], "D", label="chosen", **look)
 
 
-def _norms(axis: Any, report: CompareReport, theme: str) -> None:
-    """Bars of every LoRA at its strength, and of what adding them up gives: less where they fight."""
+def _norms(
+    axis: Any, report: CompareReport, theme: str, result: tuple[str, Mapping[str, float]] | None
+) -> None:
+    """Bars of every LoRA at its strength, of their sum (less where they fight), and of the result."""
     blocks = sorted(report.sum_norms, key=_block_order)
     shown = [(_short(name), norms) for name, norms in zip(report.names, report.norms)]
-    _bars(axis, blocks, [*shown, ("their sum", report.sum_norms)], last=THEMES[theme].text)
+    together = [("their sum", report.sum_norms)]
+    if result is not None:
+        together.append((f"mode {result[0]}", result[1]))
+    _bars(axis, blocks, [*shown, *together], last=(THEMES[theme].text, _RESULT)[: len(together)])
     axis.set_ylabel("norm at these strengths")
     _legend(axis, theme, "center left", (1.005, 0.5))  # above the scales of the maps
 
 
 def _bars(
-    axis: Any, blocks: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]], last: str = ""
+    axis: Any,
+    blocks: Sequence[str],
+    rows: Sequence[tuple[str, Mapping[str, float]]],
+    last: Sequence[str] = (),
 ) -> None:
-    """A group of bars for each block, one of each row; ``last`` is a colour of its own for the last row."""
+    """A group of bars for each block, one of each row; ``last`` are colours for the last rows."""
     width = 0.8 / max(1, len(rows))
-    for index, (label, norms) in enumerate(rows):
-        colour = last if last and index == len(rows) - 1 else _COLOURS[index % len(_COLOURS)]
+    usual = [_COLOURS[index % len(_COLOURS)] for index in range(len(rows) - len(last))]
+    for index, ((label, norms), colour) in enumerate(zip(rows, [*usual, *last])):
         places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(blocks))]
         axis.bar(places, [norms.get(block, 0.0) for block in blocks], width, color=colour, label=label)
     _block_axis(axis, blocks)

@@ -29,7 +29,7 @@ STAGES = {
 # Kind of picture: what it shows, for people who cannot see it.
 PICTURES = {
     "inspect": "Chart: norm of each file by block, and the share of the norm that each rank keeps.",
-    "compare": "Bars: how strong each LoRA and their sum is, by block. "
+    "compare": "Bars: how strong each LoRA, their sum and the result of the mode are, by block. "
     "Map: where two LoRAs agree (blue) and where they pull against each other (red), "
     "by block and kind of layer.",
     "advise": "Charts: how fast the components fall off, error against rank, error against file size, "
