@@ -19,7 +19,7 @@ from lib_loramerge.analysis.compare import AGREEMENTS
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.report import percent
-from lib_loramerge.webui import analyse, render_analysis
+from lib_loramerge.webui import analyse, plots, render_analysis
 from lib_loramerge.webui.analyse import Looks, Question
 from lib_loramerge.webui.host import ConflictError, StandaloneHost
 from lib_loramerge.webui.render import size_text
@@ -72,6 +72,24 @@ def test_a_look_finds_what_the_library_finds_and_draws_it(host, looks):
     assert [Path(report.file).stem for report in look.findings.inspect] == ["style", "face"]
     assert set(look.findings.pictures) == set(analyse.KINDS)
     assert all(content.startswith(PNG) for content in look.findings.pictures.values())
+
+
+@pytest.mark.parametrize(("mode", "shown"), [("svd", None), ("ties", "ties"), ("slerp", "slerp")])
+def test_the_picture_shows_the_result_of_a_mode_that_is_no_sum(host, looks, monkeypatch, mode, shown):
+    results = []
+    usual = plots.compare_figure
+
+    def seen(report, theme, result):
+        results.append(result)
+        return usual(report, theme, result)
+
+    monkeypatch.setattr(plots, "compare_figure", seen)
+    plan = host.plan(MergeRecipe(BOTH, mode=mode, device="cpu"))
+    look = finished(looks, Question(plan, analyse.KINDS, "light"))
+    assert look.state == "done", look.error
+    wanted = None if shown is None else (shown, analysis.advise(plan).norm_by_block)
+    assert results == [wanted]
+    assert len(set(look.findings.pictures.values())) == len(analyse.KINDS)
 
 
 def test_the_page_tells_the_verdict_the_ranks_and_names_no_folder(host, looks, tmp_path):

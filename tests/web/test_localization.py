@@ -228,9 +228,9 @@ def test_presets_are_told_in_japanese(japanese: Tab) -> None:
     tab.fill("preset_row", 1)
     tab.press("preset_use")
     tab.expect_text("preset_message", "1 行目でこのウェイトを使います。")
-    assert tab.value("preset_text") == "1,2,3"
+    tab.expect_value("preset_text", "1,2,3")
     tab.show_page("マージ")
-    assert tab.value("row0_blocks") == "1,2,3"
+    tab.expect_value("row0_blocks", "1,2,3")
 
 
 def test_in_english_nothing_is_changed(english: Tab) -> None:

@@ -115,7 +115,7 @@ def _reload_in_the_middle(tab: Tab) -> None:
     tab.expect_text("jobs", "reloaded")
     tab.page.locator(f"#loramerge_row{MANY - 1}_line").wait_for(state="visible")
     tab.expect_value("name", "reloaded")
-    assert tab.value("mode") == "TIES"
+    tab.expect_value("mode", "TIES")
     tab.page.locator("#loramerge_jobs .lm-drop").click()
     tab.expect_text("result", "Cancelled")
     tab.page.locator("#loramerge_result .lm-refill").click()

@@ -117,7 +117,7 @@ def test_a_wrong_preset_is_refused_and_stays_in_the_editor(tab: Tab, page: tuple
     tab.fill("preset_name", "SHORT")
     tab.press("preset_save")
     tab.expect_text("preset_message", "17")
-    assert tab.value("preset_text") == "1,2,3"
+    tab.expect_value("preset_text", "1,2,3")
     assert page[1].read_bytes() == before
 
 
