@@ -17,6 +17,7 @@
         pending: null, // of the form, as seen at the last tick
         asked: 0,
         stamp: "",
+        untaken: false, // the answer holds proposals for fields
         polled: 0,
         pollStamp: "",
         active: false,
@@ -55,13 +56,23 @@
         }
     }
 
-    // What the server proposes for fields, each only as long as it holds what the server saw.
+    // Somebody is in a field, or in the one whose last proposal it remembers.
+    function isTypedIn(name) {
+        const owner = { name_auto: "name", activation_auto: "activation_text" }[name] || name;
+        const place = byId("loramerge_" + owner.replace(".", "_"));
+        return Boolean(place && place.contains(document.activeElement));
+    }
+
+    // What the server proposes for fields, each only as long as it holds what the server saw, and nobody is in it.
     window.loramergeTake = (names, values) => {
         const proposed = proposals();
         return names.map((name, index) => {
             const [seen, wanted] = proposed[name] || [null, undefined];
             const now = values[index] === undefined || values[index] === null ? "" : values[index];
-            return wanted === undefined || (seen !== null && seen !== now) ? values[index] : wanted;
+            if (wanted === undefined || (seen !== null && seen !== now)) return values[index];
+            if (!isTypedIn(name)) return wanted;
+            state.untaken = true;
+            return values[index];
         });
     };
 
@@ -151,7 +162,12 @@
             state.stamp = stamp;
             state.asked = 0;
             keepDraft();
-            if (Object.keys(proposals()).length) press("take");
+            state.untaken = true;
+        }
+        const names = state.untaken ? Object.keys(proposals()) : [];
+        if (!names.some(isTypedIn)) {
+            state.untaken = false;
+            if (names.length) press("take");
         }
         if (state.asked && now - state.asked < ANSWER) return;
         const signature = signatureOfForm();

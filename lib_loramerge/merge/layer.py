@@ -68,7 +68,7 @@ class Prepared:
 
 @contextmanager
 def open_merger(plan: MergePlan) -> Iterator[Merger]:
-    """Open a plan's files; the merger reads and merges single layers while they are open."""
+    """Open a plan's files; the merger reads and merges layers while they are open."""
     with ExitStack() as stack:
         base = None
         if plan.base is not None and plan.needs_base:
@@ -82,7 +82,7 @@ def open_merger(plan: MergePlan) -> Iterator[Merger]:
 
 
 class Merger:
-    """Merges single layers of a plan. Safe to use from several threads."""
+    """Merges layers of a plan. Safe to use from several threads."""
 
     def __init__(self, plan: MergePlan, readers: Sequence[SourceReader], device: torch.device):
         self.plan = plan
@@ -153,18 +153,14 @@ class Merger:
             return decompose_dense(merged, vectors=False)
         return decompose(merged, vectors=False)
 
-    def merge(self, layer: LayerPlan, allotted: int | None) -> MergedLayer:
-        """Everything about one layer of the result.
-
-        Args:
-            allotted: Rank that a size rule gives the layer.
-        """
-        return self.merge_together([layer], [allotted])[0]
-
     def merge_together(
         self, layers: Sequence[LayerPlan], allotted: Sequence[int | None]
     ) -> list[MergedLayer]:
-        """The same for several layers, which is quicker than one by one where they are of one shape."""
+        """Everything about some layers of the result; together they are quicker where they have one shape.
+
+        Args:
+            allotted: Rank that a size rule gives each of them.
+        """
         prepared = [self.prepare(layer) for layer in layers]
         cut = [index for index, entry in enumerate(prepared) if not entry.whole]
         stored = dict(

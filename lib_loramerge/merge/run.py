@@ -35,6 +35,8 @@ from .plan import (
     zero_layers,
 )
 
+# Layers of a batch at most: many more are no quicker, and leave the other threads without work.
+LAYERS = 16
 # Batches on their way to an accelerator at once: more would only wait for each other, and need its memory.
 FEEDERS = 2
 
@@ -264,7 +266,7 @@ def _batches(plan: MergePlan, most: int) -> list[list[LayerPlan]]:
     for index in _by_size(plan.layers):
         layer = plan.layers[index]
         numbers = _numbers(plan, layer)
-        if (layer.out, layer.width) != shape or count + numbers > most:
+        if (layer.out, layer.width) != shape or count + numbers > most or len(batches[-1]) == LAYERS:
             batches.append([])
             shape, count = (layer.out, layer.width), 0
         batches[-1].append(layer)

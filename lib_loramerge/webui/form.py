@@ -418,3 +418,14 @@ def user_metadata(form: Mapping[str, Any]) -> UserMetadata | None:
         notes=str(form.get("notes") or "").strip(),
     )
     return None if data.empty else data
+
+
+def of_user_metadata(data: UserMetadata | None) -> dict[str, Any]:
+    """Control values for what a ``<name>.json`` says; none where it says nothing."""
+    if data is None or data.empty:
+        return {}
+    return {
+        "activation_text": data.activation_text,
+        "preferred_weight": data.preferred_weight or None,
+        "notes": data.notes,
+    }

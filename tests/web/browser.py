@@ -184,7 +184,11 @@ class Tab:
     def fill(self, name: str, value: object) -> None:
         """Type into a field and leave it."""
         field = self.field(name)
-        field.fill(str(value))
+        for _ in range(3):
+            field.fill(str(value))
+            # What the page itself puts in between the selection and the typing stays beside what is typed.
+            if not isinstance(value, str) or field.input_value() == value:
+                break
         # Lists of Gradio 3 take typed text when a key is released, which filling at once does not do.
         field.dispatch_event("keyup")
         field.press("Tab")

@@ -159,9 +159,9 @@ class FakeHost:
             return error.code, _json(error.read())
 
     @contextlib.contextmanager
-    def held(self, layers: int = 4) -> Iterator[None]:
-        """Merges stop after ``layers`` layers inside, however fast the machine is."""
-        self.post(f"/fake/hold?layers={layers}")
+    def held(self, batches: int = 1) -> Iterator[None]:
+        """Merges stop after so many batches of layers inside, however fast the machine is."""
+        self.post(f"/fake/hold?batches={batches}")
         try:
             yield
         finally:

@@ -380,6 +380,33 @@ def test_what_is_typed_while_the_facts_are_looked_for_stays(
     tab.expect_value("name", "typed")
 
 
+def test_nothing_is_put_into_a_field_that_somebody_is_in(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    tab.set_form({})
+    tab.wait_for_facts("Pick a LoRA")
+    asked, go = threading.Event(), threading.Event()
+    gather = facts.gather
+
+    def slow(values: Mapping[str, object], *others: object) -> facts.Facts:
+        if values["row0.lora"]:
+            asked.set()
+            go.wait(60)
+        return gather(values, *others)
+
+    monkeypatch.setattr(facts, "gather", slow)
+    try:
+        tab.fill("row0_lora", "style")
+        assert asked.wait(60)
+        tab.field("name").click()
+    finally:
+        go.set()
+    tab.wait_for_facts("LoRAs 1")
+    tab.page.wait_for_timeout(1000)
+    tab.page.keyboard.type("typed")
+    tab.expect_value("name", "typed")
+    tab.fill("name", "")
+    tab.expect_value("name", "style-2")
+
+
 @pytest.mark.parametrize("change", ["vanished", "broken"])
 def test_a_file_that_changes_after_it_was_picked_is_told_beside_the_button(
     tab: Tab, page: Page, change: str

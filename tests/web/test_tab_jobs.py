@@ -107,6 +107,8 @@ def test_a_reload_in_the_middle_shows_the_merge_again_and_keeps_the_form(tab: Ta
 
 def _reload_in_the_middle(tab: Tab) -> None:
     fill(tab, "reloaded")
+    tab.open("result_more")
+    tab.fill("notes", "a note")
     tab.press("merge")
     tab.wait_until_running(1)
     assert "layers" in tab.text("jobs")
@@ -118,8 +120,12 @@ def _reload_in_the_middle(tab: Tab) -> None:
     tab.expect_value("mode", "TIES")
     tab.page.locator("#loramerge_jobs .lm-drop").click()
     tab.expect_text("result", "Cancelled")
+    tab.open("result_more")
+    tab.fill("notes", "")
+    tab.fill("name", "other")
     tab.page.locator("#loramerge_result .lm-refill").click()
     tab.expect_value("name", "reloaded")
+    tab.expect_value("notes", "a note")
 
 
 def test_a_second_window_sees_the_merge_waits_in_line_and_can_be_dropped(

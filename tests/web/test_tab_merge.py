@@ -227,8 +227,14 @@ def test_a_merged_file_fills_the_whole_form(tab: Tab, host: FakeHost) -> None:
     tab.choose("rank_rule", "Keep a share")
     tab.fill("retain", 90)
     tab.choose("dtype", "bfloat16")
+    tab.open("result_more")
+    tab.fill("activation_text", "by hand")
+    tab.fill("preferred_weight", 0.7)
+    tab.fill("notes", "a note")
     tab.wait_for_facts("bfloat16")
     tab.merge("remembered")
+    for name in ("activation_text", "notes", "preferred_weight"):
+        tab.fill(name, "")
     tab.press("clear")
     tab.expect_value("row0_lora", "")
     tab.choose("rank_rule", "Same")
@@ -241,6 +247,9 @@ def test_a_merged_file_fills_the_whole_form(tab: Tab, host: FakeHost) -> None:
     tab.expect_value("dtype", "bfloat16")
     tab.expect_value("rank_rule", "Keep a share")
     tab.expect_value("retain", "90")
+    tab.expect_value("activation_text", "by hand")
+    tab.expect_value("preferred_weight", "0.7")
+    tab.expect_value("notes", "a note")
     # The recipe's hash of the source came along.
     tab.expect_value("row0_origin", re.compile("^[0-9a-f]{64} style$"))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import LoraMergeError, RecipeError
 from ...methods import METHODS
 from ...recipe import format_prompt, to_command, to_json
-from .. import compat, form, render
+from .. import compat, form, render, sidecar
 from ..compat import update
 from ..jobs import MergeRequest
 from . import analysing, presets
@@ -282,13 +282,15 @@ class _Wiring:
         recipe = read_recipe(read_header(path).metadata)
         if recipe is None:
             raise RecipeError(f"{path.name} does not say how it was made: it was not merged by LoRA Merge.")
-        return self.show_form(form.form_of(recipe, self.host, METHODS))
+        described = form.of_user_metadata(sidecar.read(path))
+        return self.show_form({**form.form_of(recipe, self.host, METHODS), **described})
 
     def fill_from_job(self, values: Form) -> Changes:
         job = self.jobs.get(str(values["argument"] or ""))
         if job is None:
             raise RecipeError("That merge is not remembered any more.")
         wanted = form.form_of(job.request.recipe, self.host, METHODS)
+        wanted |= form.of_user_metadata(job.request.user_metadata)
         if not job.request.trial:
             wanted |= {"name": job.request.name, "subfolder": job.request.subfolder}
         return self.show_form(wanted)

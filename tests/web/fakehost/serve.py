@@ -122,11 +122,11 @@ def add_controls(app) -> None:
     from modules import call_queue, errors
 
     @app.post("/fake/{command}")
-    def control(command: str, seconds: float = 1.0, layers: int = 4):
+    def control(command: str, seconds: float = 1.0, batches: int = 1):
         if command in ("stop", "restart"):
             commands.put(command)
-        elif command == "hold":  # Merges stop after some layers until they are let go.
-            _hold_merges(layers)
+        elif command == "hold":  # Merges stop after some batches until they are let go.
+            _hold_merges(batches)
         elif command == "let-go":
             let_go.set()
         elif command == "generate":  # A picture in the making holds the queue lock.
@@ -144,14 +144,14 @@ let_go.set()
 held_after = [0]
 
 
-def _hold_merges(layers: int) -> None:
+def _hold_merges(batches: int) -> None:
     from lib_loramerge.merge.layer import Merger
 
     let_go.clear()
-    held_after[0] = layers
-    if hasattr(Merger.merge, "original"):
+    held_after[0] = batches
+    if hasattr(Merger.merge_together, "original"):
         return
-    original = Merger.merge
+    original = Merger.merge_together
 
     def merge(self, *args):
         if not let_go.is_set():
@@ -161,7 +161,7 @@ def _hold_merges(layers: int) -> None:
         return original(self, *args)
 
     merge.original = original
-    Merger.merge = merge
+    Merger.merge_together = merge
 
 
 def _wrap_loaders() -> None:
