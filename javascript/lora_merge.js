@@ -21,6 +21,8 @@
         polled: 0,
         pollStamp: "",
         active: false,
+        ended: "", // merge whose result is shown
+        changed: false, // there may be a new LoRA
         greeted: false,
         follow: "",
         followCreated: 0,
@@ -216,13 +218,21 @@
                 sessionStorage.setItem(FOLLOW, state.follow);
             } catch (error) { /* as above */ }
             const active = jobs.dataset.state === "active";
-            if (state.active && !active) {
-                press("greet"); // The lists hold a new LoRA now,
-                state.signature = null; // and the name is taken.
-            }
+            if (state.active && !active) state.changed = true;
             state.active = active;
             state.newLabels = state.newLabels || (state.labels === "busy" && jobs.dataset.labels === "");
             state.labels = jobs.dataset.labels;
+        }
+        // A short merge is over before it was seen at work: its result tells.
+        const result = find("#loramerge_result [data-job]");
+        if (result && result.dataset.job !== state.ended) {
+            state.ended = result.dataset.job;
+            state.changed = true;
+        }
+        if (state.changed) {
+            state.changed = false;
+            press("greet"); // The lists hold a new LoRA now,
+            state.signature = null; // and the name is taken.
         }
         // Base model and rank of all LoRAs are known now; an open list is left alone.
         const focused = document.activeElement;

@@ -57,6 +57,12 @@ SEEN_AS_WANTED = """([wanted, proposed]) => {
         || (proposed.includes(name) && !(name in wanted));
     return [...Object.keys(seen), ...Object.keys(wanted)].every(same);
 }"""
+# Whether the server has seen the name that the form holds, mostly the last thing that is typed.
+NAME_IS_SEEN = """() => {
+    const value = (name) => document.querySelector(
+        `#loramerge_${name} textarea, #loramerge_${name} input`).value;
+    return (JSON.parse(value('draft') || '{}').name || '') === value('name');
+}"""
 
 
 @contextmanager
@@ -144,6 +150,9 @@ class Tab:
         self.page.wait_for_function(SEEN_AS_WANTED, arg=[kept, PROPOSED])
 
     def press(self, name: str) -> None:
+        if name in ("merge", "try"):
+            # Facts that come in just now move the button away from under the mouse.
+            self.page.wait_for_function(NAME_IS_SEEN)
         self.page.locator(f"#loramerge_{name}").click()
 
     def open(self, name: str) -> None:
@@ -250,12 +259,15 @@ class Tab:
             self.fill("name", name)
         before = self.shown_job()
         self.press("merge")
-        self.page.wait_for_function(
-            "old => { const e = document.querySelector('#loramerge_jobs [data-stamp]');"
-            " const r = document.querySelector('#loramerge_result [data-job]');"
-            " return e && e.dataset.state === 'idle' && r && r.dataset.job !== old; }",
-            arg=before,
-        )
+        try:
+            self.page.wait_for_function(
+                "old => { const e = document.querySelector('#loramerge_jobs [data-stamp]');"
+                " const r = document.querySelector('#loramerge_result [data-job]');"
+                " return e && e.dataset.state === 'idle' && r && r.dataset.job !== old; }",
+                arg=before,
+            )
+        except PlaywrightTimeout as error:
+            raise AssertionError(self.page.locator("#loramerge_app").aria_snapshot()) from error
         return self.text("result")
 
     def shown_job(self) -> str:
