@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from lib_loramerge.delta import LowRank, own_settings, parallel_map, stack, write_layer, write_layers
+from lib_loramerge.delta import (
+    LowRank,
+    full_precision,
+    own_settings,
+    parallel_map,
+    stack,
+    write_layer,
+    write_layers,
+)
 from lib_loramerge.errors import Cancelled
 from tests.delta_cases import low_rank
 
@@ -180,18 +188,43 @@ def setting_of_one_backend() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
+ROUNDED = {True, "medium", "high", "tf32", "bf16"}
+
+
 @pytest.mark.parametrize("turn_on", [shared_setting, named_setting, setting_of_one_backend])
-def test_products_have_full_precision_whatever_the_host_has_turned_on_and_that_is_back_afterwards(turn_on):
+def test_products_on_an_accelerator_have_full_precision_whatever_the_host_has_turned_on(turn_on):
     plain = precisions()
     turn_on()
     try:
         wanted = precisions()
         assert wanted != plain
+        with full_precision():
+            with full_precision():
+                assert not ROUNDED & set(precisions())
+            assert not ROUNDED & set(precisions())
+        assert precisions() == wanted
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("turn_on", [shared_setting, setting_of_one_backend])
+def test_work_on_the_cpu_leaves_the_host_its_settings_for_graphics_cards(turn_on):
+    turn_on()
+    try:
+        wanted = precisions()
         seen = list(parallel_map(lambda _: precisions(), range(3), workers=2))
-        assert precisions() == wanted
         write_layers(layers()[:1], torch.float16, [lambda spectrum: seen.append(precisions()) or 4])
+        assert [*seen, precisions()] == [wanted] * 5
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_work_on_the_cpu_has_full_precision_where_the_host_rounds_there_too():
+    named_setting()
+    try:
+        wanted = precisions()
+        seen = list(parallel_map(lambda _: precisions(), range(3), workers=2))
+        assert all(not ROUNDED & set(while_working) for while_working in seen)
         assert precisions() == wanted
-        for while_working in seen:
-            assert not {True, "medium", "high", "tf32", "bf16"} & set(while_working)
     finally:
         torch.set_float32_matmul_precision("highest")

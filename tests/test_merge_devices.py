@@ -106,6 +106,26 @@ def test_every_rank_rule_precision_and_spelling_gives_what_it_gives_on_the_cpu(f
     merge_twice(folder, mode=mode, tolerance=4e-3 if coarse else 2e-5, **rule)
 
 
+@pytest.mark.usefixtures("on_device")
+def test_the_host_may_have_tf32_on(folder, monkeypatch):
+    seen = []
+    prepare = merging.Merger.prepare
+
+    def look(*args: object) -> object:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return prepare(*args)
+
+    monkeypatch.setattr(merging.Merger, "prepare", look)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        merge_twice(folder, rank=5)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    # Left alone by the merge on the CPU, off for the one on the device.
+    assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2)
+
+
 def full_card(*_: object) -> None:
     raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -18,8 +18,9 @@ from .measure import (
     sampled_rows,
     sign_conflict,
 )
+from .settings import full_precision, own_settings
 from .storing import Stored, realize, store, store_truncated, write_layer
-from .threads import available_cores, helpful_threads, own_settings, parallel_map
+from .threads import available_cores, helpful_threads, parallel_map
 from .together import batch_numbers, write_layers
 from .types import (
     Delta,
@@ -58,6 +59,7 @@ __all__ = [
     "cosine",
     "decompose",
     "decompose_dense",
+    "full_precision",
     "gram",
     "grams",
     "helpful_threads",

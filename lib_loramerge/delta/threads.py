@@ -3,75 +3,20 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ..errors import Cancelled
+from .settings import own_settings
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 _NUMBERS_A_THREAD = 150_000
-
-_lock = threading.Lock()
-_running = 0
-_restore: Callable[[], object] = bool
-
-
-@contextmanager
-def own_settings() -> Iterator[None]:
-    """torch as our arithmetic needs it while inside; the process's own settings are back afterwards.
-
-    One thread per operation, and float32 products in full precision, whatever the host has turned on for its
-    pictures (TF32, bfloat16). Several may be inside at once; the last one out restores.
-    """
-    global _running, _restore
-    with _lock:
-        if _running == 0:
-            _restore = _take_settings()
-        _running += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _running -= 1
-            if _running == 0:
-                _restore()
-
-
-def _take_settings() -> Callable[[], None]:
-    """Make the settings ours; returns what brings the old ones back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # From torch 2.9 each backend has a setting of its own beside the old one for all of them, and the old one
-    # cannot be read where they differ.
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    own = [(part, part.fp32_precision) for part in backends if hasattr(part, "fp32_precision")]
-    try:
-        shared = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        shared = None
-    if shared is not None:
-        torch.set_float32_matmul_precision("highest")
-    else:
-        for part, _ in own:
-            part.fp32_precision = "ieee"
-
-    def restore() -> None:
-        torch.set_num_threads(threads)
-        if shared is not None:
-            torch.set_float32_matmul_precision(shared)
-        for part, before in own:
-            if part.fp32_precision != before:
-                part.fp32_precision = before
-
-    return restore
 
 
 def parallel_map(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import OutputError
 from .core import NOISE, SINGULAR, Spectrum, decompose, gram, sums_hold
+from .settings import own_settings
 from .storing import (
     Stored,
     roots_in_range,
@@ -26,7 +27,6 @@ from .storing import (
     working_dtype,
     write_layer,
 )
-from .threads import own_settings
 from .types import Grams, LowRank, Merged, Mixed
 
 Choose = Callable[[Spectrum], int]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import architectures, ranks
-from ..delta import Stored, batch_numbers, helpful_threads, parallel_map
+from ..delta import Stored, batch_numbers, full_precision, helpful_threads, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, model_hash, write_file
 from ..report import InputReport, LayerResult, MergeReport, relative, worst
@@ -99,6 +99,8 @@ def run_merge(
     with ExitStack() as stack:
         merger = stack.enter_context(open_merger(plan))
         stack.enter_context(_enough_memory(merger.device))
+        if merger.device.type != "cpu":
+            stack.enter_context(full_precision())
         hashes = stack.enter_context(_background_hashes(plan, cancel))
         allotted = None
         if plan.recipe.size is not None:
