@@ -7,6 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -353,11 +354,9 @@ def test_a_merge_that_fails_says_why_leaves_nothing_and_keeps_the_form(
     assert (tab.value("name"), tab.value("row0_strength")) == ("failing", "0.75")
 
 
-def test_what_is_typed_while_the_facts_are_looked_for_stays(
-    tab: Tab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tab.set_form({})
-    tab.wait_for_facts("Pick a LoRA")
+@contextmanager
+def facts_on_hold(patch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Facts of a form with a LoRA take until the end of this; the event tells that they were asked for."""
     asked, go = threading.Event(), threading.Event()
     gather = facts.gather
 
@@ -367,13 +366,22 @@ def test_what_is_typed_while_the_facts_are_looked_for_stays(
             go.wait(60)
         return gather(values, *others)
 
-    monkeypatch.setattr(facts, "gather", slow)
+    patch.setattr(facts, "gather", slow)
     try:
+        yield asked
+    finally:
+        go.set()
+
+
+def test_what_is_typed_while_the_facts_are_looked_for_stays(
+    tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tab.set_form({})
+    tab.wait_for_facts("Pick a LoRA")
+    with facts_on_hold(monkeypatch) as asked:
         tab.fill("row0_lora", "styl")
         assert asked.wait(60)
         tab.fill("name", "typed")
-    finally:
-        go.set()
     tab.wait_for_facts("LoRAs 1")
     # The whole name of the LoRA is taken over, the name of the file is not.
     tab.expect_value("row0_lora", re.compile("^style · "))
@@ -383,22 +391,10 @@ def test_what_is_typed_while_the_facts_are_looked_for_stays(
 def test_nothing_is_put_into_a_field_that_somebody_is_in(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
     tab.set_form({})
     tab.wait_for_facts("Pick a LoRA")
-    asked, go = threading.Event(), threading.Event()
-    gather = facts.gather
-
-    def slow(values: Mapping[str, object], *others: object) -> facts.Facts:
-        if values["row0.lora"]:
-            asked.set()
-            go.wait(60)
-        return gather(values, *others)
-
-    monkeypatch.setattr(facts, "gather", slow)
-    try:
+    with facts_on_hold(monkeypatch) as asked:
         tab.fill("row0_lora", "style")
         assert asked.wait(60)
         tab.field("name").click()
-    finally:
-        go.set()
     tab.wait_for_facts("LoRAs 1")
     tab.page.wait_for_timeout(1000)
     tab.page.keyboard.type("typed")
