@@ -21,6 +21,7 @@
         polled: 0,
         pollStamp: "",
         active: false,
+        started: "", // merge that this page began last, and when
         ended: "", // merge whose result is shown
         changed: false, // there may be a new LoRA
         greeted: false,
@@ -202,6 +203,14 @@
     function followJobs(now) {
         const jobs = find("#loramerge_jobs [data-stamp]");
         if (!jobs) return;
+        const started = valueOf("loramerge_started");
+        if (started !== state.started) {
+            state.started = started;
+            const [id, created] = started.split(" ");
+            state.follow = id;
+            state.followCreated = Number(created || 0);
+            state.lastAnswer = 0;
+        }
         if (jobs.dataset.stamp !== state.pollStamp) {
             state.pollStamp = jobs.dataset.stamp;
             state.polled = 0;

@@ -357,10 +357,8 @@ def said(path: Path) -> Iterator[str]:
 
 def shown_words(components: list[dict]) -> set[str]:
     """Every text of ours that the tab can show."""
-    hidden = {
-        "loramerge_" + name
-        for name in ("rows", "name_auto", "activation_auto", "argument", "draft", "proposed", "copied")
-    }
+    kept = ("rows", "name_auto", "activation_auto", "argument", "draft", "proposed", "copied", "started")
+    hidden = {"loramerge_" + name for name in kept}
     hidden |= {f"loramerge_row{index}_origin" for index in range(form.MAX_ROWS)}
     words: set[str] = set(layout.hints().values())
     for component in components:

@@ -424,8 +424,10 @@ class _Wiring:
 
     def _connect_jobs(self) -> None:
         outputs = ("jobs", "result")
-        self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, outputs)
-        self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, outputs)
+        # No answer to a question that was asked before may hide from the page that a merge of its own began.
+        begun = (*outputs, "started")
+        self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
+        self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
         self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_argument("poll"))
         self.button("drop", self.drop, ("argument",), outputs, message="argument", js=_argument("drop"))
 
@@ -444,7 +446,7 @@ class _Wiring:
             changed_sources=True,
         )
         job = self.jobs.submit(request)
-        return self._state(job)
+        return {**self._state(job), "started": f"{job.id} {job.created}"}
 
     def poll(self, values: Form) -> Changes:
         return {**self._state(self._followed(str(values["argument"] or ""))), "argument": update()}

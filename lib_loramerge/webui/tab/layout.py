@@ -340,7 +340,7 @@ class _Layout:
             for control in ROW_CONTROLS:
                 if control.hidden:
                     self.control(control._replace(name=f"row{index}.{control.name}"))
-        for name in ("argument", "draft", "proposed", "copied"):
+        for name in ("argument", "draft", "proposed", "copied", "started"):
             self.widget(name, "Textbox", label=name, value="")
         for name in ("greet", "ask", "take", "poll", "drop", "refill", "restore", "look", "unlook"):
             self.widget(f"button.{name}", "Button", value=name, elem_id=f"loramerge_do_{name}")
