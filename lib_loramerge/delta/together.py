@@ -11,7 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -257,6 +257,4 @@ def _stored(batch: _Batch, places: Sequence[int], rank: int, dtype: torch.dtype)
 
 
 def _moved(stored: Stored) -> Stored:
-    return Stored(
-        stored.up.cpu(), stored.down.cpu(), stored.alpha, stored.kernel, stored.error_sq, stored.exact_sq
-    )
+    return replace(stored, up=stored.up.cpu(), down=stored.down.cpu())

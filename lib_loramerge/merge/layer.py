@@ -102,16 +102,15 @@ class Merger:
 
     def combine(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> tuple[Merged | None, Delta | None]:
         """The method's delta, and the plain weighted sum where that is another."""
-        present = [index for index, entry in enumerate(inputs) if entry.weight is not None]
-        given = [entry.weight for entry in inputs if entry.weight is not None]
-        if not present:
+        given = {index: entry.weight for index, entry in enumerate(inputs) if entry.weight is not None}
+        if not given:
             return None, None
         if layer.vector:
             return Dense(self._vector(layer, [entry.weight for entry in inputs], layer.layer)), None
-        deltas = [moved(delta, self.device) for delta in given]
-        weights = [layer.weights[index] for index in present]
+        deltas = [moved(delta, self.device) for delta in given.values()]
+        weights = [layer.weights[index] for index in given]
         method = self.plan.method
-        merged = method.merge(deltas, weights, self._context(layer, present), **self.plan.params)
+        merged = method.merge(deltas, weights, self._context(layer, list(given)), **self.plan.params)
         if isinstance(merged, LowRank) and not self.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
             merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
