@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from . import __version__
 from .errors import LoraMergeError, OutputError, RecipeError
 from .recipe import (
-    DIALECTS,
-    DTYPES,
+    SETTINGS,
     MergeRecipe,
     Param,
     from_json,
@@ -142,17 +141,7 @@ def _merge_parser(commands: Any, *, with_methods: bool) -> None:
         "-o", "--output", metavar="OUT", help="file to write: a path, or a name within --lora-dir"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
-    _add_recipe_options(parser)
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="precision of the file (default: same, the widest of the inputs)"
-    )
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N, mps or xpu (default: auto)"
-    )
-    parser.add_argument("--dialect", choices=DIALECTS, help="spelling of the tensor names (default: auto)")
-    parser.add_argument(
-        "--skip-unsupported", action="store_true", help="leave out what cannot be merged, and list it"
-    )
+    _add_settings(parser, "merge")
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="take everything from a merged file or a JSON recipe"
     )
@@ -187,27 +176,22 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mode", metavar="MODE", help="merge method, see `loramerge methods` (default: svd)")
-    parser.add_argument(
-        "--rank", metavar="N", help="a number, same (as the inputs, default) or full (lossless)"
-    )
-    parser.add_argument("--conv-rank", type=int, metavar="N", help="rank of k x k convolutions")
-    parser.add_argument(
-        "--retain",
-        type=float,
-        metavar="F",
-        help="smallest ranks that keep this share of the norm, 0 < F <= 1",
-    )
-    parser.add_argument(
-        "--size", type=float, metavar="MB", help="best ranks for a file of at most MB x 1,000,000 bytes"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="for random methods and random block weights (default: 0)"
-    )
-    parser.add_argument(
-        "--base", metavar="CHECKPOINT", help="base model, for adapters that change it in proportion"
-    )
+def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
+    """One option for each setting of the recipe that the command takes."""
+    for name, entry in SETTINGS.items():
+        if command not in entry.commands:
+            continue
+        if entry.kind is bool:
+            parser.add_argument(entry.flag, action="store_true", default=None, help=entry.help)
+            continue
+        default = "" if entry.optional else f" (default: {entry.default})"
+        parser.add_argument(
+            entry.flag,
+            type=parse_rank if name == "rank" else entry.kind,
+            choices=entry.words if entry.words and entry.metavar is None else None,
+            metavar=entry.metavar,
+            help=entry.help + default,
+        )
 
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -274,19 +258,14 @@ def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
             "Name at least one LoRA to merge, for example: loramerge merge a.safetensors:0.8 -o out"
         )
     inputs = parse_inputs(
-        options.loras, skip_unsupported=getattr(options, "skip_unsupported", False), notes=notes
+        options.loras, skip_unsupported=bool(getattr(options, "skip_unsupported", None)), notes=notes
     )
     return MergeRecipe(inputs=inputs, **fields), notes
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     """Recipe fields for the options that were given; the others keep their defaults."""
-    names = ("mode", "conv_rank", "retain", "size", "dtype", "device", "seed", "base", "dialect")
-    fields = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    if getattr(options, "rank", None) is not None:
-        fields["rank"] = parse_rank(options.rank)
-    if getattr(options, "skip_unsupported", False):
-        fields["skip_unsupported"] = True
+    fields = {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}
     params = {
         name.removeprefix("param_"): value
         for name, value in vars(options).items()
@@ -452,13 +431,8 @@ def _convert_parser(commands: Any) -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file to write")
-    parser.add_argument("--dialect", choices=DIALECTS, default="auto", help="spelling of the tensor names")
-    parser.add_argument("--dtype", choices=DTYPES, default="same", help="precision of the file")
-    parser.add_argument("--base", metavar="CHECKPOINT", help="base model, for adapters that need it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
-    parser.add_argument(
-        "--skip-unsupported", action="store_true", help="leave out what cannot be kept, and list it"
-    )
+    _add_settings(parser, "convert")
     _add_json(parser)
 
 
@@ -470,10 +444,7 @@ def run_convert(options: argparse.Namespace) -> int:
     recipe = MergeRecipe(
         inputs=(LoraInput(str(options.file)),),
         mode="concat",
-        dtype=options.dtype,
-        dialect=options.dialect,
-        base=options.base,
-        skip_unsupported=options.skip_unsupported,
+        **given_fields(options),
     )
     target = output_target(options.output, None)
     _check_output(target, options.overwrite)
@@ -511,7 +482,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 def _compare_parser(commands: Any) -> None:
     parser = _command(commands, "compare", run_compare, "show where LoRAs agree, overlap and fight")
     _add_inputs(parser)
-    parser.add_argument("--base", metavar="CHECKPOINT", help="base model, for adapters that need it")
+    _add_settings(parser, "compare")
     _add_json(parser)
     _add_plot(parser)
 
@@ -531,8 +502,7 @@ def run_compare(options: argparse.Namespace) -> int:
 def _advise_parser(commands: Any, *, with_methods: bool) -> None:
     parser = _command(commands, "advise", run_advise, "show error and size against the rank, before merging")
     _add_inputs(parser)
-    _add_recipe_options(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of the file")
+    _add_settings(parser, "advise")
     _add_json(parser)
     _add_plot(parser)
     if with_methods:

@@ -15,13 +15,13 @@ from lib_loramerge.recipe.model import (
     DTYPES,
     MAX_INPUTS,
     RANK_WORDS,
+    SETTINGS,
     STRENGTH_LIMIT,
     LoraInput,
     MergeRecipe,
-    Param,
-    check_params,
     parse_rank,
 )
+from lib_loramerge.recipe.settings import Param, Setting, check_params
 from lib_loramerge.recipe.stored import from_json, to_json
 from lib_loramerge.recipe.text import format_input, format_prompt, parse_input, parse_inputs, parse_prompt
 
@@ -30,10 +30,12 @@ __all__ = [
     "DTYPES",
     "MAX_INPUTS",
     "RANK_WORDS",
+    "SETTINGS",
     "STRENGTH_LIMIT",
     "LoraInput",
     "MergeRecipe",
     "Param",
+    "Setting",
     "check_params",
     "format_input",
     "format_prompt",

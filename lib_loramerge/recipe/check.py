@@ -14,6 +14,7 @@ from lib_loramerge.errors import RecipeError
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _LONGEST_NUMBER = 64
+LONGEST_NAME = 4096  # characters of a name, a path or a text parameter
 
 
 def shown(value: object) -> str:

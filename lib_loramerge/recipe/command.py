@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lib_loramerge.recipe.check import plain
-from lib_loramerge.recipe.model import MergeRecipe
+from lib_loramerge.recipe.model import SETTINGS, MergeRecipe
 from lib_loramerge.recipe.text import format_input
 
 
@@ -23,22 +23,17 @@ def to_command(recipe: MergeRecipe, output: str | None = None) -> list[str]:
     words: list[str] = ["loramerge", "merge"]
     if output is not None:
         words += _option("--output" if output.startswith("-") else "-o", output)
-    for name in ("mode", "rank", "conv_rank", "retain", "size", "dtype", "device", "seed", "base", "dialect"):
+    for name, entry in SETTINGS.items():
         value = getattr(recipe, name)
-        if value is not None and value != getattr(MergeRecipe, name):
-            words += _option(_flag(name), value)
+        if value != entry.default:
+            words += [entry.flag] if entry.kind is bool else _option(entry.flag, value)
     for name, value in recipe.params.items():
-        words += _option(_flag(name), str(value).lower() if isinstance(value, bool) else value)
-    if recipe.skip_unsupported:
-        words.append("--skip-unsupported")
+        flag = "--" + name.replace("_", "-")
+        words += _option(flag, str(value).lower() if isinstance(value, bool) else value)
     loras = [format_input(given) for given in recipe.inputs]
     if any(lora.startswith("-") for lora in loras):
         words.append("--")  # from here on nothing is an option, whatever it begins with
     return words + loras
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _option(flag: str, value: float | int | str) -> list[str]:

@@ -1,22 +1,22 @@
-"""The recipe as frozen data: one LoRA of it, all of it, and one parameter of a method."""
+"""The recipe as frozen data: one LoRA of it, and all of it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
 
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe.check import (
+    LONGEST_NAME,
     check_choice,
     check_flag,
     check_number,
     check_text,
     check_whole,
-    nearest_hint,
     shown,
 )
+from lib_loramerge.recipe.settings import Setting, setting
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
 DIALECTS = ("auto", "kohya", "diffusers")
@@ -28,113 +28,12 @@ MAX_RANK = 65_536
 MAX_SIZE = 1_000_000.0  # MB; a terabyte is no LoRA
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 STRENGTH_LIMIT = 1000.0  # of strengths, block weights and x, either sign
-LONGEST_NAME = 4096
 LONGEST_BLOCKS = 16_384  # of lbw and lbwe
 MAX_PARAMS = 64
 
 _DEVICE = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::[0-9]{1,3})?")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{8,64}")
-_TRUE = ("true", "yes", "on", "1")
-_FALSE = ("false", "no", "off", "0")
-
-
-@dataclass(frozen=True)
-class Param:
-    """One tunable of a merge method, told once; the tab, CLI and REST read it.
-
-    Attributes:
-        name: The field's name, ``lower_case``; ``--lower-case`` on the command line.
-        default: Its value when not given; its type is the parameter's type.
-        help: One sentence for the user.
-        minimum: Smallest value allowed (numbers only).
-        maximum: Largest value allowed (numbers only).
-        choices: The values allowed (text only).
-    """
-
-    name: str
-    default: float | int | str | bool
-    help: str
-    minimum: float | None = None
-    maximum: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def check(self, value: object) -> float | int | str | bool:
-        """``value`` in the type of the default, converted from text if need be.
-
-        Raises:
-            RecipeError: Not of the type, not finite, out of the limits or not a
-                choice; the message names the parameter, the limits and the value.
-        """
-        if isinstance(self.default, bool):
-            return self._check_flag(value)
-        if isinstance(self.default, int):
-            # Sliders of some Gradio versions hand whole numbers over as floats.
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
-            low = None if self.minimum is None else int(self.minimum)
-            high = None if self.maximum is None else int(self.maximum)
-            return check_whole(self.name, value, low, high, text=True)
-        if isinstance(self.default, float):
-            return check_number(self.name, value, self.minimum, self.maximum, text=True)
-        if self.choices:
-            return check_choice(self.name, value, self.choices)
-        return check_text(self.name, value, LONGEST_NAME)
-
-    def range_text(self) -> str:
-        """What it may be, and what it is when not given: ``"0.01 to 1, default 0.5"``."""
-        if self.choices:
-            limits = ", ".join(self.choices)
-        elif isinstance(self.default, bool):
-            limits = "yes or no"
-        else:
-            low = "" if self.minimum is None else f"{self.minimum:g}"
-            high = "" if self.maximum is None else f"{self.maximum:g}"
-            limits = (
-                f"{low} to {high}"
-                if low and high
-                else f"from {low}"
-                if low
-                else f"up to {high}"
-                if high
-                else "any"
-            )
-        return f"{limits}, default {self.default}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything about it, for programs; absent limits are null."""
-        return {
-            "name": self.name,
-            "type": type(self.default).__name__,
-            "default": self.default,
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-            "choices": list(self.choices),
-            "help": self.help,
-        }
-
-    def _check_flag(self, value: object) -> bool:
-        if isinstance(value, str):
-            if value.strip().lower() in _TRUE:
-                return True
-            if value.strip().lower() in _FALSE:
-                return False
-        return check_flag(self.name, value)
-
-
-def check_params(params: Sequence[Param], given: Mapping[str, object], *, mode: str) -> dict[str, Any]:
-    """Every parameter of a method with its given or default value, checked.
-
-    Raises:
-        RecipeError: A value that does not fit, or a name the method does not know.
-    """
-    known = {p.name: p for p in params}
-    for name in given:
-        if name not in known:
-            takes = f"It takes {', '.join(known)}." if known else "It takes none."
-            hint = nearest_hint(str(name), known)
-            raise RecipeError(f"Mode {mode} has no parameter {shown(name)}. {takes}{hint}")
-    return {p.name: p.check(given.get(p.name, p.default)) for p in params}
 
 
 def parse_rank(value: object) -> int | str:
@@ -151,6 +50,34 @@ def parse_rank(value: object) -> int | str:
         raise RecipeError(
             f"rank must be a whole number from 1 to {MAX_RANK}, same or full, got {shown(value)}."
         ) from None
+
+
+def _check_rank(value: object) -> int | str:
+    # Text is the command line's; a recipe holds a number or one of the words.
+    if isinstance(value, str) and value not in RANK_WORDS:
+        raise RecipeError(
+            f"rank must be a whole number from 1 to {MAX_RANK}, same or full, got {shown(value)}."
+        )
+    return parse_rank(value)
+
+
+def _check_mode(value: object) -> str:
+    if not (isinstance(value, str) and _WORD.fullmatch(value)):
+        raise RecipeError(f"mode must be the name of a merge method, got {shown(value)}.")
+    return value
+
+
+def _check_device(value: object) -> str:
+    if not (isinstance(value, str) and _DEVICE.fullmatch(value)):
+        raise RecipeError(f"device must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {shown(value)}.")
+    return value
+
+
+def _check_above_zero(name: str, value: object, maximum: float, what: str) -> float:
+    number = check_number(name, value, 0, maximum)
+    if number == 0:
+        raise RecipeError(f"{name} must be a {what} above 0 and at most {maximum:.0f}, got 0.")
+    return number
 
 
 def _set(instance: object, name: str, value: object) -> None:
@@ -230,52 +157,110 @@ class LoraInput:
 class MergeRecipe:
     """All settings of one merge, as data; the front ends and merged files share it.
 
+    A new setting is one field here: the command line, JSON, the schema of REST and
+    the stored recipe are made from :data:`SETTINGS`.
+
     Attributes:
         inputs: The LoRAs, at least one, at most :data:`MAX_INPUTS`.
-        mode: Name of the merge method.
         params: Values of the method's parameters; checked against the method when planned.
-        rank: Rank of every layer; ``"same"`` the largest of the inputs, ``"full"`` lossless.
-        conv_rank: Rank of convolutions instead of ``rank``.
-        retain: Smallest rank that keeps this fraction of each layer's Frobenius norm, 0 < F <= 1.
-        size: Best file of at most this many MB (1,000,000 bytes).
-        dtype: What is saved; ``"same"`` is the widest of the inputs.
-        device: Where the arithmetic runs.
-        seed: Seeds every random choice.
-        base: Checkpoint, for the adapter kinds that need one.
-        dialect: Key names of the merged file.
-        skip_unsupported: Leave out, and report, what cannot be merged.
     """
 
     inputs: tuple[LoraInput, ...]
-    mode: str = "svd"
+    mode: str = setting(
+        "svd",
+        _check_mode,
+        "merge method, see `loramerge methods`",
+        metavar="MODE",
+        commands=("merge", "advise"),
+    )
     params: Mapping[str, float | int | str | bool] = field(default_factory=dict, hash=False)
-    rank: int | str = "same"
-    conv_rank: int | None = None
-    retain: float | None = None
-    size: float | None = None
-    dtype: str = "same"
-    device: str = "auto"
-    seed: int = 0
-    base: str | None = None
-    dialect: str = "auto"
-    skip_unsupported: bool = False
+    rank: int | str = setting(
+        "same",
+        _check_rank,
+        "a number, same (the largest of the inputs) or full (lossless)",
+        metavar="N",
+        words=RANK_WORDS,
+        minimum=1,
+        commands=("merge", "advise"),
+    )
+    conv_rank: int | None = setting(
+        None,
+        lambda value: check_whole("conv_rank", value, 1, MAX_RANK),
+        "rank of k x k convolutions instead of rank",
+        kind=int,
+        metavar="N",
+        minimum=1,
+        commands=("merge", "advise"),
+    )
+    retain: float | None = setting(
+        None,
+        lambda value: _check_above_zero("retain", value, 1.0, "number"),
+        "smallest ranks that keep this share of each layer's Frobenius norm, 0 < F <= 1",
+        kind=float,
+        metavar="F",
+        commands=("merge", "advise"),
+    )
+    size: float | None = setting(
+        None,
+        lambda value: _check_above_zero("size", value, MAX_SIZE, "number of MB"),
+        "best ranks for a file of at most MB x 1,000,000 bytes",
+        kind=float,
+        metavar="MB",
+        commands=("merge", "advise"),
+    )
+    seed: int = setting(
+        0,
+        lambda value: check_whole("seed", value, 0, MAX_SEED),
+        "for random methods and random block weights",
+        kind=int,
+        metavar="N",
+        minimum=0,
+        commands=("merge", "advise"),
+    )
+    base: str | None = setting(
+        None,
+        lambda value: check_text("base", value, LONGEST_NAME),
+        "base model, for adapters that change it in proportion",
+        metavar="CHECKPOINT",
+        commands=("merge", "convert", "compare", "advise"),
+    )
+    dtype: str = setting(
+        "same",
+        lambda value: check_choice("dtype", value, DTYPES),
+        "precision of the file; same is the widest of the inputs",
+        words=DTYPES,
+        commands=("merge", "convert", "advise"),
+    )
+    device: str = setting(
+        "auto",
+        _check_device,
+        "where the arithmetic runs: auto, cpu, cuda, cuda:N, mps or xpu",
+        metavar="DEVICE",
+        commands=("merge",),
+    )
+    dialect: str = setting(
+        "auto",
+        lambda value: check_choice("dialect", value, DIALECTS),
+        "spelling of the tensor names",
+        words=DIALECTS,
+        commands=("merge", "convert"),
+    )
+    skip_unsupported: bool = setting(
+        False,
+        lambda value: check_flag("skip_unsupported", value),
+        "leave out what cannot be merged, and list it",
+        kind=bool,
+        commands=("merge", "convert"),
+    )
 
     def __post_init__(self) -> None:
         self._check_inputs()
-        if not (isinstance(self.mode, str) and _WORD.fullmatch(self.mode)):
-            raise RecipeError(f"mode must be the name of a merge method, got {shown(self.mode)}.")
         self._check_params()
-        self._check_rank()
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("dialect", self.dialect, DIALECTS)
-        if not (isinstance(self.device, str) and _DEVICE.fullmatch(self.device)):
-            raise RecipeError(
-                f"device must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {shown(self.device)}."
-            )
-        _set(self, "seed", check_whole("seed", self.seed, 0, MAX_SEED))
-        if self.base is not None:
-            check_text("base", self.base, LONGEST_NAME)
-        check_flag("skip_unsupported", self.skip_unsupported)
+        for name, entry in SETTINGS.items():
+            value = getattr(self, name)
+            if value is not None or not entry.optional:
+                _set(self, name, entry.check(value))
+        self._check_one_rank_rule()
 
     def _check_inputs(self) -> None:
         if isinstance(self.inputs, (str, LoraInput)) or not isinstance(self.inputs, Sequence):
@@ -301,25 +286,6 @@ class MergeRecipe:
                 check_number(name, value)
         _set(self, "params", dict(self.params))
 
-    def _check_rank(self) -> None:
-        if not (isinstance(self.rank, str) and self.rank in RANK_WORDS):
-            if isinstance(self.rank, str):
-                raise RecipeError(
-                    f"rank must be a whole number from 1 to {MAX_RANK}, same or full, got {shown(self.rank)}."
-                )
-            _set(self, "rank", parse_rank(self.rank))
-        if self.conv_rank is not None:
-            _set(self, "conv_rank", check_whole("conv_rank", self.conv_rank, 1, MAX_RANK))
-        if self.retain is not None:
-            _set(self, "retain", check_number("retain", self.retain, 0, 1))
-            if self.retain == 0:
-                raise RecipeError("retain must be a number above 0 and at most 1, got 0.")
-        if self.size is not None:
-            _set(self, "size", check_number("size", self.size, 0, MAX_SIZE))
-            if self.size == 0:
-                raise RecipeError(f"size must be a number of MB above 0 and at most {MAX_SIZE:.0f}, got 0.")
-        self._check_one_rank_rule()
-
     def _check_one_rank_rule(self) -> None:
         """``retain`` and ``size`` choose every rank themselves; nothing else may."""
         rules = [n for n in ("retain", "size") if getattr(self, n) is not None]
@@ -333,3 +299,8 @@ class MergeRecipe:
 
 INPUT_FIELDS = tuple(f.name for f in fields(LoraInput))
 RECIPE_FIELDS = tuple(f.name for f in fields(MergeRecipe))
+SETTINGS: Mapping[str, Setting] = {
+    f.name: replace(f.metadata["setting"], name=f.name)
+    for f in fields(MergeRecipe)
+    if "setting" in f.metadata
+}

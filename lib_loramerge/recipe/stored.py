@@ -8,7 +8,14 @@ from typing import Any
 
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe.check import nearest_hint, shown
-from lib_loramerge.recipe.model import INPUT_FIELDS, MAX_INPUTS, RECIPE_FIELDS, LoraInput, MergeRecipe
+from lib_loramerge.recipe.model import (
+    INPUT_FIELDS,
+    MAX_INPUTS,
+    RECIPE_FIELDS,
+    SETTINGS,
+    LoraInput,
+    MergeRecipe,
+)
 from lib_loramerge.recipe.text import parse_input, parse_inputs
 
 VERSION = 1
@@ -59,8 +66,8 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
     if "inputs" not in given:
         raise RecipeError("A recipe needs inputs, the list of its LoRAs.")
     given["inputs"] = _inputs_from_json(given["inputs"])
-    for name in ("conv_rank", "retain", "size", "base"):
-        if name in given and given[name] is None:
+    for name, entry in SETTINGS.items():
+        if entry.optional and given.get(name, "") is None:
             del given[name]  # null and absent mean the same where absent is allowed
     return MergeRecipe(**given)
 

@@ -33,7 +33,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..methods import METHODS
-from ..recipe import DTYPES, MergeRecipe, from_json
+from ..recipe import DTYPES, SETTINGS, MergeRecipe, from_json
 from . import analyse, schema
 from .host import ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue, MergeRequest
@@ -64,8 +64,8 @@ _STATUS: tuple[tuple[type[LoraMergeError], int], ...] = (
 _PATH = re.compile(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f]")
 # The library's sentences name options of the command line; a request has fields instead.
 _FLAG = re.compile(
-    r"(?<![\w-])--(base|skip-unsupported|allow-changed-sources|overwrite|dialect|rank|retain|size)"
-    r"(?![\w-])(?: CHECKPOINT\b)?"
+    rf"(?<![\w-])--({'|'.join(entry.flag[2:] for entry in SETTINGS.values())}|"
+    r"allow-changed-sources|overwrite)(?![\w-])(?: CHECKPOINT\b)?"
 )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..methods import METHODS
-from ..recipe import DIALECTS, DTYPES
+from ..recipe import SETTINGS
 from .analyse import KINDS, THEMES
 
 MAX_INPUTS = 64
@@ -59,28 +59,15 @@ def input_schema() -> Schema:
 
 def recipe_schema() -> Schema:
     """The recipe, as it is also kept in a merged file's metadata (``loramerge_recipe``)."""
-    rank = {
-        "oneOf": [{"type": "integer", "minimum": 1}, {"type": "string", "enum": ["same", "full"]}],
-        "default": "same",
-    }
+    settings = {name: entry.schema() for name, entry in SETTINGS.items()}
+    settings["mode"] |= {"enum": list(METHODS), "description": "merge method, see GET methods"}
+    settings["base"] |= {"description": "title of a checkpoint of the host's list, for adapters that need it"}
     return object_of(
         {
             "version": {"type": "integer", "enum": [1]},
             "inputs": {"type": "array", "items": input_schema(), "minItems": 1, "maxItems": MAX_INPUTS},
-            "mode": text("merge method, see GET methods", enum=list(METHODS), default="svd"),
             "params": {"type": "object", "description": "parameters of the merge method, see GET methods"},
-            "rank": rank,
-            "conv_rank": {"type": "integer", "minimum": 1, "nullable": True},
-            "retain": number("smallest rank that keeps this share of the norm", nullable=True),
-            "size": number("largest file in MB (1,000,000 bytes)", nullable=True),
-            "dtype": text(enum=list(DTYPES), default="same"),
-            "device": text("cpu, cuda, cuda:N, mps, xpu or auto", default="auto"),
-            "seed": {"type": "integer", "default": 0},
-            "base": text(
-                "title of a checkpoint of the host's list, for adapters that need it", nullable=True
-            ),
-            "dialect": text(enum=list(DIALECTS), default="auto"),
-            "skip_unsupported": {"type": "boolean", "default": False},
+            **settings,
         },
         ("inputs",),
     )
