@@ -37,17 +37,20 @@ ALLOWED = {
     "demo": _RESULTS | {"merge"},
     "cli": _RESULTS | {"merge", "demo"},
     "webui": _RESULTS | {"merge", "cli", "demo"},
+    "comfyui": _RESULTS | {"merge"},
     "__init__": _RESULTS | {"merge"},
     "__main__": {"cli"},
     "scripts": {"webui"},
 }
-# cli reaches webui only inside the functions of the commands that need it.
-ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}}
+# cli and comfyui reach webui's figures only inside the functions that draw.
+ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}, "comfyui": {"webui"}}
 
 # Only webui imports these. A WebUI puts `modules` and its LoRA extension's `networks` on the path, and
 # Gradio brings the others.
 WEBUI_ONLY = {"gradio", "fastapi", "starlette", "pydantic", "uvicorn", "anyio", "matplotlib", "PIL"}
 WEBUI_ONLY |= {"modules", "networks", "network"}
+# ComfyUI's own, and only comfyui imports them.
+COMFYUI_ONLY = {"comfy", "folder_paths"}
 INSTALLED = {"torch", "safetensors", "numpy"}
 
 
@@ -125,9 +128,12 @@ def fault(edge: Import) -> str | None:
         if target not in allowed and target != importer and target != "__init__":
             return f"{edge.where}: {importer} must not import {target}"
         return None
-    if target in WEBUI_ONLY and importer != "webui":
-        return f"{edge.where}: {importer} must not import {target}; only webui does"
-    known = sys.stdlib_module_names | INSTALLED | WEBUI_ONLY
+    if target == "matplotlib" and importer == "comfyui" and edge.in_function:
+        return None  # Its figure becomes an IMAGE there.
+    for owner, names in (("webui", WEBUI_ONLY), ("comfyui", COMFYUI_ONLY)):
+        if target in names and importer != owner:
+            return f"{edge.where}: {importer} must not import {target}; only {owner} does"
+    known = sys.stdlib_module_names | INSTALLED | WEBUI_ONLY | COMFYUI_ONLY
     if target not in known:
         return f"{edge.where}: {importer} imports {target}, which pyproject.toml does not list"
     return None
@@ -156,6 +162,10 @@ def test_imports_go_one_way(path):
         ("lib_loramerge/cli.py", "from lib_loramerge.webui.standalone import serve"),
         ("lib_loramerge/webui/tab.py", "import networks, scipy"),
         ("scripts/lora_merge.py", "from lib_loramerge.merge import run_merge"),
+        ("lib_loramerge/webui/tab.py", "import comfy.utils"),
+        ("lib_loramerge/merge/run.py", "def f():\n    import folder_paths"),
+        ("lib_loramerge/comfyui/nodes.py", "import gradio"),
+        ("lib_loramerge/comfyui/nodes.py", "from ..webui import plots"),
         ("lib_loramerge/surprise.py", "from lib_loramerge.errors import LoraMergeError"),
     ],
 )
@@ -183,13 +193,13 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_module_outside_webui_imports_without_a_webui():
-    names = [_dotted(path) for path in _python_files() if "webui" not in path.parts]
+    names = [_dotted(path) for path in _python_files() if not {"webui", "comfyui"} & set(path.parts)]
     names = [name for name in names if name.startswith("lib_loramerge.") and not name.endswith(".__main__")]
     code = f"""
 import importlib, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {WEBUI_ONLY!r}:
+        if name.split(".")[0] in {WEBUI_ONLY | COMFYUI_ONLY!r}:
             raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
 # Other projects import these only when they can, which a blocked import lets them find out.
 sys.meta_path.insert(0, Block())

@@ -1,0 +1,223 @@
+"""A merge inside ComfyUI: its LoRA folders, its device, its progress bar and its interrupt button."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+
+from ..blocks import Presets, bundled_preset_path, load_presets
+from ..errors import Cancelled, IncompatibleError
+from ..files import LoraFolder, open_file, output_path, write_again
+from ..merge import MergePlan, Progress, plan_merge, run_merge
+from ..metadata import renamed
+from ..methods import METHODS
+from ..recipe import LoraInput, MergeRecipe
+from ..report import MergeReport
+
+DEVICES = ("CPU", "ComfyUI's device")
+# What a merge of the largest common LoRAs needs of an accelerator, beside the models there.
+DEVICE_BYTES = 2 << 30
+RANK_RULES = (
+    "automatic",
+    "same as the inputs",
+    "a number",
+    "keep everything",
+    "share of the norm",
+    "file size",
+)
+
+
+class Merged:
+    """A merged LoRA in ComfyUI's temporary folder; the file goes when no node holds it any more.
+
+    Attributes:
+        path: The file, complete.
+        plan: What was merged.
+        report: What became of it.
+    """
+
+    def __init__(self, path: Path, plan: MergePlan, report: MergeReport) -> None:
+        self.path = path
+        self.plan = plan
+        self.report = report
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+
+def find(name: str) -> Path:
+    """The file of a LoRA name: as ComfyUI's list has it, with or without its suffix, or as in a prompt.
+
+    Raises:
+        FileError: There is none, or more than one.
+    """
+    for candidate in (name, f"{name}.safetensors"):
+        path = folder_paths.get_full_path("loras", candidate)
+        if path is not None:
+            return Path(path)
+    return LoraFolder(folder_paths.get_folder_paths("loras")).find(name)
+
+
+def lora_name(listed: str) -> str:
+    """A name of ComfyUI's list as a recipe holds it: with ``/`` and without ``.safetensors``."""
+    name = listed.replace("\\", "/")
+    return name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name
+
+
+def stamp(names: Sequence[str]) -> str:
+    """Changes when a file behind one of the names does: size and time of each."""
+    parts = []
+    for name in names:
+        status = os.stat(find(name))
+        parts.append(f"{name}:{status.st_size}:{status.st_mtime_ns}")
+    return "|".join(parts)
+
+
+def presets() -> Presets:
+    """The block-weight presets of ``preset.txt``."""
+    return load_presets([bundled_preset_path()])
+
+
+def rank_fields(rule: str, mode: str, rank: int, retain: float, size: float) -> dict[str, Any]:
+    """Fields of :class:`MergeRecipe` for a choice of :data:`RANK_RULES`."""
+    if rule == "automatic":
+        return {"rank": "same" if METHODS[mode].elementwise else "full"}
+    rules: dict[str, dict[str, Any]] = {
+        "same as the inputs": {"rank": "same"},
+        "a number": {"rank": rank},
+        "keep everything": {"rank": "full"},
+        "share of the norm": {"retain": retain},
+        "file size": {"size": size},
+    }
+    return rules[rule]
+
+
+def merge(inputs: Sequence[LoraInput], device: str, base: str | None, **fields: Any) -> Merged:
+    """Merge into ComfyUI's temporary folder.
+
+    Args:
+        device: Of :data:`DEVICES`.
+        base: Name in ComfyUI's list of checkpoints, for adapters that need the base model.
+        fields: Of :class:`MergeRecipe`.
+
+    Raises:
+        LoraMergeError: Anything a user can cause; no file is left then.
+        InterruptProcessingException: The user pressed Interrupt.
+    """
+    checkpoint = None if base is None else Path(folder_paths.get_full_path_or_raise("checkpoints", base))
+    recipe = MergeRecipe(
+        inputs=tuple(inputs), device=_device(device), base=base and str(checkpoint), **fields
+    )
+    plan = plan_merge(recipe, find=find, presets=presets(), base=checkpoint)
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"loramerge-{secrets.token_hex(8)}.safetensors"
+    return Merged(path, plan, replace(_run(plan, path), output="nothing: not saved"))
+
+
+def _device(choice: str) -> str:
+    """The recipe's device; CPU for one that torch gives no name the merge knows."""
+    if choice == DEVICES[0]:
+        return "cpu"
+    device = comfy.model_management.get_torch_device()
+    if device.type not in ("cuda", "mps", "xpu"):
+        return "cpu"
+    # ComfyUI's models make room, and come back when they are used.
+    comfy.model_management.free_memory(DEVICE_BYTES, device)
+    return str(device)
+
+
+def _run(plan: MergePlan, path: Path) -> MergeReport:
+    bar = comfy.utils.ProgressBar(len(plan.layers))
+
+    def show(progress: Progress) -> None:
+        bar.update_absolute(progress.done, progress.total)
+
+    try:
+        return run_merge(
+            plan, path, progress=show,
+            cancel=comfy.model_management.processing_interrupted,
+        )  # fmt: skip
+    except Cancelled:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise
+
+
+def apply(
+    merged: Merged, model: Any, clip: Any, strength_model: float, strength_clip: float
+) -> tuple[Any, Any]:
+    """Patch copies of ComfyUI's MODEL and CLIP, each of which may be None.
+
+    Raises:
+        IncompatibleError: No layer of the file fits what is connected.
+    """
+    tensors = comfy.utils.load_torch_file(str(merged.path), safe_load=True)
+    patched = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
+    if _patches(*patched) == _patches(model, clip):
+        raise IncompatibleError(
+            f"No layer of the merged LoRA fits the connected model. The LoRA is for "
+            f"{merged.report.base_model}: connect a model of that kind."
+        )
+    return patched
+
+
+def _patches(model: Any, clip: Any) -> int:
+    patchers = [model, None if clip is None else clip.patcher]
+    return sum(
+        len(list_) for patcher in patchers if patcher is not None for list_ in patcher.patches.values()
+    )
+
+
+def save(merged: Merged, name: str, subfolder: str, overwrite: bool, extra: Mapping[str, str]) -> Path:
+    """Write the merged LoRA into ComfyUI's first LoRA folder.
+
+    Args:
+        extra: Further metadata.
+
+    Raises:
+        OutputError: The name is taken or impossible, or the disk is full.
+    """
+    target = output_path(folder_paths.get_folder_paths("loras")[0], name, subfolder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_file(merged.path) as source:
+        metadata = {**renamed(source.metadata, target.stem), **extra}
+        write_again(
+            target, source, metadata, overwrite=overwrite,
+            stop=comfy.model_management.throw_exception_if_processing_interrupted,
+        )  # fmt: skip
+    return target
+
+
+def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
+    """The workflow as ComfyUI's own save nodes keep it; nothing where the user has disabled that."""
+    from comfy.cli_args import args
+
+    if args.disable_metadata:
+        return {}
+    kept = {} if prompt is None else {"prompt": json.dumps(prompt)}
+    return kept | {key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}
+
+
+__all__ = [
+    "DEVICES",
+    "RANK_RULES",
+    "Merged",
+    "apply",
+    "find",
+    "lora_name",
+    "merge",
+    "presets",
+    "rank_fields",
+    "save",
+    "stamp",
+    "workflow_metadata",
+]

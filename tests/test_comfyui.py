@@ -1,0 +1,253 @@
+"""The ComfyUI nodes in a small ComfyUI: what they load, merge, apply and save, and when they do it again."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_loramerge.errors import IncompatibleError, LoraMergeError, OutputError, RecipeError
+from tests.fake_comfyui import ROOT, Clip, FakeComfyUI, InterruptProcessingException, Patcher, running
+from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora, metadata_of, relative_error, weighted_sum
+
+MODEL = {name for name in SD1_LAYERS if name.startswith("lora_unet_")}
+TEXT = set(SD1_LAYERS) - MODEL
+LOAD = {
+    "lora_name": "none",
+    "strength_model": 1.0,
+    "strength_clip": 1.0,
+    "preset": "none",
+    "block_weights": "",
+}
+MERGE = {
+    "mode": "svd", "rank_rule": "automatic", "rank": 32, "retain": 0.99, "size": 100.0,
+    "precision": "float32", "device": "CPU", "seed": 0, "parameters": "", "base": "none",
+}  # fmt: skip
+
+
+@pytest.fixture
+def comfyui(tmp_path: Path) -> Iterator[FakeComfyUI]:
+    with running(tmp_path) as host:
+        make_lora(host.loras / "a.safetensors", SD1_LAYERS, seed=1, alpha=2.0)
+        make_lora(host.loras / "sub" / "b.safetensors", SD1_LAYERS, seed=2, rank=3)
+        yield host
+
+
+def load(name: str, strength: float) -> dict:
+    inputs = {**LOAD, "lora_name": name, "strength_model": strength, "strength_clip": strength}
+    return {"class_type": "LoraMergeLoad", "inputs": inputs}
+
+
+def two(**merge) -> dict[str, dict]:
+    inputs = {**MERGE, "loras_1": ["1", 0], "loras_2": ["2", 0], **merge}
+    return {
+        "1": load("a.safetensors", 0.8),
+        "2": load("sub/b.safetensors", -0.5),
+        "3": {"class_type": "LoraMergeMerge", "inputs": inputs},
+    }
+
+
+def files(host: FakeComfyUI) -> list[tuple[Path, float]]:
+    return [(host.loras / "a.safetensors", 0.8), (host.loras / "sub" / "b.safetensors", -0.5)]
+
+
+def test_apply_changes_the_model_by_the_weighted_sum_and_saves_nothing(comfyui):
+    merged = comfyui.run(two())["3"][0]
+    model, clip = Patcher(MODEL), Clip(TEXT)
+    apply = comfyui.nodes["LoraMergeApply"]()
+    patched, patched_clip = apply.apply(merged, 1.0, 1.0, model, clip)
+    got = {**patched.delta(), **patched_clip.patcher.delta()}
+    assert set(got) == set(SD1_LAYERS)
+    assert relative_error(got, weighted_sum(files(comfyui))) < 1e-6
+    assert not model.patches
+    assert not clip.patcher.patches
+    assert sorted(path.name for path in comfyui.loras.rglob("*.safetensors")) == [
+        "a.safetensors",
+        "b.safetensors",
+    ]
+
+
+def test_save_then_load_equals_apply_and_keeps_recipe_and_workflow(comfyui):
+    prompt = two()
+    prompt["4"] = {
+        "class_type": "LoraMergeSave",
+        "inputs": {"merged_lora": ["3", 0], "name": "both", "subfolder": "made/here", "overwrite": False},
+    }
+    results = comfyui.run(prompt, workflow={"nodes": [1]})
+    assert results["4"] == (str(Path("made/here/both.safetensors")),)
+    saved = comfyui.loras / "made" / "here" / "both.safetensors"
+    got = weighted_sum([(saved, 1.0)])
+    assert relative_error(got, weighted_sum(files(comfyui))) < 1e-6
+    metadata = metadata_of(saved)
+    assert metadata["ss_output_name"] == "both"
+    assert [entry["name"] for entry in json.loads(metadata["loramerge_recipe"])["inputs"]] == ["a", "sub/b"]
+    assert json.loads(metadata["workflow"]) == {"nodes": [1]}
+    assert json.loads(metadata["prompt"])["4"]["inputs"]["name"] == "both"
+
+
+def test_no_workflow_is_kept_where_the_user_disabled_metadata(comfyui):
+    comfyui.args.disable_metadata = True
+    merged = comfyui.run(two())["3"][0]
+    comfyui.nodes["LoraMergeSave"]().save(merged, "x", "", False, {"1": {}}, {"workflow": {}})
+    assert not {"prompt", "workflow"} & set(metadata_of(comfyui.loras / "x.safetensors"))
+
+
+def test_a_taken_name_is_kept_unless_overwrite_is_on_and_no_name_leads_out(comfyui):
+    merged = comfyui.run(two())["3"][0]
+    save = comfyui.nodes["LoraMergeSave"]().save
+    before = (comfyui.loras / "a.safetensors").read_bytes()
+    with pytest.raises(OutputError, match=r"a\.safetensors"):
+        save(merged, "a", "", False)
+    assert (comfyui.loras / "a.safetensors").read_bytes() == before
+    for name, subfolder in (("../x", ""), ("x", "../.."), ("", ""), ("x", "/tmp")):
+        with pytest.raises(OutputError):
+            save(merged, name, subfolder, True)
+    save(merged, "a", "", True)
+    assert (comfyui.loras / "a.safetensors").read_bytes() != before
+
+
+def test_only_what_changed_is_done_again(comfyui):
+    prompt = two()
+    comfyui.run(prompt)
+    assert comfyui.ran == ["1", "2", "3"]
+    comfyui.run(prompt)
+    assert comfyui.ran == []
+    prompt["2"]["inputs"]["strength_model"] = 0.25
+    comfyui.run(prompt)
+    assert comfyui.ran == ["2", "3"]
+    make_lora(comfyui.loras / "a.safetensors", SD1_LAYERS, seed=9, alpha=2.0, rank=5)
+    comfyui.run(prompt)
+    assert comfyui.ran == ["1", "3"]
+
+
+def test_the_temporary_file_goes_with_the_last_node_that_holds_it(comfyui):
+    prompt = two()
+    first = comfyui.run(prompt)["3"][0].path
+    assert first.is_file()
+    prompt["1"]["inputs"]["strength_model"] = 0.1
+    second = comfyui.run(prompt)["3"][0].path
+    gc.collect()
+    assert second.is_file()
+    assert not first.exists()
+
+
+def test_a_third_input_and_a_whole_prompt_are_merged_too(comfyui):
+    prompt = two(loras_3=["4", 0])
+    prompt["4"] = {
+        "class_type": "LoraMergeLoad",
+        "inputs": {**LOAD, "prompt": "a cat, <lora:a:0.2> in <lora:sub/b:0.3:0.7>"},
+    }
+    merged = comfyui.run(prompt)["3"][0]
+    strengths = [(given.input.name, given.input.te, given.input.unet) for given in merged.plan.sources]
+    assert strengths == [("a", 0.8, 0.8), ("sub/b", -0.5, -0.5), ("a", 0.2, 0.2), ("sub/b", 0.3, 0.7)]
+
+
+def test_block_weights_come_by_preset_or_as_numbers(comfyui):
+    ones = ",".join(["1"] * 17)
+    node = comfyui.nodes["LoraMergeLoad"]()
+    chosen = {**LOAD, "lora_name": "a.safetensors", "preset": "MIDD"}
+    by_preset, by_list = (node.load(**{**chosen, "block_weights": text})[0][0] for text in ("", ones))
+    assert (by_preset.lbw, by_list.lbw) == ("MIDD", ones)
+
+
+def test_rank_rules_and_parameters_reach_the_recipe(comfyui):
+    for rule, expected in (("a number", {"rank": 2}), ("share of the norm", {"retain": 0.5}),
+                           ("file size", {"size": 50.0}), ("keep everything", {"rank": "full"})):  # fmt: skip
+        merged = comfyui.run(two(rank_rule=rule, rank=2, retain=0.5, size=50.0))["3"][0]
+        assert {name: getattr(merged.plan.recipe, name) for name in expected} == expected
+    merged = comfyui.run(two(mode="ties", parameters="density=0.4"))["3"][0]
+    assert merged.plan.params["density"] == 0.4
+    assert merged.plan.recipe.rank == "same"
+
+
+@pytest.mark.parametrize(
+    ("merge", "error"),
+    [
+        ({"parameters": "density"}, "density=0.5"),
+        ({"parameters": "nothing=1", "mode": "ties"}, "no parameter"),
+        ({"mode": "add"}, "rank"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence_and_leaves_no_file(comfyui, merge, error):
+    with pytest.raises(LoraMergeError, match=error):
+        comfyui.run(two(**merge))
+    assert not list(comfyui.temp.glob("*")) if comfyui.temp.exists() else True
+
+
+def test_nothing_chosen_is_a_sentence(comfyui):
+    with pytest.raises(RecipeError, match="Choose a LoRA"):
+        comfyui.nodes["LoraMergeLoad"]().load(**LOAD)
+    merged = comfyui.run(two())["3"][0]
+    with pytest.raises(RecipeError, match="Connect"):
+        comfyui.nodes["LoraMergeApply"]().apply(merged, 1.0, 1.0)
+
+
+def test_a_model_of_another_kind_is_refused_with_the_base_model(comfyui):
+    merged = comfyui.run(two())["3"][0]
+    with pytest.raises(IncompatibleError, match="Stable Diffusion 1"):
+        comfyui.nodes["LoraMergeApply"]().apply(merged, 1.0, 1.0, Patcher(set(SDXL_LAYERS)), None)
+
+
+def test_interrupt_ends_the_merge_and_leaves_nothing(comfyui):
+    comfyui.interrupted = True
+    with pytest.raises(InterruptProcessingException):
+        comfyui.run(two())
+    assert list(comfyui.temp.glob("*")) == []
+
+
+def test_progress_reaches_its_end(comfyui):
+    comfyui.run(two())
+    assert comfyui.progress[-1][0] <= comfyui.progress[-1][1]
+    assert any(value == total == len(SD1_LAYERS) for value, total in comfyui.progress)
+
+
+def test_the_report_has_text_and_a_picture(comfyui):
+    prompt = two()
+    prompt["4"] = {"class_type": "LoraMergeReport", "inputs": {"merged_lora": ["3", 0]}}
+    text, picture = comfyui.run(prompt)["4"]
+    assert "Stable Diffusion 1" in text
+    assert "not saved" in text
+    assert picture.shape[0] == 1
+    assert picture.shape[3] == 3
+    assert picture.dtype == torch.float32
+    assert 0 <= float(picture.min()) < float(picture.max()) <= 1
+
+
+def test_every_node_says_what_comfyui_asks_of_it(comfyui):
+    for name, node in comfyui.nodes.items():
+        accepted = node.INPUT_TYPES()
+        assert set(accepted) <= {"required", "optional", "hidden"}, name
+        assert callable(getattr(node, node.FUNCTION))
+        assert node.CATEGORY == "loaders/LoRA Merge"
+        assert len(node.RETURN_TYPES) == len(getattr(node, "RETURN_NAMES", node.RETURN_TYPES))
+        json.dumps(accepted)  # The page is sent all of it.
+
+
+def test_the_pack_is_loaded_from_anywhere_and_leaves_the_path_alone(tmp_path):
+    script = (
+        "import sys, pathlib; sys.path.append(sys.argv[1])\n"
+        "from tests.fake_comfyui import running\n"
+        "sys.path.remove(sys.argv[1])\n"
+        "with running(pathlib.Path(sys.argv[2])) as host: print(len(host.nodes), sys.argv[1] in sys.path)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["5", "False"]
+
+
+def test_without_comfyui_the_top_of_the_checkout_does_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", "import runpy; print(sorted(runpy.run_path('__init__.py')))"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "NODE_CLASS_MAPPINGS" not in done.stdout
