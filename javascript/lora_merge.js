@@ -285,11 +285,25 @@
         link.click();
     }
 
-    function sendToPrompt(tag) {
+    // A prompt with the LoRA once: its tag, or that of a merge it took the place of, becomes the new one.
+    function withTag(prompt, tag, replaced) {
+        const name = tag.slice("<lora:".length).split(":")[0];
+        let put = false;
+        const text = prompt.replace(/<(?:lora|lyco):([^:>]+)(:[^>]*)?>/g, (old, other, strength) => {
+            if (other !== name && !replaced.includes(other)) return old;
+            if (put) return "";
+            put = true;
+            return other === name ? tag : `<lora:${name}${strength || ":1"}>`;
+        });
+        if (put) return text;
+        return prompt.trim() ? prompt.replace(/\s+$/, "") + " " + tag : tag;
+    }
+
+    function sendToPrompt(tag, replaced) {
         const id = pageWords().prompt;
         const area = id && find(`#${id} textarea`);
         if (!area) return;
-        area.value = area.value.trim() ? area.value.replace(/\s+$/, "") + " " + tag : tag;
+        area.value = withTag(area.value, tag, replaced);
         if (typeof window.updateInput === "function") window.updateInput(area);
         else area.dispatchEvent(new Event("input", { bubbles: true }));
         if (typeof window.switch_to_txt2img === "function") window.switch_to_txt2img();
@@ -314,7 +328,7 @@
         } else if (target.matches(".lm-save-picture")) {
             savePicture(target);
         } else if (target.matches(".lm-send")) {
-            sendToPrompt(target.dataset.tag);
+            sendToPrompt(target.dataset.tag, JSON.parse(target.dataset.replaces));
         } else {
             const more = /^loramerge_row(\d+)_more$/.exec(target.id);
             if (more) toggleRow(Number(more[1]));

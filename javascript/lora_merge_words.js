@@ -5,7 +5,7 @@
 (function () {
     "use strict";
 
-    const PLACES = ".lm-error, .lm-note, .lm-warning, .lm-verdict";
+    const PLACES = ".lm-error, .lm-note, .lm-warning, .lm-verdict, #loramerge_merge";
     // Lists whose choices are words of ours, never names of files or presets.
     const LISTS = ["mode", "rank_rule", "dtype", "device", "dialect", "preview", "preset_layout"];
     const LOOK = 250; // ms between looks for the tab, which Gradio makes late and may make again
@@ -195,13 +195,14 @@
         return named === null ? byTemplate(words, depth, false, false) : named;
     }
 
-    window.loramergeTranslate = (text) => {
+    // A button has a few words only, see SHORTEST.
+    window.loramergeTranslate = (text, isButton) => {
         const words = window.localization || {};
         if (dictionary !== words) compile(words);
         if (!templates.length) return null;
         if (!told.has(text)) {
             if (told.size >= MOST_KEPT) told.clear();
-            told.set(text, translate(text, 0, false));
+            told.set(text, translate(text, 0, Boolean(isButton)));
         }
         return told.get(text);
     };
@@ -210,8 +211,11 @@
 
     function tell(element) {
         if (element.lmTold === element.textContent) return; // Our own change.
-        const words = window.loramergeTranslate(element.dataset.says || element.textContent);
-        if (words !== null) element.textContent = words;
+        const words = window.loramergeTranslate(element.dataset.says || element.textContent, element.matches("button"));
+        const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+        // Gradio keeps hold of the text in its buttons.
+        if (words !== null && texts.length === 1 && element.matches("button")) texts[0].data = words;
+        else if (words !== null) element.textContent = words;
         element.lmTold = element.textContent;
     }
 

@@ -221,9 +221,7 @@ def _allot(
         per_rank = (layer.out + layer.width) * item
         biases = layer.out * item if layer.bias else 0
         least = 1 if grouped and spectrum.rank else 0
-        costs.append(
-            ranks.LayerCost(spectrum.values.tolist(), per_rank, entry + ALPHA_BYTES + biases, least)
-        )
+        costs.append(ranks.LayerCost(spectrum.values.tolist(), per_rank, entry + ALPHA_BYTES + biases, least))
         names.append(layer.layer)
     budget = int(plan.recipe.size * 1_000_000) - fixed
     least = sum(cost.per_rank + cost.fixed for cost in costs if cost.least) or min(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import blocks
 from ..errors import LoraMergeError
 from . import render, sidecar
-from .form import NO_PREVIEW, Reading, is_random, mode_name, read_form
+from .form import NO_PREVIEW, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
 from .host import ConflictError
+from .jobs import check_beside, check_no_input
 from .origins import changed_sources
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ class Facts:
         plan: HTML of what will come out.
         problems: Control to the sentence beside it.
         taken: Why the name cannot be used without overwriting, as it is right after a merge.
+        replaced: Files that the merge would replace; Overwrite is ticked.
+        overwrite: Whether Overwrite is ticked, and was ticked for these LoRAs.
         name: A free name for the result.
         activation_text: The union of the inputs' activation texts.
         previews: Names of inputs that have a preview picture.
@@ -41,12 +45,19 @@ class Facts:
     plan: str
     problems: Mapping[str, str]
     taken: str = ""
+    replaced: tuple[str, ...] = ()
+    overwrite: bool = False
     name: str = ""
     activation_text: str = ""
     previews: tuple[str, ...] = (NO_PREVIEW,)
     needs_base: bool = False
     random: bool = False
     ready: bool = False
+
+    def reasons(self, trial: bool) -> list[str]:
+        """Everything that stops a merge of this form; a trial needs no name."""
+        found = [text for name, text in self.problems.items() if not (trial and name == "name")]
+        return list(dict.fromkeys([*found, *([self.taken] if self.taken and not trial else [])]))
 
 
 @dataclass
@@ -55,12 +66,14 @@ class _Draft:
     problems: dict[str, str] = field(default_factory=dict)
     sources: dict[int, Source] = field(default_factory=dict)
     taken: str = ""
+    replaced: tuple[str, ...] = ()
+    overwrite: bool = False
 
 
 def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod]) -> Facts:
     """Look at every row and at the whole; never raises for what a user typed."""
     reading = read_form(form, host, methods)
-    draft = _Draft(problems=dict(reading.problems))
+    draft = _Draft(problems=dict(reading.problems), overwrite=may_overwrite(form, host.loras()))
     _check_base(form, host, draft)
     _look_at_rows(reading, host, draft)
     plan = _plan(reading, host, draft)
@@ -72,6 +85,8 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
         plan=plan,
         problems=draft.problems,
         taken=draft.taken,
+        replaced=draft.replaced,
+        overwrite=draft.overwrite,
         name=proposed,
         activation_text=sidecar.union(paths).activation_text,
         previews=(NO_PREVIEW, *_with_preview(reading, draft)),
@@ -142,11 +157,24 @@ def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draf
     if not name or (name == form.get("name_auto") and name != proposed):
         return  # About to be replaced by the new proposal.
     try:
-        host.check_name(name, str(form.get("subfolder") or ""), bool(form.get("overwrite")))
+        path = host.check_name(name, str(form.get("subfolder") or ""), draft.overwrite)
+        check_no_input(path, (source.path for source in draft.sources.values()))
+        data, preview = user_metadata(form), _picture(form, host)
+        if not draft.overwrite:
+            check_beside(path, data, preview)
+        draft.replaced = tuple(
+            file.name for file in (path, *sidecar.taken(path, data, preview)) if file.exists()
+        )
     except ConflictError as error:
         draft.taken = str(error)
     except LoraMergeError as error:
         draft.problems["name"] = str(error)
+
+
+def _picture(form: Mapping[str, Any], host: Host) -> Path | None:
+    """The preview picture that would be copied beside the result."""
+    chosen = str(form.get("preview") or "")
+    return None if chosen in ("", NO_PREVIEW) else sidecar.preview_of(host.find(chosen))
 
 
 def _check_base(form: Mapping[str, Any], host: Host, draft: _Draft) -> None:

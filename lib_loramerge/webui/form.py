@@ -8,6 +8,7 @@ A form is a mapping from the name of a control to its value, as
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .host import Host, LoraEntry
 
 MAX_ROWS = 16
+NO_PREVIEW = "None"
 START_ROWS = 2
 SMALLEST = 0.001  # percent of a share, MB of a file
 ROW_FIELDS = ("on", "lora", "strength", "slide", "te", "linked", "blocks", "elements", "extra", "origin")
@@ -39,6 +41,18 @@ EMPTY_ROW: Mapping[str, Any] = {
     "extra": "",
     "origin": "",
 }
+# What the form says of the file to be made, as a fresh form has it; what Clear puts back.
+NO_RESULT: Mapping[str, Any] = {
+    "name": "",
+    "name_auto": "",
+    "overwrite": False,
+    "overwrite_for": "",
+    "activation_text": "",
+    "activation_auto": "",
+    "preferred_weight": None,
+    "notes": "",
+    "preview": NO_PREVIEW,
+}
 RANK_RULES = {
     "same": "Same as the inputs",
     "number": "A number",
@@ -53,7 +67,6 @@ PRECISIONS = {
     "float32": "float32 (full)",
 }
 SPELLINGS = {"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"}
-NO_PREVIEW = "None"
 NO_SUBFOLDER = ""
 _HASH = re.compile("[0-9a-f]{8,64}")
 
@@ -231,6 +244,25 @@ def read_form(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMe
         problems["how"] = str(error)
         return Reading(None, tuple(inputs), tuple(rows), problems)
     return Reading(recipe, tuple(inputs), tuple(rows), problems)
+
+
+def picked(form: Mapping[str, Any], entries: Sequence[LoraEntry]) -> set[str]:
+    """Names of the LoRAs in the rows that are on."""
+    rows = (row_values(form, index) for index in range(row_count(form)))
+    return {lora_name(row["lora"], entries) for row in rows if row["on"]} - {""}
+
+
+def may_overwrite(form: Mapping[str, Any], entries: Sequence[LoraEntry]) -> bool:
+    """Whether Overwrite is ticked, and was ticked for the LoRAs that are in the rows now."""
+    if not form.get("overwrite"):
+        return False
+    try:
+        ticked_for = json.loads(str(form.get("overwrite_for") or "null"))
+    except ValueError:
+        return False
+    if not isinstance(ticked_for, list):
+        return False
+    return picked(form, entries) == {lora_name(text, entries) for text in ticked_for} - {""}
 
 
 def _read_how(

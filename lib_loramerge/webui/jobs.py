@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +69,12 @@ class MergeRequest:
 
 
 class Job:
-    """One request on its way. Everything but :attr:`id` and :attr:`request` changes while it runs."""
+    """One request on its way. Everything but :attr:`id` and :attr:`request` changes while it runs.
+
+    Attributes:
+        prompt_name: What a prompt calls the result, once it is there.
+        in_place_of: Names of earlier trials of the same LoRAs, which a prompt may hold.
+    """
 
     def __init__(self, request: MergeRequest, output: Path) -> None:
         self.id = secrets.token_hex(6)
@@ -83,6 +88,7 @@ class Job:
         self.error = ""
         self.prompt_name = ""
         self.notes: tuple[str, ...] = ()
+        self.in_place_of: tuple[str, ...] = ()
         self.created = time.time()
         self.started: float | None = None
         self.ended: float | None = None
@@ -228,11 +234,7 @@ class JobQueue:
         self.host.plan(request.recipe, request.strict)
         preview = self._preview(request)
         if output is not None and not request.overwrite:
-            taken = sidecar.taken(output, request.user_metadata, preview)
-            if taken:
-                raise ConflictError(
-                    f"{taken[0].name} exists already. Choose another name, or allow overwriting."
-                )
+            check_beside(output, request.user_metadata, preview)
         with self._changed:
             unfinished = [job for job in self._jobs.values() if not job.finished]
             if len(unfinished) > MAX_WAITING:
@@ -308,12 +310,9 @@ class JobQueue:
 
     def _output(self, request: MergeRequest) -> Path:
         output = self.host.check_name(request.name, request.subfolder, request.overwrite)
-        inputs = {self.host.find(entry.name, request.strict) for entry in request.recipe.inputs}
-        if any(_same(output, path) for path in inputs):
-            raise ConflictError(
-                f"{output.name} is one of the LoRAs being merged, so it cannot be overwritten. "
-                "Choose another name."
-            )
+        check_no_input(
+            output, {self.host.find(entry.name, request.strict) for entry in request.recipe.inputs}
+        )
         return output
 
     def _preview(self, request: MergeRequest) -> Path | None:
@@ -373,8 +372,9 @@ class JobQueue:
             if not self._begin(job):
                 return
             merged = self._merge(job)
+        job.in_place_of = tuple(self._earlier_trials(job))
         # Not under the host's lock, which cannot be taken twice: telling the host may need it.
-        notes = [*merged.notes, *self._publish(job.request, merged)]
+        notes = [*merged.notes, *self._publish(job, merged)]
         with self._changed:
             job.report, job.output, job.prompt_name = merged.report, merged.output, merged.output.stem
             job.notes = tuple(notes)
@@ -425,9 +425,9 @@ class JobQueue:
         self._tell(job, Progress("write", 0, trial.report.layers))
         return trial.save_as(output, job.request.overwrite, job.stop_here)
 
-    def _publish(self, request: MergeRequest, merged: _Merged) -> Notes:
+    def _publish(self, job: Job, merged: _Merged) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""
-        output = merged.output
+        request, output = job.request, merged.output
         if request.trial:
             self.trials.add(output, request.recipe, merged.made, merged.report)
             return []
@@ -447,6 +447,15 @@ class JobQueue:
         for name in self.trials.remove_of(request.recipe):
             notes.append(f"{name}, made by Try without saving, was removed; use {output.stem} in its place.")
         return [note for note in notes if note]
+
+    def _earlier_trials(self, job: Job) -> Notes:
+        """Names of the trials of the same LoRAs: in a prompt, this merge belongs where they are."""
+
+        def loras(one: Job) -> set[str]:
+            return {given.name for given in one.request.recipe.inputs}
+
+        trials = [one for one in self.list() if one.request.trial and one.prompt_name]
+        return [one.prompt_name for one in trials if loras(one) == loras(job)]
 
     def _tell(self, job: Job, progress: Progress) -> None:
         last = job.progress
@@ -504,6 +513,30 @@ def folder_for(output: Path) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def check_no_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write over a LoRA that is being read.
+
+    Raises:
+        ConflictError: It is one of the inputs.
+    """
+    if any(_same(output, path) for path in inputs):
+        raise ConflictError(
+            f"{output.name} is one of the LoRAs being merged, so it cannot be overwritten. "
+            "Choose another name."
+        )
+
+
+def check_beside(output: Path, data: UserMetadata | None, preview: Path | None) -> None:
+    """Refuse to write over what the WebUI keeps beside a LoRA of that name.
+
+    Raises:
+        ConflictError: There is such a file.
+    """
+    taken = sidecar.taken(output, data, preview)
+    if taken:
+        raise ConflictError(f"{taken[0].name} exists already. Choose another name, or allow overwriting.")
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -274,7 +274,8 @@ def _buttons(job: Job, can_send: bool) -> str:
     if can_send and job.prompt_name:
         tag = foreign(f"<lora:{job.prompt_name}:1>")
         parts.append(
-            f'<button type="button" class="lm-button lm-send" data-tag="{tag}">'
+            f'<button type="button" class="lm-button lm-send" data-tag="{tag}" '
+            f'data-replaces="{foreign(json.dumps(job.in_place_of))}">'
             f"{say('Send to txt2img prompt')}</button>"
         )
     parts.append(

@@ -175,14 +175,43 @@ def test_every_mistake_is_told_at_its_place(
 
 
 def test_a_name_that_is_taken_is_no_mistake_and_hides_nothing(host: StandaloneHost) -> None:
-    found = facts.gather(default_form(row0__lora="style", name="style"), host, METHODS)
+    taken = default_form(row0__lora="style", name="face")
+    found = facts.gather(taken, host, METHODS)
     assert "exists" in found.taken
     assert not found.problems
     assert "File size" in found.plan
     assert not found.ready
-    allowed = facts.gather(default_form(row0__lora="style", name="style", overwrite=True), host, METHODS)
+    allowed = facts.gather({**taken, "overwrite": True, "overwrite_for": '["style"]'}, host, METHODS)
     assert allowed.ready
     assert not allowed.taken
+    assert allowed.replaced == ("face.safetensors",)
+
+
+@pytest.mark.parametrize(
+    "ticked_for", ["", "[]", '["face"]', '["style", "face"]', "null", "{", '{"style": 1}']
+)
+def test_a_tick_for_other_loras_replaces_nothing(host: StandaloneHost, ticked_for: str) -> None:
+    values = default_form(row0__lora="style", name="face", overwrite=True, overwrite_for=ticked_for)
+    found = facts.gather(values, host, METHODS)
+    assert "exists" in found.taken
+    assert not found.ready
+    assert found.replaced == ()
+
+
+def test_what_lies_beside_a_lora_is_told_before_it_is_replaced(host: StandaloneHost) -> None:
+    folder = host.write_dir()
+    (folder / "new.json").write_text("{}", encoding="utf-8")
+    values = default_form(row0__lora="style", name="new", notes="a note")
+    assert "new.json exists" in facts.gather(values, host, METHODS).taken
+    values |= {"overwrite": True, "overwrite_for": '["style"]'}
+    assert facts.gather(values, host, METHODS).replaced == ("new.json",)
+
+
+def test_no_lora_is_written_over_itself(host: StandaloneHost) -> None:
+    values = default_form(row0__lora="style", name="style", overwrite=True, overwrite_for='["style"]')
+    found = facts.gather(values, host, METHODS)
+    assert "one of the LoRAs being merged" in found.taken
+    assert found.replaced == ()
 
 
 def test_files_of_two_base_models_are_told_apart_in_their_rows(host: StandaloneHost) -> None:
@@ -357,7 +386,7 @@ def said(path: Path) -> Iterator[str]:
 
 def shown_words(components: list[dict]) -> set[str]:
     """Every text of ours that the tab can show."""
-    kept = ("rows", "name_auto", "activation_auto", "argument", "draft", "proposed", "copied", "started")
+    kept = (*(control.name for control in CONTROLS if control.hidden), *layout.SCRIPT_FIELDS)
     hidden = {"loramerge_" + name for name in kept}
     hidden |= {f"loramerge_row{index}_origin" for index in range(form.MAX_ROWS)}
     words: set[str] = set(layout.hints().values())

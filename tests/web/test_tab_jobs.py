@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,22 +163,69 @@ def test_a_merge_can_be_tried_sent_to_the_prompt_and_then_saved(tab: Tab, host: 
     tab.press("try")
     tab.expect_text("result", "Not saved")
     assert sorted(host.lora_dir.glob("*.safetensors")) == before
-    tab.page.locator("#loramerge_result .lm-send").click()
-    prompt = tab.page.locator("#txt2img_prompt textarea").input_value()
-    assert prompt.startswith("<lora:")
+    prompt = send(tab)
+    assert re.fullmatch("<lora:loramerge-try-[0-9a-f]+:1>", prompt)
     assert host.picture(prompt)
     tried = host.get("/loramerge/v1/jobs")["jobs"][-1]
-    tab.page.locator("#tabs button").filter(has_text="LoRA Merge").first.click()
     with host.held(0):  # Nothing is merged again.
         tab.merge("kept")
     tab.expect_text("result", "Done")
     kept = host.get("/loramerge/v1/jobs")["jobs"][-1]
     assert kept["report"]["sshs_model_hash"] == tried["report"]["sshs_model_hash"]
     assert model_hash(host.lora_dir / "kept.safetensors") == tried["report"]["sshs_model_hash"]
-    tab.page.locator("#loramerge_result .lm-send").click()
-    assert tab.page.locator("#txt2img_prompt textarea").input_value().endswith("<lora:kept:1>")
+    # It takes the trial's place, strength and all.
+    set_prompt(tab, "a cat, " + prompt.replace(":1>", ":0.8>") + ", ink")
+    assert send(tab) == "a cat, <lora:kept:0.8>, ink"
     recipe = json.loads(json.dumps(tab.draft()))
     assert recipe["row0.strength"] == 0.5
+
+
+def set_prompt(tab: Tab, text: str) -> None:
+    tab.page.evaluate(
+        "text => { const area = document.querySelector('#txt2img_prompt textarea'); area.value = text;"
+        " area.dispatchEvent(new Event('input', {bubbles: true})); }",
+        text,
+    )
+
+
+def send(tab: Tab) -> str:
+    """The prompt after pressing Send; back on our tab."""
+    tab.page.locator("#loramerge_result .lm-send").click()
+    tab.page.locator("#tabs button").filter(has_text="LoRA Merge").first.click()
+    return tab.page.locator("#txt2img_prompt textarea").input_value()
+
+
+def test_sending_again_puts_no_lora_into_the_prompt_twice(tab: Tab, host: FakeHost) -> None:
+    set_prompt(tab, "a cat")
+    tab.row(0, "style", 0.5)
+    tab.wait_for_facts("LoRAs 1")
+    tab.merge("once")
+    assert send(tab) == "a cat <lora:once:1>"
+    assert send(tab) == "a cat <lora:once:1>"
+    [(name, multiplier, _)] = host.picture("a cat <lora:once:1>")
+    assert (name, multiplier) == ("once", 1)
+    set_prompt(tab, "<lora:once:0.3:lbw=MIDD>, <lora:once more:1> <lora:once:2>")
+    assert send(tab).split() == ["<lora:once:1>,", "<lora:once", "more:1>"]
+
+
+def test_the_next_trial_of_the_same_loras_takes_the_place_of_the_last(tab: Tab, host: FakeHost) -> None:
+    set_prompt(tab, "")
+    names = []
+    for strength in (0.5, 0.7):
+        tab.row(0, "style", strength)
+        tab.wait_for_facts("LoRAs 1")
+        before = tab.shown_job()
+        tab.press("try")
+        expect(tab.page.locator("#loramerge_result .lm-result")).not_to_have_attribute("data-job", before)
+        tab.expect_text("result", "Not saved")
+        prompt = send(tab)
+        names.append(re.fullmatch("<lora:(loramerge-try-[0-9a-f]+):1>", prompt))
+    assert all(names)
+    assert len({name[1] for name in names}) == 2
+    # One of other LoRAs goes beside it.
+    tab.row(0, "many", 1)
+    tab.merge("beside")
+    assert send(tab) == f"{prompt} <lora:beside:1>"
 
 
 def test_the_prompt_is_in_the_window_after_sending_to_it(tab: Tab, host: FakeHost) -> None:

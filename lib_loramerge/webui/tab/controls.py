@@ -293,7 +293,7 @@ CONTROLS = (
         "overwrite",
         "Checkbox",
         {"label": "Overwrite", "value": False, "scale": 0, "min_width": 110},
-        "Replace a file of this name. Off is safe.",
+        "Replace a file of this name. It goes off after every merge and when other LoRAs are picked.",
         ("request.overwrite",),
     ),
     Control(
@@ -336,6 +336,8 @@ CONTROLS = (
     ),
     # Kept for their values: what the page proposed last, to tell an edit from a proposal.
     Control("rows", "Number", {"label": "rows", "value": 2, "precision": 0}, hidden=True),
+    # The LoRAs that the rows held when Overwrite was ticked.
+    Control("overwrite_for", "Textbox", {"label": "overwrite_for", "value": ""}, hidden=True),
     Control("name_auto", "Textbox", {"label": "name_auto", "value": ""}, hidden=True),
     Control("activation_auto", "Textbox", {"label": "activation_auto", "value": ""}, hidden=True),
 )
@@ -343,7 +345,7 @@ CONTROLS = (
 BUTTONS: Mapping[str, tuple[str, str]] = {
     "add": ("Add a LoRA", "One more row."),
     "refresh": ("Refresh the list", "Look for new LoRA files, presets and checkpoints."),
-    "clear": ("Clear", "Empty all rows. The rest of the form stays."),
+    "clear": ("Clear", "Empties the rows and what Result says of the new file. The rest of the form stays."),
     "paste_prompt": (
         "Take the txt2img prompt",
         "Fills the rows from the LoRA tags of the prompt in txt2img.",

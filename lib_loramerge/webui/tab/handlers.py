@@ -16,10 +16,11 @@ from .. import compat, form, render, sidecar
 from ..compat import update
 from ..jobs import MergeRequest
 from . import analysing, presets
-from .controls import CONTROLS, ROW_CONTROLS, param_control
+from .controls import BUTTONS, CONTROLS, ROW_CONTROLS, param_control
 from .layout import mode_text
 
 if TYPE_CHECKING:
+    from ..facts import Facts
     from ..host import Host
     from ..jobs import Job, JobQueue
 
@@ -35,7 +36,7 @@ FORM_NAMES = (
 ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
 # What the server proposes, and the page takes.
 PROPOSED = (
-    *("name", "name_auto", "activation_text", "activation_auto"),
+    *("name", "name_auto", "activation_text", "activation_auto", "overwrite"),
     *(f"row{index}.lora" for index in range(form.MAX_ROWS)),
 )
 SHOWN_FIRST = 60 * 60  # A finished merge is shown again after a reload for an hour.
@@ -192,9 +193,9 @@ class _Wiring:
         self.button("add", self.add_row, ("rows", *ROW_NAMES), every_row, message="rows_message")
         self.button(
             "clear",
-            lambda _: self.show_rows({"rows": form.START_ROWS}),
+            lambda _: {**self.show_rows({"rows": form.START_ROWS}), **form.NO_RESULT},
             (),
-            every_row,
+            (*every_row, *form.NO_RESULT),
             message="rows_message",
         )
         outputs = (*every_row, "fill_file", "base", "subfolder", "preset_pick")
@@ -299,7 +300,7 @@ class _Wiring:
         """Control values, and which controls are seen with them."""
         rows = {name: value for name, value in wanted.items() if name == "rows" or name.startswith("row")}
         rest = {name: value for name, value in wanted.items() if name in FORM_NAMES and name not in ROW_NAMES}
-        changes = {**rest, **self.show_rows(rows)}
+        changes = {**rest, **self.show_rows(rows), "overwrite": False}
         if "mode" in wanted:
             changes |= _with_values(self.by_choice(wanted), wanted)
         return changes
@@ -332,10 +333,21 @@ class _Wiring:
             self.on(
                 self.widgets[name].input, self.by_choice, ("mode", "rank_rule"), seen, message="how_message"
             )
+        ticked = (
+            "overwrite",
+            *(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("on", "lora")),
+        )
+        self.browser(
+            self.widgets["overwrite"].input,
+            ticked,
+            ("overwrite_for",),
+            f"(on, ...v) => [on ? JSON.stringify(v.slice(0, {len(ticked) - 1})"
+            ".filter((text, at) => at % 2 && v[at - 1])) : '']",
+        )
         self.button(
             "ask",
             self.ask,
-            FORM_NAMES,
+            (*FORM_NAMES, "refused"),
             (
                 *(f"row{row}.facts" for row in range(form.MAX_ROWS)),
                 "facts",
@@ -346,6 +358,9 @@ class _Wiring:
                 "base",
                 "seed",
                 "draft",
+                "button.merge",
+                "message",
+                "refused",
             ),
             message="rows_message",
         )
@@ -389,21 +404,33 @@ class _Wiring:
         changes["how_message"] = "".join(map(render.error_box, how))
         changes["name_message"] = render.error_box(
             self.host.shown(found.problems.get("name", ""))
-        ) or render.warning_box([self.host.shown(found.taken)] if found.taken else [])
-        changes["proposed"] = json.dumps(self.proposed(values, found.name, found.activation_text))
+        ) or render.warning_box(map(self.host.shown, _about_name(found)))
+        changes["button.merge"] = _merge_button(found)
+        proposed = self.proposed(values, found.name, found.activation_text)
+        if values["overwrite"] and not found.overwrite:
+            proposed["overwrite"] = (True, False)
+        changes["proposed"] = json.dumps(proposed)
         gone = {} if values["preview"] in found.previews else {"value": form.NO_PREVIEW}
         changes["preview"] = update(choices=list(found.previews), **gone)
         changes["base"] = update(visible=found.needs_base)
         changes["seed"] = update(visible=found.random)
         changes["rows_message"] = update()
         changes["draft"] = json.dumps(
-            {name: value for name, value in values.items() if worth_keeping(name, value)}
+            {name: values[name] for name in FORM_NAMES if worth_keeping(name, values[name])}
         )
+        if values["refused"]:
+            # Why a merge was refused is told as long as it is so.
+            changes |= self.refusal(found.reasons(values["refused"] == "trial"), values["refused"])
         return changes
 
-    def proposed(self, values: Form, name: str, activation_text: str) -> dict[str, tuple[str | None, str]]:
+    def refusal(self, reasons: Iterable[str], what: str) -> Changes:
+        """Why nothing was begun, all of it, and for :meth:`ask` that and what was refused; or none of it."""
+        boxes = "".join(render.error_box(self.host.shown(text)) for text in reasons)
+        return {"message": boxes, "refused": what if boxes else ""}
+
+    def proposed(self, values: Form, name: str, activation_text: str) -> dict[str, tuple[Any, Any]]:
         """Control to what it held, None for whatever it holds, and what it should hold."""
-        proposals: dict[str, tuple[str | None, str]] = {}
+        proposals: dict[str, tuple[Any, Any]] = {}
         entries = self.host.loras()
         for row in range(form.row_count(values)):
             # A part of a name was typed, or the list knows the base model by now.
@@ -425,13 +452,26 @@ class _Wiring:
     def _connect_jobs(self) -> None:
         outputs = ("jobs", "result")
         # No answer to a question that was asked before may hide from the page that a merge of its own began.
-        begun = (*outputs, "started")
+        begun = (*outputs, "started", "overwrite", "refused")
         self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
         self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
         self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_argument("poll"))
         self.button("drop", self.drop, ("argument",), outputs, message="argument", js=_argument("drop"))
 
     def start(self, values: Form, *, trial: bool) -> Changes:
+        from .. import facts  # Not at the WebUI's start, see extension.py.
+
+        found = facts.gather(values, self.host, METHODS)
+        reasons = found.reasons(trial)
+        try:
+            if not reasons:
+                return self._begin(values, trial)
+        except LoraMergeError as error:
+            reasons = [str(error)]
+        changes = self.refusal(reasons, "trial" if trial else "merge")
+        return changes if found.overwrite else {**changes, "overwrite": False}
+
+    def _begin(self, values: Form, trial: bool) -> Changes:
         recipe = form.read_form(values, self.host, METHODS).check()
         name = str(values["name"] or "").strip() or self.host.propose_name(recipe.inputs)
         preview = str(values["preview"] or "")
@@ -439,14 +479,16 @@ class _Wiring:
             recipe=recipe,
             name=name,
             subfolder=str(values["subfolder"] or "").strip(),
-            overwrite=bool(values["overwrite"]),
+            overwrite=form.may_overwrite(values, self.host.loras()),
             trial=trial,
             user_metadata=None if trial else form.user_metadata(values),
             preview="" if preview == form.NO_PREVIEW or trial else preview,
             changed_sources=True,
         )
         job = self.jobs.submit(request)
-        return {**self._state(job), "started": f"{job.id} {job.created}"}
+        # The tick was for this merge alone.
+        done = {} if trial else {"overwrite": False}
+        return {**self._state(job), "started": f"{job.id} {job.created}", "refused": "", **done}
 
     def poll(self, values: Form) -> Changes:
         return {**self._state(self._followed(str(values["argument"] or ""))), "argument": update()}
@@ -520,6 +562,20 @@ def listed(choices: list[str], value: object) -> Any:
     return update(choices=choices if text in choices or not text else [text, *choices])
 
 
+def _about_name(found: Facts) -> list[str]:
+    """What to know of the files that are where the result goes."""
+    if found.taken:
+        return [found.taken]
+    return [f"{' and '.join(found.replaced)} will be replaced."] if found.replaced else []
+
+
+def _merge_button(found: Facts) -> Any:
+    """The button that merges says which file it replaces."""
+    stem = found.replaced[0].rpartition(".")[0] if found.replaced else ""
+    text = f"Replace {stem}" if stem else BUTTONS["merge"][0]
+    return update(value=text, variant="stop" if stem else "primary")
+
+
 def _spread(rows: Iterable[Mapping[str, Any]]) -> Changes:
     return {f"row{index}.{name}": value for index, row in enumerate(rows) for name, value in row.items()}
 
@@ -549,4 +605,4 @@ def worth_keeping(name: str, value: object) -> bool:
     """Whether a draft needs the value: most of a form is as it was made."""
     if name.startswith("row") and "." in name:
         return value != form.EMPTY_ROW[name.split(".", 1)[1]]
-    return value not in ("", None)
+    return value not in ("", None) and not name.startswith("overwrite")

@@ -19,6 +19,8 @@ HOW = ("mode", "rank_rule", "rank", "retain", "size", "dtype", "device", "base",
 HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
 RESULT = ("name", "subfolder", "overwrite")
 RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
+# Kept for the page's script and for the handlers alone.
+SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused")
 PRESET_KINDS = ("Block weights", "Elemental weights")
 
 
@@ -340,7 +342,7 @@ class _Layout:
             for control in ROW_CONTROLS:
                 if control.hidden:
                     self.control(control._replace(name=f"row{index}.{control.name}"))
-        for name in ("argument", "draft", "proposed", "copied", "started"):
+        for name in SCRIPT_FIELDS:
             self.widget(name, "Textbox", label=name, value="")
         for name in ("greet", "ask", "take", "poll", "drop", "refill", "restore", "look", "unlook"):
             self.widget(f"button.{name}", "Button", value=name, elem_id=f"loramerge_do_{name}")
