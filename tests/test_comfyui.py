@@ -28,7 +28,7 @@ LOAD = {
 }
 MERGE = {
     "mode": "svd", "rank_rule": "automatic", "rank": 32, "retain": 0.99, "size": 100.0,
-    "precision": "float32", "device": "CPU", "seed": 0, "parameters": "", "base": "none",
+    "precision": "float32", "device": "CPU", "random_seed": 0, "parameters": "", "base": "none",
 }  # fmt: skip
 
 
@@ -127,6 +127,21 @@ def test_only_what_changed_is_done_again(comfyui):
     assert comfyui.ran == ["1", "3"]
 
 
+def test_a_changed_preset_is_read_again_where_a_preset_is_used(comfyui, tmp_path, monkeypatch):
+    import lib_loramerge.comfyui.merging as merging
+
+    file = tmp_path / "preset.txt"
+    file.write_text("MINE:" + ",".join(["1"] * 17), encoding="utf-8")
+    monkeypatch.setattr(merging, "preset_file", lambda: file)
+    prompt = two()
+    prompt["1"]["inputs"]["preset"] = "MINE"
+    before = comfyui.run(prompt)["3"][0].report.sshs_model_hash
+    file.write_text("MINE:" + ",".join(["0.5"] * 17) + "\n", encoding="utf-8")
+    after = comfyui.run(prompt)["3"][0].report.sshs_model_hash
+    assert comfyui.ran == ["1", "3"]
+    assert before != after
+
+
 def test_the_temporary_file_goes_with_the_last_node_that_holds_it(comfyui):
     prompt = two()
     first = comfyui.run(prompt)["3"][0].path
@@ -202,6 +217,12 @@ def test_interrupt_ends_the_merge_and_leaves_nothing(comfyui):
     assert list(comfyui.temp.glob("*")) == []
 
 
+def test_no_widget_has_a_name_for_which_the_page_draws_a_new_number_each_run(comfyui):
+    for node in comfyui.nodes.values():
+        accepted = node.INPUT_TYPES()
+        assert not {"seed", "noise_seed"} & {*accepted["required"], *accepted.get("optional", {})}
+
+
 def test_progress_reaches_its_end(comfyui):
     comfyui.run(two())
     assert comfyui.progress[-1][0] <= comfyui.progress[-1][1]
@@ -212,6 +233,8 @@ def test_the_report_has_text_and_a_picture(comfyui):
     prompt = two()
     prompt["4"] = {"class_type": "LoraMergeReport", "inputs": {"merged_lora": ["3", 0]}}
     text, picture = comfyui.run(prompt)["4"]
+    (png,) = comfyui.temp.glob("*.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
     assert "Stable Diffusion 1" in text
     assert "not saved" in text
     assert picture.shape[0] == 1
@@ -251,3 +274,20 @@ def test_without_comfyui_the_top_of_the_checkout_does_nothing():
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "NODE_CLASS_MAPPINGS" not in done.stdout
+
+
+def test_the_example_workflow_uses_the_nodes_as_they_are(comfyui):
+    workflow = json.loads(
+        (ROOT / "examples" / "comfyui" / "merge-two-loras.json").read_text(encoding="utf-8")
+    )
+    ours = [node for node in workflow["nodes"] if node["type"].startswith("LoraMerge")]
+    assert {node["type"] for node in ours} == set(comfyui.nodes)
+    for node in ours:
+        accepted = comfyui.nodes[node["type"]].INPUT_TYPES()
+        names = {**accepted["required"], **accepted.get("optional", {})}
+        given = [entry["name"] for entry in node["inputs"]]
+        assert set(names) - {"loras_2"} <= set(given) | {"prompt"}
+        assert [name for name in given if name not in names and not name.startswith("loras_")] == []
+        typed = ("STRING", "FLOAT", "INT", "BOOLEAN")
+        widgets = [name for name, kind in names.items() if isinstance(kind[0], list) or kind[0] in typed]
+        assert len(node.get("widgets_values", [])) == len(widgets)

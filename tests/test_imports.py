@@ -128,8 +128,8 @@ def fault(edge: Import) -> str | None:
         if target not in allowed and target != importer and target != "__init__":
             return f"{edge.where}: {importer} must not import {target}"
         return None
-    if target == "matplotlib" and importer == "comfyui" and edge.in_function:
-        return None  # Its figure becomes an IMAGE there.
+    if target in ("matplotlib", "PIL") and importer == "comfyui" and edge.in_function:
+        return None  # A figure becomes an IMAGE there.
     for owner, names in (("webui", WEBUI_ONLY), ("comfyui", COMFYUI_ONLY)):
         if target in names and importer != owner:
             return f"{edge.where}: {importer} must not import {target}; only {owner} does"

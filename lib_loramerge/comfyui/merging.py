@@ -73,18 +73,25 @@ def lora_name(listed: str) -> str:
     return name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name
 
 
-def stamp(names: Sequence[str]) -> str:
-    """Changes when a file behind one of the names does: size and time of each."""
-    parts = []
-    for name in names:
-        status = os.stat(find(name))
-        parts.append(f"{name}:{status.st_size}:{status.st_mtime_ns}")
-    return "|".join(parts)
+def checkpoint(name: str) -> Path:
+    """The file of a name in ComfyUI's list of checkpoints."""
+    return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
+
+
+def stamp(paths: Sequence[Path]) -> str:
+    """Changes when one of the files does: name, size and time of each."""
+    status = [(path, os.stat(path)) for path in paths]
+    return "|".join(f"{path}:{entry.st_size}:{entry.st_mtime_ns}" for path, entry in status)
+
+
+def preset_file() -> Path:
+    """The ``preset.txt`` that block weights by name come from."""
+    return bundled_preset_path()
 
 
 def presets() -> Presets:
     """The block-weight presets of ``preset.txt``."""
-    return load_presets([bundled_preset_path()])
+    return load_presets([preset_file()])
 
 
 def rank_fields(rule: str, mode: str, rank: int, retain: float, size: float) -> dict[str, Any]:
@@ -113,11 +120,14 @@ def merge(inputs: Sequence[LoraInput], device: str, base: str | None, **fields: 
         LoraMergeError: Anything a user can cause; no file is left then.
         InterruptProcessingException: The user pressed Interrupt.
     """
-    checkpoint = None if base is None else Path(folder_paths.get_full_path_or_raise("checkpoints", base))
+    base_path = None if base is None else checkpoint(base)
     recipe = MergeRecipe(
-        inputs=tuple(inputs), device=_device(device), base=base and str(checkpoint), **fields
+        inputs=tuple(inputs),
+        device=_device(device),
+        base=None if base_path is None else str(base_path),
+        **fields,
     )
-    plan = plan_merge(recipe, find=find, presets=presets(), base=checkpoint)
+    plan = plan_merge(recipe, find=find, presets=presets(), base=base_path)
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"loramerge-{secrets.token_hex(8)}.safetensors"
@@ -212,9 +222,11 @@ __all__ = [
     "RANK_RULES",
     "Merged",
     "apply",
+    "checkpoint",
     "find",
     "lora_name",
     "merge",
+    "preset_file",
     "presets",
     "rank_fields",
     "save",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -88,7 +87,11 @@ class LoadLora:
 
     @classmethod
     def IS_CHANGED(cls, **widgets: Any) -> str:
-        return merging.stamp([given.name for given in cls._inputs(**widgets)])
+        inputs = cls._inputs(**widgets)
+        blocks = any(given.lbw or given.lbwe for given in inputs)
+        return merging.stamp(
+            [merging.find(given.name) for given in inputs] + [merging.preset_file()] * blocks
+        )
 
     def load(self, **widgets: Any) -> tuple[tuple[LoraInput, ...]]:
         return (self._inputs(**widgets),)
@@ -157,7 +160,8 @@ class MergeLoras:
                     list(merging.DEVICES),
                     {"tooltip": "The CPU is fast enough for almost every merge."},
                 ),
-                "seed": (
+                # Not "seed": the page would draw a new one for every run, and merge again.
+                "random_seed": (
                     "INT",
                     {"default": 0, "min": 0, "max": 2**53 - 1, "tooltip": "For modes that draw at random."},
                 ),
@@ -176,6 +180,10 @@ class MergeLoras:
             "optional": GrowingInputs("loras_", kind, {"loras_2": kind}),
         }
 
+    @classmethod
+    def IS_CHANGED(cls, base: str, **_: Any) -> str:
+        return "" if base == NONE else merging.stamp([merging.checkpoint(base)])
+
     def merge(
         self,
         mode: str,
@@ -185,7 +193,7 @@ class MergeLoras:
         size: float,
         precision: str,
         device: str,
-        seed: int,
+        random_seed: int,
         parameters: str,
         base: str,
         **loras: tuple[LoraInput, ...] | None,
@@ -193,7 +201,7 @@ class MergeLoras:
         ordered = sorted(loras, key=lambda name: int(name.rpartition("_")[2]))
         inputs = [given for name in ordered for given in loras[name] or ()]
         merged = merging.merge(
-            inputs, device, None if base == NONE else base, mode=mode, dtype=precision, seed=seed,
+            inputs, device, None if base == NONE else base, mode=mode, dtype=precision, seed=random_seed,
             params=parse_parameters(parameters), **merging.rank_fields(rank_rule, mode, rank, retain, size),
         )  # fmt: skip
         return (merged,)
@@ -284,9 +292,9 @@ class SaveMerged:
     ) -> dict[str, Any]:
         extra = merging.workflow_metadata(prompt, extra_pnginfo)
         target = merging.save(merged_lora, name, subfolder, overwrite, extra)
-        listed = target.relative_to(folder_paths.get_folder_paths("loras")[0])
-        report = replace(merged_lora.report, output=str(target), size_bytes=target.stat().st_size)
-        return {"ui": {"text": [report.to_text()]}, "result": (str(Path(listed)),)}
+        listed = str(target.relative_to(folder_paths.get_folder_paths("loras")[0]))
+        report = replace(merged_lora.report, output=listed, size_bytes=target.stat().st_size)
+        return {"ui": {"text": [report.to_text()]}, "result": (listed,)}
 
 
 class Report:
@@ -305,7 +313,8 @@ class Report:
 
     def report(self, merged_lora: Merged) -> dict[str, Any]:
         text = merged_lora.report.to_text()
-        return {"ui": {"text": [text]}, "result": (text, pictures.of_merge(merged_lora))}
+        picture = pictures.of_merge(merged_lora)
+        return {"ui": {"text": [text], "images": pictures.shown(picture)}, "result": (text, picture)}
 
 
 _NODES: Sequence[tuple[str, type, str]] = (

@@ -1,7 +1,11 @@
-"""The picture of a merge as a ComfyUI IMAGE."""
+"""The picture of a merge as a ComfyUI IMAGE, and as a file that the page shows on the node."""
 
 from __future__ import annotations
 
+import secrets
+from pathlib import Path
+
+import folder_paths
 import torch
 from torch import Tensor
 
@@ -28,6 +32,17 @@ def of_merge(merged: Merged) -> Tensor:
             raise
         return torch.ones(1, 1, 1, 3)
     return _image(figure)
+
+
+def shown(picture: Tensor) -> list[dict[str, str]]:
+    """Write the picture into ComfyUI's temporary folder, and say where, as its preview nodes do."""
+    from PIL import Image  # ComfyUI's own.
+
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"loramerge-{secrets.token_hex(8)}.png"
+    Image.fromarray((picture[0] * 255).round().byte().numpy()).save(folder / name)
+    return [{"filename": name, "subfolder": "", "type": "temp"}]
 
 
 def _image(figure: object) -> Tensor:

@@ -16,12 +16,13 @@ function growInputs(node) {
   }
 }
 
-function showText(node, lines) {
+function showText(node, lines, height) {
   let widget = node.widgets?.find((entry) => entry.name === "shown");
   if (!widget) {
     widget = ComfyWidgets.STRING(node, "shown", ["STRING", { multiline: true }], app).widget;
     widget.inputEl.readOnly = true;
     widget.serializeValue = () => "";
+    node.setSize([Math.max(node.size[0], 460), Math.max(node.size[1], height)]);
   }
   widget.value = lines.join("\n");
   app.graph.setDirtyCanvas(true, false);
@@ -41,7 +42,7 @@ app.registerExtension({
       const executed = nodeType.prototype.onExecuted;
       nodeType.prototype.onExecuted = function (output) {
         executed?.apply(this, [output]);
-        if (output?.text) showText(this, output.text);
+        if (output?.text) showText(this, output.text, output.images ? 540 : 320);
       };
     }
   },
