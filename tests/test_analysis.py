@@ -141,9 +141,7 @@ def test_of_many_pairs_those_are_drawn_that_fight(folder):
 def norms_of(deltas: dict[str, torch.Tensor], made: MergePlan) -> dict[str, float]:
     """Norm of each block, from whole matrices."""
     blocks = {
-        name: layer.block or "other"
-        for layer in made.layers
-        for name, _ in output_names(made, layer.layer)
+        name: layer.block or "other" for layer in made.layers for name, _ in output_names(made, layer.layer)
     }
     sums: dict[str, float] = {}
     for name, delta in deltas.items():
@@ -328,7 +326,9 @@ def test_inspect_measures_norm_and_rank_by_another_route(folder):
 
 def test_hosts_are_told_what_stops_them(tmp_path):
     plain = make_lora(tmp_path / "plain.safetensors", SD1_LAYERS)
-    assert set(inspect(plain).hosts.values()) == {"yes"}
+    verdicts = inspect(plain).hosts
+    assert set(verdicts.values()) == {"reads all"}
+    assert "A1111 (1.10.1, e61adddd)" in verdicts
 
 
 MID = "mid_block.attentions.0.transformer_blocks.0."
@@ -340,7 +340,8 @@ SDXL_K = {
     key.replace("mid_block", "down_blocks_1"): (2, 2048) if shape[0] == 2 else shape
     for key, shape in SD1_K.items()
 }
-COMFY = ("Forge", "reForge", "Forge Neo")
+COMFY = ("Forge", "reForge", "Forge Neo", "ComfyUI")
+ALL = "reads all"
 NO_NAMES = "no: it does not look for names such as"
 
 
@@ -358,17 +359,21 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
         pytest.param(
             # ComfyUI's lists have the attention of a U-Net under the names of attention processors alone.
             pair(f"unet.{MID}attn2.to_k", in_=768),
-            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, NO_NAMES), "SD.Next": "yes"},
+            {
+                "A1111": "no: it takes names only",
+                **dict.fromkeys((*COMFY, "SD.Next"), NO_NAMES),
+                "diffusers": ALL,
+            },
             id="diffusers with PEFT",
         ),
         pytest.param(
             pair(f"unet.{MID}attn2.processor.to_k_lora", "up.weight", "down.weight", in_=768),
-            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, "yes"), "SD.Next": "yes"},
+            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, ALL), "SD.Next": NO_NAMES},
             id="attention processors",
         ),
         pytest.param(
             pair(f"base_model.model.{MID}attn2.to_k", "lora_B.default.weight", "lora_A.default.weight", 768),
-            {"A1111": "no: it takes names only", **dict.fromkeys(COMFY, NO_NAMES), "SD.Next": "yes"},
+            {"A1111": "no: it takes names only", **dict.fromkeys((*COMFY, "SD.Next"), NO_NAMES)},
             id="PEFT with the name of an adapter",
         ),
         pytest.param(
@@ -376,37 +381,41 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
                 "transformer." + key: shape
                 for key, shape in pair("single_transformer_blocks.0.proj_mlp").items()
             },
-            {"A1111": "no: it has no Flux.1", **dict.fromkeys(COMFY, "yes"), "SD.Next": "yes"},
+            {
+                "A1111": "no: it has no Flux.1",
+                **dict.fromkeys((*COMFY, "diffusers"), ALL),
+                "SD.Next": NO_NAMES,
+            },
             id="ai-toolkit",
         ),
         pytest.param(
             pair("double_blocks.0.processor.qkv_lora1", "up.weight", "down.weight"),
-            {**dict.fromkeys(COMFY, NO_NAMES), "SD.Next": "yes"},
+            dict.fromkeys((*COMFY, "SD.Next"), NO_NAMES),
             id="XLabs",
         ),
         pytest.param(
             kohya_pair("lora_unet_double_blocks_0_img_mlp_0"),
-            {**dict.fromkeys(COMFY, "yes"), "SD.Next": "no: it takes this spelling only with an alpha"},
+            {**dict.fromkeys(COMFY, ALL), "SD.Next": "no: it takes this spelling only with an alpha"},
             id="Flux without alpha",
         ),
         pytest.param(
             kohya_pair("lora_unet_joint_blocks_0_x_block_attn_proj", 1536),
-            {"Forge": "yes", "reForge": "yes", "SD.Next": "no: it takes SD3 only in the diffusers spelling"},
+            {"Forge": ALL, "reForge": ALL, "SD.Next": "no: it takes SD3 only in the diffusers spelling"},
             id="SD3 of kohya",
         ),
         pytest.param(
             {**SD1_K, f"{MID_KOHYA}attn1_to_q.alpha": ()},
-            {"A1111": "no: it refuses a file in which an alpha stands alone", "Forge": "yes"},
+            {"A1111": "no: it refuses a file in which an alpha stands alone", "Forge": ALL},
             id="lone alpha",
         ),
         pytest.param(
             {**SD1_K, f"{MID_KOHYA}attn1_to_out_0.diff_b": (64,)},
-            {"A1111": "no: it refuses a file in which a bias stands alone", "Forge": "yes"},
+            {"A1111": "no: it refuses a file in which a bias stands alone", "Forge": ALL},
             id="lone bias",
         ),
         pytest.param(
             {**SD1_K, "lora_unet_mid_block_attentions_0_norm.w_norm": (64,)},
-            {"A1111": "no: it refuses a file with w_norm but no b_norm", "Forge": "yes"},
+            {"A1111": "no: it refuses a file with w_norm but no b_norm", "Forge": ALL},
             id="lone norm",
         ),
         pytest.param(
@@ -424,14 +433,14 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
             },
             {
                 "A1111": "no: it computes only GLoRA of the old order",
-                "Forge": "yes",
+                "Forge": ALL,
                 "SD.Next": "no: it comp",
             },
             id="new GLoRA",
         ),
         pytest.param(
             {**SDXL_K, **kohya_pair("lora_unet_add_embedding_linear_1")},
-            {"A1111": "yes, but it leaves out 2 tensors, such as lora_unet_add_emb", "Forge": "yes"},
+            {"A1111": "reads 1 of 2 layers, not lora_unet_add_emb", "Forge": ALL},
             id="SDXL in diffusers names",
         ),
         pytest.param(
@@ -439,7 +448,7 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
                 **SDXL_K,
                 **kohya_pair("lora_te2_text_model_encoder_layers_0_self_attn_q_proj"),
             },
-            {"A1111": "yes, but it leaves out 2 tensors, such as lora_te2_", "Forge": "yes"},
+            {"A1111": "reads 1 of 2 layers, not lora_te2_", "Forge": ALL},
             id="q alone of OpenCLIP",
         ),
         pytest.param(
@@ -455,26 +464,30 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
                     )
                 },
             },
-            {**dict.fromkeys(("A1111", *COMFY), "yes, but it leaves out 3 tensors"), "SD.Next": "yes"},
+            {
+                **dict.fromkeys(("A1111", *COMFY), "reads all layers, but leaves out 3 tensors"),
+                "SD.Next": ALL,
+            },
             id="sparse residual",
         ),
         pytest.param(
             {**SD1_K, **{f"bundle_emb.e{n}.string_to_param.*": (1, 768) for n in range(13)}},
-            {"A1111": "yes", "Forge": "no: it refuses a file with more than 12 tensors", "Forge Neo": "no: "},
+            {"A1111": ALL, "Forge": "no: it refuses a file with more than 12 tensors", "Forge Neo": "no: "},
             id="many embeddings",
         ),
         pytest.param(
             pair("transformer.weird.3.q"),
-            dict.fromkeys(("A1111", *COMFY, "SD.Next"), "no: which base model the file is for is not known"),
+            dict.fromkeys(("A1111", *COMFY, "SD.Next"), "not known: which base model"),
             id="unknown model",
         ),
     ],
 )
 def test_what_each_host_makes_of_a_file_follows_from_its_names(tmp_path, tensors, verdicts):
     save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "a.safetensors")
-    hosts = inspect(tmp_path / "a.safetensors", tensors=False).hosts
+    found = inspect(tmp_path / "a.safetensors", tensors=False).hosts
+    hosts = {name.partition(" (")[0]: text for name, text in found.items()}
     for host, verdict in verdicts.items():
-        assert hosts[host] == verdict if verdict == "yes" else hosts[host].startswith(verdict), host
+        assert hosts[host] == verdict if verdict == ALL else hosts[host].startswith(verdict), host
 
 
 def test_the_name_that_is_shown_as_written_is_one_that_a_merge_writes(folder, tmp_path):

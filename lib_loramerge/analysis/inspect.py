@@ -38,7 +38,7 @@ class InspectReport:
         ranks: Rank to number of layers.
         alphas: Stored alpha to number of layers; ``"none"`` where it is missing.
         needs: What merging takes beside the file itself.
-        hosts: WebUI to what it makes of the file as it is.
+        hosts: Program, with the version it was read from, to what it makes of the file as it is.
         written_as: A tensor name as the merge would write it.
         norm_by_block: Block id to the Frobenius norm of its delta weights.
         kept_at_rank: Rank to the share of the whole norm that it would keep.
