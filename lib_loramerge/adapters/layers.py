@@ -8,12 +8,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..delta import LayerDelta
+from ..delta import Delta, LayerDelta, LowRank, times_two_to
 from ..errors import IncompatibleError, UnsupportedError
 from .biases import bias_delta, check_biases, has_bias
 from .groups import Group, identify
 from .kinds import ADAPTERS, ORPHAN, AdapterKind, Layer, LayerFacts, Shape, Shapes, shapes_of
-from .scaling import ALPHA_ZERO, SCALAR_FOLDED, SCALAR_IGNORED, plain_delta, read_scale, scale_notes
+from .scaling import (
+    ALPHA_ZERO,
+    SCALAR_FOLDED,
+    SCALAR_IGNORED,
+    near_one,
+    plain_delta,
+    read_scale,
+    scale_notes,
+)
 
 DYN_IGNORED = "dyn= is applied to plain LoRA layers only, as in the WebUIs; this kind keeps all its ranks."
 RESIDUAL = "A residual is added before the scale, as in A1111 and SD.Next; Forge and reForge ignore it."
@@ -69,6 +77,7 @@ def build(
     if facts.needs_base:
         _check_base(kind, facts, base, where)
     layer = Layer(slots, where, facts, base, dyn, fold_scalar)
+    near, power = near_one(kind, slots)
     notes = facts.notes
     if fold_scalar:
         notes = tuple(SCALAR_FOLDED if note == SCALAR_IGNORED else note for note in notes)
@@ -76,7 +85,17 @@ def build(
         notes += (ALPHA_ZERO,)
     if dyn is not None and group.kind.name != "lora":
         notes += (DYN_IGNORED,)
-    return LayerDelta(plain_delta(kind, layer), bias_delta(group.kind, layer), notes)
+    delta = plain_delta(kind, replace(layer, slots=near))
+    if delta is not None:
+        delta = _in_reach(times_two_to(delta, power), where)
+    return LayerDelta(delta, bias_delta(group.kind, layer), notes)
+
+
+def _in_reach(delta: Delta, where: str) -> Delta:
+    """The delta, unless its scale is beyond float64."""
+    if isinstance(delta, LowRank) and not math.isfinite(delta.alpha):
+        raise IncompatibleError(f"{where}: the product of its factors is too large for any type of number.")
+    return delta
 
 
 def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:

@@ -57,7 +57,7 @@ def _unfold(layer: Layer, n: str) -> tuple[Tensor, Tensor]:
     """One Tucker side as (out, r) and (r, in * kh * kw)."""
     core, a, b = (wide(layer.slots[slot]) for slot in (f"hada_t{n}", f"hada_w{n}_a", f"hada_w{n}_b"))
     core = core.reshape(core.shape[0], core.shape[1], -1)
-    folded = torch.einsum("ijk,jr->irk", core.double(), b.flatten(1).double()).to(b.dtype)
+    folded = torch.einsum("ijk,jr->irk", core.double(), b.flatten(1).double())
     return a.flatten(1).T, folded.flatten(1)
 
 
@@ -67,12 +67,13 @@ def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, kernel: Shape) -> 
     Entry (o, i) is ``sum_j sum_k a1[o,j] a2[o,k] b1[j,i] b2[k,i]``: the row-wise
     Khatri-Rao product of the a's times the column-wise one of the b's, of rank
     r1 * r2. Where that exceeds what the layer can hold, the layer's own matrix
-    and an identity are smaller and as exact.
+    and an identity are smaller and as exact. Products are float64: rounded to float32 they
+    would be another delta, and what is left when it is subtracted from itself would be noise.
     """
+    a1, b1, a2, b2 = (factor.double() for factor in (a1, b1, a2, b2))
     out, columns, rank = a1.shape[0], b1.shape[1], a1.shape[1] * a2.shape[1]
     if rank > min(out, columns):
-        weight = ((a1.double() @ b1.double()) * (a2.double() @ b2.double())).to(a1.dtype)
-        return whole_as_low_rank(weight, kernel)
+        return whole_as_low_rank((a1 @ b1) * (a2 @ b2), kernel)
     up = (a1[:, :, None] * a2[:, None, :]).reshape(out, rank)
     down = (b1[:, None, :] * b2[None, :, :]).reshape(rank, columns)
     return LowRank(up, down, float(rank), kernel)

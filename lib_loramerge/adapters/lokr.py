@@ -83,7 +83,7 @@ def _build(layer: Layer) -> LowRank:
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:
     """``torch.kron`` of matrices, which refuses some views that transposed factors are."""
-    return (a[:, None, :, None] * b[None, :, None, :]).flatten(2).flatten(0, 1)
+    return (a[:, None, :, None].double() * b[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _factors(layer: Layer, n: str) -> tuple[Tensor | None, Tensor]:
@@ -95,7 +95,7 @@ def _factors(layer: Layer, n: str) -> tuple[Tensor | None, Tensor]:
     if n == "2" and "lokr_t2" in slots:
         core = wide(slots["lokr_t2"])
         core = core.reshape(core.shape[0], core.shape[1], -1)
-        folded = torch.einsum("ijk,jr->irk", core.double(), b.double()).to(b.dtype)
+        folded = torch.einsum("ijk,jr->irk", core.double(), b.double())
         return a.T, folded.flatten(1)
     return a, b
 
@@ -104,7 +104,7 @@ def _exact_factors(p: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the smallest rank that the shapes guarantee."""
     if p is not None and p.shape[1] <= min(p.shape[0], q.shape[1]):
         return p, q
-    whole = q if p is None else (p.double() @ q.double()).to(q.dtype)
+    whole = q if p is None else p.double() @ q.double()
     rows, columns = whole.shape
     eye = torch.eye(min(rows, columns), dtype=whole.dtype, device=whole.device)
     return (eye, whole) if rows <= columns else (whole, eye)
@@ -132,7 +132,7 @@ def _svd(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(up, singular values float64, down) of ``p q``; up and down share the root of the values."""
     u, s, v = torch.linalg.svd(p.double() @ q.double(), full_matrices=False)
     root = s.sqrt()
-    return (u * root).to(p.dtype), s, (root[:, None] * v).to(q.dtype)
+    return u * root, s, root[:, None] * v
 
 
 def _scale_rank(shapes: Shapes) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank
+from ..delta import NEAR, Delta, Dense, LowRank, largest
 from ..errors import IncompatibleError
 from .kinds import AdapterKind, Layer, Shapes, shapes_of
 
@@ -18,6 +18,8 @@ SCALE_KEY = "`scale` replaces alpha / rank, as in A1111 and SD.Next; Forge and r
 SCALAR_IGNORED = "`scalar` is ignored, as every WebUI does; current LyCORIS has it folded into the factors."
 SCALAR_FOLDED = "`scalar` was multiplied in, which no WebUI does."
 ALPHA_UNUSED = "alpha is no scale in this kind and is ignored, as the WebUIs do."
+RESIDUALS = {"bias", "bias_indices"}
+BIASES = {"up_bias", "down_bias"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,30 @@ def plain_delta(kind: AdapterKind, layer: Layer) -> Delta | None:
         factor = number(layer.slots["scalar"], "scalar", layer.where)
         delta = apply_scale(delta, Scale(factor))
     return apply_scale(delta, scale)
+
+
+def near_one(kind: AdapterKind, slots: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], int]:
+    """Factors far from 1 divided by powers of two, and the power of the product that was taken out.
+
+    Only for kinds that multiply each of their slots once. Float32 factors of a plain LoRA are left as they
+    are: float64, in which they are multiplied, has room for them.
+    """
+    if kind.needs_base or not kind.exact_low_rank or RESIDUALS & slots.keys():
+        return slots, 0
+    near, total = dict(slots), 0
+    for slot in kind.slots & slots.keys() - BIASES:
+        tensor = slots[slot]
+        if kind.name == "lora" and tensor.dtype != torch.float64:
+            continue
+        size = largest(tensor)
+        power = math.frexp(size)[1]
+        if size == 0:
+            return slots, 0  # and so is the product
+        if abs(power) > NEAR:
+            # In two steps: 2 to the whole power may be no number itself.
+            near[slot] = tensor * 2.0 ** -(power // 2) * 2.0 ** -(power - power // 2)
+            total += power
+    return near, total
 
 
 def read_residual(layer: Layer) -> Tensor | None:

@@ -18,6 +18,7 @@ from .measure import (
     sampled_rows,
     sign_conflict,
 )
+from .reach import NEAR, largest, near_one, times_two_to
 from .settings import full_precision, own_settings
 from .storing import Stored, realize, store, store_truncated, write_layer
 from .threads import available_cores, helpful_threads, parallel_map
@@ -39,6 +40,7 @@ from .types import (
 )
 
 __all__ = [
+    "NEAR",
     "NOISE",
     "Delta",
     "Dense",
@@ -65,7 +67,9 @@ __all__ = [
     "helpful_threads",
     "inner",
     "inner_products",
+    "largest",
     "moved",
+    "near_one",
     "norm",
     "overlap",
     "overlaps",
@@ -81,6 +85,7 @@ __all__ = [
     "store",
     "store_truncated",
     "take_rows",
+    "times_two_to",
     "truncate",
     "truncate_dense",
     "write_layer",

@@ -12,26 +12,33 @@ Scaling a component's two factors against each other by a power of two changes n
 way, so badly balanced factors need no care.
 
 Source: the singular value decomposition of a product by way of its small factors (Golub and Van Loan,
-    Matrix Computations). Forming Gram matrices squares the condition, which is harmless here: it is
-    done in float64, and singular values are judged against the size of the inputs.
+    Matrix Computations). Forming Gram matrices squares the condition, which is harmless where the sum is
+    about as large as its inputs: it is done in float64. A sum of which little is left is decomposed by way
+    of ``X = Q_x R_x, Y^T = Q_y R_y`` and the singular values of ``R_x diag(g) R_y^T`` instead: that keeps
+    1e-15 of the inputs' size where Gram matrices keep 1e-8 of it.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..errors import OutputError
 from .types import Grams, LowRank, Mixed
 
 NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
+CANCELLED = 1e-2  # A sum this much smaller than its inputs is computed by a way that keeps more digits.
 _CHUNK = 1 << 19  # Numbers turned to float64 at a time: they stay in the processor's cache.
 _BLOCK = 64  # Rows of a Gram matrix made by one product.
 SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
+_LEAST = 1e-24  # What mixes factors beyond this, or beyond its inverse, is not brought to float32.
 _LOSS = 64.0  # Products whose terms are this much larger than their sum are made in float64.
+_LAST = 1e-14  # Part of the inputs' size to which a sum multiplied out in float64 is known.
 _NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
 
 Mixing = Callable[[int], tuple[Tensor, Tensor]]
@@ -50,6 +57,8 @@ class Spectrum:
             ``up = source.up @ left`` and ``down = right^T @ source.down``. None when only the values
             were asked for.
         beyond: Squared norm of what ``values`` do not tell, where only the largest were looked for.
+        doubt: Squared norm, at most, of what was left out as noise and stands in no other number here. Where
+            it matters, the error has to be measured on the factors.
     """
 
     values: Tensor
@@ -58,6 +67,7 @@ class Spectrum:
     source: LowRank | Mixed | None = None
     mixing: Mixing | None = None
     beyond: float = 0.0
+    doubt: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -119,15 +129,20 @@ def decompose(
     else:
         small, gains, parts = small or grams(delta), delta.component_gains(), delta.parts
     energy, inputs = sizes(small, gains, parts)
+    _checked(energy)
     size = inputs if size is None else size
+    if isinstance(delta, LowRank) and cancelled(energy, size):
+        return _decompose_by_qr(delta, size, vectors)
     terms = _terms(delta.lengths[1], delta.right) if isinstance(delta, Mixed) else None
     low, solve = _root(small.down, terms)
     weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
     core = weighted.mT @ small.up @ weighted
+    noise = NOISE * size
     if not vectors:
-        return Spectrum(_above_noise(torch.linalg.eigvalsh(core), size), energy, size)
+        return _judged(torch.linalg.eigvalsh(core), energy, size, noise)
     squares, q = torch.linalg.eigh(core)
-    values = _above_noise(squares, size)
+    found = _judged(squares, energy, size, noise)
+    values = found.values
 
     def mixing(rank: int) -> tuple[Tensor, Tensor]:
         first = q[:, q.shape[1] - rank :].flip(1)
@@ -137,7 +152,53 @@ def decompose(
         right = solve(first)
         return (delta.left @ left, delta.right @ right) if isinstance(delta, Mixed) else (left, right)
 
-    return Spectrum(values, energy, size, delta, mixing)
+    return replace(found, source=delta, mixing=mixing)
+
+
+def cancelled(energy: float, size: float) -> bool:
+    """Whether so little of the inputs is left in their sum that Gram matrices do not tell it well."""
+    return size > 0 and energy <= (CANCELLED * size) ** 2
+
+
+def in_float32(size: float) -> bool:
+    """Whether numbers of about this size, and their roundings, have squares that float32 can tell."""
+    return 1e-15 < size < 1e24
+
+
+def _checked(energy: float) -> float:
+    """Raises OutputError for a squared norm beyond float64."""
+    if not math.isfinite(energy):
+        raise OutputError("The numbers of this layer are too large to be computed with or saved.")
+    return energy
+
+
+def _decompose_by_qr(delta: LowRank, size: float, vectors: bool) -> Spectrum:
+    """:func:`decompose` of a sum that all but cancels; see the first lines of this file."""
+    gains = delta.component_gains().to(delta.up.device)
+    q_left, r_left = (part.cpu() for part in torch.linalg.qr(delta.up.double() * gains))
+    q_right, r_right = (part.cpu() for part in torch.linalg.qr(delta.down.double().mT))
+    u, values, vh = torch.linalg.svd(r_left @ r_right.mT)
+    energy = float(values.square().sum())
+    # Where no more is left than the last digits that the inputs are stored with, all of it is noise. What is
+    # dropped is known, and counts in `beyond`.
+    noise = NOISE * (energy**0.5 if energy > (NOISE * size) ** 2 else math.inf)
+    kept = int((values > noise).sum())
+    beyond = float(values[kept:].square().sum())
+    values = values[:kept]
+    if not vectors:
+        return Spectrum(values, energy, size, beyond=beyond)
+    source = LowRank(
+        q_left.to(delta.up.device),
+        q_right.mT.contiguous().to(delta.up.device),
+        float(q_left.shape[1]),
+        delta.kernel,
+    )
+
+    def mixing(rank: int) -> tuple[Tensor, Tensor]:
+        root = values[:rank].sqrt()
+        return u[:, :rank] * root, vh[:rank].mT * root
+
+    return Spectrum(values, energy, size, source, mixing, beyond)
 
 
 def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -164,12 +225,19 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
 
 
 def sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:
-    """Whether products with these mixings lose no digits of float32; only mixed deltas are looked at."""
+    """Whether products with these mixings lose no digits of float32: those of a mixed delta can cancel."""
+    if not mixings_fit(left, right):
+        return False
     if not isinstance(spectrum.source, Mixed):
         return True
     wanted = _LOSS * spectrum.values[: left.shape[1]].sqrt()
     terms = map(_terms, spectrum.source.lengths, (left, right))
     return all(bool((term <= wanted).all()) for term in terms)
+
+
+def mixings_fit(*mixings: Tensor) -> bool:
+    """Whether float32 has room for mixing matrices, and for products of the kind they are made for."""
+    return all(_LEAST < float(mixing.abs().max()) < 1 / _LEAST for mixing in mixings if mixing.numel())
 
 
 def _terms(lengths: Tensor, mixing: Tensor) -> Tensor:
@@ -221,10 +289,13 @@ def _root(gram_down: Tensor, terms: Tensor | None) -> tuple[Tensor, Callable[[Te
     return lengths * basis * root, lambda matrix: (basis / root / lengths) @ matrix
 
 
-def _above_noise(squares: Tensor, size: float) -> Tensor:
-    """Singular values in falling order without those that are noise; squares come rising."""
+def _judged(squares: Tensor, energy: float, size: float, noise: float) -> Spectrum:
+    """The singular values above the noise in falling order; their squares come rising."""
     values = squares.clamp(min=0).sqrt().flip(0)
-    return values[: int((values > NOISE * size).sum())]
+    if energy <= (NOISE * size) ** 2:
+        return Spectrum(values[:0], energy, size, beyond=energy)
+    kept = int((values > noise).sum())
+    return Spectrum(values[:kept], energy, size, doubt=(len(values) - kept) * noise**2)
 
 
 def _decompose_short(delta: LowRank, size: float | None, vectors: bool) -> Spectrum:
@@ -242,17 +313,20 @@ def decompose_whole(
     """All singular values (and vectors) of a matrix (out, in), from the Gram matrix of its shorter side."""
     wide = whole.shape[0] <= whole.shape[1]
     square = gram(whole if wide else whole.mT)
-    energy = float(square.diagonal().sum())
+    energy = _checked(float(square.diagonal().sum()))
+    # The sum stands here to 1e-16 of its inputs, and its Gram matrix tells 1e-8 of it.
+    noise = max(NOISE * energy**0.5, _LAST * size)
     if not vectors:
-        return Spectrum(_above_noise(torch.linalg.eigvalsh(square).cpu(), size), energy, size)
+        return _judged(torch.linalg.eigvalsh(square).cpu(), energy, size, noise)
     eye = torch.eye(square.shape[0], dtype=whole.dtype, device=whole.device)
     source = LowRank(*((eye, whole) if wide else (whole, eye)), float(square.shape[0]), kernel)
     squares, q = (part.cpu() for part in torch.linalg.eigh(square))
-    values = _above_noise(squares, size)
+    found = _judged(squares, energy, size, noise)
+    values = found.values
 
     def mixing(rank: int) -> tuple[Tensor, Tensor]:
         first = q[:, q.shape[1] - rank :].flip(1)
         root = values[:rank].sqrt()
         return (first * root, first / root) if wide else (first / root, first * root)
 
-    return Spectrum(values, energy, size, source, mixing)
+    return replace(found, source=source, mixing=mixing)

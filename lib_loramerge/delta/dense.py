@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import Spectrum, decompose, decompose_whole, gram, truncate
+from .reach import NEAR, largest, times_two_to
 from .types import Dense, Grams, LowRank
 
 _WIDTH = 2  # Columns of the start block per wanted rank.
@@ -32,6 +33,12 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
         from the inputs' joint row space (``delta.start``), which holds most of the result, and go on until
         the error stops falling; nothing is random from one run to the next.
     """
+    size = largest(delta.weight)
+    power = 2 * round(math.log2(size) / 2) if 0 < size < math.inf else 0
+    if abs(power) > NEAR:
+        near = times_two_to(delta, -power)
+        assert isinstance(near, Dense)
+        return _times_two_to(decompose_dense(near, rank, vectors=vectors), power)
     weight = delta.weight
     energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
     basis = _krylov(weight.float(), _start_block(delta, rank), rank, energy) if rank else None
@@ -41,6 +48,28 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
     small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(inside.down).cpu())
     spectrum = decompose(inside, energy**0.5, vectors=vectors, small=small)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
+
+
+def _times_two_to(spectrum: Spectrum, power: int) -> Spectrum:
+    """The spectrum of ``2 ** power`` times the delta, for an even power."""
+    factor, root = 2.0**power, 2.0 ** (power // 2)
+    mixing, source = spectrum.mixing, spectrum.source
+
+    def mixed(rank: int) -> tuple[Tensor, Tensor]:
+        assert mixing is not None
+        left, right = mixing(rank)
+        return left * root, right / root
+
+    return replace(
+        spectrum,
+        values=spectrum.values * factor,
+        energy=spectrum.energy * factor**2,
+        size=spectrum.size * factor,
+        beyond=spectrum.beyond * factor**2,
+        doubt=spectrum.doubt * factor**2,
+        source=replace(source, down=source.down * factor) if isinstance(source, LowRank) else source,
+        mixing=mixing and mixed,
+    )
 
 
 def truncate_dense(delta: Dense, rank: int) -> LowRank:

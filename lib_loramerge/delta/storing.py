@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import NOISE, Spectrum, decompose, gram, grams, sizes, truncate
+from .core import NOISE, Spectrum, cancelled, decompose, gram, grams, in_float32, sizes, truncate
 from .dense import decompose_dense
-from .types import Dense, Grams, LowRank, Merged
+from .measure import squared_distance
+from .types import Dense, Grams, LowRank, Merged, Mixed
 
-_CANCELLED = 1e-2  # A sum this much smaller than its inputs is multiplied out in float64.
+_TELLS = 1e-3  # Part of the squared error from which on what may have been lost as noise is measured.
+_ALPHA = 120  # Alpha is written as float32: a power of two that it has room for, either way.
 _SUBNORMAL = 8  # Factors whose mean size is below this many times the least normal number are scaled up.
 
 
@@ -76,8 +78,10 @@ def write_layer(
 
 def store_truncated(
     spectrum: Spectrum, rank: int, dtype: torch.dtype, *, fixed_alpha: bool = False
-) -> Stored:
+) -> Stored | None:
     """The best approximation of a rank, rounded to ``dtype``; its error against the exact delta is measured.
+
+    None where ``dtype`` has only zeros for it.
 
     The error has two parts that are orthogonal to each other: what the rank leaves out, known from the
     singular values, and what the rounding does, taken from the rounded tensors.
@@ -85,12 +89,41 @@ def store_truncated(
     rank = min(rank, spectrum.rank)
     values = spectrum.values[:rank]
     best = truncate(spectrum, rank, working_dtype(spectrum, dtype))
-    if not roots_in_range(values, max(best.out, best.in_), dtype):
+    fits = roots_in_range(values, max(best.out, best.in_), dtype)
+    if not fits:
         best = fit(best, dtype, fixed_alpha=fixed_alpha)
     up, down = best.up.to(dtype), best.down.to(dtype)
-    rounding = orthogonal_rounding_error(best, up, down, values)
-    _check_finite(rounding, best.alpha, dtype)
-    return Stored(up, down, best.alpha, best.kernel, spectrum.tail(rank) + rounding, spectrum.energy)
+    # Factors that were brought into range no longer share the singular values evenly.
+    rounding = orthogonal_rounding_error(best, up, down, values) if fits else rounding_error(best, up, down)
+    error_sq = spectrum.tail(rank) + rounding
+    if not doubtless(spectrum, error_sq):
+        error_sq = spectrum.beyond + squared_distance(
+            _plain(spectrum.source), replace(best, up=up, down=down)
+        )
+    _check_finite(error_sq, best.alpha, dtype)
+    return _unless_lost(Stored(up, down, best.alpha, best.kernel, error_sq, spectrum.energy))
+
+
+def doubtless(spectrum: Spectrum, error_sq: float) -> bool:
+    """Whether the error holds without what was left out as noise."""
+    return spectrum.doubt <= _TELLS * error_sq
+
+
+def _plain(delta: LowRank | Mixed | None) -> LowRank:
+    """A spectrum's source as a plain low-rank delta."""
+    assert delta is not None
+    if isinstance(delta, LowRank):
+        return delta
+    left, right = delta.left.to(delta.up.device), delta.right.to(delta.up.device)
+    up, down = delta.up.double() @ left, right.mT @ delta.down.double()
+    return LowRank(up, down, float(delta.rank), delta.kernel)
+
+
+def _unless_lost(stored: Stored) -> Stored | None:
+    """What was stored; None where all of it is too small for its dtype."""
+    if stored.error_sq >= 0.9 * stored.exact_sq and not (stored.up.any() and stored.down.any()):
+        return None
+    return stored
 
 
 def store(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> Stored | None:
@@ -101,17 +134,24 @@ def store(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> S
     """
     small = grams(delta)
     energy, size = sizes(small, delta.component_gains(), delta.parts)
+    if cancelled(energy, size):
+        energy = decompose(delta, small=small, vectors=False).energy  # to all its digits
     if energy <= (NOISE * size) ** 2:
         return None
-    exact = realize(delta, torch.float64 if torch.finfo(dtype).bits >= 32 else torch.float32)
+    lengths = max(float(square.diagonal().max()) for square in (small.up, small.down))
+    narrow = torch.finfo(dtype).bits < 32 and in_float32(lengths) and in_float32(energy**0.5)
+    narrow = narrow and not cancelled(energy, size)
+    exact = realize(delta, torch.float32 if narrow else torch.float64)
     fitted = fit(exact, dtype, fixed_alpha=fixed_alpha)
     up, down = fitted.up.to(dtype), fitted.down.to(dtype)
-    if fitted is exact:
+    if cancelled(energy, size):
+        error_sq = squared_distance(fitted, replace(fitted, up=up, down=down))
+    elif fitted is exact:
         error_sq = _rounding_of_parts(exact, up, down, small, delta.gains)
     else:
         error_sq = rounding_error(fitted, up, down)
     _check_finite(error_sq, fitted.alpha, dtype)
-    return Stored(up, down, fitted.alpha, fitted.kernel, error_sq, energy)
+    return _unless_lost(Stored(up, down, fitted.alpha, fitted.kernel, error_sq, energy))
 
 
 def realize(delta: LowRank, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -134,7 +174,7 @@ def fit(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> Low
     Mostly there is nothing to do, and ``delta`` itself is returned. Otherwise each component is balanced
     between up and down first; what is left to do goes into alpha.
     """
-    if _in_range(delta.up, dtype) and _in_range(delta.down, dtype):
+    if _in_range(delta.up, dtype) and _in_range(delta.down, dtype) and _alpha_fits(delta.alpha):
         return delta
     up, down = delta.up.double(), delta.down.double()
     columns, rows = up.abs().amax(0), down.abs().amax(1)
@@ -144,8 +184,22 @@ def fit(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> Low
     largest = max(float(up.abs().max()), float(down.abs().max()))
     if fixed_alpha or largest == 0:
         return replace(delta, up=up, down=down)
-    power = -round(math.log2(largest))
-    return replace(delta, up=up * 2.0**power, down=down * 2.0**power, alpha=delta.alpha * 4.0**-power)
+    power = max(-1000, min(1000, -round(math.log2(largest))))
+    alpha = math.log2(abs(delta.alpha) or 1.0)
+    # What alpha has no room for stays in the factors.
+    power = max(math.ceil((alpha - _ALPHA) / 2), min(math.floor((alpha + _ALPHA) / 2), power))
+    factor = 2.0**power
+    return replace(delta, up=up * factor, down=down * factor, alpha=math.ldexp(delta.alpha, -2 * power))
+
+
+def _alpha_fits(alpha: float) -> bool:
+    """Whether float32 has room for alpha."""
+    return alpha == 0 or abs(math.log2(abs(alpha))) <= _ALPHA
+
+
+def not_negative(value: float) -> float:
+    """0 for a small negative sum of roundings; NaN stays, where ``max`` would make it 0."""
+    return 0.0 if value < 0 else value
 
 
 def rounding_error(exact: LowRank, up: Tensor, down: Tensor) -> float:
@@ -158,7 +212,7 @@ def rounding_error(exact: LowRank, up: Tensor, down: Tensor) -> float:
     left = torch.cat([up.double(), d_up], dim=1)
     right = torch.cat([d_down, exact.down.double()])
     error_sq = exact.scale**2 * float((gram(left.mT) * gram(right)).sum())
-    return 0.0 if error_sq < 0 else error_sq
+    return not_negative(error_sq)
 
 
 def _rounding_of_parts(exact: LowRank, up: Tensor, down: Tensor, small: Grams, gains: Tensor | None) -> float:
@@ -179,7 +233,7 @@ def _rounding_of_parts(exact: LowRank, up: Tensor, down: Tensor, small: Grams, g
     error_sq = (small.up * signed[:, None] * signed * (d_down @ d_down.mT).cpu()).sum()
     error_sq += ((d_up.mT @ d_up).cpu() * small.down * root[:, None] * root).sum()
     error_sq += 2 * ((exact.up.mT @ d_up) * (d_down @ exact.down.mT)).sum().cpu()
-    return exact.scale**2 * max(0.0, float(error_sq))
+    return exact.scale**2 * not_negative(float(error_sq))
 
 
 def _farthest(difference: Tensor, factor: Tensor, dim: int) -> float:
@@ -201,7 +255,7 @@ def orthogonal_rounding_error(exact: LowRank, up: Tensor, down: Tensor, values: 
     error_sq, farthest = rounding_of_orthogonal(exact.up, exact.down, up, down, values / exact.scale)
     if not float(farthest) <= torch.finfo(up.dtype).eps:
         return rounding_error(exact, up, down)
-    return exact.scale**2 * max(0.0, float(error_sq))
+    return exact.scale**2 * not_negative(float(error_sq))
 
 
 def rounding_of_orthogonal(
@@ -242,9 +296,12 @@ def _check_finite(error_sq: float, alpha: float, dtype: torch.dtype) -> None:
 
 
 def working_dtype(spectrum: Spectrum, dtype: torch.dtype) -> torch.dtype:
-    """Precision of the large products: float32 is enough for a 16-bit result that did not nearly cancel."""
-    cancelled = spectrum.energy <= (_CANCELLED * spectrum.size) ** 2
-    return torch.float64 if cancelled or torch.finfo(dtype).bits >= 32 else torch.float32
+    """Precision of the large products.
+
+    Float32 is enough for a 16-bit result that did not nearly cancel, and whose squares are float32 numbers.
+    """
+    narrow = torch.finfo(dtype).bits < 32 and not cancelled(spectrum.energy, spectrum.size)
+    return torch.float32 if narrow and in_float32(float(spectrum.values[0])) else torch.float64
 
 
 def roots_in_range(values: Tensor, side: int, dtype: torch.dtype) -> bool:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import NOISE, SINGULAR, Spectrum, decompose, gram, sums_hold
+from .core import CANCELLED, NOISE, SINGULAR, Spectrum, decompose, gram, mixings_fit, sums_hold
 from .settings import own_settings
 from .storing import (
     Stored,
+    doubtless,
+    not_negative,
     roots_in_range,
     rounding_of_orthogonal,
     store_truncated,
@@ -82,7 +84,8 @@ def write_layers(
                     if stored is None and rank:
                         with _named(names, members[place]):
                             spectrum = batch.spectra[place]
-                            stored = _moved(store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha))
+                            stored = store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha)
+                            stored = stored and _moved(stored)
                     results[members[place]] = stored
     return results
 
@@ -185,8 +188,9 @@ class _Solved:
             left, right = self.mixings([place], rank)
             return left[0], right[0]
 
-        values = self.values[row, : self.counts[row]]
-        return Spectrum(values, self.energy[row], self.size[row], self.deltas[place], mixing)
+        values, size = self.values[row, : self.counts[row]], self.size[row]
+        doubt = (self.values.shape[1] - self.counts[row]) * (NOISE * size) ** 2
+        return Spectrum(values, self.energy[row], size, self.deltas[place], mixing, doubt=doubt)
 
     def mixings(self, places: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
         rows = [self.row[place] for place in places]
@@ -201,14 +205,15 @@ def _solve(deltas: Sequence[LowRank], small: Grams) -> _Solved:
     low, info = torch.linalg.cholesky_ex(small.down)
     lengths = small.down.diagonal(dim1=-2, dim2=-1).sqrt()
     pivots = low.diagonal(dim1=-2, dim2=-1)
-    usual = (info == 0) & (pivots >= SINGULAR * lengths).all(-1)
-    places = usual.nonzero().flatten().tolist()
-    low, gains, up, down = low[usual], gains[usual], small.up[usual], small.down[usual]
-    product = gains[:, :, None] * up * down * gains[:, None, :]
+    product = gains[:, :, None] * small.up * small.down * gains[:, None, :]
     energy = product.sum((-2, -1)).clamp(min=0)
     edges = itertools.pairwise(itertools.accumulate(deltas[0].parts, initial=0))
     own = [product[:, start:stop, start:stop].sum((-2, -1)).clamp(min=0).sqrt() for start, stop in edges]
     size = torch.stack(own).sum(0) if len(own) > 1 else energy.sqrt()
+    usual = (info == 0) & (pivots >= SINGULAR * lengths).all(-1)
+    usual &= energy.isfinite() & (energy > (CANCELLED * size) ** 2)
+    places = usual.nonzero().flatten().tolist()
+    low, gains, up, energy, size = low[usual], gains[usual], small.up[usual], energy[usual], size[usual]
     weighted = gains[:, :, None] * low
     squares, q = torch.linalg.eigh(weighted.mT @ up @ weighted)
     values = squares.clamp(min=0).sqrt().flip(-1)
@@ -237,6 +242,8 @@ def _stored(batch: _Batch, places: Sequence[int], rank: int, dtype: torch.dtype)
         whole = len(together) == len(batch.spectra)
         ups, downs = (batch.ups, batch.downs) if whole else (batch.ups[together], batch.downs[together])
         mixings = batch.mixings(together, rank)
+        if not mixings_fit(*mixings):
+            return [None] * len(places)
         left, right = (mixing.to(work).to(ups.device) for mixing in mixings)
         up, down = ups.to(work) @ left, right.mT @ downs.to(work)
         written = up.to(dtype), down.to(dtype)
@@ -248,9 +255,10 @@ def _stored(batch: _Batch, places: Sequence[int], rank: int, dtype: torch.dtype)
         for row, (place, spectrum) in enumerate(zip(together, spectra, strict=True)):
             fits = roots_in_range(spectrum.values[:rank], side, dtype)
             holds = sums_hold(spectrum, mixings[0][row], mixings[1][row])
-            if fits and holds and farthest[row] <= torch.finfo(dtype).eps:
+            error_sq = spectrum.tail(rank) + not_negative(errors[row])
+            sure = doubtless(spectrum, error_sq) and farthest[row] <= torch.finfo(dtype).eps
+            if fits and holds and sure:
                 kernel = spectrum.source.kernel if spectrum.source else ()
-                error_sq = spectrum.tail(rank) + max(0.0, errors[row])
                 factors = written[0][row].clone(), written[1][row].clone()
                 results[place] = Stored(*factors, float(rank), kernel, error_sq, spectrum.energy)
     return [results.get(place) for place in places]

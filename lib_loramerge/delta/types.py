@@ -221,7 +221,7 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     check_same_shape(deltas)
     first = deltas[0]
     rank = sum(delta.rank for delta in deltas)
-    alpha = abs(first.alpha) or float(rank)
+    alpha = _writable(abs(first.alpha)) or float(rank)
     gains = torch.cat(
         [delta.component_gains() * (weight * rank / alpha) for delta, weight in zip(deltas, weights)]
     )
@@ -233,6 +233,11 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         parts=tuple(part for delta in deltas for part in (delta.parts or (delta.rank,))),
         gains=gains,
     )
+
+
+def _writable(alpha: float) -> float:
+    """The number as an alpha tensor holds it, float32; 0 for one so far from 1 that gains would suffer."""
+    return float(torch.tensor(alpha, dtype=torch.float32)) if 1e-15 < alpha < 1e15 else 0.0
 
 
 def _joined(factors: Sequence[Tensor], dim: int) -> Tensor:

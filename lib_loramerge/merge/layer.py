@@ -22,9 +22,11 @@ from ..delta import (
     decompose,
     decompose_dense,
     moved,
+    near_one,
     norm,
     relative_error,
     take_rows,
+    times_two_to,
     write_layers,
 )
 from ..errors import OutputError
@@ -81,6 +83,15 @@ def open_merger(plan: MergePlan) -> Iterator[Merger]:
         yield Merger(plan, readers, device)
 
 
+@contextmanager
+def _named(layer: LayerPlan) -> Iterator[None]:
+    """Errors of the arithmetic say in which layer they are."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{layer.layer}: {error}") from error
+
+
 class Merger:
     """Merges layers of a plan. Safe to use from several threads."""
 
@@ -110,7 +121,10 @@ class Merger:
         deltas = [moved(delta, self.device) for delta in given.values()]
         weights = [layer.weights[index] for index in given]
         method = self.plan.method
-        merged = method.merge(deltas, weights, self._context(layer, list(given)), **self.plan.params)
+        with _named(layer):
+            near, power = near_one(deltas, weights, exact=method.exact)
+        merged = method.merge(near, weights, self._context(layer, list(given)), **self.plan.params)
+        merged = times_two_to(merged, power)
         if isinstance(merged, LowRank) and not self.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
             merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
@@ -148,9 +162,10 @@ class Merger:
         merged, _ = self.combine(layer, self.inputs(layer))
         if merged is None:
             return None
-        if isinstance(merged, Dense):
-            return decompose_dense(merged, vectors=False)
-        return decompose(merged, vectors=False)
+        with _named(layer):
+            if isinstance(merged, Dense):
+                return decompose_dense(merged, vectors=False)
+            return decompose(merged, vectors=False)
 
     def merge_together(
         self, layers: Sequence[LayerPlan], allotted: Sequence[int | None]
@@ -182,15 +197,13 @@ class Merger:
     def finish(self, prepared: Prepared, stored: Stored | None) -> MergedLayer:
         """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
         layer, plain = prepared.layer, prepared.plain
-        try:
+        with _named(layer):
             if prepared.whole:
                 assert not isinstance(prepared.merged, Mixed)
                 return self._whole(layer, prepared.merged, prepared.bias, prepared.notes, plain)
             if stored is None:
                 return self._absent(prepared)
             return self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
-        except OutputError as error:
-            raise OutputError(f"{layer.layer}: {error}") from error
 
     def _store(self, prepared: Sequence[Prepared], allotted: Sequence[int | None]) -> list[Stored | None]:
         deltas = [entry.merged for entry in prepared if entry.merged is not None]
@@ -358,10 +371,7 @@ class Merger:
 
 
 def _size_sq(delta: Merged | None) -> float:
-    """Squared norm of a delta that is not written; 0 where only the noise of a cancellation is left."""
+    """Squared norm of a delta that is not written."""
     if delta is None:
         return 0.0
-    if isinstance(delta, Dense):
-        return norm(delta) ** 2
-    spectrum = decompose(delta, vectors=False)
-    return spectrum.energy if spectrum.rank else 0.0
+    return norm(delta) ** 2 if isinstance(delta, Dense) else decompose(delta, vectors=False).energy

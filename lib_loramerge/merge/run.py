@@ -112,7 +112,10 @@ def run_merge(
         source_hashes = hashes()
     # The inputs are closed here: one of them may be the file that is replaced.
     if not any(layer.tensors for layer in merged):
-        raise IncompatibleError("The LoRAs cancel each other in every layer, so there is nothing to write.")
+        raise IncompatibleError(
+            "The LoRAs cancel each other in every layer, or what they change is too small for "
+            f"{plan.dtype}, so there is nothing to write."
+        )
     tensors = {key: tensor for layer in merged for key, tensor in layer.tensors.items()} | embeddings
     _raise_if_cancelled(cancel)
     with clock.phase("write"):

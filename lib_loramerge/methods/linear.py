@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank, check_same_shape, stack
 from ..errors import IncompatibleError
@@ -32,6 +33,7 @@ def svd(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext
     Returns:
         A low-rank delta with the inputs' factors side by side, or a dense one where an input is dense.
     """
+    deltas, weights = _each_once(deltas, weights)
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(low) == len(deltas):
         return stack(low, weights)
@@ -64,7 +66,47 @@ def concat(deltas: Sequence[Delta], weights: Sequence[float], context: LayerCont
     Returns:
         Rank ``sum_i r_i``, alpha that of the first delta. Dense where an input is dense.
     """
-    return svd(deltas, weights, context)
+    low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    return stack(low, weights) if len(low) == len(deltas) else svd(deltas, weights, context)
+
+
+def _each_once(deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[list[Delta], list[float]]:
+    """The same delta twice is once that delta, at the sum of the strengths.
+
+    So a LoRA that is taken away from itself leaves the difference of its strengths to the last digit.
+    """
+    kept: list[Delta] = []
+    strengths: list[list[float]] = []
+    for delta, weight in zip(deltas, weights):
+        for place, other in enumerate(kept):
+            ratio = _times(delta, other)
+            if ratio is not None:
+                strengths[place].append(weight * ratio)
+                break
+        else:
+            kept.append(delta)
+            strengths.append([weight])
+    return kept, [math.fsum(own) for own in strengths]
+
+
+def _times(delta: Delta, other: Delta) -> float | None:
+    """What ``delta`` is of ``other`` where both are stored as the same numbers; None for two deltas."""
+    if isinstance(delta, Dense) and isinstance(other, Dense):
+        return 1.0 if _same(delta.weight, other.weight) else None
+    if not (isinstance(delta, LowRank) and isinstance(other, LowRank)) or not other.scale:
+        return None
+    if delta.gains is not None or other.gains is not None:
+        return None
+    if not (_same(delta.up, other.up) and _same(delta.down, other.down)):
+        return None
+    return 1.0 if delta.alpha == other.alpha else delta.scale / other.scale
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.numel():
+        return False
+    last = (-1,) * a.dim()
+    return bool(a[last] == b[last]) and torch.equal(a, b)  # one number tells most others apart at once
 
 
 @merge_method(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,7 +127,9 @@ def join(deltas: Sequence[Delta], weights: Sequence[float]) -> JointSpace:
     lefts, rights, values, present, columns = [], [], [], [], []
     places = _spans([delta.rank for _, delta in given])
     for (index, delta), own in zip(given, places):
-        spectrum = decompose(delta, small=Grams(small.up[own, own], small.down[own, own]))
+        # Without its parts: what one file says in several pieces is not a sum that cancels.
+        whole = replace(delta, parts=())
+        spectrum = decompose(whole, small=Grams(small.up[own, own], small.down[own, own]))
         rank = numerical_rank(spectrum.values)
         left, right = spectrum.mixing(rank) if rank and spectrum.mixing else (_no_columns(delta.rank),) * 2
         root = spectrum.values[:rank].sqrt()
