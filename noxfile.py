@@ -29,7 +29,7 @@ def tests(session: nox.Session) -> None:
 
 def _web(session: nox.Session, constraints: str) -> None:
     """The browser tests under one Gradio; they need an installed Chromium."""
-    session.install("-c", constraints, "-e", ".[ui,web]")
+    session.install("-c", constraints, "-e", ".[web]", "gradio")
     session.run("pytest", "tests/web", *session.posargs)
 
 

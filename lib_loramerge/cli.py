@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from . import __version__
-from .errors import LoraMergeError, OutputError, RecipeError
+from . import __version__, interrupts
+from .errors import Cancelled, LoraMergeError, OutputError, RecipeError
 from .recipe import (
     SETTINGS,
     MergeRecipe,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .blocks import Presets
     from .merge import MergePlan, Progress
 
-EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 LONG_SECONDS = 60.0  # Work that is expected to take longer says so before it begins.
 
 EXAMPLES = """examples:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 1 an error the user can fix, told in one line on stderr; 2 wrong
-        usage; 130 interrupted, with nothing left behind.
+        usage; 130 or 143 interrupted, with nothing left behind.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -56,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = build_parser(words).parse_args(words)
         return options.run(options) or EXIT_DONE
+    except (Cancelled, KeyboardInterrupt):
+        print("loramerge: interrupted, nothing was written", file=sys.stderr)
+        return interrupts.exit_status()
     except LoraMergeError as error:
         print(f"loramerge: {one_line(str(error))}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("loramerge: interrupted, nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (a pager, head) has gone; that is no error of ours.
         with contextlib.suppress(OSError):
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_and_exit() -> NoReturn:
     """The console script: an interrupted command ends at once, whatever its threads are in the middle of."""
+    interrupts.listen()
     status = main()
-    if status == EXIT_INTERRUPTED:
+    if interrupts.asked():
         # Nothing is half-written then. The interpreter's own way out would wait for the threads.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -216,6 +217,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_merge_command(options: argparse.Namespace) -> int:
+    from .files import refuse_inputs
     from .merge import run_merge
     from .merge.device import compute_device
 
@@ -226,12 +228,14 @@ def run_merge_command(options: argparse.Namespace) -> int:
     if target is not None:
         _check_output(target, options.overwrite)
     plan = _plan(options, recipe, check_hashes=not options.allow_changed_sources)
+    if target is not None:
+        refuse_inputs(target, plan.files())
     if options.dry_run or target is None:
         compute_device(recipe.device)  # the one thing of a run that a plan does not look at
         _show_plan(plan, target, options.json, notes)
         return EXIT_DONE
     with progress_line(sys.stderr) as show:
-        report = run_merge(plan, target, overwrite=options.overwrite, progress=show)
+        report = run_merge(plan, target, overwrite=options.overwrite, progress=show, cancel=interrupts.asked)
     if options.json:
         _print_json({**report.to_json(), "warnings": [*notes, *report.warnings]})
     else:
@@ -450,7 +454,7 @@ def run_convert(options: argparse.Namespace) -> int:
     _check_output(target, options.overwrite)
     options.lora_dir, options.preset_file = None, []
     plan = _plan(options, recipe)
-    report = run_merge(plan, target, overwrite=options.overwrite)
+    report = run_merge(plan, target, overwrite=options.overwrite, cancel=interrupts.asked)
     _print_report(report, options)
     return EXIT_DONE
 
@@ -493,7 +497,7 @@ def run_compare(options: argparse.Namespace) -> int:
     recipe, _ = recipe_of(options)
     plan = _plan(options, recipe)
     with progress_line(sys.stderr) as progress:
-        report = compare(plan, progress=progress)
+        report = compare(plan, progress=progress, cancel=interrupts.asked)
     _print_report(report, options)
     _draw("compare_figure", report, options)
     return EXIT_DONE
@@ -521,7 +525,7 @@ def run_advise(options: argparse.Namespace) -> int:
             f"about {expected / 60:.0f} min on this machine. Ctrl-C stops.\n"
         )
     with progress_line(sys.stderr) as progress:
-        report = advise(plan, progress=progress)
+        report = advise(plan, progress=progress, cancel=interrupts.asked)
     _print_report(report, options)
     _draw("advise_figure", report, options)
     return EXIT_DONE
@@ -570,13 +574,28 @@ def run_presets(options: argparse.Namespace) -> int:
 
 
 def _ui_parser(commands: Any) -> None:
-    parser = _command(commands, "ui", run_ui, "open the LoRA Merge tab without a WebUI, on this machine only")
+    parser = _command(commands, "ui", run_ui, "open the LoRA Merge tab without a WebUI, for you alone")
     _add_lora_dir(parser)
+    parser.add_argument(
+        "--base-dir", type=Path, action="append", default=[], metavar="D", help="folder of checkpoints"
+    )
     parser.add_argument(
         "--port", type=int, metavar="P", help="port to listen on (default: a free one from 7865)"
     )
     parser.add_argument("--demo", action="store_true", help="start with sample LoRAs")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser window")
+    parser.add_argument(
+        "--listen",
+        action="store_true",
+        help="let other machines in; asks for a password, or takes it from LORAMERGE_PASSWORD",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="a further name by which the page may be opened, as of a proxy",
+    )
 
 
 def run_ui(options: argparse.Namespace) -> int:
@@ -585,9 +604,15 @@ def run_ui(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "gradio":
             raise
-        raise RecipeError("The tab needs Gradio: pip install gradio.") from error
+        raise RecipeError('The tab needs Gradio: pip install "sd-webui-lora-merge[ui]".') from error
     standalone.serve(
-        lora_dir=options.lora_dir, port=options.port, demo=options.demo, open_browser=not options.no_browser
+        lora_dir=options.lora_dir,
+        port=options.port,
+        demo=options.demo,
+        open_browser=not options.no_browser,
+        base_dirs=options.base_dir,
+        listen=options.listen,
+        allow_hosts=options.allow_host,
     )
     return EXIT_DONE
 

@@ -19,7 +19,8 @@ from pathlib import Path
 NOT_OF_THE_TAB = frozenset({
     "cli.py", "__main__.py", "demo.py",  # the command line
     "webui/standalone.py",  # what it says when it starts
-    "webui/api.py", "webui/schema.py",  # REST, whose words are English
+    "webui/api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",  # REST, whose words are English
+    "webui/enter.py",  # before the page, in both languages
     "adapters/table.py",  # a table of the README
     "analysis/hosts.py",  # which hosts load a file: the command line and REST tell it
     "webui/plots.py",  # drawn, see test_localization.py

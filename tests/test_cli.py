@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +97,7 @@ def test_nothing_is_overwritten_unasked(folder, capsys):
     assert run("merge", "a", "--lora-dir", folder, "-o", "b") == 1
     assert "overwrit" in capsys.readouterr().err
     assert (folder / "b.safetensors").read_bytes() == before
-    assert run("merge", "a:2", "b", "--lora-dir", folder, "-o", "b", "--overwrite") == 0
+    assert run("merge", "a:2", "--lora-dir", folder, "-o", "b", "--overwrite") == 0
     assert (folder / "b.safetensors").read_bytes() != before
 
 
@@ -260,49 +258,54 @@ def test_help_needs_no_torch():
     )
 
 
-def wait_until_reading(process: subprocess.Popen[bytes], name: str) -> None:
-    """Return as soon as the process has the file open (Linux tells), or after a while elsewhere."""
-    descriptors = Path(f"/proc/{process.pid}/fd")
-    if not descriptors.exists():
-        time.sleep(4)
-        return
-    deadline = time.monotonic() + 600  # importing torch takes a minute on a crowded machine
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        with contextlib.suppress(OSError):
-            if any(os.readlink(entry).endswith(name) for entry in descriptors.iterdir()):
-                time.sleep(0.3)  # the header is read first; the layers after it
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"the process never opened {name}")
+STOPPED_IN = """
+import sys, time
+from lib_loramerge import cli, interrupts
+from lib_loramerge.merge import run
+
+def check_space(*_):
+    print("MERGING", flush=True)
+    {meanwhile}
+
+run.check_space = check_space
+cli.run_and_exit()
+"""
+# A signal that comes in the middle of a destructor: Python prints the exception there and goes on.
+SWALLOWED = """class Dying:
+        def __del__(self):
+            while not interrupts.asked():
+                time.sleep(0.01)
+    Dying()"""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals work differently on Windows")
-def test_ctrl_c_stops_soon_and_leaves_nothing(tmp_path):
-    layers = {
-        f"lora_unet_input_blocks_7_1_transformer_blocks_{n}_ff_net_0_proj": (10240, 1280) for n in range(10)
-    } | {"lora_te2_text_model_encoder_layers_0_mlp_fc1": (5120, 1280)}
-    for name, seed in (("a", 1), ("b", 2)):
-        make_lora(tmp_path / f"{name}.safetensors", layers, rank=128, alpha=1, seed=seed)
-    # More layers than can be merged before the signal: the same two files many times over.
-    words = [
-        "-m",
-        "lib_loramerge",
-        "merge",
-        *["a", "b"] * 6,
-        "--lora-dir",
-        str(tmp_path),
-        "-o",
-        "out",
-        "--rank",
-        "full",
-    ]
+@pytest.mark.parametrize(
+    "meanwhile", ["while True: time.sleep(0.01)", SWALLOWED], ids=["between two steps", "in a destructor"]
+)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_merge_that_is_interrupted_ends_and_leaves_nothing(folder, meanwhile, number, status):
+    code = STOPPED_IN.format(meanwhile=meanwhile)
+    words = ["merge", "a", "b", "--lora-dir", str(folder), "-o", "out", "--rank", "full"]
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    wait_until_reading(process, "a.safetensors")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=600)
-    # Python ends by the signal itself when it came during an import; a shell sees 130 both times.
-    assert process.returncode in (130, -signal.SIGINT)
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"MERGING\n"
+    process.send_signal(number)
+    _, told = process.communicate(timeout=600)
+    assert process.returncode == status, told
+    assert told.splitlines()[-1] == b"loramerge: interrupted, nothing was written"
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize("words", [("merge", "a", "b"), ("merge", "a", "--dry-run"), ("convert", "{a}")])
+@pytest.mark.parametrize("spelling", ["a", "sub/../a", "link"])
+def test_an_output_that_is_one_of_the_inputs_is_refused(folder, capsys, words, spelling):
+    (folder / "sub").mkdir()
+    (folder / "link.safetensors").hardlink_to(folder / "a.safetensors")
+    before = (folder / "a.safetensors").read_bytes()
+    words = [word.format(a=folder / "a.safetensors") for word in words]
+    more = () if words[0] == "convert" else ("--lora-dir", folder)
+    assert run(*words, *more, "-o", f"{folder}/{spelling}", "--overwrite") == 1
+    assert "is one of the LoRAs being merged" in capsys.readouterr().err
+    assert (folder / "a.safetensors").read_bytes() == before

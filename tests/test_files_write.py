@@ -315,7 +315,7 @@ def test_a_kill_leaves_the_old_file_and_nothing_that_is_listed(tmp_path, way, mi
     os.close(read)
     during = os.listdir(tmp_path)
     assert len(during) == (1 if way.startswith("unnamed") and hasattr(os, "O_TMPFILE") else 2)
-    place._remove_stale(path)  # A file in use is no stray, whoever writes the same name meanwhile.
+    place._remove_stale(path.parent)  # A file in use is no stray, whoever writes the same name meanwhile.
     assert os.listdir(tmp_path) == during
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -331,7 +331,7 @@ def test_a_stray_is_removed_while_locked_so_that_a_writer_which_only_made_it_not
     import fcntl
 
     path = tmp_path / "a.safetensors"
-    made = place._temporary_path(path)
+    made = place.temporary_beside(path)
     removed = []
     with made.open("wb") as writer:  # Made, and just about to be locked.
 
@@ -343,16 +343,51 @@ def test_a_stray_is_removed_while_locked_so_that_a_writer_which_only_made_it_not
 
         unlink = os.unlink
         monkeypatch.setattr(os, "unlink", watched)
-        place._remove_stale(path)
+        place._remove_stale(path.parent)
     assert removed == [str(made)]
     assert os.listdir(tmp_path) == []
 
 
-def test_strays_of_other_targets_are_left_alone(tmp_path):
-    other = place._temporary_path(tmp_path / "b.safetensors")
-    other.write_text("of another merge")
-    write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
-    assert other.exists()
+@POSIX
+def test_strays_of_any_target_in_the_folder_are_swept_unless_somebody_writes_them(tmp_path):
+    import fcntl
+
+    (tmp_path / "sub").mkdir()
+    strays = [place.temporary_beside(tmp_path / name) for name in ("b.safetensors", "c.safetensors")]
+    kept = [
+        place.temporary_beside(tmp_path / "sub" / "a.safetensors"),
+        tmp_path / ".another-tool.part",
+        tmp_path / ".loramerge-notes",
+    ]
+    for path in (*strays, *kept):
+        path.write_text("of another merge")
+    with place.temporary_beside(tmp_path / "d.safetensors").open("wb") as writer:
+        fcntl.flock(writer.fileno(), fcntl.LOCK_EX)
+        write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
+        assert os.path.exists(writer.name)
+    assert [path.exists() for path in (*strays, *kept)] == [False, False, True, True, True]
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+def test_overwriting_keeps_mode_owner_and_group(tmp_path, way, mode, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+    if os.geteuid() == 0:
+        os.chown(path, 12, 34)
+    path.chmod(mode)
+    old = path.stat()
+    write_file(path, TENSORS, METADATA, overwrite=True)
+    new = path.stat()
+    assert (new.st_mode, new.st_uid, new.st_gid) == (old.st_mode, old.st_uid, old.st_gid)
+    assert new.st_ino != old.st_ino
+
+    def denied(*_):
+        raise PermissionError(errno.EPERM, "not yours")
+
+    monkeypatch.setattr(os, "fchown", denied)
+    write_file(path, TENSORS, METADATA, overwrite=True)
+    assert path.stat().st_mode == old.st_mode
 
 
 @POSIX

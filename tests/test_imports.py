@@ -21,6 +21,7 @@ _PARTS = {"dialects", "adapters", "methods", "ranks", "blocks", "metadata", "fil
 _RESULTS = _TYPES | _PARTS | {"report", "analysis"}
 ALLOWED = {
     "errors": set(),
+    "interrupts": set(),
     "recipe": _GROUND,
     "delta": _GROUND,
     "architectures": _GROUND,
@@ -36,8 +37,8 @@ ALLOWED = {
     "merge": _RESULTS - {"analysis"} | {"hosts"},
     "analysis": _RESULTS - {"analysis"} | {"merge", "hosts"},
     "demo": _RESULTS | {"merge"},
-    "cli": _RESULTS | {"merge", "demo"},
-    "webui": _RESULTS | {"merge", "cli", "demo"},
+    "cli": _RESULTS | {"merge", "demo", "interrupts"},
+    "webui": _RESULTS | {"merge", "cli", "demo", "interrupts"},
     "comfyui": _RESULTS | {"merge"},
     "__init__": _RESULTS | {"merge"},
     "__main__": {"cli"},

@@ -22,6 +22,8 @@ READMES = ("README.md", "README.ja.md")
 FOREIGN_OPTIONS = {
     *("--api", "--api-auth", "--nowebui", "--share", "--listen", "--enable-insecure-extension-access"),
     "--ignore",
+    "--server-name",
+    "--cors-allow-origins",
 }
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _GENERATED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", re.DOTALL)

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from lib_loramerge.files.folder import LoraFolder, output_path
 from lib_loramerge.files.hashes import model_hash
-from lib_loramerge.files.header import Header, TensorInfo
-from lib_loramerge.files.place import check_space, check_target, free_space
-from lib_loramerge.files.read import LORA_SUFFIXES, LoraFile, open_file, read_header
+from lib_loramerge.files.header import Header, TensorInfo, stamp_of
+from lib_loramerge.files.place import check_space, check_target, free_space, refuse_inputs, temporary_beside
+from lib_loramerge.files.read import (
+    LORA_SUFFIXES,
+    LoraFile,
+    changed_meanwhile,
+    open_file,
+    read_header,
+    zero_tail,
+)
 from lib_loramerge.files.recognise import refuse_non_lora, size_text
 from lib_loramerge.files.write import Written, write_again, write_file
 
@@ -20,6 +27,7 @@ __all__ = [
     "LoraFolder",
     "TensorInfo",
     "Written",
+    "changed_meanwhile",
     "check_space",
     "check_target",
     "free_space",
@@ -27,8 +35,12 @@ __all__ = [
     "open_file",
     "output_path",
     "read_header",
+    "refuse_inputs",
     "refuse_non_lora",
     "size_text",
+    "stamp_of",
+    "temporary_beside",
     "write_again",
     "write_file",
+    "zero_tail",
 ]

@@ -17,6 +17,9 @@ from lib_loramerge.recipe import nearest
 NAME_BYTES = 255
 """Longest file name on Linux and macOS; Windows counts UTF-16 units, which are never more."""
 
+LONGEST_SUFFIX = 15
+"""Of what stands beside a LoRA under its name: .safetensors, .json, .preview.png, .civitai.info."""
+
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
 RESERVED = re.compile(r"(?:CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(?:COM|LPT)[0-9¹²³])\s*(?:\..*)?", re.IGNORECASE)
 """Names that Windows gives to devices, with any suffix."""
@@ -189,8 +192,10 @@ def output_path(folder: str | os.PathLike[str], name: str, subfolder: str = "") 
         _check_name(part, "subfolder")
     stem = name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name
     _check_name(stem, "name")
-    if len(f"{stem}.safetensors".encode()) > NAME_BYTES:
-        raise OutputError(f"The name {stem[:40]!r}... is too long: more than {NAME_BYTES - 12} UTF-8 bytes.")
+    if len(stem.encode()) > NAME_BYTES - LONGEST_SUFFIX:
+        raise OutputError(
+            f"The name {stem[:40]!r}... is too long: more than {NAME_BYTES - LONGEST_SUFFIX} UTF-8 bytes."
+        )
     root = Path(os.path.realpath(folder))
     place = root.joinpath(*parts)
     target = place / f"{stem}.safetensors"

@@ -8,10 +8,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from lib_loramerge.files.header import header_bytes, reading
-from lib_loramerge.files.pickled import PICKLE_SUFFIXES
 
 LEGACY_START, LEGACY_END = 0x100000, 0x110000
 """The bytes that the legacy hash covers, counted from the start of a file."""
@@ -94,14 +90,24 @@ def model_hash(path: str | os.PathLike[str], stop: Callable[[], None] | None = N
     Raises:
         FileError: If the file cannot be read or is no safetensors file.
     """
-    path = Path(path)
+    from lib_loramerge.files.read import open_file  # Which needs the function below.
+
+    with open_file(path) as file:
+        digest = file.model_hash(stop)
+        file.check_unchanged()
+        return digest
+
+
+def hash_from(
+    read_at: Callable[[int, memoryview], None], size: int, stop: Callable[[], None] | None = None
+) -> str:
+    """Hex SHA-256 of ``size`` bytes that ``read_at`` gives from a place on."""
     digest = hashlib.sha256()
-    with reading(path) as (file, status):
-        if path.suffix.lower() not in PICKLE_SUFFIXES:
-            file.seek(8 + len(header_bytes(file, status.st_size, path)))
-        buffer = memoryview(bytearray(CHUNK))
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
-            if stop is not None:
-                stop()
+    buffer = memoryview(bytearray(min(CHUNK, size)))
+    for place in range(0, size, CHUNK):
+        chunk = buffer[: size - place]
+        read_at(place, chunk)
+        digest.update(chunk)
+        if stop is not None:
+            stop()
     return digest.hexdigest()

@@ -73,12 +73,14 @@ class Header:
         metadata: The string map; empty if there is none.
         data_start: Where the data part begins in the file.
         size: Of the whole file, in bytes.
+        stamp: Of the file that it was read from, see :func:`stamp_of`.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     data_start: int
     size: int
+    stamp: tuple[int, ...] = field(default=(), compare=False)
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, os.stat_result]:
@@ -300,15 +302,15 @@ def stored_name(path: Path) -> str | None:
     """
     try:
         with reading(path) as (_, status):
-            return _stored_name(*cache_key(path, status))
+            return _stored_name(os.path.abspath(path), *stamp_of(status))
     except FileError:
         return None
 
 
 @lru_cache(maxsize=20_000)
-def _stored_name(path: str, size: int, time: int, number: int) -> str | None:
-    with reading(Path(path)) as (file, _):
-        raw = header_bytes(file, size, Path(path))
+def _stored_name(path: str, *stamp: int) -> str | None:
+    with reading(Path(path)) as (file, status):
+        raw = header_bytes(file, status.st_size, Path(path))
     found = OUTPUT_NAME.search(raw)  # Inside another text its quotes would have backslashes.
     try:
         return None if found is None else str(json.loads(found[1]))
@@ -325,17 +327,17 @@ class _Cache:
 
     limit: int
     held: int = 0
-    entries: OrderedDict[tuple[str, int, int, int], Header] = field(default_factory=OrderedDict)
+    entries: OrderedDict[tuple[str | int, ...], Header] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def get(self, key: tuple[str, int, int, int]) -> Header | None:
+    def get(self, key: tuple[str | int, ...]) -> Header | None:
         with self.lock:
             header = self.entries.get(key)
             if header is not None:
                 self.entries.move_to_end(key)
             return header
 
-    def put(self, key: tuple[str, int, int, int], header: Header) -> None:
+    def put(self, key: tuple[str | int, ...], header: Header) -> None:
         with self.lock:
             if key in self.entries:
                 return
@@ -359,10 +361,19 @@ def _cost(header: Header) -> int:
 HEADERS = _Cache(limit=64_000_000)
 
 
-def cache_key(path: Path, status: os.stat_result) -> tuple[str, int, int, int]:
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What is another after a file was written to or replaced: size, times, number.
+
+    Some tools set the old time again after writing; on POSIX systems the time of that is kept, too.
+    """
+    changed = status.st_ctime_ns if os.name == "posix" else 0
+    return status.st_size, status.st_mtime_ns, changed, status.st_ino
+
+
+def cache_key(path: Path, status: os.stat_result) -> tuple[str | int, ...]:
     """What must be equal for a cached header to be believed.
 
     The file number is in it because a file that was replaced twice within one
     tick of the clock can have the same size and time.
     """
-    return os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino
+    return os.path.abspath(path), *stamp_of(status)

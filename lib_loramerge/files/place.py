@@ -10,9 +10,10 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,7 @@ from typing import BinaryIO
 from lib_loramerge.errors import OutputError
 from lib_loramerge.files.recognise import size_text
 
-TEMPORARY_SUFFIX = ".part"
+TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".loramerge-", ".part"
 BUFFER = 1 << 20
 IN_PROCESS = threading.Lock()
 
@@ -45,13 +46,28 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
             raise OutputError(f"{path.parent} is a file, so nothing can be written into it.")
         with suppress(FileNotFoundError):
             os.lstat(path)  # A name that is too long fails here.
-        _remove_stale(path)
-        probe = _temporary_path(path)
+        _remove_stale(path.parent)
+        probe = temporary_beside(path)
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         with suppress(FileNotFoundError):  # Another writer may have tidied it up already.
             os.unlink(probe)
     except (OSError, ValueError) as error:
         raise unwritable(path, error) from error
+
+
+def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to replace a file that is being merged.
+
+    Raises:
+        OutputError: With its name.
+    """
+    for source in inputs:
+        with suppress(OSError):
+            if path == source or os.path.samefile(path, source):
+                raise OutputError(
+                    f"{path.name} is one of the LoRAs being merged, so it cannot be overwritten. "
+                    "Choose another name."
+                )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -104,7 +120,7 @@ def output(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
         OutputError: If anything goes wrong with the file; nothing is left then.
     """
     try:
-        _remove_stale(path)
+        _remove_stale(path.parent)
         with _unnamed(path.parent) as unnamed:
             if unnamed is not None:
                 yield unnamed
@@ -144,11 +160,13 @@ def _name_unnamed(file: BinaryIO, path: Path, overwrite: bool) -> bool:
     A link to an existing name fails, so of two merges that race for a name one loses. To
     replace, the link gets a temporary name first, as no link replaces.
     """
-    target = _temporary_path(path) if overwrite and os.path.lexists(path) else path
+    target = temporary_beside(path) if overwrite and os.path.lexists(path) else path
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         # With a folder given, Python follows the link in /proc to the file itself.
         os.link(f"/proc/self/fd/{file.fileno()}", target, src_dir_fd=folder)
+        if target != path:
+            _keep_owner(file.fileno(), path)
     except FileExistsError:
         if not overwrite:
             raise
@@ -175,6 +193,8 @@ def _named(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(number, "w+b", buffering=BUFFER) as file:
             yield file
+            if overwrite:
+                _keep_owner(file.fileno(), path)
             if os.name != "nt":  # Renamed while locked, so that nobody takes it for a stale one.
                 _rename(temporary, path, overwrite)
         if os.name == "nt":  # Which renames no open file.
@@ -203,6 +223,24 @@ def _rename(temporary: Path, path: Path, overwrite: bool) -> None:
                 os.replace(temporary, path)
 
 
+def _keep_owner(number: int, path: Path) -> None:
+    """Give an open file the mode, owner and group of the one that it replaces, where that is allowed."""
+    if os.name == "nt":
+        return
+    try:
+        old = os.lstat(path)
+    except OSError:
+        return
+    if not stat.S_ISREG(old.st_mode):
+        return
+    for owner in (old.st_uid, -1):  # Only root gives files away; the group may be one of ours.
+        with suppress(OSError):
+            os.fchown(number, owner, old.st_gid)
+            break
+    with suppress(OSError):
+        os.fchmod(number, stat.S_IMODE(old.st_mode) & 0o777)
+
+
 def _patiently(rename: Callable[[], None]) -> None:
     """Try again for a second: on Windows a virus scanner may hold a new file for a moment."""
     for _ in range(10 if os.name == "nt" else 0):
@@ -218,18 +256,18 @@ def _patiently(rename: Callable[[], None]) -> None:
 
 def _temporary_stem(path: Path) -> str:
     """Start of the temporary names of a target: short, whatever the target is called."""
-    return f".loramerge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+    return f"{TEMPORARY_PREFIX}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
-def _temporary_path(path: Path) -> Path:
-    """A new name that no host lists as a LoRA."""
+def temporary_beside(path: Path) -> Path:
+    """A new name beside a file that no host lists as a LoRA, and short, whatever the file is called."""
     return path.with_name(f"{_temporary_stem(path)}{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
 
 
 def _create_locked(path: Path) -> tuple[Path, int]:
     """Create a temporary file and hold a lock on it, which says that its process lives."""
     while True:
-        temporary = _temporary_path(path)
+        temporary = temporary_beside(path)
         number = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
         if os.name == "nt":
             return temporary, number  # An open file cannot be removed there.
@@ -248,12 +286,11 @@ def _lock(number: int) -> None:
         fcntl.flock(number, fcntl.LOCK_EX)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove what killed processes left of an earlier try to write the same file."""
-    stem = _temporary_stem(path)
-    with suppress(OSError), os.scandir(path.parent) as found:
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left in a folder, whatever they were to write."""
+    with suppress(OSError), os.scandir(folder) as found:
         for entry in found:
-            if entry.name.startswith(stem) and entry.name.endswith(TEMPORARY_SUFFIX):
+            if entry.name.startswith(TEMPORARY_PREFIX) and entry.name.endswith(TEMPORARY_SUFFIX):
                 with suppress(OSError):
                     _remove_abandoned(entry.path)
 

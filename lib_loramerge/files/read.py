@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from lib_loramerge.errors import FileError
 from lib_loramerge.files.decode import decode, tensor_bytes
+from lib_loramerge.files.hashes import hash_from
 from lib_loramerge.files.header import (
     HEADERS,
     Header,
@@ -25,13 +27,18 @@ from lib_loramerge.files.header import (
     header_bytes,
     open_regular,
     parse_header,
+    read_exactly,
     reading,
+    stamp_of,
     unreadable,
 )
 from lib_loramerge.files.pickled import PICKLE_SUFFIXES, load_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TAIL_BYTES, MANY_ZEROS = 4096, 64_000_000
+"""Fewer zeros at the end of a file tell nothing; more need not be counted."""
 
 LORA_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 """What the hosts list as a LoRA."""
@@ -62,6 +69,7 @@ def _header_of(path: Path, file: BinaryIO, status: os.stat_result) -> Header:
                 header = parse_header(header_bytes(file, status.st_size, path), status.st_size, path)
             except OSError as error:
                 raise unreadable(path, error) from error
+        header = replace(header, stamp=stamp_of(status))
         HEADERS.put(key, header)
     return header
 
@@ -83,10 +91,7 @@ class LoraFile:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._loaded: dict[str, Tensor] | None = None
-        self._file: BinaryIO | None = None
-        if self.path.suffix.lower() in PICKLE_SUFFIXES:
-            self.header = read_header(self.path)
-            return
+        self._file: BinaryIO | None
         self._file, status = open_regular(self.path)
         try:
             self.header = _header_of(self.path, self._file, status)
@@ -141,14 +146,44 @@ class LoraFile:
             self._fill(info, memoryview(target))
         return target
 
+    def model_hash(self, stop: Callable[[], None] | None = None) -> str:
+        """:func:`~lib_loramerge.files.hashes.model_hash` of the very file that is open.
+
+        Raises:
+            FileError: If it cannot be read.
+        """
+        start = self.header.data_start  # 0 in a pickle.
+        size = self.header.size - start
+        return hash_from(lambda place, target: self._read_at(start + place, target), size, stop)
+
+    def check_unchanged(self) -> None:
+        """Whether what was read is of one file, which is still there.
+
+        Raises:
+            FileError: If another program wrote to the file, or put another in its place.
+        """
+        if self._file is None:
+            raise ValueError(f"{self.path} is closed")
+        try:
+            same = stamp_of(os.fstat(self._file.fileno())) == self.header.stamp
+            if os.name == "posix":  # Windows replaces no file that is open.
+                same &= stamp_of(os.stat(self.path)) == self.header.stamp
+        except OSError:
+            same = False
+        if not same:
+            raise changed_meanwhile(self.path)
+
     def _fill(self, info: TensorInfo, target: memoryview) -> None:
         """Read the bytes of one tensor into memory."""
+        self._read_at(self.header.data_start + info.start, target)
+
+    def _read_at(self, place: int, target: memoryview) -> None:
         if self._file is None:
             raise ValueError(f"{self.path} is closed")
         done = 0
         try:
             with self._lock:
-                self._file.seek(self.header.data_start + info.start)
+                self._file.seek(place)
                 while done < len(target):
                     count = self._file.readinto(target[done:])  # type: ignore[attr-defined]
                     if not count:
@@ -179,6 +214,41 @@ class LoraFile:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def changed_meanwhile(path: Path) -> FileError:
+    return FileError(
+        f"{path.name} was changed by another program while it was read, so nothing was written. Start again "
+        "when it is complete."
+    )
+
+
+def zero_tail(path: Path, header: Header) -> int:
+    """How many bytes at the end of a safetensors file are zeros that no tool writes; 0 for a sound file.
+
+    Programs that download reserve the whole file first: what was not fetched is zeros, mostly from the
+    middle of a tensor on. The zeros of a layer that was not trained fill a tensor, and one alone.
+    """
+    last = list(header.tensors.values())[-1:]
+    if not last or not header.data_start:
+        return 0
+    start = header.data_start + last[0].start
+    try:
+        with reading(path) as (file, _):
+            zeros = 0
+            while zeros < header.size - header.data_start:
+                count = min(TAIL_BYTES, header.size - header.data_start - zeros)
+                file.seek(header.size - zeros - count)
+                chunk = read_exactly(file, count)
+                kept = len(chunk.rstrip(b"\0"))
+                zeros += len(chunk) - kept
+                if kept or zeros >= MANY_ZEROS:
+                    break
+    except FileError:
+        return 0
+    # The last number before it may end in zero bytes, too.
+    fills_the_last = abs(header.size - zeros - start) < 8
+    return 0 if zeros < TAIL_BYTES or fills_the_last else zeros
 
 
 def open_file(path: str | os.PathLike[str]) -> LoraFile:

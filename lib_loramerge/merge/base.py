@@ -58,6 +58,11 @@ class BaseCheckpoint:
             self.close()
             raise
 
+    def check_unchanged(self) -> None:
+        """Refuse what was read of a checkpoint that another program wrote to meanwhile."""
+        for file in self._files:
+            file.check_unchanged()
+
     def shape(self, architecture_id: str, layer: str) -> tuple[int, ...]:
         """Shape of a layer's weight, (out, in[, kh, kw]), from the header alone.
 

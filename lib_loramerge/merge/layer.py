@@ -104,6 +104,18 @@ class Merger:
         self.approximate = plan.method.name == "add"
         self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.recipe.dialect, plan.style)
 
+    def check_unchanged(self) -> None:
+        """Refuse the work if another program wrote to any of the files meanwhile.
+
+        Raises:
+            FileError: With its name.
+        """
+        for reader in self.readers:
+            reader.check_unchanged()
+        base = self.readers[0].base if self.readers else None
+        if base is not None:
+            base.check_unchanged()
+
     def inputs(self, layer: LayerPlan) -> list[LayerDelta]:
         """What each contributing input changes in the layer, at strength 1."""
         return [

@@ -149,6 +149,11 @@ class MergePlan:
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
 
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        base = [] if self.base is None else [self.base, *self.base.rglob("*.safetensors")]
+        return [*(entry.path for entry in self.sources), *base]
+
     @property
     def needs_base(self) -> bool:
         return any(plan.source.needs_base for plan in self.sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack
-from ..files import LoraFile, open_file
+from ..files import LoraFile, changed_meanwhile, open_file
 from .sources import Source, SourcePart
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ class SourceReader:
         self.source = source
         self.base = base
         self._file: LoraFile = open_file(source.path)
+        if self._file.header.stamp != source.header.stamp:
+            self._file.close()
+            raise changed_meanwhile(source.path)
         self._reading = threading.Lock()
 
     def __enter__(self) -> SourceReader:
@@ -39,6 +42,14 @@ class SourceReader:
 
     def close(self) -> None:
         self._file.close()
+
+    def model_hash(self, stop: Callable[[], None] | None = None) -> str:
+        """The hash of the file that is read here, whatever has its name by now."""
+        return self._file.model_hash(stop)
+
+    def check_unchanged(self) -> None:
+        """Refuse what was read of a file that another program wrote to meanwhile."""
+        self._file.check_unchanged()
 
     def read(self, key: str) -> Tensor:
         """One tensor of the file, float32 (float64 when stored so)."""

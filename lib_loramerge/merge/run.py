@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import architectures, ranks
 from ..delta import Stored, batch_numbers, full_precision, helpful_threads, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
-from ..files import check_space, check_target, model_hash, write_file
+from ..files import check_space, check_target, refuse_inputs, write_file
 from ..report import InputReport, LayerResult, MergeReport, relative, worst
 from .layer import MergedLayer, Merger, open_merger
 from .memory import peak_memory_bytes
@@ -95,13 +95,14 @@ def run_merge(
     """
     clock = _Clock()
     check_target(output, overwrite)
+    refuse_inputs(output, plan.files())
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
         merger = stack.enter_context(open_merger(plan))
         stack.enter_context(_enough_memory(merger.device))
         if merger.device.type != "cpu":
             stack.enter_context(full_precision())
-        hashes = stack.enter_context(_background_hashes(plan, cancel))
+        hashes = stack.enter_context(_background_hashes(merger, cancel))
         allotted = None
         if plan.recipe.size is not None:
             with clock.phase("look"):
@@ -110,7 +111,7 @@ def run_merge(
             merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
         embeddings = _embeddings(plan, merger)
         source_hashes = hashes()
-    # The inputs are closed here: one of them may be the file that is replaced.
+        merger.check_unchanged()
     if not any(layer.tensors for layer in merged):
         raise IncompatibleError(
             "The LoRAs cancel each other in every layer, or what they change is too small for "
@@ -174,14 +175,14 @@ def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
 
 @contextmanager
 def _background_hashes(
-    plan: MergePlan, cancel: Callable[[], bool] | None
+    merger: Merger, cancel: Callable[[], bool] | None
 ) -> Iterator[Callable[[], list[str]]]:
     """Hash the sources while their layers are merged; hashing releases the interpreter's lock."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="loramerge-hash")
     stop = partial(_raise_if_cancelled, cancel)
-    futures = [pool.submit(model_hash, entry.path, stop) for entry in plan.sources]
+    futures = [pool.submit(reader.model_hash, stop) for reader in merger.readers]
 
     def results() -> list[str]:
         while wait(futures, timeout=0.1).not_done:

@@ -14,7 +14,7 @@ from threading import Lock
 
 from .. import adapters, architectures, dialects
 from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
-from ..files import Header, read_header, refuse_non_lora
+from ..files import Header, read_header, refuse_non_lora, size_text, stamp_of, zero_tail
 from .stated_scale import stated_scale_note
 
 # A large file takes about two megabytes here; a form has 16 rows, and a list keeps its own small records.
@@ -53,6 +53,7 @@ class Source:
         unsupported: Sentences, one for each layer that cannot be merged.
         unknown: Tensor names nobody understands.
         orphans: Keys of layers that have nothing but an ``alpha``; they change nothing.
+        zeros: Bytes of zeros at the end of the file that no tool writes.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Source:
     unsupported: tuple[str, ...]
     unknown: tuple[str, ...]
     orphans: tuple[str, ...] = ()
+    zeros: int = 0
 
     @property
     def needs_base(self) -> bool:
@@ -138,6 +140,11 @@ class Source:
     def notes(self) -> set[str]:
         """What is worth knowing of the file and of its layers' adapters, each sentence once."""
         notes = {note for parts in self.layers.values() for part in parts for note in part.facts.notes}
+        if self.zeros:
+            notes.add(
+                f"the last {size_text(self.zeros)} of the file are zeros, as where a download did not end; "
+                "download it again unless you know better."
+            )
         if self.orphans:
             notes.add(
                 f"{_count(len(self.orphans), 'alpha')} without factors dropped, for it changes nothing: "
@@ -182,7 +189,7 @@ def _some(names: tuple[str, ...], limit: int = 3) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-_remembered: OrderedDict[tuple[str, int, int], Source] = OrderedDict()
+_remembered: OrderedDict[tuple[str | int, ...], Source] = OrderedDict()
 _lock = Lock()
 
 
@@ -196,8 +203,7 @@ def open_source(path: Path) -> Source:
     """
     if not path.is_file():
         return _understand(path, read_header(path))  # which says what is wrong
-    status = path.stat()
-    key = (str(path), status.st_size, status.st_mtime_ns)
+    key: tuple[str | int, ...] = (str(path), *stamp_of(path.stat()))
     with _lock:
         if key in _remembered:
             _remembered.move_to_end(key)
@@ -250,6 +256,7 @@ def _understand(path: Path, header: Header) -> Source:
         unsupported=tuple(unsupported),
         unknown=parsed.unknown,
         orphans=parsed.orphans,
+        zeros=zero_tail(path, header),
     )
 
 

@@ -8,9 +8,6 @@ FastAPI and pydantic answer alike.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hmac
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -35,6 +32,7 @@ from ..errors import (
 from ..methods import METHODS
 from ..recipe import DTYPES, SETTINGS, MergeRecipe, from_json
 from . import analyse, schema
+from .access import Names, Refusal, check_credentials, check_origin, parse_users
 from .host import ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue, MergeRequest
 from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
@@ -75,15 +73,6 @@ def _in_a_recipe(flag: re.Match[str]) -> str:
     return flag[1].replace("-", "_")
 
 
-class Refusal(Exception):
-    """A request that is answered with an error of this status."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-
-
 class _BasicInDocs(HTTPBasic):
     """Puts HTTP Basic into ``/docs``; who may come in is decided in :func:`check_credentials`."""
 
@@ -92,16 +81,25 @@ class _BasicInDocs(HTTPBasic):
         return None
 
 
-def mount(app: FastAPI, host: Host, jobs: JobQueue, api_auth: str | None = None) -> None:
+def mount(
+    app: FastAPI,
+    host: Host,
+    jobs: JobQueue,
+    api_auth: str | None = None,
+    names: Names | None = None,
+    welcome: Callable[[str], bool] = lambda origin: False,
+) -> None:
     """Adds the routes to the host's application, once.
 
     Args:
         api_auth: The host's ``--api-auth``: ``user:password`` pairs separated by commas.
+        names: The names of the server, where they are known: requests for others are refused.
+        welcome: Whether the owner lets the pages of another origin in.
     """
     if any(getattr(route, "path", "").startswith(PREFIX) for route in app.routes):
         return
     service = Service(host, jobs)
-    gate = _Gate(host, api_auth)
+    gate = _Gate(host, api_auth, names, welcome)
     dependencies = [Depends(_BasicInDocs(auto_error=False))] if api_auth else []
     for route in _routes(service):
         app.add_api_route(
@@ -298,9 +296,12 @@ def _routes(service: Service) -> tuple[_Route, ...]:
 class _Gate:
     """Lets a request in, reads its body, and turns what goes wrong into ``{"error": ...}``."""
 
-    def __init__(self, host: Host, api_auth: str | None) -> None:
+    def __init__(
+        self, host: Host, api_auth: str | None, names: Names | None, welcome: Callable[[str], bool]
+    ) -> None:
         self._host = host
         self._users = None if api_auth is None or not api_auth.strip() else parse_users(api_auth)
+        self._names, self._welcome = names, welcome
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
         # Their own, so that a long look holds up no short answer.
         self._slow_places = asyncio.Semaphore(MAX_LOOKS)
@@ -317,16 +318,22 @@ class _Gate:
 
         return endpoint
 
+    def _let_in(self, request: Request) -> None:
+        headers = request.headers
+        hosts, origin, site = headers.getlist("host"), headers.get("origin"), headers.get("sec-fetch-site")
+        check_origin(hosts, origin, site, self._names, self._welcome)
+        check_credentials(self._users, headers.get("authorization"))
+
     async def nothing_here(self, request: Request) -> JSONResponse:
         try:
-            check_credentials(self._users, request.headers.get("authorization"))
+            self._let_in(request)
         except Refusal as refusal:
             return _refused(refusal)
         return _error(404, f"There is no {request.method} here. See /docs for what there is below {PREFIX}.")
 
     async def _answer(self, route: _Route, request: Request, given: Mapping[str, Any]) -> Response:
         try:
-            check_credentials(self._users, request.headers.get("authorization"))
+            self._let_in(request)
             content = dict(given) if route.body is None else await read_json(request)
             async with self._slow_places if route.slow else self._places:
                 result = await run_in_threadpool(self._result, route, content)
@@ -454,45 +461,6 @@ def _refuse_path(name: str) -> None:
         raise Refusal(
             400, f"{name[:80]!r} is not a name inside the LoRA folder; paths are not accepted here."
         )
-
-
-# Who may come in
-
-
-def parse_users(api_auth: str) -> tuple[tuple[bytes, bytes], ...]:
-    """(user, password) pairs of ``--api-auth``; only the first colon of each separates."""
-    pairs = (entry.strip().partition(":") for entry in api_auth.split(","))
-    return tuple((user.encode(), password.encode()) for user, colon, password in pairs if user and colon)
-
-
-def check_credentials(users: tuple[tuple[bytes, bytes], ...] | None, authorization: str | None) -> None:
-    """Lets a request in, or raises; the time it takes does not tell which part was wrong.
-
-    Args:
-        users: None when the host asks nobody for a password.
-    """
-    if users is None:
-        return
-    user, password = _basic(authorization)
-    welcome = False
-    for known_user, known_password in users:
-        right_user = hmac.compare_digest(user, known_user)
-        right_password = hmac.compare_digest(password, known_password)
-        welcome |= right_user & right_password
-    if not welcome:
-        raise Refusal(401, "Incorrect username or password.", {"WWW-Authenticate": "Basic"})
-
-
-def _basic(authorization: str | None) -> tuple[bytes, bytes]:
-    """User and password of an ``Authorization: Basic`` header; empty ones for anything else."""
-    scheme, _, encoded = (authorization or "").partition(" ")
-    if scheme.lower() != "basic":
-        return b"", b""
-    try:
-        user, _, password = base64.b64decode(encoded.strip(), validate=True).partition(b":")
-    except (binascii.Error, ValueError):
-        return b"", b""
-    return user, password
 
 
 # Answers

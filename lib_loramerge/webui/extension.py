@@ -11,15 +11,18 @@ the WebUI has started, by :func:`warm_up`, or when first used. That halves what 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from ..methods import METHODS
 from ..recipe import DTYPES
 from . import settings
+from .access import LOOPBACK, Names, allowed_hosts
 from .host import Host, WebuiHost
 from .jobs import JobQueue
 from .trial import remove_stale_folders
@@ -82,7 +85,29 @@ def add_routes(demo: Any, app: Any) -> None:
     if getattr(options, "api", False) or getattr(options, "nowebui", False):
         from . import api  # needed only here, and not cheap to load
 
-        api.mount(app, *services(), api_auth=getattr(options, "api_auth", None))
+        auth = getattr(options, "api_auth", None)
+        api.mount(app, *services(), api_auth=auth, names=names(options), welcome=welcome(options))
+
+
+def names(options: Any) -> Names | None:
+    """The names under which REST answers; None where the WebUI serves others, under names we cannot know."""
+    server = (getattr(options, "server_name", None) or "").strip("[]")
+    open_to_all = server in ("0.0.0.0", "::", "*") or (not server and getattr(options, "listen", False))
+    if open_to_all or getattr(options, "share", False) or getattr(options, "ngrok", None):
+        return None
+    return Names([*LOOPBACK, server, *allowed_hosts()])
+
+
+def welcome(options: Any) -> Callable[[str], bool]:
+    """Whether the host's own options let the pages of another origin ask for anything."""
+
+    def option(*spellings: str) -> str:
+        return next((str(value) for name in spellings if (value := getattr(options, name, None))), "")
+
+    given = option("cors_allow_origins", "cors_origins").split(",")
+    listed = {origin.strip().rstrip("/") for origin in given}
+    pattern = option("cors_allow_origins_regex", "cors_regex")
+    return lambda origin: origin in listed or bool(pattern and re.fullmatch(pattern, origin))
 
 
 def warm_up() -> None:

@@ -116,7 +116,8 @@ def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite
         if data is not None and not data.empty:
             path = _json_path(lora)
             content = {**_read_json(path), **{key: getattr(data, field) for field, key in _KEYS.items()}}
-            _replace(path, (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode("utf-8"))
+            text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+            _replace(path, text.encode("utf-8", "replace"))
             written.append(path)
         if preview is not None:
             path = _png_path(lora)
@@ -186,7 +187,9 @@ def _png_bytes(preview: Path) -> bytes:
 
 def _replace(path: Path, content: bytes) -> None:
     """Writes beside ``path`` and renames, so that a crash leaves the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    from ..files import temporary_beside  # Not at the WebUI's start, see extension.py.
+
+    temporary = temporary_beside(path).with_suffix(".tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -1,12 +1,21 @@
-"""``loramerge ui``: the tab alone in a browser, on this machine only, with REST beside it."""
+"""``loramerge ui``: the tab alone in a browser, with REST beside it, for its owner alone."""
 
 from __future__ import annotations
 
+import getpass
+import inspect
 import json
+import logging
 import os
+import re
+import secrets
 import socket
+import sys
 import tempfile
+import threading
+import time
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +23,28 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-from fastapi import HTTPException, Request
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse
 
 from .. import demo as samples
+from .. import interrupts
 from ..errors import FileError, LoraMergeError
 from ..recipe import LoraInput
-from . import compat
+from . import api, compat
+from .access import Names, allowed_hosts
+from .guard import Guard
 from .host import Host, StandaloneHost
 from .host.standalone import FILES
 from .jobs import DONE, JobQueue
 from .tab import fill_tab
 
-ADDRESS = "127.0.0.1"
+ADDRESS, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 FIRST_PORT = 7865
 PORTS = 100
 TITLE = "LoRA Merge"
+TOKEN, PASSWORD = "LORAMERGE_TOKEN", "LORAMERGE_PASSWORD"
+"""Environment variables: the secret of the address, else a new one each time; what others type to come in."""
+SHORTEST_SECRET = 8
 
 
 def shared_file(name: str) -> Path:
@@ -40,7 +55,14 @@ def shared_file(name: str) -> Path:
 
 
 def serve(
-    lora_dir: Path | None = None, port: int | None = None, demo: bool = False, open_browser: bool = True
+    lora_dir: Path | None = None,
+    port: int | None = None,
+    demo: bool = False,
+    open_browser: bool = True,
+    *,
+    base_dirs: Sequence[Path] = (),
+    listen: bool = False,
+    allow_hosts: Sequence[str] = (),
 ) -> None:
     """Serve the tab until interrupted.
 
@@ -48,22 +70,65 @@ def serve(
         lora_dir: Folder of LoRAs, read and written; the current folder when not given.
         port: None takes the first free one from 7865 on.
         demo: Start with two sample LoRAs in a folder of their own.
+        base_dirs: Folders whose checkpoints may be named as base model.
+        listen: Let other machines in, who know the password.
+        allow_hosts: Further names by which the page may be opened, with or without a port.
 
     Raises:
-        LoraMergeError: The folder does not exist, or the port is taken.
+        LoraMergeError: There is no such folder, port or password, or Gradio is too old.
     """
+    if compat.MAJOR < 4:
+        raise LoraMergeError(
+            f"The page alone needs Gradio 4.40 or newer, and {gr.__version__} is installed: "
+            'pip install "sd-webui-lora-merge[ui]".'
+        )
+    password = _password() if listen else None
     with tempfile.TemporaryDirectory(prefix="loramerge-demo-") as temporary:
         folder = _folder(lora_dir, Path(temporary), demo)
-        page = Page(folder, port, StandaloneHost([folder], first_inputs=demo_inputs() if demo else ()))
+        for base in base_dirs:
+            if not Path(base).is_dir():
+                raise FileError(f"There is no folder {base}. Name a folder of checkpoints with --base-dir.")
+        host = StandaloneHost([folder], base_dirs, first_inputs=demo_inputs() if demo else (), shared=listen)
+        page = Page(folder, port, host, password=password, allow_hosts=allow_hosts)
         try:
-            print(f"LoRA Merge: {page.address}  (LoRAs in {folder}; Ctrl+C ends it)", flush=True)
+            print(f"LoRA Merge: {page.entrance}  (LoRAs in {folder}; Ctrl+C ends it)", flush=True)
+            if password is not None:
+                print(f"Others: http://{socket.gethostname()}:{page.port}/ and the password", flush=True)
             if open_browser:
-                webbrowser.open(page.address)
+                webbrowser.open(page.entrance)
             page.wait()
         except KeyboardInterrupt:
             pass
         finally:
             page.close()
+
+
+def _password() -> str:
+    """What others must type, from the environment or asked for; never from the command line, which all see.
+
+    Raises:
+        LoraMergeError: There is none, or it is too short.
+    """
+    password = os.environ.get(PASSWORD, "")
+    if not password and sys.stdin is not None and sys.stdin.isatty():
+        password = getpass.getpass("Password for those who open the page from elsewhere: ")
+    if len(password) < SHORTEST_SECRET:
+        raise LoraMergeError(
+            f"--listen lets other machines in and needs a password of {SHORTEST_SECRET} characters or more: "
+            f"type it when asked, or set the environment variable {PASSWORD}."
+        )
+    return password
+
+
+def _token() -> str:
+    token = os.environ.get(TOKEN, "")
+    if not token:
+        return secrets.token_urlsafe(24)
+    if not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST_SECRET},}}", token):
+        raise LoraMergeError(
+            f"{TOKEN} must have {SHORTEST_SECRET} characters or more, of A to Z, a to z, 0 to 9, - and _."
+        )
+    return token
 
 
 def _folder(lora_dir: Path | None, temporary: Path, demo: bool) -> Path:
@@ -84,76 +149,111 @@ def demo_inputs() -> list[LoraInput]:
 
 
 class Page:
-    """A page being served; :meth:`close` ends it."""
+    """A page being served; :meth:`close` ends it.
 
-    def __init__(self, folder: Path, port: int | None = None, host: Host | None = None) -> None:
-        self.host = host or StandaloneHost([folder])
-        self.jobs = JobQueue(self.host)
-        with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
-            fill_tab(self.host, self.jobs)
-            compat.on(self.blocks.load, None, js=page_script())
-        self.port, self.app = self._launch(port)
-        self._add_rest()
-        self._add_files()
+    Attributes:
+        entrance: The address that lets its owner in.
+        token: What REST asks for, ``Authorization: Bearer TOKEN``.
+    """
 
-    def _launch(self, wanted: int | None) -> tuple[int, Any]:
-        """The port and the application.
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        host: Host | None = None,
+        *,
+        password: str | None = None,
+        allow_hosts: Sequence[str] = (),
+    ) -> None:
+        """Start to serve.
+
+        Args:
+            password: Given, the page is open to other machines, for those who know it.
 
         Raises:
             LoraMergeError: No port is free.
         """
-        ports = range(FIRST_PORT, FIRST_PORT + PORTS) if wanted is None else (wanted,)
-        for port in filter(_is_free, ports):
-            options = compat.launch_options(
-                server_name=ADDRESS, server_port=port, prevent_thread_lock=True, quiet=True, show_api=False,
-                inbrowser=False, share=False, footer_links=[], ssr_mode=False,
-            )  # fmt: skip
-            try:
-                return port, self.blocks.launch(**options)[0]
-            except OSError:
-                continue  # Another one has taken it since we looked.
-        if wanted is not None:
-            raise LoraMergeError(f"Port {wanted} is taken. Choose another one with --port.")
-        raise LoraMergeError(
-            f"No port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free. Choose one with --port."
+        self.host = host or StandaloneHost([folder])
+        self.token = _token()
+        self._socket = _bind(ADDRESS if password is None else EVERYWHERE, port)
+        self.port = self._socket.getsockname()[1]
+        self.jobs = JobQueue(self.host)
+        with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
+            fill_tab(self.host, self.jobs)
+            compat.on(self.blocks.load, None, js=page_script())
+        names = [f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")]
+        if password is not None:
+            names += [socket.gethostname(), f"{socket.gethostname()}.local"]
+        known = Names([*names, *allow_hosts, *allowed_hosts()], addresses=password is not None)
+        self.guard = Guard(self._application(), known, self.port, self.token, password)
+        self._serve(self.guard)
+
+    def _application(self) -> Any:
+        """REST, the files that were merged here, and Gradio behind them."""
+        app = FastAPI(title=TITLE)
+        api.mount(app, self.host, self.jobs)
+        self._add_files(app)
+        off = ("ssr_mode", "show_api", "run_history", "pwa")
+        options = {"footer_links": [], **dict.fromkeys(off, False)}
+        known = inspect.signature(gr.mount_gradio_app).parameters
+        wanted: dict[str, Any] = {name: value for name, value in options.items() if name in known}
+        return gr.mount_gradio_app(app, self.blocks, path="/", **wanted)
+
+    def _serve(self, app: Any) -> None:
+        import uvicorn
+
+        # Not by Gradio's launch(), which asks itself whether it is reached and gives up on a busy machine.
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, proxy_headers=False, server_header=False
         )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="loramerge-page", daemon=True
+        )
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise LoraMergeError("The page could not be started; the lines above tell why.")
+            time.sleep(0.01)
 
-    def _add_rest(self) -> None:
-        from . import api
-
-        api.mount(self.app, self.host, self.jobs)
-
-    def _add_files(self) -> None:
+    def _add_files(self, app: FastAPI) -> None:
         """Gives out what was merged here, and no other file."""
         if not isinstance(self.host, StandaloneHost):
             return
 
-        def download(name: str, request: Request) -> Any:
+        def download(name: str) -> Any:
             folder = self.host.write_dir()
             done = [job.output for job in self.jobs.list() if job.state == DONE and not job.request.trial]
             written = {path.relative_to(folder).as_posix(): path for path in done if path is not None}
             path = written.get(name)
-            # A page elsewhere on the net has no business here.
-            if path is None or not path.is_file() or request.headers.get("sec-fetch-site") == "cross-site":
+            if path is None or not path.is_file():
                 raise HTTPException(404, "There is no merged file of this name.")
             return FileResponse(path, filename=path.name)
 
-        self.app.add_api_route(
-            f"/{FILES}{{name:path}}", download, include_in_schema=False, response_model=None
-        )
+        app.add_api_route(f"/{FILES}{{name:path}}", download, include_in_schema=False, response_model=None)
         self.host.serves_files = True
 
     @property
     def address(self) -> str:
         return f"http://{ADDRESS}:{self.port}/"
 
+    @property
+    def entrance(self) -> str:
+        return f"{self.address}?token={self.token}"
+
     def wait(self) -> None:
         """Blocks until interrupted."""
-        self.blocks.block_thread()
+        while self._thread.is_alive() and not interrupts.asked():
+            self._thread.join(0.2)
 
     def close(self) -> None:
+        # Answers that never end, such as that by which the page learns of news, are not waited for, and
+        # that the server then says so is of no use.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self._server.should_exit = self._server.force_exit = True
         self.jobs.close()
-        self.blocks.close(verbose=False)
+        self._thread.join(1.0)
+        self._socket.close()
         self.host.close()
 
 
@@ -186,31 +286,27 @@ def page_script() -> str:
     )
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def _bind(address: str, wanted: int | None) -> socket.socket:
+    """A socket of the port that was asked for, else of the first free one; from now on it is taken.
+
+    Raises:
+        LoraMergeError: No port is free.
+    """
+    for port in range(FIRST_PORT, FIRST_PORT + PORTS) if wanted is None else (wanted,):
+        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         if os.name == "posix":
-            # As servers do: connections of a page that has just ended do not count. Windows has another
-            # meaning for this, and no need of it.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # As servers do: connections of a page that has just ended do not count.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        elif hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Where Windows would let another program share it.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         try:
-            probe.bind((ADDRESS, port))
-        except OSError:
-            return False
-    return True
-
-
-def main(arguments: Any = None) -> None:
-    """For ``python -m lib_loramerge.webui.standalone``."""
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--lora-dir", type=Path)
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--demo", action="store_true")
-    parser.add_argument("--no-browser", action="store_true")
-    options = parser.parse_args(arguments)
-    serve(options.lora_dir, options.port, options.demo, not options.no_browser)
-
-
-if __name__ == "__main__":
-    main()
+            server.bind((address, port))
+            server.listen(128)
+            return server
+        except (OSError, OverflowError):
+            server.close()
+    if wanted is not None:
+        raise LoraMergeError(f"Port {wanted} is taken. Choose another one with --port.")
+    raise LoraMergeError(
+        f"No port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free. Choose one with --port."
+    )

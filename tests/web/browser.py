@@ -97,7 +97,8 @@ class Tab:
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.set_default_timeout(PATIENCE)
-        self.url, self.title = url + query, title
+        # The address of the page alone has a token in it.
+        self.url, self.title = url + (query.replace("?", "&") if "?" in url else query), title
         self.load()
 
     def __enter__(self) -> Tab:

@@ -32,9 +32,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         served.close()
 
 
-def status_of(address: str, **headers: str) -> int:
+def request(page: Page, path: str, **headers: str) -> urllib.request.Request:
+    """As a script sends it that knows the token."""
+    allowed = {"Authorization": f"Bearer {page.token}"}
+    return urllib.request.Request(page.address + path, headers={**allowed, **headers})
+
+
+def status_of(page: Page, path: str, **headers: str) -> int:
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+        with urllib.request.urlopen(request(page, path, **headers)) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -44,7 +50,7 @@ def test_the_demo_is_ready_to_be_merged_at_once_and_links_to_what_it_wrote(
     chromium: object, page: Page
 ) -> None:
     folder = page.host.write_dir()
-    with Tab(chromium, page.address, title=None) as tab:
+    with Tab(chromium, page.entrance, title=None) as tab:
         tab.wait_for_facts("Stable Diffusion 1")
         assert [name.split(" ")[0] for name in tab.rows()] == ["style", "subject"]
         assert [tab.value(f"row{row}_{part}") for row in (0, 1) for part in ("strength", "te")] == [
@@ -53,8 +59,8 @@ def test_the_demo_is_ready_to_be_merged_at_once_and_links_to_what_it_wrote(
         tab.expect_value("name", "style+subject")
         assert "Done" in tab.merge()
         link = tab.page.locator("#loramerge_result .lm-written a")
-        address = page.address + (link.get_attribute("href") or "")
-        with urllib.request.urlopen(address) as answer:
+        link = link.get_attribute("href") or ""
+        with urllib.request.urlopen(request(page, link)) as answer:
             assert answer.read() == (folder / "style+subject.safetensors").read_bytes()
             assert "attachment" in answer.headers["Content-Disposition"]
         # Emptied rows stay empty: the samples are a beginning, not a rule.
@@ -62,16 +68,17 @@ def test_the_demo_is_ready_to_be_merged_at_once_and_links_to_what_it_wrote(
         tab.expect_value("row0_lora", "")
         assert tab.errors == []
     # Only what was merged here, and only to this page.
-    assert status_of(address) == 200
-    assert status_of(address, **{"Sec-Fetch-Site": "cross-site"}) == 404
+    assert status_of(page, link) == 200
+    assert status_of(page, link, **{"Sec-Fetch-Site": "cross-site"}) == 403
+    assert status_of(page, link, Authorization="") == 401
     for other in ("style.safetensors", "..%2fstyle%2bsubject.safetensors", "%2fetc%2fpasswd", ""):
-        assert status_of(page.address + "loramerge/file/" + other) == 404
+        assert status_of(page, "loramerge/file/" + other) == 404
 
 
 def test_the_demo_in_japanese_stays_alive_with_words_that_both_languages_share(
     chromium: object, page: Page
 ) -> None:
-    with Tab(chromium, page.address, title=None, query="?lang=ja_JP") as tab:
+    with Tab(chromium, page.entrance, title=None, query="?lang=ja_JP") as tab:
         # "LoRAs" becomes "LoRA" here, which stays "LoRA".
         tab.expect_text("facts", re.compile(r"ベースモデル.*LoRA.*ファイルサイズ", re.DOTALL))
         tab.fill("row0_strength", 0.25)
@@ -94,7 +101,7 @@ def test_lists_show_base_model_and_rank_as_soon_as_they_are_known(
     monkeypatch.setattr(labels, "from_file", slow)
     served = Page(tmp_path)
     try:
-        with Tab(chromium, served.address, title=None) as tab:
+        with Tab(chromium, served.entrance, title=None) as tab:
             tab.page.wait_for_selector("#loramerge_jobs [data-labels=busy]", state="attached")
             go.set()
             # Nobody picks a file or refreshes the list.
@@ -116,32 +123,27 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     return number
 
 
-def test_a_port_is_free_again_as_soon_as_its_page_has_ended(port: int) -> None:
-    with socket.socket() as server, socket.socket() as client:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((standalone.ADDRESS, port))
-        server.listen()
-        assert not standalone._is_free(port)
-        client.connect((standalone.ADDRESS, port))
-        accepted, _ = server.accept()
+def test_a_port_is_free_again_as_soon_as_its_page_has_ended(port: int, tmp_path: Path) -> None:
+    page = Page(tmp_path)
+    with socket.create_connection((standalone.ADDRESS, page.port)) as client:
         # Who closes first keeps the port in the state TIME_WAIT for a minute.
-        accepted.close()
+        page.close()
         client.recv(1)
-    assert standalone._is_free(port)
+    again = Page(tmp_path, page.port)
+    again.close()
+    assert again.port == page.port
 
 
 def test_the_second_of_two_pages_takes_the_next_port_and_says_so_when_it_may_not(
-    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    port: int, tmp_path: Path
 ) -> None:
     first = Page(tmp_path)
-    # Both looked at the same time: to the second one the port seemed free.
-    monkeypatch.setattr(standalone, "_is_free", lambda _: True)
     try:
         second = Page(tmp_path)
         try:
             assert first.port != second.port
             for page in (first, second):
-                assert status_of(page.address + "loramerge/v1/methods") == 200
+                assert status_of(page, "loramerge/v1/methods") == 200
         finally:
             second.close()
         with pytest.raises(LoraMergeError, match=f"Port {first.port} is taken. Choose another one"):

@@ -70,7 +70,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def window(chromium: object, page: Page) -> Iterator[Tab]:
-    with Tab(chromium, page.address, title=None) as opened:
+    with Tab(chromium, page.entrance, title=None) as opened:
         yield opened
 
 

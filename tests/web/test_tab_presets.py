@@ -36,7 +36,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, Path]
 
 @pytest.fixture
 def tab(chromium: object, page: tuple[Page, Path]) -> Iterator[Tab]:
-    with Tab(chromium, page[0].address, title=None) as opened:
+    with Tab(chromium, page[0].entrance, title=None) as opened:
         yield opened
         assert opened.errors == []
 
@@ -133,7 +133,7 @@ def test_weights_can_be_put_into_a_row_without_saving(tab: Tab) -> None:
 
 
 def test_the_page_speaks_japanese_when_asked(chromium: object, page: tuple[Page, Path]) -> None:
-    with Tab(chromium, page[0].address, title=None, query="?lang=ja_JP") as tab:
+    with Tab(chromium, page[0].entrance, title=None, query="?lang=ja_JP") as tab:
         tab.expect_text("merge", "マージして保存")
         tab.expect_text("facts", "LoRA を選ぶと")
         tab.fill("row0_lora", "stile")

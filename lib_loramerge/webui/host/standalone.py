@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from ...recipe import LoraInput
 from ..listing import natural_key
-from .base import Host
+from .base import Host, UnknownNameError
 
 FILES = "loramerge/file/"
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
@@ -22,6 +22,7 @@ class StandaloneHost(Host):
         base_dirs: Folders whose checkpoints are offered as base.
         preset_path: Another file for presets than ours.
         first_inputs: What a fresh page has in its rows.
+        shared: Whether others than the owner may use the page.
 
     Attributes:
         serves_files: Whether the page gives out merged files below ``FILES``.
@@ -33,6 +34,7 @@ class StandaloneHost(Host):
         base_dirs: Sequence[Path] = (),
         preset_path: Path | None = None,
         first_inputs: Sequence[LoraInput] = (),
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self._lora_dirs = tuple(Path(folder).absolute() for folder in lora_dirs)
@@ -40,6 +42,7 @@ class StandaloneHost(Host):
         self._preset_path = preset_path
         self.first_inputs = tuple(first_inputs)
         self.serves_files = False
+        self._shared = shared
 
     def lora_dirs(self) -> tuple[Path, ...]:
         return self._lora_dirs
@@ -52,6 +55,20 @@ class StandaloneHost(Host):
 
     def preset_path(self) -> Path:
         return self._preset_path or super().preset_path()
+
+    def restricted(self) -> bool:
+        return self._shared
+
+    def base_path(self, text: str | None, strict: bool = False) -> Path | None:
+        """As of every host, but a path only of a file in the folders that were given."""
+        path = super().base_path(text, strict)
+        if path is not None and path.resolve().parent not in {
+            folder.resolve() for folder in (*self._base_dirs, *self._lora_dirs)
+        }:
+            raise UnknownNameError(
+                f"{path.name} is in no folder of checkpoints; start the page with --base-dir FOLDER."
+            )
+        return path
 
     def checkpoints(self) -> list[str]:
         return list(self._checkpoint_files())
