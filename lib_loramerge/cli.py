@@ -183,11 +183,12 @@ def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
         if command not in entry.commands:
             continue
         if entry.kind is bool:
-            parser.add_argument(entry.flag, action="store_true", default=None, help=entry.help)
+            parser.add_argument(entry.flag, dest=name, action="store_true", default=None, help=entry.help)
             continue
         default = "" if entry.optional else f" (default: {entry.default})"
         parser.add_argument(
             entry.flag,
+            dest=name,
             type=parse_rank if name == "rank" else entry.kind,
             choices=entry.words if entry.words and entry.metavar is None else None,
             metavar=entry.metavar,

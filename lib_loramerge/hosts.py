@@ -109,7 +109,8 @@ class Host:
     Attributes:
         id: How ``--for`` names it.
         label: What people call it.
-        version: Release, and the commit in short.
+        version: Release, empty where there is none.
+        commit: The commit that it was read from, in short; empty for a release.
         base_models: Base models whose LoRAs it loads.
         names: Form of names to the base models whose denoiser it finds under them.
         encoders: Beginnings of the names of text encoders.
@@ -129,6 +130,7 @@ class Host:
     id: str
     label: str
     version: str
+    commit: str
     base_models: frozenset[str]
     names: Mapping[Form, frozenset[str]]
     encoders: Encoders
@@ -143,6 +145,11 @@ class Host:
     whole_layers: bool = True
     unplaced_limit: int | None = None
     lone_biases: bool = True
+
+    @property
+    def read_from(self) -> str:
+        """Release and commit, as people are shown them."""
+        return ", ".join(word for word in (self.version, self.commit) if word)
 
     def finds(self, architecture: str, layer: str, name: str) -> bool:
         """Whether it finds a layer under a name.
@@ -219,7 +226,7 @@ HOSTS: dict[str, Host] = {
     host.id: host
     for host in (
         Host(
-            "a1111", "A1111", "1.10.1, e61adddd", _SD | {"sd3"},
+            "a1111", "A1111", "1.10.1", "e61adddd", _SD | {"sd3"},
             _under(
                 {_KOHYA: _SD, _KOHYA_DIFFUSERS: _SD, ("oft_unet_", CHECKPOINT): _SD},
                 {_PIPELINE: _models("sd3")},
@@ -243,7 +250,7 @@ HOSTS: dict[str, Host] = {
             dialects={"sd3": "diffusers"}, ignores=_A1111_IGNORES, lone_biases=False,
         ),
         Host(
-            "forge", "Forge", "dfdcbab6", _SD | _SD3 | _FLUX,
+            "forge", "Forge", "", "dfdcbab6", _SD | _SD3 | _FLUX,
             _under(
                 {_KOHYA: _ALL, _COMFY: _ALL}, _UNETS,
                 dict.fromkeys((_PIPELINE, _LYCORIS, _ONETRAINER), _models("flux1")),
@@ -253,7 +260,7 @@ HOSTS: dict[str, Host] = {
             endings=_models("lora_B", "lora_B.default.weight"), unplaced_limit=12,
         ),
         Host(
-            "reforge", "reForge", "3b56b268",
+            "reforge", "reForge", "", "3b56b268",
             _SD | _SD3 | {"flux1", "hunyuan_dit", "auraflow", "pixart"},
             _under(
                 {_KOHYA: _ALL, _COMFY: _ALL}, _UNETS,
@@ -266,7 +273,7 @@ HOSTS: dict[str, Host] = {
             kinds_missing=_NO_FORMULA, ignores=_COMFY_IGNORES, endings=_models("lora_B.default.weight"),
         ),
         Host(
-            "neo", "Forge Neo", "2d5fca41",
+            "neo", "Forge Neo", "", "2d5fca41",
             _FLUX | {"sd1", "sdxl", "sdxl_refiner", "flux2", "lumina2", "zimage", "anima", "wan",
                      "qwen_image", "ernie_image", "krea2"},
             _under(
@@ -282,7 +289,7 @@ HOSTS: dict[str, Host] = {
             kinds_missing=_NO_FORMULA, ignores=_COMFY_IGNORES,
         ),
         Host(
-            "sdnext", "SD.Next", "058a7f0c", _SDNEXT_OWN | _PIPELINES,
+            "sdnext", "SD.Next", "", "058a7f0c", _SDNEXT_OWN | _PIPELINES,
             _under(
                 {_KOHYA: _SDNEXT_OWN - _SD3, _KOHYA_DIFFUSERS: _SD | {"zimage", "ernie_image"}},
                 {_COMFY: _models("chroma", "flux2", "zimage", "anima", "ernie_image", "krea2")},
@@ -313,7 +320,7 @@ HOSTS: dict[str, Host] = {
             ignores=_OWN_LAYERS | {"scalar", "lokr_t1", "bm"},
         ),
         Host(
-            "comfyui", "ComfyUI", "0.29.0, 4f874c5e", _ALL,
+            "comfyui", "ComfyUI", "0.29.0", "4f874c5e", _ALL,
             _under(
                 {_KOHYA: _ALL, _COMFY: _ALL}, _UNETS,
                 {("lora_prior_unet_", CHECKPOINT): _models("stable_cascade")},
@@ -331,7 +338,7 @@ HOSTS: dict[str, Host] = {
             _COMFY_ENCODERS, _models("*"), kinds_missing=_NO_FORMULA, ignores=_COMFY_IGNORES,
         ),
         Host(
-            "diffusers", "diffusers", "0.42.1", _PIPELINES,
+            "diffusers", "diffusers", "0.42.1", "", _PIPELINES,
             _under(
                 {_PIPELINE: _PIPELINES - _SD, _KOHYA_DIFFUSERS: _SD},
                 {("unet.", kind): _SD for kind in (DIFFUSERS, ATTENTION, PROCESSOR)},

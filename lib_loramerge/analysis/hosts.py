@@ -21,7 +21,7 @@ def hosts_that_load(source: Source) -> dict[str, str]:
 
     ``reads all``, ``reads n of m layers, not ...``, ``no: ...`` with the reason, or ``not known: ...``.
     """
-    return {f"{host.label} ({host.version})": verdict(host, source) for host in HOSTS.values()}
+    return {f"{host.label} ({host.read_from})": verdict(host, source) for host in HOSTS.values()}
 
 
 def verdict(host: Host, source: Source) -> str:

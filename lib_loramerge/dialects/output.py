@@ -24,7 +24,7 @@ _DEFAULT_PIPELINE = {"unet": "transformer", "te": "text_encoder", **_FIRST_AND_S
 
 def output_style(architecture_id: str, dialect: str = "auto", style: str | None = None) -> str:
     """Name of the way that slots are spelled in the file we write."""
-    if ARCHITECTURES[architecture_id].opaque:
+    if style is not None or ARCHITECTURES[architecture_id].opaque:
         return style or KOHYA_STYLE
     return PEFT_STYLE if dialect == "diffusers" else KOHYA_STYLE
 

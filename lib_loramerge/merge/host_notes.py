@@ -11,39 +11,72 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .. import dialects
 from ..architectures import Architecture
+from ..errors import LoraMergeError
+from ..hosts import HOSTS
+from .host_target import Spelling, bias_alone
 
 if TYPE_CHECKING:
     from .plan import LayerPlan
 
-# Forge refuses a file with more tensors than this that it cannot place.
-FORGE_LIMIT = 12
 # Base models of A1111, the host that has nothing for dotted names.
 _FLATTENED = frozenset({"sd1", "sd2", "sdxl", "sdxl_refiner"})
 
 
 def host_notes(
-    architecture: Architecture, dialect: str, layers: Sequence[LayerPlan], embeddings: int
+    architecture: Architecture,
+    spelling: Spelling,
+    host: str | None,
+    layers: Sequence[LayerPlan],
+    embeddings: int,
 ) -> list[str]:
     """Sentences for the plan's warnings.
 
     Args:
-        dialect: The recipe's.
+        spelling: In which the file will be written.
+        host: The one that the file is for; what others make of it is then nobody's concern.
         embeddings: Number of bundled embedding tensors.
     """
+    dialect = spelling.dialect
+    if host is not None:
+        beside = sum(layer.bias for layer in layers if layer.rank is not None and not bias_alone(layer))
+        if host == "a1111" and beside:
+            return [f"A bias (diff_b) changes too in {_layers(beside)}: A1111 ignores it."]
+        return []
     notes = [*_spelling(architecture, dialect, layers), *_biases(architecture, dialect, layers)]
-    whole = sum(layer.rank is None and not _bias_alone(layer) for layer in layers)
+    whole = sum(layer.rank is None and not bias_alone(layer) for layer in layers)
     if whole and dialect == "diffusers":
         notes.append(
             f"{_layers(whole)} will be stored whole (diff, w_norm), which diffusers does not read from a "
             "LoRA. Use the kohya dialect, or a rank rule for those that have a rank."
         )
-    if embeddings > FORGE_LIMIT:
+    limit = HOSTS["forge"].unplaced_limit or 0
+    if embeddings > limit:
         notes.append(
-            f"{embeddings} embedding tensors are kept; Forge refuses a LoRA with more than {FORGE_LIMIT} "
+            f"{embeddings} embedding tensors are kept; Forge refuses a LoRA with more than {limit} "
             "tensors that it does not know."
         )
-    return notes
+    return [*notes, *_unread_by_diffusers(architecture, spelling, layers)]
+
+
+def _unread_by_diffusers(
+    architecture: Architecture, spelling: Spelling, layers: Sequence[LayerPlan]
+) -> list[str]:
+    """Said where a base model is mostly used in diffusers, which has no converter for kohya's names of it."""
+    host = HOSTS["diffusers"]
+    if spelling.dialect != "auto" or architecture.id not in host.base_models or architecture.id in _FLATTENED:
+        return []
+    for layer in layers:
+        try:
+            names = dialects.output_parts(architecture.id, layer.layer, spelling.dialect, spelling.style)
+        except LoraMergeError:
+            continue
+        if not all(host.finds(architecture.id, layer.layer, name) for name, _ in names):
+            return [
+                "diffusers cannot read the names of this file; for diffusers write it with --for diffusers."
+            ]
+    return []
 
 
 def _spelling(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan]) -> list[str]:
@@ -75,21 +108,17 @@ def _biases(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan
     if architecture.id not in _FLATTENED or dialect == "diffusers":
         return []
     notes = []
-    low_rank = [layer for layer in layers if layer.rank is not None and not _bias_alone(layer)]
+    low_rank = [layer for layer in layers if layer.rank is not None and not bias_alone(layer)]
     beside = sum(layer.bias for layer in low_rank)
     if beside:
         notes.append(f"A bias (diff_b) changes too in {_layers(beside)}: Forge applies it, A1111 ignores it.")
-    alone = sum(_bias_alone(layer) for layer in layers)
+    alone = sum(bias_alone(layer) for layer in layers)
     if alone:
         notes.append(
             f"A bias alone changes in {_layers(alone)}, and nothing tells the width: Forge applies that, "
             "A1111 refuses the whole file. With the base model (--base CHECKPOINT) both will load it."
         )
     return notes
-
-
-def _bias_alone(layer: LayerPlan) -> bool:
-    return layer.in_ == 0 and not layer.vector
 
 
 def _layers(count: int) -> str:

@@ -102,7 +102,7 @@ class Merger:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         # The one method that means the sum and does not give it.
         self.approximate = plan.method.name == "add"
-        self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.recipe.dialect, plan.style)
+        self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
 
     def check_unchanged(self) -> None:
         """Refuse the work if another program wrote to any of the files meanwhile.
@@ -379,7 +379,7 @@ class Merger:
                 yield prefix, take_rows(delta, rows.cut(layer.out))
 
     def _key(self, prefix: str, slot: str) -> str:
-        return dialects.output_key(prefix, slot, self.plan.recipe.dialect, self.plan.style)
+        return dialects.output_key(prefix, slot, self.plan.dialect, self.plan.style)
 
 
 def _size_sq(delta: Merged | None) -> float:

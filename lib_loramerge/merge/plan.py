@@ -23,6 +23,7 @@ from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .host_notes import host_notes
+from .host_target import for_the_host, spelling_for
 from .input_notes import device_notes, input_notes, rank_notes, unused_rank_notes
 from .sources import LayerShape, Source, SourcePart, open_source
 
@@ -127,10 +128,12 @@ class MergePlan:
     Attributes:
         recipe: With block weights resolved to numbers, so that it says all.
         dtype: What will be stored: float32, float16 or bfloat16.
+        dialect: How names are spelled, chosen where the recipe names a host.
+        style: How slots are spelled, where the dialect does not say it.
         predicted_bytes: Size of the file foreseen; an upper bound where ranks
             depend on the singular values.
         left_out: Layers whose weights are all 0.
-        skipped: What ``skip_unsupported`` leaves out, a sentence each.
+        skipped: What ``skip_unsupported`` leaves out, or what the host does not load, a sentence each.
     """
 
     recipe: MergeRecipe
@@ -138,6 +141,7 @@ class MergePlan:
     params: Mapping[str, Any]
     sources: tuple[SourcePlan, ...]
     architecture: architectures.Architecture
+    dialect: str
     style: str | None
     layers: tuple[LayerPlan, ...]
     left_out: tuple[str, ...]
@@ -209,6 +213,7 @@ def plan_merge(
         _check_hashes(recipe.inputs, sources, stop)
     skipped = _leftovers(sources, recipe.skip_unsupported)
     architecture = _one_base_model(sources)
+    spelling = spelling_for(recipe, architecture, sources[0].style)
     _check_base(sources, base)
     plans = tuple(
         SourcePlan(entry, source, _block_weights(entry, presets, recipe.seed, index))
@@ -222,13 +227,15 @@ def plan_merge(
         )
     dtype, notes = _output_dtype(recipe, sources)
     embeddings, clashes = _embeddings(plans)
+    layers, embeddings, dropped = for_the_host(recipe.host, spelling, architecture, layers, embeddings)
     plan = MergePlan(
         recipe=_resolved(recipe, plans),
         method=method,
         params=params,
         sources=plans,
         architecture=architecture,
-        style=sources[0].style if architecture.opaque else None,
+        dialect=spelling.dialect,
+        style=spelling.style,
         layers=layers,
         left_out=left_out,
         embeddings=embeddings,
@@ -243,9 +250,9 @@ def plan_merge(
             *device_notes(recipe),
             *notes,
             *clashes,
-            *host_notes(architecture, recipe.dialect, layers, len(embeddings)),
+            *host_notes(architecture, spelling, recipe.host, layers, len(embeddings)),
         ),
-        skipped=skipped,
+        skipped=(*skipped, *dropped),
     )
     return replace(plan, predicted_bytes=predicted_bytes(plan))
 
@@ -587,7 +594,7 @@ def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
     total = 0
     for prefix, _ in output_names(plan, layer.layer):
         for slot in slots:
-            key = dialects.output_key(prefix, slot, plan.recipe.dialect, plan.style)
+            key = dialects.output_key(prefix, slot, plan.dialect, plan.style)
             numbers = 1 if slot == "alpha" else len(f"{layer.rank or 1},{layer.out},{layer.in_}")
             total += len(key) + numbers + _ENTRY_BYTES
     return total
@@ -644,4 +651,4 @@ def merged_metadata(
 
 def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, architectures.Rows | None], ...]:
     """Names under which a layer is written, with the rows each of them holds."""
-    return dialects.output_parts(plan.architecture.id, layer, plan.recipe.dialect, plan.style)
+    return dialects.output_parts(plan.architecture.id, layer, plan.dialect, plan.style)

@@ -397,7 +397,7 @@ def _report(
         params=dict(plan.params),
         dtype=plan.dtype,
         device=str(device),
-        dialect=plan.recipe.dialect,
+        dialect=plan.dialect,
         seed=plan.recipe.seed,
         layers=len(present),
         layers_left_out=len(plan.left_out) + len(merged) - len(present),

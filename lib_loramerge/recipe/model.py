@@ -20,6 +20,7 @@ from lib_loramerge.recipe.settings import Setting, setting
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
 DIALECTS = ("auto", "kohya", "diffusers")
+HOSTS = ("a1111", "forge", "reforge", "neo", "sdnext", "comfyui", "diffusers")
 RANK_WORDS = ("same", "full")
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 
@@ -244,6 +245,14 @@ class MergeRecipe:
         "spelling of the tensor names",
         words=DIALECTS,
         commands=("merge", "convert"),
+    )
+    host: str | None = setting(
+        None,
+        lambda value: check_choice("host", value, HOSTS),
+        "program that the file is for: its spelling, and only what it loads",
+        words=HOSTS,
+        commands=("merge", "convert"),
+        option="for",
     )
     skip_unsupported: bool = setting(
         False,

@@ -36,6 +36,7 @@ class Setting:
         metavar: Its placeholder on the command line.
         minimum: Smallest whole number allowed, for the schema.
         commands: The commands of ``loramerge`` that take it.
+        option: Its option without dashes, where that is not its name.
     """
 
     name: str
@@ -47,11 +48,12 @@ class Setting:
     metavar: str | None
     minimum: int | None
     commands: tuple[str, ...]
+    option: str = ""
 
     @property
     def flag(self) -> str:
         """Its option on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return "--" + (self.option or self.name.replace("_", "-"))
 
     @property
     def optional(self) -> bool:
@@ -83,9 +85,10 @@ def setting(
     metavar: str | None = None,
     minimum: int | None = None,
     commands: tuple[str, ...],
+    option: str = "",
 ) -> Any:
     """A dataclass field with its :class:`Setting`, whose name is that of the field."""
-    entry = Setting("", default, check, help, kind, words, metavar, minimum, commands)
+    entry = Setting("", default, check, help, kind, words, metavar, minimum, commands, option)
     return field(default=default, metadata={"setting": entry})
 
 

@@ -70,7 +70,7 @@ _FLAG = re.compile(
 def _in_a_recipe(flag: re.Match[str]) -> str:
     if flag[1] == "allow-changed-sources":
         return "leave hash out of the recipe"
-    return flag[1].replace("-", "_")
+    return next((name for name, entry in SETTINGS.items() if entry.flag[2:] == flag[1]), flag[1])
 
 
 class _BasicInDocs(HTTPBasic):

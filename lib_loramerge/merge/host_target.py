@@ -1,0 +1,120 @@
+"""What a file must be like for the program that it is written for: its spelling, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import dialects
+from ..architectures import Architecture
+from ..dialects.slots import KOHYA_STYLE
+from ..errors import LoraMergeError, UnsupportedError
+from ..hosts import HOSTS, Host
+from ..recipe import MergeRecipe
+
+if TYPE_CHECKING:
+    from .plan import LayerPlan
+
+Embeddings = dict[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How names and slots are spelled.
+
+    Attributes:
+        style: As ``dialects.output_key`` takes it; None for the dialect's own.
+    """
+
+    dialect: str
+    style: str | None
+
+
+def spelling_for(recipe: MergeRecipe, architecture: Architecture, style: str) -> Spelling:
+    """The spelling that the recipe asks for, or that its host reads best.
+
+    Args:
+        style: Of the first input, kept for base models whose names are kept.
+
+    Raises:
+        UnsupportedError: The host has no such base model.
+    """
+    kept = style if architecture.opaque else None
+    if recipe.host is None:
+        return Spelling(recipe.dialect, kept)
+    host = HOSTS[recipe.host]
+    if architecture.id not in host.base_models:
+        others = [other.label for other in HOSTS.values() if architecture.id in other.base_models]
+        known = f"These load it: {', '.join(others)}." if others else "No program is known to load it."
+        raise UnsupportedError(f"{host.label} has no {architecture.label}. {known}")
+    dialect = host.dialect(architecture.id) if recipe.dialect == "auto" else recipe.dialect
+    if dialect == "diffusers" and architecture.id in host.kohya_endings:
+        kept = KOHYA_STYLE
+    return Spelling(dialect, kept)
+
+
+def for_the_host(
+    name: str | None,
+    spelling: Spelling,
+    architecture: Architecture,
+    layers: Sequence[LayerPlan],
+    embeddings: Embeddings,
+) -> tuple[tuple[LayerPlan, ...], Embeddings, list[str]]:
+    """The layers and embeddings that the host loads, and a sentence for each kind of thing left out.
+
+    Raises:
+        UnsupportedError: It would load nothing of the file.
+    """
+    if name is None:
+        return tuple(layers), embeddings, []
+    host, kept = HOSTS[name], []
+    dropped: dict[str, list[str]] = {}
+    alone = host.id == "sdnext" and architecture.id == "flux1" and any(x.component == "unet" for x in layers)
+    for layer in layers:
+        why = _why_not(host, spelling, architecture.id, layer)
+        if alone and layer.component != "unet":
+            why = f"{host.label} loads no Flux.1 LoRA that changes a text encoder too"
+        if why is None:
+            kept.append(layer)
+        else:
+            dropped.setdefault(why, []).append(layer.layer)
+    texts = [f"{_layers(names)} left out: {why}." for why, names in dropped.items()]
+    if not kept:
+        raise UnsupportedError(f"Nothing of this can be loaded by {host.label}. {texts[0]}")
+    if host.unplaced_limit is not None and len(embeddings) > host.unplaced_limit:
+        texts.append(
+            f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with more than "
+            f"{host.unplaced_limit} tensors that it does not know."
+        )
+        embeddings = {}
+    if embeddings and host.id == "diffusers":
+        texts.append(
+            f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with embeddings."
+        )
+        embeddings = {}
+    return tuple(kept), embeddings, texts
+
+
+def _why_not(host: Host, spelling: Spelling, architecture: str, layer: LayerPlan) -> str | None:
+    """Why a host does not load a layer as it would be written; None if it does."""
+    whole = layer.rank is None or layer.vector or bias_alone(layer)
+    if whole and not host.whole_layers:
+        return f"{host.label} reads no layer stored whole (diff, w_norm, diff_b) from a LoRA"
+    if bias_alone(layer) and not host.lone_biases:
+        return f"{host.label} refuses a file in which a bias stands alone"
+    try:
+        names = dialects.output_parts(architecture, layer.layer, spelling.dialect, spelling.style)
+    except LoraMergeError:
+        return f"{host.label} has no name for such layers"
+    lost = [name for name, _ in names if not host.finds(architecture, layer.layer, name)]
+    return f"{host.label} does not look for such names" if lost else None
+
+
+def bias_alone(layer: LayerPlan) -> bool:
+    """Whether nothing but a bias changes in a layer, and nothing tells the layer's width."""
+    return layer.in_ == 0 and not layer.vector
+
+
+def _layers(names: Sequence[str]) -> str:
+    return f"{len(names)} layer{'' if len(names) == 1 else 's'} (such as {names[0]})"
