@@ -79,9 +79,14 @@
         });
     };
 
+    // The prompt in view, as under SD.Next's ModernUI, which shows one beside our tab; else the first.
+    function promptArea() {
+        const areas = pageWords().prompts.map((id) => find(`#${id} textarea`)).filter(Boolean);
+        return areas.find(isShown) || areas[0] || null;
+    }
+
     window.loramergePrompt = () => {
-        const words = pageWords();
-        const area = words.prompt && find(`#${words.prompt} textarea`);
+        const area = promptArea();
         return area ? area.value : "";
     };
 
@@ -105,7 +110,7 @@
     function pageWords() {
         if (words) return words;
         const element = byId("loramerge_words");
-        if (!element) return { hints: {}, prompt: null };
+        if (!element) return { hints: {}, prompts: [] };
         words = JSON.parse(element.dataset.words);
         return words;
     }
@@ -300,13 +305,13 @@
     }
 
     function sendToPrompt(tag, replaced) {
-        const id = pageWords().prompt;
-        const area = id && find(`#${id} textarea`);
+        const area = promptArea();
         if (!area) return;
+        const inView = isShown(area);
         area.value = withTag(area.value, tag, replaced);
         if (typeof window.updateInput === "function") window.updateInput(area);
         else area.dispatchEvent(new Event("input", { bubbles: true }));
-        if (typeof window.switch_to_txt2img === "function") window.switch_to_txt2img();
+        if (!inView && typeof window.switch_to_txt2img === "function") window.switch_to_txt2img();
         // The page stays scrolled as it was; the other tab may begin far above the window.
         requestAnimationFrame(() => area.scrollIntoView({ block: "nearest" }));
     }

@@ -23,7 +23,7 @@ from ..methods import METHODS
 from ..recipe import DTYPES
 from . import settings
 from .access import LOOPBACK, Names, allowed_hosts
-from .host import Host, WebuiHost
+from .host import Host, host_of_this_process
 from .jobs import JobQueue
 from .trial import remove_stale_folders
 
@@ -39,7 +39,7 @@ def services() -> tuple[Host, JobQueue]:
     """The host and the queue of this process; they outlive a reload of the page and of the UI."""
     global _services
     if _services is None:
-        host = WebuiHost()
+        host = host_of_this_process()
         _services = (host, JobQueue(host))
     return _services
 
@@ -77,16 +77,17 @@ def add_routes(demo: Any, app: Any) -> None:
     global _warming
     from modules import shared
 
+    host, jobs = services()
     # A host that has loaded its extensions anew has forgotten them.
-    services()[1].trials.register_all()
+    jobs.trials.register_all()
     _warming = threading.Thread(target=warm_up, name="loramerge-import", daemon=True)
     _warming.start()
     options = shared.cmd_opts
     if getattr(options, "api", False) or getattr(options, "nowebui", False):
         from . import api  # needed only here, and not cheap to load
 
-        auth = getattr(options, "api_auth", None)
-        api.mount(app, *services(), api_auth=auth, names=names(options), welcome=welcome(options))
+        auth = host.api_users()
+        api.mount(app, host, jobs, api_auth=auth, names=names(options), welcome=welcome(options))
 
 
 def names(options: Any) -> Names | None:

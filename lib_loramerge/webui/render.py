@@ -248,7 +248,7 @@ def job_result(job: Job, host: Host) -> str:
     parts = [
         _title(job),
         f'<div class="lm-written">{where}</div>',
-        _buttons(job, host.prompt_elem_id is not None),
+        _buttons(job, bool(host.prompts)),
         warning_box(map(host.shown, (*report["warnings"], *job.notes))),
         report_table(report),
     ]
@@ -348,7 +348,7 @@ def _input(entry: Mapping[str, Any]) -> str:
     return f'<div class="lm-input">{"<br>".join(lines)}</div>'
 
 
-def page_words(hints: Mapping[str, str], prompt: str | None) -> str:
-    """What the page's script needs to know: a hint for each element, and where the prompt is."""
-    data = foreign(json.dumps({"hints": dict(hints), "prompt": prompt}, ensure_ascii=False))
+def page_words(hints: Mapping[str, str], prompts: Iterable[str]) -> str:
+    """What the page's script needs to know: a hint for each element, and where the prompts are."""
+    data = foreign(json.dumps({"hints": dict(hints), "prompts": list(prompts)}, ensure_ascii=False))
     return f'<div id="loramerge_words" data-words="{data}" hidden></div>'

@@ -248,3 +248,18 @@ def test_an_error_in_the_middle_is_told_and_the_form_stays(tab: Tab, host: FakeH
     tab.press("merge")
     tab.expect_text("message", "vanishing")
     assert tab.value("row0_lora").startswith("vanishing")
+
+
+def test_a_lora_goes_to_the_prompt_in_view(chromium: object, tmp_path: Path) -> None:
+    """SD.Next's ModernUI shows one of its prompts beside our tab, and hides the one of txt2img."""
+    make_lora(tmp_path / "models" / "Lora" / "style.safetensors", SD1_LAYERS, rank=2)
+    with FakeHost(tmp_path, "--sdnext", *SERVED) as host, Tab(chromium, host.url) as tab:
+        shown = tab.page.locator("#control_prompt textarea")
+        shown.fill("a cat <lora:style:0.5>")
+        tab.page.locator("#loramerge_paste_prompt").click()
+        tab.expect_value("row0_lora", re.compile("style"))
+        tab.merge("sent")
+        tab.page.locator("#loramerge_result .lm-send").click()
+        expect(shown).to_have_value("a cat <lora:style:0.5> <lora:sent:1>")
+        assert tab.page.locator("#txt2img_prompt textarea").input_value() == ""
+        assert tab.page.locator("#loramerge_merge").is_visible(), "the tab stays in view"

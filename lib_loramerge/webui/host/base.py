@@ -76,7 +76,8 @@ class Host:
 
     is_webui = False
     name = ""
-    prompt_elem_id: str | None = None
+    # elem_id of the prompts that a LoRA may go into: the first one in view, else the first.
+    prompts: tuple[str, ...] = ()
     can_try = False
     # What a fresh page has in its rows.
     first_inputs: tuple[LoraInput, ...] = ()
@@ -261,6 +262,10 @@ class Host:
 
     def frozen_settings(self) -> bool:
         return False
+
+    def api_users(self) -> str | None:
+        """``user:password`` pairs, separated by commas, of whom REST lets in; None for everybody."""
+        return None
 
     def paths_allowed(self) -> bool:
         """Whether a path may be typed where a name is expected, and whole paths are shown."""

@@ -1,10 +1,11 @@
-"""A1111, Forge and their forks: the only module that knows what is inside them."""
+"""A1111, Forge and their forks: this module and :mod:`.sdnext` alone know what is inside a WebUI."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ from .. import settings
 from ..listing import FoundFile, path_key
 from ..settings import Settings
 from .base import Host
+from .known import Known, recognise
 
 PEER_PRESETS = ("lbwpresets.txt", "elempresets.txt")
 
@@ -21,42 +23,52 @@ PEER_PRESETS = ("lbwpresets.txt", "elempresets.txt")
 class WebuiHost(Host):
     """A1111, Forge, reForge and others of the family.
 
-    The module ``networks`` of their built-in Lora extension holds the LoRA list. It is looked up when
-    needed: importing it would rely on the order in which the host loads extensions.
+    One module of theirs holds the LoRA list. It is looked up when needed: importing it would rely on the
+    order in which the host loads extensions.
+
+    Args:
+        known: Which of them it is; found out when left out.
     """
 
     is_webui = True
-    prompt_elem_id = "txt2img_prompt"
     can_try = True
 
-    def __init__(self) -> None:
+    def __init__(self, known: Known | None = None) -> None:
         super().__init__()
+        self._known = known or recognise()
+        self.name = self._known.name
+        self.prompts = self._known.prompts
         self._trials: dict[str, Path] = {}
         # Not while the WebUI starts; see extension.warm_up().
         self._reads_headers = False
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return "Forge" if "modules_forge" in sys.modules else "Stable Diffusion WebUI"
-
     # Folders and LoRAs
 
     def lora_dirs(self) -> tuple[Path, ...]:
-        """``--lora-dir`` and A1111's ``--lyco-dir-backcompat``, options of the built-in Lora extension."""
-        folders = [_option("lora_dir") or os.path.join(_models_path(), "Lora")]
-        lycoris = _option("lyco_dir_backcompat")
-        if lycoris and os.path.isdir(lycoris):
-            folders.append(lycoris)
-        return tuple(Path(os.path.abspath(folder)) for folder in folders)
+        """``--lora-dir``, and what else the host has of the kind, as far as it exists."""
+        first, *others = self._known.lora_dirs
+        folders = [option(first) or os.path.join(_models_path(), "Lora")]
+        for other in others:
+            named = option(other) or ()
+            more = [named] if isinstance(named, str) else named
+            folders += [folder for folder in more if os.path.isdir(folder)]
+        return tuple(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
 
     def refresh(self) -> None:
         try:
-            networks = _networks()
-            if hasattr(networks, "list_available_networks"):
-                networks.list_available_networks()
+            self._list_again()
         except Exception as error:  # The host's code; our own list does not depend on it.
             self.log("the WebUI could not list its LoRA folder", error)
         super().refresh()
+
+    def _list_again(self) -> None:
+        networks = self._networks()
+        if hasattr(networks, "list_available_networks"):
+            networks.list_available_networks()
+
+    def _networks(self) -> Any:
+        """The module with the LoRA list; None before it is loaded or when LoRAs are switched off."""
+        return sys.modules.get(self._known.networks)
 
     def _lists_hidden(self) -> bool:
         return getattr(_shared_options(), "list_hidden_files", True) is not False
@@ -70,14 +82,18 @@ class WebuiHost(Host):
         return (listed,) if listed is not None else ()
 
     def _file_of_alias(self, alias: str) -> FoundFile | None:
-        entry = (getattr(_networks(), "available_network_aliases", None) or {}).get(alias)
+        entry = (getattr(self._networks(), "available_network_aliases", None) or {}).get(alias)
         return None if entry is None else self.listing().by_path.get(path_key(getattr(entry, "filename", "")))
 
     def _host_entry(self, file: FoundFile) -> Any:
         """The host's own object of a file; None when it does not list it."""
-        entry = (getattr(_networks(), "available_networks", None) or {}).get(file.path.stem)
+        entry = (getattr(self._networks(), "available_networks", None) or {}).get(self._key_of(file))
         same = entry is not None and path_key(getattr(entry, "filename", "")) == path_key(file.path)
         return entry if same else None
+
+    def _key_of(self, file: FoundFile) -> str:
+        """What the host's list has a file under."""
+        return file.path.stem
 
     def _alias_of(self, file: FoundFile) -> str:
         alias = getattr(self._host_entry(file), "alias", None)
@@ -90,12 +106,15 @@ class WebuiHost(Host):
     # Checkpoints
 
     def checkpoints(self) -> list[str]:
-        return [str(title) for title in (getattr(_module("sd_models"), "checkpoints_list", None) or {})]
+        return [str(title) for title in (getattr(self._checkpoint_lists(), "checkpoints_list", None) or {})]
+
+    def _checkpoint_lists(self) -> Any:
+        return host_module("sd_models")
 
     def _listed_checkpoint(self, title: str) -> Path | None:
-        sd_models = _module("sd_models")
-        listed = getattr(sd_models, "checkpoints_list", None) or {}
-        aliases = getattr(sd_models, "checkpoint_aliases", None) or {}
+        lists = self._checkpoint_lists()
+        listed = getattr(lists, "checkpoints_list", None) or {}
+        aliases = getattr(lists, "checkpoint_aliases", None) or {}
         info = listed.get(title) or aliases.get(title)
         path = Path(str(info.filename)) if info is not None else None
         return path if path is not None and path.is_file() else None
@@ -103,16 +122,16 @@ class WebuiHost(Host):
     # What is allowed
 
     def restricted(self) -> bool:
-        return bool(_option("disable_extension_access"))
+        return bool(option("disable_extension_access"))
 
     def hide_dirs(self) -> bool:
-        return bool(_option("hide_ui_dir_config"))
+        return bool(option("hide_ui_dir_config"))
 
     def file_link(self, path: Path) -> str | None:
         """By the host's own route, which serves some folders only and tells their names."""
         from .. import compat
 
-        if self.hide_dirs() or not compat.may_serve(getattr(_module("shared"), "demo", None), path):
+        if self.hide_dirs() or not compat.may_serve(getattr(host_module("shared"), "demo", None), path):
             return None
         folder = Path.cwd()
         shown = path.relative_to(folder) if path.is_relative_to(folder) else path
@@ -121,7 +140,17 @@ class WebuiHost(Host):
         return compat.FILE_ROUTE + quote(shown.as_posix(), safe="/:")
 
     def frozen_settings(self) -> bool:
-        return bool(_option("freeze_settings"))
+        return bool(option(self._known.frozen))
+
+    def api_users(self) -> str | None:
+        """``user:password`` pairs, separated by commas, of whom REST lets in; None for everybody."""
+        pairs = [str(option(name) or "") for name in self._known.users]
+        for name in self._known.user_files:
+            path = option(name)
+            if path:
+                pairs += Path(path).read_text(encoding="utf-8").splitlines()
+        entries = [entry.strip(' "\t\r\n') for pair in pairs for entry in pair.split(",")]
+        return ",".join(entry for entry in entries if entry) or None
 
     def settings(self) -> Settings:
         return settings.read(_shared_options())
@@ -129,7 +158,7 @@ class WebuiHost(Host):
     def preset_paths(self) -> list[Path]:
         """Ours, then those of sd-webui-lora-block-weight, wherever that is installed."""
         found = [self.preset_path()]
-        paths = _module("paths_internal") or _module("paths")
+        paths = host_module("paths_internal") or host_module("paths")
         for attribute in ("extensions_dir", "extensions_builtin_dir"):
             folder = getattr(paths, attribute, None)
             if not folder:
@@ -144,45 +173,42 @@ class WebuiHost(Host):
     # What only a WebUI can do
 
     def queue_lock(self) -> Any:
-        return getattr(_module("call_queue"), "queue_lock", None)
+        return getattr(host_module("call_queue"), "queue_lock", None)
 
     def announce(self, path: Path) -> None:
         """Lists a new file without listing all others again, where the host can do that."""
-        networks = _networks()
-        by_name = getattr(networks, "update_available_networks_by_names", None)
+        by_name = getattr(self._networks(), "update_available_networks_by_names", None)
         if by_name is not None:
             by_name([path.stem])
-        elif hasattr(networks, "list_available_networks"):
-            networks.list_available_networks()
+        else:
+            self._list_again()
         super().refresh()
 
     def after_overwrite(self, path: Path) -> str:
-        """Clears what the hosts remember of a LoRA's contents.
-
-        Forge keeps the file's tensors, the list of LoRAs applied, and what is patched into UNet and CLIP;
-        A1111 compares only names and multipliers of what is applied; both keep the encoded prompt for as
-        long as its text and its LoRA tags are the same. Without this the next picture is the old one, or
-        has the old text encoder.
-        """
+        """Clears what the host remembers of a LoRA's contents; what to tell the user."""
         lock = self.queue_lock()
-        if lock is None:
-            self._forget_contents()
-        else:
-            with lock:
-                self._forget_contents()
+        with lock or nullcontext():
+            self._forget_contents(path)
+            self._list_again()
         super().refresh()
         return (
             "The file was replaced. If the next picture still shows the old one, change the prompt once "
             "or restart the WebUI."
         )
 
-    def _forget_contents(self) -> None:
-        networks = _networks()
-        cached: Any = getattr(networks, "load_lora_state_dict", None)
+    def _forget_contents(self, path: Path) -> None:
+        """Makes the host read a file again that it has used.
+
+        Forge keeps the file's tensors, the list of LoRAs applied, and what is patched into UNet and CLIP;
+        A1111 compares only names and multipliers of what is applied; both keep the encoded prompt for as
+        long as its text and its LoRA tags are the same. Without this the next picture is the old one, or
+        has the old text encoder.
+        """
+        cached: Any = getattr(self._networks(), "load_lora_state_dict", None)
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
         # Not shared.sd_model: reading that may load a model.
-        model: Any = getattr(getattr(_module("sd_models"), "model_data", None), "sd_model", None)
+        model: Any = getattr(getattr(host_module("sd_models"), "model_data", None), "sd_model", None)
         if hasattr(model, "current_lora_hash"):
             model.current_lora_hash = None
         objects = getattr(model, "forge_objects_original", None)
@@ -194,12 +220,8 @@ class WebuiHost(Host):
                 loader = getattr(patcher, "lora_loader", None)
                 if loader is not None:
                     loader.loaded_hash = None
-        for module in (getattr(model, "network_layer_mapping", None) or {}).values():
-            if getattr(module, "network_current_names", ()) != ():
-                module.network_current_names = (("stale", 0, 0, None),)
+        forget_layers(model)
         _forget_prompts()
-        if hasattr(networks, "list_available_networks"):
-            networks.list_available_networks()
 
     def register_trial(self, name: str, path: Path) -> None:
         """Puts an entry of the host's own class into its dictionaries, and keeps it there.
@@ -207,7 +229,7 @@ class WebuiHost(Host):
         The host clears the dictionaries whenever it lists its folders, so its listing function is followed
         by ours while there are trials.
         """
-        networks = _networks()
+        networks = self._networks()
         if networks is None or not hasattr(networks, "available_networks"):
             raise LoraMergeError(
                 "This WebUI has no LoRA support switched on, so a merge cannot be tried without saving."
@@ -217,7 +239,7 @@ class WebuiHost(Host):
         self._put_trials_back()
 
     def _put_trials_back(self) -> None:
-        networks, network = _networks(), sys.modules.get("network")
+        networks, network = self._networks(), sys.modules.get(self._known.network)
         if networks is None or network is None:
             return
         for name, path in list(self._trials.items()):
@@ -228,7 +250,7 @@ class WebuiHost(Host):
 
     def unregister_trial(self, name: str) -> None:
         self._trials.pop(name, None)
-        networks = _networks()
+        networks = self._networks()
         if networks is None:
             return
         for attribute in ("available_networks", "available_network_aliases"):
@@ -240,7 +262,7 @@ class WebuiHost(Host):
             _unfollow(networks)
 
     def close(self) -> None:
-        networks = _networks()
+        networks = self._networks()
         if networks is not None:
             for name in self._trials:
                 networks.available_networks.pop(name, None)
@@ -249,7 +271,7 @@ class WebuiHost(Host):
         super().close()
 
     def log(self, message: str, error: BaseException | None = None) -> None:
-        report = getattr(_module("errors"), "report", None)
+        report = getattr(host_module("errors"), "report", None)
         if error is not None and report is not None:
             # The host's report prints the exception being handled.
             try:
@@ -260,9 +282,16 @@ class WebuiHost(Host):
             super().log(message, error)
 
 
+def forget_layers(model: Any) -> None:
+    """Makes the host apply anew what a model's layers have, as it compares names and multipliers alone."""
+    for module in (getattr(model, "network_layer_mapping", None) or {}).values():
+        if getattr(module, "network_current_names", ()) != ():
+            module.network_current_names = (("stale", 0, 0, None),)
+
+
 def _forget_prompts() -> None:
     """Empties the host's caches of encoded prompts, in place: running code holds the lists themselves."""
-    processing = _module("processing")
+    processing = host_module("processing")
     for owner in ("StableDiffusionProcessing", "StableDiffusionProcessingTxt2Img"):
         for attribute in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
             cache = getattr(getattr(processing, owner, None), attribute, None)
@@ -301,28 +330,23 @@ def _unfollow(networks: Any) -> None:
             setattr(networks, attribute, original)
 
 
-def _networks() -> Any:
-    """The module of the built-in Lora extension; None before it is loaded or when it is switched off."""
-    return sys.modules.get("networks")
-
-
-def _module(name: str) -> Any:
+def host_module(name: str) -> Any:
     """A module of the host that it has imported itself; None otherwise."""
     return sys.modules.get(f"modules.{name}")
 
 
-def _option(name: str) -> Any:
+def option(name: str) -> Any:
     """A command line option of the host; None where the host does not have it."""
-    options = getattr(_module("shared"), "cmd_opts", None)
+    options = getattr(host_module("shared"), "cmd_opts", None)
     if options is None:
-        options = getattr(_module("shared_cmd_options"), "cmd_opts", None)
+        options = getattr(host_module("shared_cmd_options"), "cmd_opts", None)
     return getattr(options, name, None)
 
 
 def _shared_options() -> Any:
-    return getattr(_module("shared"), "opts", None)
+    return getattr(host_module("shared"), "opts", None)
 
 
 def _models_path() -> str:
-    paths = _module("paths") or _module("paths_internal")
+    paths = host_module("paths") or host_module("paths_internal")
     return str(getattr(paths, "models_path", "models"))

@@ -39,7 +39,7 @@ class _Layout:
         with compat.make("Column", elem_id="loramerge_app"):
             compat.make(
                 "HTML",
-                value=render.page_words(hints(), host.prompt_elem_id),
+                value=render.page_words(hints(), host.prompts),
                 visible=True,
                 elem_id="loramerge_page",
             )
@@ -154,7 +154,7 @@ class _Layout:
             )
             with compat.make("Column", scale=1, min_width=150):
                 self.button("fill_text")
-                self.button("paste_prompt", visible=self.host.prompt_elem_id is not None)
+                self.button("paste_prompt", visible=bool(self.host.prompts))
         with compat.make("Row"):
             self.widget(
                 "fill_file",

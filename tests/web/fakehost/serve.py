@@ -35,14 +35,21 @@ def main() -> None:
     if cmd_opts.forge:
         sys.modules["modules_forge"] = type(sys)("modules_forge")
         _wrap_loaders()
-    from modules import sd_models
+    if cmd_opts.sdnext:
+        from modules import scripts_manager as scripts
+        from modules import sd_checkpoint as models
+        from modules.lora import lora_load
 
-    sd_models.list_models()
-    while True:
+        lora_load.list_available_networks()
+    else:
         from modules import scripts
+        from modules import sd_models as models
+    from modules.scripts import load_seconds
 
+    models.list_models()
+    while True:
         scripts.load_scripts()
-        print(f"SCRIPTS {scripts.load_seconds}", flush=True)
+        print(f"SCRIPTS {load_seconds}", flush=True)
         command = serve_api() if cmd_opts.nowebui else serve_page()
         from modules import script_callbacks
 
@@ -76,6 +83,11 @@ def serve_page() -> str:
     app.user_middleware = [entry for entry in app.user_middleware if entry.cls.__name__ != "CORSMiddleware"]
     set_up_middleware(app)
     add_controls(app)
+    if cmd_opts.sdnext:
+        from modules import lora_routes
+        from modules.lora import lora_load
+
+        lora_routes.add_to(app, lora_load)
     script_callbacks.call("app_started", shared.demo, app)
     print(f"READY {url.rstrip('/')}", flush=True)
     command = commands.get()

@@ -9,5 +9,6 @@ def active():
     folders = [
         os.path.join(paths_internal.extensions_builtin_dir, name)
         for name in sorted(os.listdir(paths_internal.extensions_builtin_dir))
+        if not (cmd_opts.sdnext and name == "Lora")
     ]
     return folders + [os.path.abspath(folder) for folder in cmd_opts.extension]

@@ -12,6 +12,7 @@ opts = Options(
         "hidden_tabs": OptionInfo([], "Hidden tabs"),
         "lora_preferred_name": OptionInfo("Alias from file", "Lora name"),
         "list_hidden_files": OptionInfo(True, "Hidden files"),
+        "lora_force_diffusers": OptionInfo(False, "LoRA load using Diffusers method"),
     },
     json.loads(cmd_opts.options),
 )

@@ -14,6 +14,7 @@ parser.add_argument(
 )
 parser.add_argument("--extension", action="append", default=[])
 parser.add_argument("--forge", action="store_true")
+parser.add_argument("--sdnext", action="store_true")
 parser.add_argument("--options", default="{}", help="JSON of settings that the user has changed")
 parser.add_argument("--port", type=int, default=0)
 parser.add_argument("--subpath", default=None)
@@ -30,8 +31,15 @@ parser.add_argument("--enable-insecure-extension-access", action="store_true")
 parser.add_argument("--hide-ui-dir-config", action="store_true")
 parser.add_argument("--freeze-settings", action="store_true")
 parser.add_argument("--theme", default=None)
+# SD.Next's, which has REST switched on always.
+parser.add_argument("--auth", default=None)
+parser.add_argument("--auth-file", default=None)
+parser.add_argument("--freeze", action="store_true")
+# Forge Neo's further folders of LoRAs.
+parser.add_argument("--lora-dirs", action="append", default=[])
 
 cmd_opts = parser.parse_args()
+cmd_opts.api = cmd_opts.api or cmd_opts.sdnext
 cmd_opts.webui_is_non_local = any([cmd_opts.share, cmd_opts.listen, cmd_opts.server_name])
 cmd_opts.disable_extension_access = (
     cmd_opts.webui_is_non_local and not cmd_opts.enable_insecure_extension_access

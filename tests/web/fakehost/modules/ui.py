@@ -30,6 +30,9 @@ def create_ui():
                 if label not in shared.opts.hidden_tabs:
                     with gr.TabItem(label, id=ident, elem_id=f"tab_{ident}"):
                         interface.render()
+        if cmd_opts.sdnext:
+            # Its ModernUI shows the page that makes pictures beside the tab of an extension.
+            gr.Textbox(label="Prompt", elem_id="control_prompt", show_label=False, lines=3)
         gr.HTML("", elem_id="footer")
     if not cmd_opts.no_gradio_queue:
         demo.queue(64)

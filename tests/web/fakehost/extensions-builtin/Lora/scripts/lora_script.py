@@ -1,26 +1,4 @@
-import re
-
 import networks
-from modules import call_queue, script_callbacks
+from modules import lora_routes, script_callbacks
 
-TAG = re.compile(r"<lora:([^:>]+)(?::([-0-9.]+))?[^>]*>")
-
-
-def add_routes(_, app):
-    @app.get("/sdapi/v1/loras")
-    def loras():
-        return [
-            {"name": entry.name, "path": entry.filename} for entry in networks.available_networks.values()
-        ]
-
-    @app.post("/sdapi/v1/refresh-loras")
-    def refresh():
-        networks.list_available_networks()
-
-    @app.get("/fake/picture")
-    def picture(prompt: str):
-        with call_queue.queue_lock:
-            return networks.picture([(name, float(value or 1)) for name, value in TAG.findall(prompt)])
-
-
-script_callbacks.on_app_started(add_routes)
+script_callbacks.on_app_started(lambda _, app: lora_routes.add_to(app, networks))

@@ -1,0 +1,5 @@
+from modules.lora import lora_diffusers
+
+
+def unload_diffusers():
+    lora_diffusers.adapters.clear()

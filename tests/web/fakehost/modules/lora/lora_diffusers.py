@@ -1,0 +1,2 @@
+diffuser_loaded = []
+adapters = {}

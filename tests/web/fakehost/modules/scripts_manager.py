@@ -1,0 +1,5 @@
+"""What SD.Next calls ``modules.scripts``."""
+
+from modules.scripts import load_scripts
+
+__all__ = ["load_scripts"]
