@@ -472,7 +472,12 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
         ),
         pytest.param(
             {**SD1_K, **{f"bundle_emb.e{n}.string_to_param.*": (1, 768) for n in range(13)}},
-            {"A1111": ALL, "Forge": "no: it refuses a file with more than 12 tensors", "Forge Neo": "no: "},
+            {
+                "A1111": ALL,
+                "Forge": "no: it refuses a file with more than 12 tensors",
+                "Forge Neo": "no: ",
+                "diffusers": "no: it refuses a file with emb",
+            },
             id="many embeddings",
         ),
         pytest.param(

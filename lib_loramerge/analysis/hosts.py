@@ -131,6 +131,8 @@ def _refuses(host: Host, source: Source, unplaced: int) -> str | None:
         return f"it refuses a file with more than {limit} tensors it cannot place, here are {unplaced}"
     if host.id == "neo" and unplaced * 2 > len(source.header.tensors):
         return "it refuses a file if it cannot place half of its tensors"
+    if host.id == "diffusers" and source.embeddings:
+        return f"it refuses a file with embeddings in it ({sorted(source.embeddings.values())[0]})"
     if host.id == "a1111":
         return _a1111_refuses(source)
     return _sdnext_refuses(source) if host.id == "sdnext" else None
