@@ -52,6 +52,11 @@ class InputReport:
     Attributes:
         blocks: Block id to the number that most of its layers were multiplied by, strength included. Text
             encoders with strengths of their own are told apart, ``"BASE te2"``.
+        kept: Share of the input that is in the file: ``1 - <rest, w d> / |w d|^2`` over all weights that it
+            changes, with ``w d`` its delta at its strength and the rest what the file lacks of the plain sum
+            of all inputs. 1 where nothing was cut off; modes that mean something else than the sum give less,
+            or more.
+        kept_in: The same by part of the model: ``"unet"``, ``"te"``, ``"te1"`` ...
     """
 
     name: str
@@ -64,6 +69,8 @@ class InputReport:
     kinds: Mapping[str, int]
     ranks: Mapping[int, int]
     blocks: Mapping[str, float]
+    kept: float = 1.0
+    kept_in: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,8 @@ def _input_lines(entry: InputReport) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in entry.kinds.items())
     lines = [
         f"{entry.name}: text encoder {entry.te:g}, denoiser {entry.unet:g}; "
-        f"{entry.layers} layers ({kinds}), rank {histogram_text(entry.ranks) or 'none'}"
+        f"{entry.layers} layers ({kinds}), rank {histogram_text(entry.ranks) or 'none'}; "
+        f"{percent(max(0.0, entry.kept))} of it in the file"
     ]
     if len(set(entry.blocks.values())) > 1:
         lines.append("  " + " ".join(f"{block}={weight:g}" for block, weight in entry.blocks.items()))

@@ -59,6 +59,7 @@ class Spectrum:
         beyond: Squared norm of what ``values`` do not tell, where only the largest were looked for.
         doubt: Squared norm, at most, of what was left out as noise and stands in no other number here. Where
             it matters, the error has to be measured on the factors.
+        small: The Gram matrices of a source that is a sum of parts.
     """
 
     values: Tensor
@@ -68,6 +69,7 @@ class Spectrum:
     mixing: Mixing | None = None
     beyond: float = 0.0
     doubt: float = 0.0
+    small: Grams | None = None
 
     @property
     def rank(self) -> int:
@@ -152,7 +154,32 @@ def decompose(
         right = solve(first)
         return (delta.left @ left, delta.right @ right) if isinstance(delta, Mixed) else (left, right)
 
-    return replace(found, source=delta, mixing=mixing)
+    return replace(found, source=delta, mixing=mixing, small=small if len(parts) > 1 else None)
+
+
+def lost_of_parts(
+    small: Grams, gains: Tensor, parts: Sequence[int], left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """What a cut of a sum takes from each of its parts.
+
+    Args:
+        small: Gram matrices of the sum's factors, (..., R, R).
+        gains: (..., R) what each component counts.
+        parts: Ranks of the parts, in order.
+        left, right: (..., R, k) the mixings of the cut; None where nothing is cut.
+
+    Returns:
+        (..., n, 2) for each part its inner product with what is left out, and its squared norm. One minus
+        their ratio is the share of the part that is kept.
+    """
+    product = gains[..., :, None] * small.up * small.down * gains[..., None, :]
+    rest = torch.zeros_like(gains)
+    if left is not None and right is not None:
+        rest = product.sum(-1) - gains * ((small.up @ left) * (small.down @ right)).sum(-1)
+    edges = list(itertools.pairwise(itertools.accumulate(parts, initial=0)))
+    lost = [rest[..., start:stop].sum(-1) for start, stop in edges]
+    own = [product[..., start:stop, start:stop].sum((-2, -1)) for start, stop in edges]
+    return torch.stack([torch.stack(lost, -1), torch.stack(own, -1)], -1)
 
 
 def cancelled(energy: float, size: float) -> bool:

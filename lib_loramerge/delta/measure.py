@@ -152,6 +152,24 @@ def relative_error(exact: Delta, written: Delta) -> tuple[float, float]:
     return max(0.0, error_sq), max(0.0, exact_sq)
 
 
+def lost_of_inputs(deltas: Sequence[Delta], weights: Sequence[float], written: Delta | None) -> Tensor:
+    """(n, 2) float64: each weighted delta's inner product with their sum less ``written``, and its square.
+
+    Args:
+        deltas: Of one shape, on one device.
+        weights: One strength per delta.
+        written: What was made of them; None for nothing.
+    """
+    strengths = torch.tensor(weights, dtype=torch.float64)
+    products = inner_products(deltas) * strengths[:, None] * strengths
+    rest = products.sum(1)
+    if written is not None:
+        rest = rest - strengths * torch.tensor(
+            [inner(delta, written) for delta in deltas], dtype=torch.float64
+        )
+    return torch.stack([rest, products.diagonal()], 1)
+
+
 def squared_distance(exact: LowRank, written: LowRank) -> float:
     """Squared Frobenius distance of two low-rank deltas on one device, true also where it is tiny."""
     if exact.rank + written.rank >= min(exact.out, exact.in_):

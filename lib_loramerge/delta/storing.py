@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import NOISE, Spectrum, cancelled, decompose, gram, grams, in_float32, sizes, truncate
+from .core import (
+    NOISE,
+    Spectrum,
+    cancelled,
+    decompose,
+    gram,
+    grams,
+    in_float32,
+    lost_of_parts,
+    sizes,
+    truncate,
+)
 from .dense import decompose_dense
 from .measure import squared_distance
 from .types import Dense, Grams, LowRank, Merged, Mixed
@@ -31,6 +42,7 @@ class Stored:
         kernel: (kh, kw) or ().
         error_sq: Squared Frobenius distance of these very tensors from the exact delta.
         exact_sq: Squared Frobenius norm of the exact delta.
+        parts: What the parts of a sum lost, as ``lost_of_parts`` tells it; None where it is not known.
     """
 
     up: Tensor
@@ -39,6 +51,7 @@ class Stored:
     kernel: tuple[int, ...]
     error_sq: float
     exact_sq: float
+    parts: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -101,7 +114,15 @@ def store_truncated(
             _plain(spectrum.source), replace(best, up=up, down=down)
         )
     _check_finite(error_sq, best.alpha, dtype)
-    return _unless_lost(Stored(up, down, best.alpha, best.kernel, error_sq, spectrum.energy))
+    lost = _lost(spectrum, rank)
+    return _unless_lost(Stored(up, down, best.alpha, best.kernel, error_sq, spectrum.energy, lost))
+
+
+def _lost(spectrum: Spectrum, rank: int) -> Tensor | None:
+    source, small = spectrum.source, spectrum.small
+    if spectrum.mixing is None or small is None or not isinstance(source, LowRank):
+        return None
+    return lost_of_parts(small, source.component_gains(), source.parts, *spectrum.mixing(rank))
 
 
 def doubtless(spectrum: Spectrum, error_sq: float) -> bool:
@@ -151,7 +172,10 @@ def store(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> S
     else:
         error_sq = rounding_error(fitted, up, down)
     _check_finite(error_sq, fitted.alpha, dtype)
-    return _unless_lost(Stored(up, down, fitted.alpha, fitted.kernel, error_sq, energy))
+    lost = None
+    if len(delta.parts) > 1:
+        lost = lost_of_parts(small, delta.component_gains(), delta.parts, None, None)
+    return _unless_lost(Stored(up, down, fitted.alpha, fitted.kernel, error_sq, energy, lost))
 
 
 def realize(delta: LowRank, dtype: torch.dtype = torch.float64) -> LowRank:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .core import CANCELLED, NOISE, SINGULAR, Spectrum, decompose, gram, mixings_fit, sums_hold
+from .core import CANCELLED, NOISE, SINGULAR, Spectrum, decompose, gram, lost_of_parts, mixings_fit, sums_hold
 from .settings import own_settings
 from .storing import (
     Stored,
@@ -149,6 +149,16 @@ class _Batch:
         pairs = [mixing(rank) for mixing in (self.spectra[place].mixing for place in places) if mixing]
         return torch.stack([left for left, _ in pairs]), torch.stack([right for _, right in pairs])
 
+    def lost(self, places: Sequence[int], mixings: tuple[Tensor, Tensor]) -> Tensor | None:
+        """What cuts take from the parts of sums; see ``lost_of_parts``. None for mixed deltas."""
+        if self.solved is None:
+            return None
+        deltas, small = self.solved.deltas, self.solved.small
+        gains = torch.stack([deltas[place].component_gains() for place in places])
+        if len(deltas[0].parts) < 2:
+            return None
+        return lost_of_parts(Grams(small.up[places], small.down[places]), gains, deltas[0].parts, *mixings)
+
     def usual(self, place: int) -> bool:
         """Whether the delta may be truncated with the others."""
         return self.solved is None or place in self.solved.row
@@ -252,6 +262,7 @@ def _stored(batch: _Batch, places: Sequence[int], rank: int, dtype: torch.dtype)
         errors, farthest = (found.tolist() for found in rounding_of_orthogonal(up, down, *written, values))
         written = written[0].cpu(), written[1].cpu()
         side = max(ups.shape[-2], downs.shape[-1])
+        lost = batch.lost(together, mixings)
         for row, (place, spectrum) in enumerate(zip(together, spectra, strict=True)):
             fits = roots_in_range(spectrum.values[:rank], side, dtype)
             holds = sums_hold(spectrum, mixings[0][row], mixings[1][row])
@@ -260,7 +271,8 @@ def _stored(batch: _Batch, places: Sequence[int], rank: int, dtype: torch.dtype)
             if fits and holds and sure:
                 kernel = spectrum.source.kernel if spectrum.source else ()
                 factors = written[0][row].clone(), written[1][row].clone()
-                results[place] = Stored(*factors, float(rank), kernel, error_sq, spectrum.energy)
+                taken = None if lost is None else lost[row]
+                results[place] = Stored(*factors, float(rank), kernel, error_sq, spectrum.energy, taken)
     return [results.get(place) for place in places]
 
 

@@ -21,6 +21,7 @@ from ..delta import (
     Stored,
     decompose,
     decompose_dense,
+    lost_of_inputs,
     moved,
     near_one,
     norm,
@@ -37,6 +38,10 @@ from .device import compute_device
 from .plan import LayerPlan, MergePlan, output_names, same_rank
 from .read import SourceReader, total
 
+# For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
+# what of the sum is not in the file, and the squared norm of that delta.
+Lost = Sequence[tuple[int, float, float]]
+
 
 @dataclass(frozen=True)
 class MergedLayer:
@@ -48,6 +53,16 @@ class MergedLayer:
     conv: bool
     notes: tuple[str, ...]
     written_sq: float
+    lost: Lost = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one input changes in a layer: its place among the layer's inputs, its delta and its weight."""
+
+    place: int
+    delta: Delta
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class Prepared:
         merged: The method's delta; None when only a bias changes.
         plain: The plain weighted sum, for methods that give something else.
         whole: It is written whole, without a rank.
+        given: What it was made of; empty for norms.
     """
 
     layer: LayerPlan
@@ -66,6 +82,7 @@ class Prepared:
     bias: Tensor | None
     notes: tuple[str, ...]
     whole: bool
+    given: Sequence[Given] = ()
 
 
 @contextmanager
@@ -123,19 +140,32 @@ class Merger:
             for index, _, _ in layer.inputs
         ]
 
+    def _given(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> list[Given]:
+        """The weight deltas there are, on the device that works."""
+        return [
+            Given(place, moved(entry.weight, self.device), layer.weights[place])
+            for place, entry in enumerate(inputs)
+            if entry.weight is not None
+        ]
+
     def combine(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> tuple[Merged | None, Delta | None]:
         """The method's delta, and the plain weighted sum where that is another."""
-        given = {index: entry.weight for index, entry in enumerate(inputs) if entry.weight is not None}
+        if layer.vector:
+            weights = [entry.weight for entry in inputs]
+            there = any(weight is not None for weight in weights)
+            return (Dense(self._vector(layer, weights, layer.layer)) if there else None), None
+        return self._combined(layer, self._given(layer, inputs))
+
+    def _combined(self, layer: LayerPlan, given: Sequence[Given]) -> tuple[Merged | None, Delta | None]:
         if not given:
             return None, None
-        if layer.vector:
-            return Dense(self._vector(layer, [entry.weight for entry in inputs], layer.layer)), None
-        deltas = [moved(delta, self.device) for delta in given.values()]
-        weights = [layer.weights[index] for index in given]
+        deltas, weights = [entry.delta for entry in given], [entry.weight for entry in given]
         method = self.plan.method
         with _named(layer):
             near, power = near_one(deltas, weights, exact=method.exact)
-        merged = method.merge(near, weights, self._context(layer, list(given)), **self.plan.params)
+        merged = method.merge(
+            near, weights, self._context(layer, [entry.place for entry in given]), **self.plan.params
+        )
         merged = times_two_to(merged, power)
         if isinstance(merged, LowRank) and not self.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
@@ -202,9 +232,10 @@ class Merger:
             for (index, _, _), entry in zip(layer.inputs, inputs, strict=True)
             for note in entry.notes
         )
-        merged, plain = self.combine(layer, inputs)
+        given = () if layer.vector else self._given(layer, inputs)
+        merged, plain = self.combine(layer, inputs) if layer.vector else self._combined(layer, given)
         whole = merged is None or layer.vector or (isinstance(merged, Dense) and layer.rank is None)
-        return Prepared(layer, merged, plain, self._bias(layer, inputs), notes, whole)
+        return Prepared(layer, merged, plain, self._bias(layer, inputs), notes, whole, given)
 
     def finish(self, prepared: Prepared, stored: Stored | None) -> MergedLayer:
         """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
@@ -212,10 +243,33 @@ class Merger:
         with _named(layer):
             if prepared.whole:
                 assert not isinstance(prepared.merged, Mixed)
-                return self._whole(layer, prepared.merged, prepared.bias, prepared.notes, plain)
+                merged = self._whole(layer, prepared.merged, prepared.bias, prepared.notes, plain)
+                return replace(merged, lost=self._lost(prepared, prepared.merged))
             if stored is None:
-                return self._absent(prepared)
-            return self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
+                return replace(self._absent(prepared), lost=self._lost(prepared, None))
+            merged = self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
+            return replace(merged, lost=self._lost(prepared, stored))
+
+    def _lost(self, prepared: Prepared, written: Stored | Delta | None) -> Lost:
+        """What of each input is not in the file."""
+        given = prepared.given
+        sources = [prepared.layer.inputs[entry.place][0] for entry in given]
+        if not given:
+            return ()
+        deltas, weights = [entry.delta for entry in given], [entry.weight for entry in given]
+        if isinstance(written, Stored):
+            if self.plan.method.exact:
+                if len(given) == 1:
+                    return [(sources[0], written.error_sq, written.exact_sq)]
+                whole = all(isinstance(delta, LowRank) and len(delta.parts) < 2 for delta in deltas)
+                # Fewer parts than inputs: the same delta came twice, and was added up first.
+                if whole and written.parts is not None and len(written.parts) == len(given):
+                    return [
+                        (source, *row) for source, row in zip(sources, written.parts.tolist(), strict=True)
+                    ]
+            written = moved(written.delta(), self.device)
+        rows = lost_of_inputs(deltas, weights, written).tolist()
+        return [(source, *row) for source, row in zip(sources, rows, strict=True)]
 
     def _store(self, prepared: Sequence[Prepared], allotted: Sequence[int | None]) -> list[Stored | None]:
         deltas = [entry.merged for entry in prepared if entry.merged is not None]

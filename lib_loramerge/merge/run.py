@@ -18,7 +18,7 @@ from .. import architectures, ranks
 from ..delta import Stored, batch_numbers, full_precision, helpful_threads, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
-from ..report import InputReport, LayerResult, MergeReport, relative, worst
+from ..report import InputReport, LayerResult, MergeReport, percent, relative, worst
 from .layer import MergedLayer, Merger, open_merger
 from .memory import peak_memory_bytes
 from .plan import (
@@ -37,6 +37,8 @@ from .plan import (
 
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
 LAYERS = 16
+# Share of a LoRA in the file below which the report warns.
+WELL_KEPT = 0.95
 # Batches on their way to an accelerator at once: more would only wait for each other, and need its memory.
 FEEDERS = 2
 
@@ -389,6 +391,7 @@ def _report(
     exact_sq = sum(result.exact_sq for result in results)
     histogram = Counter(entry.result.rank for entry in present if entry.result.rank)
     notes = sorted({note for entry in merged for note in entry.notes})
+    inputs = [_input_report(plan, index, hashes[index], merged) for index in range(len(plan.sources))]
     return MergeReport(
         output=str(output),
         size_bytes=written.size,
@@ -410,8 +413,12 @@ def _report(
         kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
         from_sum=_from_sum(plan, results),
         worst_layers=worst(results),
-        inputs=[_input_report(plan, index, hashes[index]) for index in range(len(plan.sources))],
-        warnings=[*plan.warnings, *(note for note in notes if note not in plan.warnings)],
+        inputs=inputs,
+        warnings=[
+            *plan.warnings,
+            *(note for note in notes if note not in plan.warnings),
+            *_cut(plan, inputs),
+        ],
         skipped=list(plan.skipped),
         sshs_model_hash=written.model_hash,
         seconds=clock.all(),
@@ -447,8 +454,34 @@ def _by_block(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, dict[
     }
 
 
-def _input_report(plan: MergePlan, index: int, source_hash: str) -> InputReport:
-    entry = plan.sources[index]
+def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
+    """A warning for each LoRA of which the rank left too little; other modes change them on purpose."""
+    if not (plan.method.exact and plan.method.uses_rank):
+        return []
+    return [
+        f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file; the rank cut off "
+        "the rest. --rank full keeps all of it."
+        for entry in inputs
+        if entry.kept < WELL_KEPT
+    ]
+
+
+def _kept(plan: MergePlan, index: int, merged: Sequence[MergedLayer]) -> dict[str, float]:
+    """Share of an input that is in the file, by part of the model and, under an empty name, as a whole."""
+    sums: dict[str, list[float]] = {"": [0.0, 0.0]}
+    for entry in merged:
+        for source, lost, own in entry.lost:
+            if source == index:
+                for name in ("", architectures.component(entry.result.layer)):
+                    row = sums.setdefault(name, [0.0, 0.0])
+                    row[0], row[1] = row[0] + lost, row[1] + own
+    return {name: 1 - lost / own if own > 0 else 1.0 for name, (lost, own) in sorted(sums.items())}
+
+
+def _input_report(
+    plan: MergePlan, index: int, source_hash: str, merged: Sequence[MergedLayer]
+) -> InputReport:
+    entry, kept = plan.sources[index], _kept(plan, index, merged)
     return InputReport(
         name=entry.input.name,
         path=str(entry.path),
@@ -460,6 +493,8 @@ def _input_report(plan: MergePlan, index: int, source_hash: str) -> InputReport:
         kinds=entry.source.kinds,
         ranks=entry.source.ranks,
         blocks=_resolved_blocks(plan, entry),
+        kept=kept.pop(""),
+        kept_in=kept,
     )
 
 

@@ -1,0 +1,89 @@
+"""What is kept of each LoRA, against dense float64 sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib_loramerge.methods import METHODS
+from tests import format_files as ff
+from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, sample_data, weighted_sum
+
+LAYERS = {name: (min(out, 96), in_) for name, (out, in_) in list(SD1_LAYERS.items())[1:5]}
+WEIGHTS = {"a": 1.0, "b": -0.4, "c": 0.05, "d": 2.0, "e": 0.3}
+MODES = [name for name, method in METHODS.items() if not method.elementwise and name != "add"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    for seed, name in enumerate(WEIGHTS):
+        make_lora(folder / f"{name}.safetensors", LAYERS, rank=3 + seed, alpha=2, seed=seed)
+    return folder
+
+
+def shares(folder, names, written):
+    """Share of each input by the definition, as a whole and for text encoder and denoiser."""
+    deltas = {name: dense_deltas(folder / f"{name}.safetensors") for name in names}
+    total = weighted_sum([(folder / f"{name}.safetensors", WEIGHTS[name]) for name in names])
+    got = dense_deltas(written)
+    found = {}
+    for name in names:
+        sums = {}
+        for layer, delta in deltas[name].items():
+            part = "te" if layer.startswith("lora_te") else "unet"
+            own = WEIGHTS[name] * delta
+            rest = total[layer] - got[layer] if layer in got else total[layer]
+            for key in ("", part):
+                row = sums.setdefault(key, [0.0, 0.0])
+                row[0] += float((rest * own).sum())
+                row[1] += float(own.square().sum())
+        found[name] = {key: 1 - lost / own for key, (lost, own) in sums.items()}
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("mode", [*MODES, "ties"])
+def test_the_share_of_each_lora_is_that_of_dense_sums(folder, tmp_path, mode, count):
+    names = list(WEIGHTS)[:count]
+    if METHODS[mode].maximum == 2 and count > 2:
+        names = names[:2]
+    fields = {"rank": 2} if METHODS[mode].uses_rank else {}
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    report = ff.merge(folder, *(f"{name}:{WEIGHTS[name]}" for name in names), mode=mode, **fields)
+    wanted = shares(folder, names, folder / "out.safetensors")
+    for entry in report.inputs:
+        assert entry.kept == pytest.approx(wanted[entry.name].pop(""), abs=2e-6)
+        assert entry.kept_in == pytest.approx(wanted[entry.name], abs=2e-6)
+        assert report.to_json()["inputs"][names.index(entry.name)]["kept"] == entry.kept
+
+
+@pytest.mark.parametrize("inputs", [["a"], ["a:1", "a:0.5"], ["a:1", "b:0.4", "b:0.01"]])
+@pytest.mark.parametrize("fields", [{"rank": 2}, {"retain": 0.8}, {"size": 0.05}, {"mode": "concat"}])
+def test_one_lora_alone_or_twice_has_its_share_too(folder, inputs, fields):
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    report = ff.merge(folder, *inputs, **fields)
+    assert all(0 < entry.kept <= 1 + 1e-6 for entry in report.inputs)
+    if fields == {"mode": "concat"}:
+        assert all(entry.kept == pytest.approx(1, abs=1e-6) for entry in report.inputs)
+
+
+def test_a_lora_that_the_rank_cut_off_is_named_and_what_would_keep_it(folder):
+    for rank, warned in ((2, True), ("full", False)):
+        (folder / "out.safetensors").unlink(missing_ok=True)
+        report = ff.merge(folder, "a:1", "c:0.05", rank=rank)
+        warnings = [text for text in report.warnings if text.startswith("c: only") and "--rank full" in text]
+        assert bool(warnings) == warned
+        assert "of it in the file" in report.to_text()
+    assert [entry.kept for entry in report.inputs] == pytest.approx([1, 1], abs=1e-6)
+
+
+@pytest.mark.skipif(sample_data() is None, reason="the sample data is not beside this checkout")
+@pytest.mark.parametrize(("rank", "share"), [(1, 0.010), (2, 0.52), (4, 0.92)])
+def test_the_weaker_of_two_real_loras(tmp_path, rank, share):
+    from lib_loramerge.merge import run_merge
+
+    plan = ff.plan(sample_data(), "analog_sd15_kohya:0.8", "disney_sd15_kohya:0.7", rank=rank)
+    report = run_merge(plan, tmp_path / "out.safetensors")
+    assert min(entry.kept for entry in report.inputs) == pytest.approx(share, abs=0.006)
+    assert torch.isfinite(torch.tensor([entry.kept for entry in report.inputs])).all()
