@@ -14,6 +14,8 @@ from .scaling import ALPHA_UNUSED, wide
 
 # Above this rank the small factors are decomposed to find what rank they truly have.
 _LARGE = 64
+# From this rank on factors are not kept in float64.
+_WHOLE = 512
 _T1_IGNORED = "lokr_t1 is ignored, as every WebUI and LyCORIS itself do."
 
 _W1 = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
@@ -123,9 +125,12 @@ def _from_singular_values(p1: Tensor, q1: Tensor, p2: Tensor, q2: Tensor, kernel
     noise = values[order[0]] * torch.finfo(torch.float32).eps
     keep = order[: max(1, int((values > noise).sum()))]
     i, j = keep // len(s2), keep % len(s2)
+    # Whole matrices are large: they take the type that they are stored in.
+    dtype = torch.float64 if len(keep) < _WHOLE else q2.dtype
+    up1, up2, down1, down2 = (factor.to(dtype) for factor in (up1, up2, down1, down2))
     up = (up1[:, None, i] * up2[None, :, j]).flatten(0, 1)
     down = (down1[i][:, :, None] * down2[j][:, None, :]).flatten(1)
-    return LowRank(up, down, float(len(keep)), kernel)
+    return LowRank(up, down, float(len(keep)), kernel, spectra=(values[keep],))
 
 
 def _svd(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,7 +75,7 @@ def apply_scale(delta: Delta, scale: Scale) -> Delta:
     if isinstance(delta, Dense):
         return replace(delta, weight=delta.weight * scale.value)
     if scale.numerator == 0 or delta.alpha == 0:
-        return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank))
+        return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank), spectra=())
     up = -delta.up if scale.value < 0 else delta.up
     if delta.alpha == scale.denominator:
         alpha = abs(scale.numerator)

@@ -60,6 +60,7 @@ class Spectrum:
         doubt: Squared norm, at most, of what was left out as noise and stands in no other number here. Where
             it matters, the error has to be measured on the factors.
         small: The Gram matrices of a source that is a sum of parts.
+        ordered: The components of the source are the singular vectors, so a cut takes the first ones.
     """
 
     values: Tensor
@@ -70,6 +71,7 @@ class Spectrum:
     beyond: float = 0.0
     doubt: float = 0.0
     small: Grams | None = None
+    ordered: bool = False
 
     @property
     def rank(self) -> int:
@@ -109,7 +111,24 @@ def _lower(piece: Tensor) -> Tensor:
 
 def grams(delta: LowRank) -> Grams:
     """The Gram matrices of a delta's factors, without its gains."""
+    if any(part is not None for part in delta.spectra):
+        return Grams(_gram_of_parts(delta.up.mT, delta), _gram_of_parts(delta.down, delta))
     return Grams(gram(delta.up.mT).cpu(), gram(delta.down).cpu())
+
+
+def _gram_of_parts(rows: Tensor, delta: LowRank) -> Tensor:
+    """:func:`gram` of rows of which some parts are known to be orthogonal."""
+    parts = delta.parts or (delta.rank,)
+    edges = list(itertools.pairwise(itertools.accumulate(parts, initial=0)))
+    square = torch.zeros((delta.rank, delta.rank), dtype=torch.float64)
+    for place, ((start, stop), values) in enumerate(zip(edges, delta.spectra, strict=True)):
+        own = rows[start:stop]
+        square[start:stop, start:stop] = gram(own).cpu() if values is None else torch.diag(values.cpu())
+        for other, end in edges[:place]:
+            both = (as_double(own) @ as_double(rows[other:end]).mT).cpu()
+            square[start:stop, other:end] = both
+            square[other:end, start:stop] = both.mT
+    return square
 
 
 def decompose(
@@ -124,6 +143,8 @@ def decompose(
         small: The delta's Gram matrices where they are known already.
     """
     parts: Sequence[int] = ()
+    if isinstance(delta, LowRank) and len(delta.spectra) == 1 and delta.spectra[0] is not None:
+        return _known(delta, delta.spectra[0])
     if isinstance(delta, Mixed):
         small, gains = delta.small, torch.ones(delta.rank, dtype=torch.float64)
     elif min(delta.out, delta.in_) < delta.rank:
@@ -155,6 +176,21 @@ def decompose(
         return (delta.left @ left, delta.right @ right) if isinstance(delta, Mixed) else (left, right)
 
     return replace(found, source=delta, mixing=mixing, small=small if len(parts) > 1 else None)
+
+
+def _known(delta: LowRank, values: Tensor) -> Spectrum:
+    """:func:`decompose` of a delta whose components are its singular vectors."""
+    gains = delta.component_gains()
+    values = values.cpu() * abs(float(gains[0]))  # of one piece: all its components count the same
+    energy = _checked(float(values.square().sum()))
+    kept = int((values > NOISE * energy**0.5).sum())
+
+    def mixing(rank: int) -> tuple[Tensor, Tensor]:
+        root = torch.eye(delta.rank, rank, dtype=torch.float64) * abs(float(gains[0])) ** 0.5
+        return root * float(gains[0].sign()), root
+
+    beyond = float(values[kept:].square().sum())
+    return Spectrum(values[:kept], energy, energy**0.5, delta, mixing, beyond, ordered=True)
 
 
 def lost_of_parts(
@@ -242,6 +278,8 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
     if spectrum.mixing is None or spectrum.source is None:
         raise ValueError("this spectrum was made without vectors")
     rank = min(rank, spectrum.rank)
+    if spectrum.ordered and isinstance(spectrum.source, LowRank):
+        return _first(spectrum.source, rank, dtype)
     left, right = spectrum.mixing(rank)
     if not sums_hold(spectrum, left, right):
         dtype = torch.float64
@@ -249,6 +287,14 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
     up = spectrum.source.up.to(dtype) @ left.to(dtype).to(device)
     down = right.mT.contiguous().to(dtype).to(device) @ spectrum.source.down.to(dtype)
     return LowRank(up, down, float(rank), spectrum.source.kernel)
+
+
+def _first(delta: LowRank, rank: int, dtype: torch.dtype) -> LowRank:
+    """The first components of a delta of one piece, its scale shared by both factors."""
+    gain = float(delta.component_gains()[0])
+    root = abs(gain) ** 0.5
+    up = delta.up[:, :rank].to(dtype) * math.copysign(root, gain)
+    return LowRank(up, delta.down[:rank].to(dtype) * root, float(rank), delta.kernel)
 
 
 def sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .core import Spectrum, decompose, decompose_whole, gram, truncate
+from .core import (
+    Spectrum,
+    cancelled,
+    decompose,
+    decompose_whole,
+    gram,
+    grams,
+    in_float32,
+    sizes,
+    truncate,
+)
 from .reach import NEAR, largest, times_two_to
 from .types import Dense, Grams, LowRank
 
@@ -41,13 +53,64 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
         return _times_two_to(decompose_dense(near, rank, vectors=vectors), power)
     weight = delta.weight
     energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-    basis = _krylov(weight.float(), _start_block(delta, rank), rank, energy) if rank else None
+    basis = None
+    if rank:
+        narrow = weight.float()
+        start = _start_block(delta.start, delta.in_, rank).to(weight.device)
+        basis = _krylov(
+            narrow.__matmul__, lambda left: left.mT @ narrow, start, rank, energy, min(weight.shape)
+        )
     if basis is None:
         return decompose_whole(weight.double(), energy**0.5, delta.kernel, vectors=vectors)
     inside = LowRank(basis, basis.mT @ weight.double(), float(basis.shape[1]), delta.kernel)
     small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(inside.down).cpu())
     spectrum = decompose(inside, energy**0.5, vectors=vectors, small=small)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
+
+
+def decompose_large(delta: LowRank, rank: int) -> Spectrum | None:
+    """Largest singular values and vectors of a sum with too many components for Gram matrices.
+
+    As :func:`decompose_dense`, with products by the factors: the matrix itself is never formed.
+
+    Args:
+        rank: How many are wanted.
+
+    Returns:
+        None where too many are wanted, or where the sum all but cancels.
+    """
+    if 2 * _WIDTH * rank > _PAYS * min(delta.out, delta.in_):
+        return None
+    small, gains = grams(delta), delta.component_gains()
+    energy, size = sizes(small, gains, delta.parts)
+    del small
+    if not math.isfinite(energy) or cancelled(energy, size) or not in_float32(size):
+        return None
+    up, down, own = delta.up.float(), delta.down.float(), gains.to(delta.up.device)
+    narrow = own.float()
+
+    def times(right: Tensor) -> Tensor:
+        return up @ (narrow[:, None] * (down @ right))
+
+    start = _start_block(_first_rows(delta, rank), delta.in_, rank).to(delta.up.device)
+    basis = _krylov(
+        times, lambda left: ((left.mT @ up) * narrow) @ down, start, rank, energy, min(delta.out, delta.in_)
+    )
+    if basis is None:
+        return None
+    image = ((basis.mT @ delta.up.double()) * own) @ delta.down.double()
+    inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
+    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image).cpu())
+    spectrum = decompose(inside, energy**0.5, small=small)
+    return replace(spectrum, energy=energy, size=size, beyond=max(0.0, energy - spectrum.energy))
+
+
+def _first_rows(delta: LowRank, rank: int) -> Tensor:
+    """(in, c) the first rows of each part, as many of each."""
+    parts = delta.parts or (delta.rank,)
+    each = max(1, _WIDTH * rank // len(parts))
+    edges = itertools.pairwise(itertools.accumulate(parts, initial=0))
+    return torch.cat([delta.down[start : min(stop, start + each)] for start, stop in edges]).mT
 
 
 def _times_two_to(spectrum: Spectrum, power: int) -> Spectrum:
@@ -77,28 +140,43 @@ def truncate_dense(delta: Dense, rank: int) -> LowRank:
     return truncate(decompose_dense(delta, rank), rank)
 
 
-def _start_block(delta: Dense, rank: int) -> Tensor:
+def _start_block(start: Tensor | None, in_: int, rank: int) -> Tensor:
     """(in, 2 rank) columns to start from: the inputs' row space, made up to the number by fixed noise."""
     columns = _WIDTH * rank
-    block = torch.empty((delta.in_, 0))
-    if delta.start is not None:
-        block = delta.start[:, :columns].float().cpu()
+    block = torch.empty((in_, 0))
+    if start is not None:
+        block = start[:, :columns].float().cpu()
         block = block / torch.linalg.vector_norm(block, dim=0).clamp(min=1e-30)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((delta.in_, columns - block.shape[1]), generator=generator)
-    return torch.cat([block, noise], dim=1).to(delta.weight.device)
+    noise = torch.randn((in_, columns - block.shape[1]), generator=generator)
+    return torch.cat([block, noise], dim=1)
 
 
-def _krylov(weight: Tensor, start: Tensor, rank: int, energy: float) -> Tensor | None:
-    """(out, rank) float64 orthonormal columns that span the largest left singular vectors.
+def _krylov(
+    times: Callable[[Tensor], Tensor],
+    onto: Callable[[Tensor], Tensor],
+    start: Tensor,
+    rank: int,
+    energy: float,
+    side: int,
+) -> Tensor | None:
+    """(out, rank) float64 orthonormal columns that span the largest left singular vectors of a matrix.
 
-    None when they are not found in few enough columns.
+    Args:
+        times: ``matrix @ x`` of x (in, c).
+        onto: ``x^T @ matrix`` of x (out, c).
+        start: (in, c) columns to start from.
+        energy: Squared norm of the matrix.
+        side: Its shorter side.
+
+    Returns:
+        None when they are not found in few enough columns.
     """
-    most = int(_PAYS * min(weight.shape))
+    most = int(_PAYS * side)
     if start.shape[1] > most // 2:
         return None
-    block = torch.linalg.qr(weight @ start).Q
-    basis, image = block, block.mT @ weight  # (out, c), (c, in)
+    block = torch.linalg.qr(times(start)).Q
+    basis, image = block, onto(block)  # (out, c), (c, in)
     found: list[float] = []
     while basis.shape[1] <= most:
         square = gram(image)
@@ -106,10 +184,10 @@ def _krylov(weight: Tensor, start: Tensor, rank: int, energy: float) -> Tensor |
         if _still_to_gain(found) <= _CONVERGED * (energy - found[-1]):
             largest = torch.linalg.eigh(square).eigenvectors[:, -rank:]
             return torch.linalg.qr((basis @ largest.to(basis)).double()).Q
-        block = weight @ image[-block.shape[1] :].mT
+        block = times(image[-block.shape[1] :].mT)
         for _ in range(2):  # once leaves rounding errors of the size of what is taken away
             block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
-        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, block.mT @ weight])
+        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, onto(block)])
     return None
 
 

@@ -23,6 +23,8 @@ def norm(delta: Delta) -> float:
 
 def inner(a: Delta, b: Delta) -> float:
     """Frobenius inner product ``sum(a * b)``, in float64, of two deltas on one device."""
+    if a is b and isinstance(a, LowRank) and len(a.spectra) == 1 and a.spectra[0] is not None:
+        return float((a.spectra[0].cpu() * a.component_gains()).square().sum())
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         left = a.component_gains()[:, None] * b.component_gains()
         return float((cross(a.up.mT, b.up.mT) * cross(a.down, b.down) * left.to(a.up.device)).sum())

@@ -59,7 +59,7 @@ def times_two_to(delta: _D, power: int) -> _D:
         except OverflowError:
             alpha = math.copysign(math.inf, delta.alpha)
         if alpha == 0 or power < -_LAST:
-            return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank))
+            return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank), spectra=())
         return replace(delta, alpha=alpha)
     if isinstance(delta, Mixed):
         factor = 2.0**power

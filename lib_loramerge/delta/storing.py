@@ -22,10 +22,11 @@ from .core import (
     sizes,
     truncate,
 )
-from .dense import decompose_dense
+from .dense import decompose_dense, decompose_large
 from .measure import squared_distance
 from .types import Dense, Grams, LowRank, Merged, Mixed
 
+_LARGE = 512  # Components from which on Gram matrices and their eigenvectors cost too much.
 _TELLS = 1e-3  # Part of the squared error from which on what may have been lost as noise is measured.
 _ALPHA = 120  # Alpha is written as float32: a power of two that it has room for, either way.
 _SUBNORMAL = 8  # Factors whose mean size is below this many times the least normal number are scaled up.
@@ -84,9 +85,38 @@ def write_layer(
     """
     if choose is None and isinstance(delta, LowRank):
         return store(delta, dtype, fixed_alpha=fixed_alpha)
-    spectrum = decompose_dense(delta, most) if isinstance(delta, Dense) else decompose(delta)
+    if isinstance(delta, LowRank) and most and _is_large(delta):
+        if most >= min(delta.out, delta.in_):
+            return _store_square(delta, dtype, fixed_alpha)
+        spectrum = (None if len(delta.spectra) == 1 else decompose_large(delta, most)) or decompose(delta)
+    else:
+        spectrum = decompose_dense(delta, most) if isinstance(delta, Dense) else decompose(delta)
     rank = choose(spectrum) if choose else spectrum.rank
     return store_truncated(spectrum, rank, dtype, fixed_alpha=fixed_alpha) if rank else None
+
+
+def _is_large(delta: LowRank) -> bool:
+    """Whether a delta has more components than an eigenproblem of that size is worth."""
+    return delta.rank >= _LARGE and bool(delta.spectra)
+
+
+def _store_square(delta: LowRank, dtype: torch.dtype, fixed_alpha: bool) -> Stored | None:
+    """All of a delta at its full rank: the matrix itself, and an identity on its shorter side."""
+    whole = delta.dense()
+    side = min(whole.shape)
+    eye = torch.eye(side, dtype=torch.float64, device=whole.device)
+    factors = (eye, whole) if delta.out <= delta.in_ else (whole, eye)
+    energy = float(whole.square().sum())
+    if energy == 0:
+        return None
+    fitted = fit(LowRank(*factors, float(side), delta.kernel), dtype, fixed_alpha=fixed_alpha)
+    up, down = fitted.up.to(dtype), fitted.down.to(dtype)
+    # The identity has powers of two in it, so a product with it is a scaling of rows or columns.
+    diagonal = (up if delta.out <= delta.in_ else down).double().diagonal()
+    written = diagonal[:, None] * down.double() if delta.out <= delta.in_ else up.double() * diagonal
+    error_sq = float((written * fitted.scale - whole).square().sum())
+    _check_finite(error_sq, fitted.alpha, dtype)
+    return _unless_lost(Stored(up, down, fitted.alpha, delta.kernel, error_sq, energy))
 
 
 def store_truncated(

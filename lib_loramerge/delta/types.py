@@ -27,6 +27,9 @@ class LowRank:
         gains: (rank,) float64 factor of each component, or None for ones: the delta is then
             ``alpha / rank * up @ diag(gains) @ down``. Only :func:`stack` makes them, so that a sum
             keeps the factors as they are stored and nothing is rounded before the arithmetic.
+        spectra: For each part (for a delta in one piece, one) the singular values of its ``up @ down``,
+            falling, where its components are the singular vectors and both factors share the roots; None for
+            a part of which that is not known. Empty: it is known of no part.
     """
 
     up: Tensor
@@ -35,6 +38,7 @@ class LowRank:
     kernel: tuple[int, ...] = ()
     parts: tuple[int, ...] = ()
     gains: Tensor | None = None
+    spectra: tuple[Tensor | None, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -188,7 +192,7 @@ def place_rows(delta: Delta, spans: Sequence[tuple[int, int]], total: int) -> De
 def take_rows(delta: Delta, spans: Sequence[tuple[int, int]]) -> Delta:
     """Rows ``spans`` of a fused layer's delta, in that order, as the delta of the split layer."""
     if isinstance(delta, LowRank):
-        return replace(delta, up=_taken(delta.up, spans))
+        return replace(delta, up=_taken(delta.up, spans), spectra=())
     return replace(delta, weight=_taken(delta.weight, spans))
 
 
@@ -232,7 +236,13 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         kernel=first.kernel,
         parts=tuple(part for delta in deltas for part in (delta.parts or (delta.rank,))),
         gains=gains,
+        spectra=_spectra(deltas),
     )
+
+
+def _spectra(deltas: Sequence[LowRank]) -> tuple[Tensor | None, ...]:
+    known = [delta.spectra or (None,) * max(1, len(delta.parts)) for delta in deltas]
+    return tuple(part for own in known for part in own) if any(delta.spectra for delta in deltas) else ()
 
 
 def _writable(alpha: float) -> float:

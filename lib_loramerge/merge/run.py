@@ -37,6 +37,9 @@ from .plan import (
 
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
 LAYERS = 16
+# From so many numbers on a layer is merged on fewer threads, so that all of them together keep within the room
+# (bytes); so many bytes it takes for each number.
+HUGE, ROOM, PER_NUMBER = 20_000_000, 3e9, 30
 # Share of a LoRA in the file below which the report warns.
 WELL_KEPT = 0.95
 # Batches on their way to an accelerator at once: more would only wait for each other, and need its memory.
@@ -330,7 +333,11 @@ def _for_each(
 ) -> Iterator[Any]:
     """``function`` of every batch, in their order."""
     total, done = len(plan.layers), 0
-    workers = workers or helpful_threads(sum(_numbers(plan, layer) for layer in plan.layers) / total)
+    if workers is None:
+        numbers = [_numbers(plan, layer) for layer in plan.layers]
+        workers = helpful_threads(sum(numbers) / total)
+        if max(numbers) > HUGE:
+            workers = max(1, min(workers, int(ROOM / (PER_NUMBER * max(numbers)))))
     start = time.perf_counter()
     for batch, result in zip(
         batches, parallel_map(function, batches, workers=workers, cancel=cancel), strict=True

@@ -128,7 +128,7 @@ def join(deltas: Sequence[Delta], weights: Sequence[float]) -> JointSpace:
     places = _spans([delta.rank for _, delta in given])
     for (index, delta), own in zip(given, places):
         # Without its parts: what one file says in several pieces is not a sum that cancels.
-        whole = replace(delta, parts=())
+        whole = replace(delta, parts=(), spectra=())
         spectrum = decompose(whole, small=Grams(small.up[own, own], small.down[own, own]))
         rank = numerical_rank(spectrum.values)
         left, right = spectrum.mixing(rank) if rank and spectrum.mixing else (_no_columns(delta.rank),) * 2

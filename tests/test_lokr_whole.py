@@ -1,0 +1,86 @@
+"""LoKr of whole matrices: hundreds of components, whose structure tells their singular values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib_loramerge.adapters import build
+from lib_loramerge.delta import decompose, norm, stack, write_layer
+from tests.delta_cases import low_rank, size
+
+SIDE, WIDE = 512, 560  # as many components as the code calls many
+
+
+def whole_lokr(out: int = SIDE, in_: int = WIDE, seed: int = 0, alpha: float | None = None):
+    """A delta as built from a file, and its dense float64 matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    w1 = torch.randn(8, 8, generator=generator)
+    # A falling spectrum, as trained files have.
+    w2 = torch.randn(out // 8, in_ // 8, generator=generator) @ torch.diag(
+        torch.arange(1, in_ // 8 + 1, dtype=torch.float32) ** -0.7
+    )
+    slots = {"lokr_w1": w1, "lokr_w2": w2}
+    if alpha is not None:
+        slots["scale"] = torch.tensor(alpha)
+    factor = 1.0 if alpha is None else alpha
+    return build(slots, where="layer").weight, factor * torch.kron(w1.double(), w2.double())
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, -2.0])
+def test_its_singular_values_are_the_products_of_the_factors(scale):
+    delta, whole = whole_lokr(alpha=scale)
+    for weight in (1.0, -0.7):
+        values = decompose(stack([delta], [weight]), vectors=False).values
+        exact = torch.linalg.svdvals(weight * whole)
+        assert torch.allclose(values, exact, rtol=1e-6, atol=1e-6 * float(exact[0]))
+    assert norm(delta) == pytest.approx(size(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [4, 300])
+@pytest.mark.parametrize("weight", [0.8, -1.5])
+def test_it_alone_is_cut_as_well_as_by_a_dense_decomposition(rank, dtype, weight):
+    delta, whole = whole_lokr()
+    stored = write_layer(stack([delta], [weight]), dtype, lambda s: min(rank, s.rank), most=rank)
+    least = float(torch.linalg.svdvals(weight * whole)[rank:].norm())
+    distance = size(stored.delta().dense() - weight * whole)
+    assert distance == pytest.approx(stored.error_sq**0.5, rel=1e-3)
+    assert distance <= least * (1 + 1e-6) + 5e-4 * size(whole) * (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("rank", [8, 24])
+def test_a_sum_with_loras_is_cut_to_within_a_hundred_thousandth_of_the_least_error(rank, count):
+    delta, whole = whole_lokr()
+    loras = [low_rank(SIDE, WIDE, 16, seed=seed, scale=0.5, decay=0.5) for seed in range(1, 1 + count)]
+    total = 0.8 * whole + sum(0.5 * lora.dense() for lora in loras)
+    stored = write_layer(
+        stack([delta, *loras], [0.8] + [0.5] * count), torch.float32, lambda s: min(rank, s.rank), most=rank
+    )
+    distance = size(stored.delta().dense() - total)
+    assert distance <= float(torch.linalg.svdvals(total)[rank:].norm()) * (1 + 1e-5)
+    assert distance == pytest.approx(stored.error_sq**0.5, rel=1e-6)
+
+
+def test_two_of_them_are_cut_as_well():
+    (a, dense_a), (b, dense_b) = whole_lokr(seed=1), whole_lokr(seed=2)
+    stored = write_layer(stack([a, b], [1.0, -0.5]), torch.float32, lambda s: min(16, s.rank), most=16)
+    total = dense_a - 0.5 * dense_b
+    distance = size(stored.delta().dense() - total)
+    assert distance <= float(torch.linalg.svdvals(total)[16:].norm()) * (1 + 1e-5)
+    assert distance == pytest.approx(stored.error_sq**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(SIDE, WIDE), (WIDE, SIDE)])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_at_full_rank_nothing_is_cut_and_the_rounding_is_told(dtype, shape, scale):
+    delta, whole = whole_lokr(*shape, alpha=scale)
+    lora = low_rank(*shape, 16, seed=5, scale=0.5 * scale**0.5)
+    total = whole + 0.5 * lora.dense()
+    stored = write_layer(stack([delta, lora], [1.0, 0.5]), dtype, lambda s: s.rank, most=SIDE)
+    distance = size(stored.delta().dense() - total)
+    assert stored.rank == SIDE
+    assert distance <= torch.finfo(dtype).eps * size(total)
+    assert distance == pytest.approx(stored.error_sq**0.5, rel=0.02, abs=1e-9 * size(total))
