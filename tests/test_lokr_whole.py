@@ -81,6 +81,7 @@ def test_at_full_rank_nothing_is_cut_and_the_rounding_is_told(dtype, shape, scal
     total = whole + 0.5 * lora.dense()
     stored = write_layer(stack([delta, lora], [1.0, 0.5]), dtype, lambda s: s.rank, most=SIDE)
     distance = size(stored.delta().dense() - total)
+    noise = 1e-7 * size(total)  # factors of so many components are float32 before they are rounded
     assert stored.rank == SIDE
-    assert distance <= torch.finfo(dtype).eps * size(total)
-    assert distance == pytest.approx(stored.error_sq**0.5, rel=0.02, abs=1e-9 * size(total))
+    assert distance <= torch.finfo(dtype).eps * size(total) + noise
+    assert distance == pytest.approx(stored.error_sq**0.5, rel=0.02, abs=noise)

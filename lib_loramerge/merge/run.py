@@ -37,8 +37,8 @@ from .plan import (
 
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
 LAYERS = 16
-# From so many numbers on a layer is merged on fewer threads, so that all of them together keep within the room
-# (bytes); so many bytes it takes for each number.
+# Layers of more numbers than this are merged on fewer threads, so that all of them together keep within the
+# room (bytes); a layer takes so many bytes for each number.
 HUGE, ROOM, PER_NUMBER = 20_000_000, 3e9, 30
 # Share of a LoRA in the file below which the report warns.
 WELL_KEPT = 0.95

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/lokr.py [--side 4096]
 
-A layer of Klein 9B is 4096 x 4096, of Flux.1 3072 x 3072 up to 3072 x 12288, of Z-Image 3840 x 3840. Peak memory
-is that of the process, torch included.
+A layer of Klein 9B is 4096 x 4096, of Flux.1 3072 x 3072 up to 3072 x 12288, of Z-Image 3840 x 3840. Peak
+memory is that of the process, torch included.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from lib_loramerge.adapters import build  # noqa: E402
-from lib_loramerge.delta import LowRank, decompose, stack, write_layer  # noqa: E402
-from lib_loramerge.merge.memory import peak_memory_bytes  # noqa: E402
+from lib_loramerge.adapters import build
+from lib_loramerge.delta import LowRank, decompose, stack, write_layer
+from lib_loramerge.merge.memory import peak_memory_bytes
 
 
 def main() -> None:
