@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .architectures import ARCHITECTURES, component, diffusers_layers, layer_path
+from .architectures import ARCHITECTURES, canonical_path, component, diffusers_layers, layer_path
 
 # --- Base models ---------------------------------------------------------------------------
 
@@ -27,10 +27,12 @@ Form = tuple[str, str]
 CHECKPOINT, DIFFUSERS = "checkpoint", "diffusers"
 # The attention of a U-Net has one more spelling in diffusers, by attention processors; hosts tell them apart.
 PROCESSOR, ATTENTION = "processor", "attention"
+# Any other spelling of the path that we read, such as that of the model's own code.
+ALIAS = "alias"
 
 _PREFIXES = (
     "lora_unet_", "oft_unet_", "lora_prior_unet_", "lora_transformer_", "lycoris_", "diffusion_model.",
-    "transformer.", "unet.", "base_model.model.", "",
+    "transformer.", "unet.base_model.model.", "unet.", "base_model.model.", "",
 )  # fmt: skip
 _KOHYA, _KOHYA_DIFFUSERS = ("lora_unet_", CHECKPOINT), ("lora_unet_", DIFFUSERS)
 _COMFY, _COMFY_DIFFUSERS = ("diffusion_model.", CHECKPOINT), ("diffusion_model.", DIFFUSERS)
@@ -60,6 +62,8 @@ def forms(architecture: str, layer: str, name: str) -> set[Form]:
     if _flat(rest) in theirs:
         apart = architecture in _SD and ".to_" in rest
         found.add((prefix, ATTENTION if apart else DIFFUSERS))
+    if not found and canonical_path(architecture, "unet", _flat(rest)) is not None:
+        found.add((prefix, ALIAS))
     return found
 
 
@@ -183,7 +187,7 @@ _OWN_LAYERS = frozenset({"up_bias", "down_bias", "magnitude"})
 _COMFY_IGNORES = _RESIDUAL | _OWN_LAYERS | {"scale", "scalar", "lokr_t1", "bm"}
 _A1111_IGNORES = _OWN_LAYERS | (_RESIDUAL - {"bias"}) | {"scalar", "lokr_t1", "bm"}
 _NO_FORMULA = frozenset({"ia3", "oft_diag"})
-_RAW_ENCODERS = frozenset({"clip_l", "clip_g", "t5xxl", "qwen3_06b"})
+_RAW_ENCODERS = frozenset({"clip_h", "clip_l", "clip_g", "t5xxl", "qwen3_06b"})
 
 _UNETS = {
     _KOHYA_DIFFUSERS: _SD, _LYCORIS: _SD,
@@ -205,6 +209,7 @@ def _models(*names: str) -> frozenset[str]:
 
 
 _FLUX_FAMILY = _FLUX | {"flux2", "longcat"}
+_ALIASES = tuple((prefix, ALIAS) for prefix in ("", "diffusion_model.", "transformer.", "lycoris_"))
 # Norms of the Flux family are no ``weight`` there, and known by their dotted names with ``scale`` alone.
 _FLUX_NORMS = dict.fromkeys(_FLUX_FAMILY, re.compile(r"(?:lora_unet_|diffusion_model\.).*(?:query|key)_norm"))
 _QKV_OF_LINEAR1 = r"diffusion_model\..*\.linear1_qkv"
@@ -217,7 +222,7 @@ _TEXT_PROJECTION = re.compile(r"lora_te[12]?_text_projection")
 
 _PIPELINES = frozenset({
     *_SD, *_SD3, *_FLUX, "flux2", "hunyuan_video", "hunyuan_video15", "lumina2", "zimage", "qwen_image",
-    "wan", "anima", "cosmos_predict2", "ltxv", "ltx2", "auraflow", "hidream", "mochi", "ace_step15",
+    "wan", "anima", "cosmos_predict2", "ltx_video", "ltx2", "auraflow", "hidream", "mochi", "ace_step15",
     "krea2", "ideogram4", "ernie_image", "kandinsky5",
 })  # fmt: skip
 _SDNEXT_OWN = frozenset({*_SD, *_SD3, *_FLUX, "flux2", "zimage", "anima", "ernie_image", "krea2"})
@@ -266,7 +271,7 @@ HOSTS: dict[str, Host] = {
                 {_KOHYA: _ALL, _COMFY: _ALL}, _UNETS,
                 {_PIPELINE: _SD3 | {"flux1", "auraflow", "pixart"}, _LYCORIS: _SD3 | {"flux1"}},
                 {_ONETRAINER: _SD3 | {"flux1"}, _PEFT: _SD3 | {"pixart"}},
-                {_PEFT_OWN: _models("hunyuan_dit")},
+                {_PEFT_OWN: _models("hunyuan_dit"), ("unet.base_model.model.", DIFFUSERS): _models("pixart")},
             ),
             _COMFY_ENCODERS, _RAW_ENCODERS | {"hydit_clip", "mt5xl", "pile_t5xl"},
             lost={**_FLUX_NORMS, **_NORMS_AND_QKV},
@@ -281,10 +286,15 @@ HOSTS: dict[str, Host] = {
                 dict.fromkeys((_PIPELINE, _LYCORIS, _ONETRAINER, _BARE), _FLUX | {"flux2"}),
                 dict.fromkeys((_COMFY_DIFFUSERS, _PIPELINE, _LYCORIS, _BARE), _models("zimage", "krea2")),
                 dict.fromkeys((_BARE_OWN, _PIPELINE_OWN, _LYCORIS_OWN), _models("qwen_image")),
-                {_PIPELINE_OWN: _models("ernie_image")},
+                {_PIPELINE_OWN: _models("ernie_image"), ("diffusion_model.", ALIAS): _FLUX | {"flux2"}},
+                dict.fromkeys(_ALIASES, _models("krea2")),
             ),
             {**_COMFY_CLIPS, "anima": {"te": ("lora_te_",)}}, _RAW_ENCODERS,
             lost={**_FLUX_NORMS, "sd1": _TEXT_PROJECTION, "sdxl": _TEXT_PROJECTION,
+                  "sdxl_refiner": re.compile(r"lora_prior_te_text_projection"),
+                  "anima": re.compile(
+                      r"lora_te_(?:embed_tokens|norm)|text_encoders\.qwen3_06b\.transformer\..*"
+                  ),
                   "flux1": re.compile(rf"{_FLUX_NORMS['flux1'].pattern}|{_TEXT_PROJECTION.pattern}")},
             kinds_missing=_NO_FORMULA, ignores=_COMFY_IGNORES,
         ),
@@ -296,7 +306,7 @@ HOSTS: dict[str, Host] = {
                 {("unet.", kind): _SD for kind in (DIFFUSERS, ATTENTION)},
                 {_ONETRAINER: _SDNEXT_OWN - _SD, _LYCORIS: _SDNEXT_OWN - _SD},
                 {_PIPELINE: _PIPELINES - _SD, _PEFT: _models("chroma", "flux2", "zimage")},
-                {_BARE: _models("chroma", "flux2", "zimage")},
+                {_BARE: _models("chroma", "flux2", "zimage"), _COMFY_DIFFUSERS: _models("zimage")},
             ),
             {
                 "sd1": {"te": ("lora_te_",)}, "sd2": {"te": ("lora_te_",)},
@@ -312,6 +322,8 @@ HOSTS: dict[str, Host] = {
                 **dict.fromkeys(_SD, re.compile(r"lora_unet_output_blocks_2_1_conv|lora_te_text_projection")),
                 "sdxl": re.compile(r"lora_te1_text_projection"),
                 **dict.fromkeys(_SD3, re.compile(r"lycoris_(?!.*transformer).*")), "flux1": _OUTSIDE_BLOCKS,
+                "anima": re.compile(r"lora_unet_llm_adapter_.*"),
+                "zimage": re.compile(r"(?:cap_embedder|t_embedder|all_x_embedder|all_final_layer)\..*"),
                 "chroma": re.compile(r".*(?:query|key)_norm"), "flux2": re.compile(r".*(?:query|key)_norm"),
             },
             dialects={**dict.fromkeys(_PIPELINES - _SDNEXT_OWN, "diffusers"),
@@ -328,12 +340,18 @@ HOSTS: dict[str, Host] = {
                 dict.fromkeys((_PIPELINE, _PEFT, _ONETRAINER, _LYCORIS), _SD3),
                 {_PIPELINE: _models("auraflow", "pixart"), _PEFT: _models("pixart")},
                 {_PEFT_OWN: _models("hunyuan_dit", "ace_step15")},
-                {_BARE_OWN: _models("mochi", "ace_step", "omnigen2", "qwen_image", "kandinsky5", "ltxv",
+                {_BARE_OWN: _models("mochi", "ace_step", "omnigen2", "qwen_image", "kandinsky5", "ltx_video",
                                     "ltx2")},
                 {_PIPELINE_OWN: _models("hidream", "qwen_image", "ernie_image", "kandinsky5", "hunyuan_video",
                                         "hunyuan_video15")},
                 {_LYCORIS_OWN: _models("hidream", "qwen_image", "ace_step15")},
                 dict.fromkeys((_COMFY_DIFFUSERS, _PIPELINE, _LYCORIS, _BARE), _models("zimage", "krea2")),
+                dict.fromkeys(_ALIASES, _models("krea2")),
+                {("diffusion_model.", ALIAS): _FLUX_FAMILY | {"hunyuan_video", "hunyuan_video15"}},
+                {("transformer.", ALIAS): _models("hunyuan_video", "hunyuan_video15")},
+                {("unet.base_model.model.", DIFFUSERS): _models("pixart")},
+                dict.fromkeys([(prefix, ALIAS) for prefix in ("base_model.model.", "lycoris_")],
+                              _models("ace_step15")),
             ),
             _COMFY_ENCODERS, _models("*"), kinds_missing=_NO_FORMULA, ignores=_COMFY_IGNORES,
         ),
@@ -344,7 +362,7 @@ HOSTS: dict[str, Host] = {
                 {("unet.", kind): _SD for kind in (DIFFUSERS, ATTENTION, PROCESSOR)},
                 # Its own converters make something of kohya's names for these alone.
                 {_KOHYA: _models("sdxl", "flux1", "chroma", "flux2", "zimage", "qwen_image")},
-                {_COMFY: _models("flux2", "zimage", "qwen_image", "anima", "ltxv", "ltx2", "hidream",
+                {_COMFY: _models("flux2", "zimage", "qwen_image", "anima", "ltx_video", "ltx2", "hidream",
                                  "krea2")},
             ),
             {
