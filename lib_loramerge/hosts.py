@@ -337,7 +337,7 @@ HOSTS: dict[str, Host] = {
                 {_KOHYA: _ALL, _COMFY: _ALL}, _UNETS,
                 {("lora_prior_unet_", CHECKPOINT): _models("stable_cascade")},
                 dict.fromkeys((_PIPELINE, _LYCORIS, _ONETRAINER, _BARE), _FLUX_FAMILY),
-                dict.fromkeys((_PIPELINE, _PEFT, _ONETRAINER, _LYCORIS), _SD3),
+                dict.fromkeys((_PIPELINE, _PEFT, _ONETRAINER, _LYCORIS), _SD3), {_PEFT: _models("ace_step15")},
                 {_PIPELINE: _models("auraflow", "pixart"), _PEFT: _models("pixart")},
                 {_PEFT_OWN: _models("hunyuan_dit", "ace_step15")},
                 {_BARE_OWN: _models("mochi", "ace_step", "omnigen2", "qwen_image", "kandinsky5", "ltx_video",
