@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
@@ -29,9 +30,15 @@ from lib_loramerge.files.recognise import describe_bytes, size_text
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes; the safetensors library has the same limit."""
 
-BRACKET_LIMIT = 3_000_000
-COMMA_LIMIT = 12_000_000
-"""Far above any real header; beyond them parsing would cost gigabytes of memory."""
+TENSOR_LIMIT = 100_000
+BRACKET_LIMIT = 3 * TENSOR_LIMIT + 1_000
+COMMA_LIMIT = 20 * TENSOR_LIMIT
+"""Outside texts. Far above any real header; beyond them parsing would cost much memory."""
+
+WIDE_LIMIT = 25_000_000
+"""Longest header with characters beyond ASCII, of which one makes Python keep four bytes for each."""
+
+NAME_LIMIT = 2_000
 
 DIMENSION_LIMIT = 16
 ELEMENT_LIMIT = 2**60
@@ -178,7 +185,7 @@ def parse_header(raw: bytes, size: int, path: Path) -> Header:
     Raises:
         FileError: If anything in it is not as the safetensors format demands.
     """
-    if raw.count(b"[") + raw.count(b"{") > BRACKET_LIMIT or raw.count(b",") > COMMA_LIMIT:
+    if _lists_too_much(raw) or (len(raw) > WIDE_LIMIT and not (raw.isascii() and b"\\u" not in raw)):
         raise _damaged(path, "its header lists more than any adapter file holds")
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -198,8 +205,26 @@ def parse_header(raw: bytes, size: int, path: Path) -> Header:
     return Header(MappingProxyType(dict(tensors)), MappingProxyType(metadata), data_start, size)
 
 
+def _lists_too_much(raw: bytes) -> bool:
+    """Whether parsing would cost too much; texts may hold as many brackets as they like, as tags do."""
+    if raw.count(b"[") + raw.count(b"{") <= BRACKET_LIMIT and raw.count(b",") <= COMMA_LIMIT:
+        return False
+    brackets = commas = place = 0
+    # Counted on the way: a copy without texts would be put together of millions of pieces.
+    for start, end in chain((text.span() for text in _TEXT.finditer(raw)), [(len(raw), len(raw))]):
+        between = raw[place:start]
+        brackets += between.count(b"[") + between.count(b"{")
+        commas += between.count(b",")
+        if brackets > BRACKET_LIMIT or commas > COMMA_LIMIT:
+            return True
+        place = end
+    return False
+
+
 def _tensor_info(key: str, entry: Any, path: Path) -> TensorInfo:
     """One checked entry; its bytes must be as many as dtype and shape demand."""
+    if len(key) > NAME_LIMIT:
+        raise _damaged(path, f"tensor {_named(key)} has a name of {len(key):,} characters")
     if not isinstance(entry, dict):
         raise _damaged(path, f"the header entry of tensor {_named(key)} is not a description")
     dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -292,6 +317,7 @@ def _short(value: object) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 OUTPUT_NAME = re.compile(rb'(?<!\\)"ss_output_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 

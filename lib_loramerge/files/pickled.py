@@ -2,58 +2,275 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import math
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from lib_loramerge.errors import FileError, UnsupportedError
-from lib_loramerge.files.header import Header, TensorInfo, header_bytes, read_exactly, reading
+from lib_loramerge.errors import FileError, LoraMergeError, UnsupportedError
+from lib_loramerge.files.header import (
+    DTYPE_BITS,
+    Header,
+    TensorInfo,
+    header_bytes,
+    read_exactly,
+    unreadable,
+)
+from lib_loramerge.files.pickling import (
+    INSTRUCTIONS,
+    Excessive,
+    Harmful,
+    Name,
+    Storage,
+    StoredTensor,
+    Unread,
+    read_pickle,
+)
 from lib_loramerge.files.recognise import RENAME, describe_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PICKLE_SUFFIXES = (".pt", ".ckpt")
 WRAPPERS = ("state_dict", "module", "model", "lora", "params", "params_ema")
 """Names under which tools put the tensors when they save other things beside them."""
 
 
-def load_pickle(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    """Read a whole ``.pt`` or ``.ckpt``, refusing everything but tensors and plain values.
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's numbers are.
 
-    The file is opened here and handed over open: Forge wraps ``torch.load`` and renames
-    the path of any file that it fails on. For the same reason the function is taken from
-    ``torch.serialization``, which hosts leave alone.
+    Attributes:
+        start: First byte of its storage in the file; -1 for a number that the pickle itself holds.
+        tensor: Its view of the storage; None for a number.
+        number: The number as the four bytes of a float32.
+    """
+
+    start: int
+    tensor: StoredTensor | None = None
+    number: bytes = b""
+
+
+OLD_MAGIC, OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
+WIDTHS = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits >= 8}
+DEEPEST, LONGEST_NAME = 30, 2_000
+MOST_VIEWS = 4
+"""Tensors that share numbers may be so many times as large as the file."""
+
+
+def load_pickle(path: Path, file: BinaryIO, size: int) -> tuple[Header, dict[str, Place]]:
+    """Understand a ``.pt`` or ``.ckpt``, whatever it asks for: no code is run and no tensor is read.
 
     Returns:
-        The header, as a safetensors file of the same tensors would have it, and the
-        tensors as stored, by key.
+        The header, as a safetensors file of the same tensors would have it, and the place of each tensor.
 
     Raises:
-        FileError: If it is damaged, holds code, or is not a PyTorch file.
+        FileError: If it is damaged, holds code, exceeds our bounds or is not a PyTorch file.
+        UnsupportedError: If it holds something else than tensors, or tensors of a kind that is not read.
     """
-    import torch
+    file.seek(0)
+    _check_start(path, file, size)
+    file.seek(0)
+    buffered: Any = io.BufferedReader(_Kept(file))
+    try:
+        loaded, starts = _from_zip(path, buffered, size) if _is_zip(file) else _from_old(buffered, size)
+        _check_storages(path, starts, size)
+        return _described(path, loaded, {key: start for key, (_, start, _) in starts.items()}, size)
+    except LoraMergeError:
+        raise
+    except Harmful as error:
+        raise FileError(
+            f"{path.name} holds more than tensors, perhaps harmful code, and was not opened; use a "
+            ".safetensors file."
+        ) from error
+    except Excessive as error:
+        raise FileError(
+            f"{path.name} asks for more than any adapter file holds and was not opened; use a .safetensors "
+            "file."
+        ) from error
+    except Unread as error:
+        raise UnsupportedError(f"{path.name} holds {error}, a kind of tensor that is not read.") from error
+    except Exception as error:  # A damaged pickle fails in nearly any way; EINVAL is a place that is none.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise unreadable(path, error) from error
+        text = " ".join(str(error).split())[:120]
+        raise FileError(
+            f"{path.name} is damaged or not a PyTorch file ({text}); download it again."
+        ) from error
 
-    with reading(path) as (file, status):
-        _check_start(path, file, status.st_size)
-        file.seek(0)
-        try:
-            loaded = torch.serialization.load(file, map_location=torch.device("cpu"), weights_only=True)
-        except Exception as error:  # On damaged files torch raises nearly any class.
-            raise FileError(f"{path.name} {_reason(error)}") from error
-        size = status.st_size
-    tensors: dict[str, Tensor] = {}
+
+Starts = dict[str, tuple[Storage, int, int]]
+"""Storage, first byte, and how many bytes there are."""
+
+
+class _Kept(io.RawIOBase):
+    """A file that a buffer around it may close without closing it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, target: Any) -> int | None:
+        return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    file.seek(0)
+    start = read_exactly(file, 2)
+    file.seek(0)
+    return start == b"PK"
+
+
+def _from_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, Starts]:
+    """What ``torch.save`` writes since 1.6: a zip archive of the pickle and a file for each storage."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        names = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+        if len(names) != 1:
+            raise ValueError("it has no data.pkl")
+        folder = names[0].rpartition("/")[0]
+        if f"{folder}/constants.pkl" in entries:
+            raise Harmful("TorchScript")
+        order = entries.get(f"{folder}/byteorder")
+        if order is not None and archive.read(order).strip() != b"little":
+            raise Unread("big-endian")
+        file.seek(_data_start(file, entries[names[0]], size))
+        loaded, storages = read_pickle(file)
+        starts = {}
+        for key, storage in storages.items():
+            entry = entries.get(f"{folder}/data/{key}")
+            if entry is None:
+                raise ValueError(f"the tensor data {key[:20]!r} are missing")
+            starts[key] = (storage, _data_start(file, entry, size), entry.file_size)
+    return loaded, starts
+
+
+def _data_start(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
+    """First byte of a stored entry, behind its own header, whose length the directory does not tell."""
+    file.seek(entry.header_offset)
+    head = read_exactly(file, 30)
+    if len(head) < 30 or head[:4] != b"PK\3\4":
+        raise ValueError("an entry of the archive is missing")
+    name, more = struct.unpack("<HH", head[26:30])
+    start = entry.header_offset + 30 + int(name) + int(more)
+    if start + entry.file_size > size:
+        raise ValueError("it is cut off")
+    return start
+
+
+def _from_old(file: BinaryIO, size: int) -> tuple[Any, Starts]:
+    """What ``torch.save`` wrote before: five pickles, and the storages behind them."""
+    if read_pickle(file)[0] != OLD_MAGIC or read_pickle(file)[0] != OLD_VERSION:
+        raise ValueError("it is a pickle of something else")
+    system = read_pickle(file)[0]
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise Unread("big-endian")
+    loaded, storages = read_pickle(file)
+    keys = read_pickle(file)[0]
+    if not isinstance(keys, list):
+        raise ValueError("the list of tensor data is missing")
+    starts: Starts = {}
+    for key in keys:
+        storage = storages[str(key)]
+        head = read_exactly(file, 8)
+        if len(head) < 8:
+            raise ValueError("it is cut off")
+        held = struct.unpack("<q", head)[0] * WIDTHS.get(storage.dtype, 1)
+        starts[str(key)] = (storage, file.tell(), held)
+        if held < 0 or file.tell() + held > size:
+            break  # Told by who looks at what is declared.
+        file.seek(held, 1)
+    missing = set(storages) - set(starts)
+    if missing and len(starts) == len(keys):
+        raise ValueError(f"the tensor data {sorted(missing)[0][:20]!r} are missing")
+    return loaded, starts
+
+
+def _check_storages(path: Path, starts: Starts, size: int) -> None:
+    """Nothing is larger than what is there, whatever is declared."""
+    for storage, start, held in starts.values():
+        declared = storage.count * WIDTHS.get(storage.dtype, 1)
+        if declared > held or held < 0 or start + held > size:
+            raise FileError(
+                f"{path.name} is damaged: it declares {declared:,} bytes for a tensor and holds "
+                f"{max(0, min(held, size - start)):,}. Download it again."
+            )
+
+
+def _described(
+    path: Path, loaded: Any, starts: Mapping[str, int], size: int
+) -> tuple[Header, dict[str, Place]]:
+    places: dict[str, Place] = {}
+    infos: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for key, value in _flatten(_unwrap(loaded, path), ""):
-        if isinstance(value, torch.Tensor):
-            tensors[key] = value.detach()
+    declared = 0
+    for key, value in _flatten(_unwrap(loaded, path)):
+        if isinstance(value, StoredTensor):
+            width = WIDTHS[value.dtype]
+            end = value.offset + 1 + sum((n - 1) * step for n, step in zip(value.shape, value.strides))
+            held = value.storage.count * WIDTHS.get(value.storage.dtype, 1) // width
+            count = math.prod(value.shape)
+            declared += count * width
+            beyond = 0 not in value.shape and (end > held or count > held)
+            if beyond or declared > MOST_VIEWS * size:
+                raise Excessive
+            places[key] = Place(starts[value.storage.key], value)
+            infos[key] = TensorInfo(value.dtype, value.shape, 0, count * width)
         elif isinstance(value, (int, float)):
-            tensors[key] = torch.tensor(float(value))  # alpha, in files of some scripts.
-        elif value is not None:
-            metadata[key] = str(value)
-    return _header(tensors, metadata, size, path), dict(sorted(tensors.items()))
+            places[key] = Place(-1, number=struct.pack("<f", float(value)))  # alpha, in files of some scripts
+            infos[key] = TensorInfo("F32", (), 0, 4)
+        elif isinstance(value, (str, bytes, Name)):
+            metadata[key] = value if isinstance(value, str) else repr(value)[:1000]
+    ordered, start = {}, 0
+    for key in sorted(infos):
+        info = infos[key]
+        ordered[key] = TensorInfo(info.dtype, info.shape, start, start + info.end)
+        start += info.end
+    return Header(MappingProxyType(ordered), MappingProxyType(metadata), 0, size), places
+
+
+def read_place(place: Place, info: TensorInfo, read_at: Callable[[int, memoryview], None]) -> bytearray:
+    """The bytes of one tensor, in the order of its shape, little-endian."""
+    if place.tensor is None:
+        return bytearray(place.number)
+    target = bytearray(info.end - info.start)
+    if not target:
+        return target
+    tensor, width = place.tensor, WIDTHS[info.dtype]
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides))
+    if span * width == len(target) and _in_order(tensor):
+        read_at(place.start + tensor.offset * width, memoryview(target))
+        return target
+    import numpy as np
+
+    stored = bytearray(span * width)
+    read_at(place.start + tensor.offset * width, memoryview(stored))
+    numbers = np.frombuffer(stored, f"u{width}")
+    steps = tuple(step * width for step in tensor.strides)
+    return bytearray(np.lib.stride_tricks.as_strided(numbers, tensor.shape, steps).tobytes())
+
+
+def _in_order(tensor: StoredTensor) -> bool:
+    step = 1
+    for side, stride in zip(reversed(tensor.shape), reversed(tensor.strides)):
+        if side != 1 and stride != step:
+            return False
+        step *= side
+    return True
 
 
 def _check_start(path: Path, file: BinaryIO, size: int) -> None:
@@ -82,31 +299,25 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
             raise FileError(f"{path.name} is a compressed zip archive, not a file that PyTorch wrote.")
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "nsupported" in text or "weights_only" in text or "Weights only" in text or "WeightsUnpickler" in text:
-        return "holds more than tensors, perhaps harmful code, and was not opened; use a .safetensors file."
-    return f"is damaged or not a PyTorch file ({text[:120]}); download it again."
-
-
 def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
     """The dictionary that holds the tensors."""
-    import torch
-
-    while isinstance(loaded, Mapping):
-        inside = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)]
-        if len(inside) != 1 or any(isinstance(value, torch.Tensor) for value in loaded.values()):
+    for _ in range(DEEPEST):
+        if not isinstance(loaded, dict):
+            break
+        inside = [loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)]
+        if len(inside) != 1 or any(isinstance(value, StoredTensor) for value in loaded.values()):
             return loaded
         loaded = inside[0]
+    else:
+        raise Excessive
     is_list = isinstance(loaded, (list, tuple)) and bool(loaded)
-    if is_list and all(isinstance(value, torch.Tensor) for value in loaded):
+    if is_list and all(isinstance(value, StoredTensor) for value in loaded):
         return _numbered(loaded, path)
-    raise UnsupportedError(
-        f"{path.name} holds a {type(loaded).__name__}, not a dictionary of tensors; it is no LoRA."
-    )
+    kind = {StoredTensor: "Tensor", Name: "class"}.get(type(loaded), type(loaded).__name__)
+    raise UnsupportedError(f"{path.name} holds a {kind}, not a dictionary of tensors; it is no LoRA.")
 
 
-def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> Mapping[str, Any]:
+def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> dict[str, Any]:
     """Names for the bare list up, down, up, down ... of the first LoRA tool (cloneofsimo/lora).
 
     They are the names that its own safetensors files have.
@@ -119,30 +330,23 @@ def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> Mapping[str, An
     return {f"{component}:{i // 2}:{'down' if i % 2 else 'up'}": value for i, value in enumerate(pairs)}
 
 
-def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _flatten(loaded: Any) -> Iterator[tuple[str, Any]]:
     """Nested dictionaries and lists as dotted names, as they occur in embeddings and hypernetworks."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _flatten(item, f"{name}.{index}" if name else str(index))
-    else:
-        yield name, value
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], size: int, path: Path) -> Header:
-    infos, start = {}, 0
-    for key in sorted(tensors):
-        dtype = torch_dtypes().get(tensors[key].dtype)
-        if dtype is None or tensors[key].is_sparse or tensors[key].is_meta:
-            raise UnsupportedError(
-                f"{path.name}: tensor {key!r} is a {tensors[key].dtype}, which is not read."
-            )
-        end = start + tensors[key].numel() * tensors[key].element_size()
-        infos[key] = TensorInfo(dtype, tuple(tensors[key].shape), start, end)
-        start = end
-    return Header(MappingProxyType(infos), MappingProxyType(dict(metadata)), 0, size)
+    waiting = [("", loaded, 0)]
+    seen = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        if depth > DEEPEST or len(name) > LONGEST_NAME:
+            raise Excessive
+        if not isinstance(value, (dict, list, tuple)):
+            yield name, value
+            continue
+        seen += len(value)
+        if seen > INSTRUCTIONS:
+            raise Excessive
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found = [(f"{name}.{key}" if name else str(key), item, depth + 1) for key, item in items]
+        waiting += reversed(found)
 
 
 def torch_dtypes() -> dict[Any, str]:

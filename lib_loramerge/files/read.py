@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from lib_loramerge.errors import FileError
-from lib_loramerge.files.decode import decode, tensor_bytes
+from lib_loramerge.files.decode import decode
 from lib_loramerge.files.hashes import hash_from
 from lib_loramerge.files.header import (
     HEADERS,
@@ -32,7 +32,7 @@ from lib_loramerge.files.header import (
     stamp_of,
     unreadable,
 )
-from lib_loramerge.files.pickled import PICKLE_SUFFIXES, load_pickle
+from lib_loramerge.files.pickled import PICKLE_SUFFIXES, Place, load_pickle, read_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def _header_of(path: Path, file: BinaryIO, status: os.stat_result) -> Header:
     header = HEADERS.get(key)
     if header is None:
         if path.suffix.lower() in PICKLE_SUFFIXES:
-            header = load_pickle(path)[0]
+            header = load_pickle(path, file, status.st_size)[0]
         else:
             try:
                 header = parse_header(header_bytes(file, status.st_size, path), status.st_size, path)
@@ -90,11 +90,13 @@ class LoraFile:
         """
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._loaded: dict[str, Tensor] | None = None
+        self._places: dict[str, Place] | None = None
         self._file: BinaryIO | None
         self._file, status = open_regular(self.path)
         try:
             self.header = _header_of(self.path, self._file, status)
+            if self.path.suffix.lower() in PICKLE_SUFFIXES:
+                self._places = load_pickle(self.path, self._file, status.st_size)[1]
         except BaseException:
             self.close()
             raise
@@ -124,10 +126,7 @@ class LoraFile:
         """
         info = self.header.tensors[key]
         where = f"{self.path.name}: tensor {key!r}"
-        if self.path.suffix.lower() in PICKLE_SUFFIXES:
-            tensor = _computable(self._pickled()[key])
-        else:
-            tensor = decode(info.dtype, info.shape, lambda target: self._fill(info, target), where)
+        tensor = decode(info.dtype, info.shape, lambda target: self._fill(key, target), where)
         bad = count_not_finite(tensor)
         if bad:
             raise FileError(
@@ -140,10 +139,7 @@ class LoraFile:
         """The stored bytes of one tensor, little-endian."""
         info = self.header.tensors[key]
         target = bytearray(info.end - info.start)
-        if self.path.suffix.lower() in PICKLE_SUFFIXES:
-            memoryview(target)[:] = tensor_bytes(self._pickled()[key].contiguous())
-        else:
-            self._fill(info, memoryview(target))
+        self._fill(key, memoryview(target))
         return target
 
     def model_hash(self, stop: Callable[[], None] | None = None) -> str:
@@ -173,9 +169,13 @@ class LoraFile:
         if not same:
             raise changed_meanwhile(self.path)
 
-    def _fill(self, info: TensorInfo, target: memoryview) -> None:
+    def _fill(self, key: str, target: memoryview) -> None:
         """Read the bytes of one tensor into memory."""
-        self._read_at(self.header.data_start + info.start, target)
+        info = self.header.tensors[key]
+        if self._places is None:
+            self._read_at(self.header.data_start + info.start, target)
+        else:
+            target[:] = read_place(self._places[key], info, self._read_at)
 
     def _read_at(self, place: int, target: memoryview) -> None:
         if self._file is None:
@@ -192,15 +192,8 @@ class LoraFile:
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def _pickled(self) -> dict[str, Tensor]:
-        with self._lock:
-            if self._loaded is None:
-                self.header, self._loaded = load_pickle(self.path)
-            return self._loaded
-
     def close(self) -> None:
         """Let go of the file; Windows replaces no file that is open."""
-        self._loaded = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -269,11 +262,3 @@ def count_not_finite(tensor: Tensor) -> int:
     if not tensor.numel() or math.isfinite(tensor.sum(dtype=wide).item()):
         return 0
     return int(tensor.numel() - torch.isfinite(tensor).sum())
-
-
-def _computable(stored: Tensor) -> Tensor:
-    """A copy as float64 if stored so, float32 otherwise."""
-    import torch
-
-    target = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    return stored.to(target, copy=True).contiguous()

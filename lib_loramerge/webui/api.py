@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .. import __version__
 from ..errors import (
+    Cancelled,
     FileError,
     IncompatibleError,
     LoraMergeError,
@@ -35,6 +37,7 @@ from . import analyse, schema
 from .access import Names, Refusal, check_credentials, check_origin, parse_users
 from .host import ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue, MergeRequest
+from .listing import readable
 from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
 from .sidecar import UserMetadata
 
@@ -46,6 +49,7 @@ MAX_AT_ONCE = 4
 # Requests that look at tensors wait for one another, and for this long at most.
 MAX_LOOKS = 4
 LOOK_SECONDS = 300.0
+INSPECT_SECONDS = 60.0
 
 _STATUS: tuple[tuple[type[LoraMergeError], int], ...] = (
     (ConflictError, 409),
@@ -188,7 +192,14 @@ class Service:
             inspect as inspect_lora,
         )  # Not at the WebUI's start, see extension.py.
 
-        content = inspect_lora(self.host.find(name, strict=True)).to_json()
+        ends = time.monotonic() + INSPECT_SECONDS
+        try:
+            path = self.host.find(name, strict=True)
+            content = inspect_lora(path, cancel=lambda: time.monotonic() > ends).to_json()
+        except Cancelled as error:
+            raise Refusal(
+                503, f"No answer within {INSPECT_SECONDS:.0f} seconds; the file is large."
+            ) from error
         content.pop("path", None)
         return content
 
@@ -279,7 +290,7 @@ def _routes(service: Service) -> tuple[_Route, ...]:
         _Route("GET", "/presets", service.presets, "Block-weight presets"),
         _Route("POST", "/plan", service.plan, "What a merge would do, without doing it", recipe),
         _Route("POST", "/merge", service.merge, "Queues a merge", schema.merge_schema(), job, 202),
-        _Route("POST", "/inspect", service.inspect, "What a LoRA file is", name),
+        _Route("POST", "/inspect", service.inspect, "What a LoRA file is", name, slow=True),
         _Route(
             "POST", "/compare", service.compare, "Where LoRAs agree, overlap and fight", recipe, slow=True
         ),
@@ -408,6 +419,8 @@ def _check_limits(value: object, depth: int) -> None:
     if isinstance(value, str):
         if len(value) > MAX_TEXT:
             raise Refusal(422, f"A text is longer than {MAX_TEXT} characters.")
+        if readable(value) != value:
+            raise Refusal(400, f"{value[:60]!a} is no text: it holds half a character.")
     elif isinstance(value, (dict, list)):
         if len(value) > MAX_INPUTS:
             what = "inputs" if isinstance(value, list) else "fields"
@@ -478,7 +491,9 @@ def plain(value: Any) -> Any:
     """``value`` in JSON's own types; a number that JSON cannot say becomes null."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

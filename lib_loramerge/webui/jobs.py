@@ -396,12 +396,20 @@ class JobQueue:
         replaced = output.exists()
         with folder_for(output):
             report = self._saved_trial(job, made, output) or self._computed(job, plan, output)
+        return _Merged(report, output, made, replaced, self._changed_sources(request, made, report))
+
+    def _changed_sources(self, request: MergeRequest, made: Made, report: MergeReport) -> tuple[str, ...]:
+        """Which sources are not those of the recipe; nothing here may lose the file, which is written."""
         hashed = []
-        for given, (path, stamp), told in zip(request.recipe.inputs, made.files, report.inputs):
-            digest = told.sshs_model_hash or ""
-            self.host.source_hashes.remember(path, stamp, digest)
-            hashed.append((given, path, digest))
-        return _Merged(report, output, made, replaced, tuple(changed_sources(hashed)))
+        try:
+            for given, (path, stamp), told in zip(request.recipe.inputs, made.files, report.inputs):
+                digest = told.sshs_model_hash or ""
+                self.host.source_hashes.remember(path, stamp, digest)
+                hashed.append((given, path, digest))
+            return tuple(changed_sources(hashed))
+        except Exception as error:
+            self.host.log("the sources could not be compared with the recipe", error)
+            return ()
 
     def _computed(self, job: Job, plan: MergePlan, output: Path) -> MergeReport:
         from ..merge import run_merge  # Not at the WebUI's start, see extension.py.
@@ -436,6 +444,9 @@ class JobQueue:
             sidecar.write(output, request.user_metadata, self._preview(request), request.overwrite)
         except LoraMergeError as error:
             notes.append(str(error))
+        except Exception as error:  # The file is there, whatever went wrong beside it.
+            self.host.log("what belongs beside the merged file could not be written", error)
+            notes.append(f"{output.stem}.json or .png could not be written; the console tells why.")
         try:
             if merged.replaced:
                 notes.append(self.host.after_overwrite(output))
@@ -444,7 +455,7 @@ class JobQueue:
         except Exception as error:  # The host's code, which may raise anything.
             self.host.log("the host's LoRA list could not be refreshed", error)
             notes.append("The WebUI's LoRA list could not be refreshed; use its own Refresh button.")
-        for name in self.trials.remove_of(request.recipe):
+        for name in self._remove_trials(request.recipe):
             notes.append(f"{name}, made by Try without saving, was removed; use {output.stem} in its place.")
         return [note for note in notes if note]
 
@@ -456,6 +467,13 @@ class JobQueue:
 
         trials = [one for one in self.list() if one.request.trial and one.prompt_name]
         return [one.prompt_name for one in trials if loras(one) == loras(job)]
+
+    def _remove_trials(self, recipe: MergeRecipe) -> Notes:
+        try:
+            return [*self.trials.remove_of(recipe)]
+        except Exception as error:  # The host's code, too.
+            self.host.log("a tried merge could not be removed", error)
+            return []
 
     def _tell(self, job: Job, progress: Progress) -> None:
         last = job.progress

@@ -18,7 +18,7 @@ from ... import blocks
 from ...errors import FileError, IncompatibleError, LoraMergeError, OutputError, RecipeError
 from ...recipe import LoraInput, MergeRecipe, nearest
 from ..labels import Label, Labels
-from ..listing import FoundFile, Listing, scan, subfolders
+from ..listing import FoundFile, Listing, readable, scan, subfolders
 from ..origins import SourceHashes
 from ..settings import Settings
 
@@ -59,7 +59,7 @@ class LoraEntry(NamedTuple):
     @property
     def label(self) -> str:
         """As shown in a list."""
-        shown = f"{self.subfolder}/{self.path.stem}" if self.subfolder else self.name
+        shown = f"{self.subfolder}/{readable(self.path.stem)}" if self.subfolder else self.name
         return " · ".join(part for part in (shown, self.base, self.rank and f"rank {self.rank}") if part)
 
 
@@ -164,6 +164,11 @@ class Host:
                 f"Several LoRAs are called {name}: {names}. Give the name with its folder."
             )
         path = found[0].path
+        if readable(str(path)) != str(path):
+            raise FileError(
+                f"{found[0].name}: no page or recipe can hold this file's name. Rename the file, or merge it "
+                "on the command line."
+            )
         if strict and not self._inside(path):
             raise FileError(f"{name} is a link that leads out of the LoRA folder, so it is not read here.")
         return path
@@ -187,7 +192,7 @@ class Host:
         """
         asked = time.monotonic()
         with self._look_lock:
-            if self._scan_began >= asked:
+            if self._scan_began >= asked or self.listing().holds_still():
                 return
             rest = self._scan_ended + RESCAN_SECONDS - time.monotonic()
             if rest > 0:
@@ -206,7 +211,9 @@ class Host:
 
     def _entry(self, file: FoundFile) -> LoraEntry:
         label: Label = self._labels.get(file)
-        return LoraEntry(file.name, file.path, file.subfolder, self._alias_of(file), label.base, label.rank)
+        return LoraEntry(
+            file.name, file.path, file.subfolder, readable(self._alias_of(file)), label.base, label.rank
+        )
 
     def _alias_of(self, file: FoundFile) -> str:
         return file.path.stem
