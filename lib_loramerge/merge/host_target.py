@@ -44,6 +44,11 @@ def spelling_for(recipe: MergeRecipe, architecture: Architecture, style: str) ->
     if recipe.host is None:
         return Spelling(recipe.dialect, kept)
     host = HOSTS[recipe.host]
+    if architecture.id == "unknown":
+        raise UnsupportedError(
+            f"The base model is not known, so what {host.label} reads of it is not either. Leave out --for: "
+            "names are then kept as they are."
+        )
     if architecture.id not in host.base_models:
         others = [other.label for other in HOSTS.values() if architecture.id in other.base_models]
         known = f"These load it: {', '.join(others)}." if others else "No program is known to load it."
