@@ -300,7 +300,17 @@ def test_a_hash_is_the_one_thing_text_does_not_carry():
     assert parse_prompt(format_prompt([known])) == (replace(known, hash=None),)
 
 
-@pytest.mark.parametrize("name", ["a:b", "a>b", "<lora:b:1>", "a ", "\na"])
+@pytest.mark.parametrize("name", ["a ", " a", "  a b  "])
+def test_blanks_around_the_name_in_a_tag_belong_to_it_as_in_the_webui(name):
+    [given] = parse_prompt(f"a cat <lora:{name}:0.5>")
+    assert given.name == name
+    assert parse_prompt(format_prompt([given])) == (given,)
+    # Without brackets nobody means them.
+    assert parse_input(f"{name}:0.5").name == name.strip()
+    assert parse_input(format_input(given)) == given
+
+
+@pytest.mark.parametrize("name", ["a:b", "a>b", "<lora:b:1>"])
 def test_a_name_that_a_tag_cannot_hold_is_refused_rather_than_changed(name):
     with pytest.raises(RecipeError, match="cannot be written"):
         format_prompt([LoraInput(name)])

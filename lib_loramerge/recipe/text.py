@@ -61,7 +61,7 @@ def parse_prompt(
     bodies = _tag_bodies(text)
     if len(bodies) > MAX_INPUTS:
         raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(bodies)}.")
-    return tuple(_parse(body, skip_unsupported, notes) for body in bodies)
+    return tuple(_parse(body, skip_unsupported, notes, tag=True) for body in bodies)
 
 
 def _tag_bodies(text: str) -> list[str]:
@@ -112,9 +112,14 @@ def parse_inputs(
     return tuple(found)
 
 
-def _parse(body: str, skip: bool, notes: list[str] | None) -> LoraInput:
-    """One LoRA from the text inside the brackets."""
-    name, rest = _split_name(body)
+def _parse(body: str, skip: bool, notes: list[str] | None, *, tag: bool = False) -> LoraInput:
+    """One LoRA from the text inside the brackets.
+
+    Args:
+        tag: There were brackets: blanks around the name belong to it, as in the WebUI.
+    """
+    name, rest = _split_name(body if tag else body.strip())
+    name = name if tag and name.strip() else name.strip()
     try:
         positions, keyed = _split_fields(rest)
         left_out = _leave_out_steps(positions, keyed, skip)
@@ -133,7 +138,6 @@ def _parse(body: str, skip: bool, notes: list[str] | None) -> LoraInput:
 
 def _split_name(body: str) -> tuple[str, str | None]:
     """(name, what follows its colon), with the colons of a path kept in the name."""
-    body = body.strip()
     path = _FILE.match(body)
     if path:
         name = path.group()
@@ -142,7 +146,7 @@ def _split_name(body: str) -> tuple[str, str | None]:
         end = body.find(":", drive.end() if drive else 0)
         name = body if end < 0 else body[:end]
     rest = body[len(name) + 1 :] if len(body) > len(name) else None
-    return name.strip(), rest
+    return name, rest
 
 
 def _split_fields(rest: str | None) -> tuple[list[str], dict[str, str]]:
