@@ -10,6 +10,8 @@
     const POLL_IDLE = 5000;
     const DRAFT = "loramerge_draft";
     const FOLLOW = "loramerge_follow";
+    const OWN = "loramerge_own";
+    const MOST_OWN = 50;
 
     const state = {
         arguments: {}, // what the server gets with an event, by the event's name
@@ -27,6 +29,7 @@
         greeted: false,
         follow: "",
         followCreated: 0,
+        own: new Set(), // merges that this page began
         open: new Set(), // rows whose options are shown
     };
 
@@ -88,6 +91,18 @@
     window.loramergePrompt = () => {
         const area = promptArea();
         return area ? area.value : "";
+    };
+
+    // Called before each event of ours that goes to the server. Gradio 4 and 5 say "Too many arguments" of every
+    // event that is no part of a page's API; of ours it says so no more, of others it may.
+    let quiet = false;
+    const warn = console.warn;
+    console.warn = (...said) => {
+        if (!(quiet && said[0] === "Too many arguments provided for the endpoint.")) warn.apply(console, said);
+    };
+    window.loramergeQuiet = () => {
+        quiet = true;
+        setTimeout(() => { quiet = false; }, 0);
     };
 
     window.loramergeCopy = (text) => {
@@ -190,8 +205,12 @@
 
     function keepDraft() {
         const draft = valueOf("loramerge_draft");
+        if (draft) keep(DRAFT, draft);
+    }
+
+    function keep(key, text) {
         try {
-            if (draft) sessionStorage.setItem(DRAFT, draft);
+            sessionStorage.setItem(key, text);
         } catch (error) { /* A browser may forbid storage: then a reload starts afresh. */ }
     }
 
@@ -213,6 +232,8 @@
             state.started = started;
             const [id, created] = started.split(" ");
             state.follow = id;
+            state.own.add(id);
+            keep(OWN, JSON.stringify([...state.own].slice(-MOST_OWN)));
             state.followCreated = Number(created || 0);
             state.lastAnswer = 0;
         }
@@ -228,14 +249,20 @@
             } else if (jobs.dataset.follow !== state.follow) {
                 state.lastAnswer = 0;
             }
-            try {
-                sessionStorage.setItem(FOLLOW, state.follow);
-            } catch (error) { /* as above */ }
+            keep(FOLLOW, state.follow);
             const active = jobs.dataset.state === "active";
             if (state.active && !active) state.changed = true;
             state.active = active;
-            state.newLabels = state.newLabels || (state.labels === "busy" && jobs.dataset.labels === "");
-            state.labels = jobs.dataset.labels;
+            // Base model and rank of all LoRAs are known now, and were not when the lists were filled.
+            const labels = jobs.dataset.labels;
+            state.busy = labels === "busy";
+            if (labels && !state.busy && labels !== state.labels) {
+                state.newLabels = true;
+                state.labels = labels;
+            }
+        }
+        for (const merge of root().querySelectorAll("#loramerge_app [data-job]:is(.lm-job, .lm-result)")) {
+            merge.classList.toggle("lm-foreign", !state.own.has(merge.dataset.job));
         }
         // A short merge is over before it was seen at work: its result tells.
         const result = find("#loramerge_result [data-job]");
@@ -248,14 +275,14 @@
             press("greet"); // The lists hold a new LoRA now,
             state.signature = null; // and the name is taken.
         }
-        // Base model and rank of all LoRAs are known now; an open list is left alone.
+        // An open list is left alone.
         const focused = document.activeElement;
         if (state.newLabels && !(focused && focused.closest("#loramerge_app .secondary-wrap"))) {
             state.newLabels = false;
             press("greet");
         }
         if (state.polled && now - state.polled < ANSWER) return;
-        const pause = state.active ? POLL_ACTIVE : POLL_IDLE;
+        const pause = state.active || state.busy ? POLL_ACTIVE : POLL_IDLE;
         if (now - (state.lastAnswer || 0) < pause) return;
         if (press("poll", state.follow)) state.polled = now;
     }
@@ -264,6 +291,9 @@
 
     // What the server gets with a press of Analyse: the page's colours, and the look that it makes needless.
     window.loramergeLook = () => {
+        const before = find("#loramerge_analyse_state [data-look]");
+        state.looking = true;
+        state.lookBefore = before ? before.dataset.stamp : "";
         const dark = Boolean(document.querySelector("body.dark, .gradio-container.dark, html.dark"));
         const look = find("#loramerge_analyse_state [data-state=active]");
         return (dark ? "dark " : "light ") + (look ? look.dataset.look : "");
@@ -271,7 +301,14 @@
 
     function followLook(now) {
         const look = find("#loramerge_analyse_state [data-look]");
-        if (!look || look.dataset.state !== "active") return;
+        if (!look) return;
+        if (look.dataset.state !== "active") {
+            if (!state.looking || look.dataset.stamp === state.lookBefore) return;
+            state.looking = false;
+            // What was asked for opens in view, unless somebody is at another thing by now.
+            if (!document.activeElement.matches("input, textarea")) showLook(look.dataset.look);
+            return;
+        }
         if (look.dataset.stamp !== state.lookStamp) {
             state.lookStamp = look.dataset.stamp;
             state.lookAnswer = now;
@@ -280,6 +317,11 @@
         if (state.lookAsked && now - state.lookAsked < ANSWER) return;
         if (now - state.lookAnswer < POLL_ACTIVE) return;
         if (press("look", look.dataset.look)) state.lookAsked = now;
+    }
+
+    function showLook(id) {
+        const page = find(`#loramerge_analyse_result .lm-analysis[data-look="${id}"]`);
+        if (page) page.scrollIntoView({ behavior: "smooth", block: "start" });
     }
 
     function savePicture(button) {
@@ -322,19 +364,25 @@
         if (target.matches(".lm-drop")) {
             target.disabled = true;
             press("drop", target.dataset.job);
+        } else if (target.matches(".lm-again")) {
+            target.disabled = true;
+            press("again", target.dataset.job);
         } else if (target.matches(".lm-refill")) {
             press("refill", target.dataset.job);
         } else if (target.matches(".lm-stop-look")) {
             target.disabled = true;
             press("unlook", target.dataset.look);
         } else if (target.matches(".lm-show-look")) {
-            const page = find("#loramerge_analyse_result .lm-analysis");
-            if (page) page.scrollIntoView({ behavior: "smooth", block: "start" });
+            showLook(find("#loramerge_analyse_state [data-look]").dataset.look);
         } else if (target.matches(".lm-save-picture")) {
             savePicture(target);
         } else if (target.matches(".lm-send")) {
             sendToPrompt(target.dataset.tag, JSON.parse(target.dataset.replaces));
         } else {
+            if (target.id === "loramerge_refresh") {
+                state.signature = null; // Files may have changed,
+                state.lastAnswer = 0; // and labels be on their way.
+            }
             const more = /^loramerge_row(\d+)_more$/.exec(target.id);
             if (more) toggleRow(Number(more[1]));
         }
@@ -466,6 +514,7 @@
         state.greeted = true;
         const draft = stored(DRAFT);
         state.follow = stored(FOLLOW);
+        state.own = new Set(JSON.parse(stored(OWN) || "[]"));
         if (draft) press("restore", draft);
         else press("greet");
         press("poll", state.follow);

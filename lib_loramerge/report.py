@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WORST_LAYERS = 5
+# Relative error of one number that is rounded to a dtype; a product of rounded factors has about 0.6 of it.
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,11 @@ def percent(value: float) -> str:
     if value >= 0.9995:
         return f"{value * 100:.4g} %"
     return f"{value * 100:.3g} %"
+
+
+def lossy(error: float | None, dtype: str) -> bool:
+    """Whether an error is more than what storing numbers of ``dtype`` makes by itself."""
+    return error is None or error > ROUNDING.get(dtype, 0.0)
 
 
 def histogram_text(ranks: Mapping[int, int], limit: int = 8) -> str:

@@ -84,6 +84,11 @@ class PairReport:
     layer_blocks: Mapping[str, str]
     verdict: str
 
+    @property
+    def conflict(self) -> bool:
+        """Whether they pull against each other in some block."""
+        return any(relation.cosine <= OPPOSED for relation in (self.whole, *self.blocks.values()))
+
 
 @dataclass(frozen=True)
 class CompareReport:

@@ -217,7 +217,9 @@ def _check_name(name: str, what: str) -> None:
     if set(name) <= {".", " "}:
         raise OutputError(f"The {what} {name!r} is not allowed: it would lead out of the folder.")
     if bad := FORBIDDEN.search(name):
-        raise OutputError(f"The {what} {name[:80]!r} holds {bad.group()!r}, which Windows allows in no name.")
+        raise OutputError(
+            f"The {what} {name[:80]!r} holds {bad.group()!r}, which not every system allows in a file name."
+        )
     if name[-1] in ". " or name[0] == " ":
         raise OutputError(f"The {what} {name!r} begins or ends with a space or ends with a dot.")
     if RESERVED.fullmatch(name):

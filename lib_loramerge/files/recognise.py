@@ -27,7 +27,10 @@ def size_text(count: int) -> str:
 AGAIN = "Download the file itself again."
 RENAME = "with the wrong name; rename it to .pt."
 MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "is a git-lfs pointer, not the file it points to; run 'git lfs pull'."),
+    (
+        b"version https://git-lfs",
+        "is a git-lfs pointer, a short text in place of the LoRA: download the file itself.",
+    ),
     (b"GGUF", "is a GGUF model with the wrong name, not a LoRA."),
     (b"\x89PNG", "is a PNG picture with the wrong name, not a LoRA."),
     (b"\xff\xd8\xff", "is a JPEG picture with the wrong name, not a LoRA."),

@@ -491,17 +491,23 @@ def same_rank(layer: LayerPlan) -> int | None:
     return None if any(rank is None for rank in layer.ranks) else max(r for r in layer.ranks if r is not None)
 
 
+def largest_rank(layer: LayerPlan, method: MergeMethod) -> int:
+    """The rank that certainly holds all of a layer's result; often a lower one does, too."""
+    limit = min(layer.out, layer.width)
+    if layer.dense or method.elementwise:
+        return limit
+    return min(limit, sum(rank for rank in layer.ranks if rank is not None))
+
+
 def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -> int | None:
     if layer.vector:
         return None
     known = [rank for rank in layer.ranks if rank is not None]
-    limit = min(layer.out, layer.width)
     if not method.uses_rank:
         if layer.dense:
             return None
         return max(known) if method.name == "add" else sum(known)
-    if not layer.dense and not method.elementwise:
-        limit = min(limit, sum(known))
+    limit = largest_rank(layer, method)
     if layer.kernel and recipe.conv_rank is not None:
         return min(recipe.conv_rank, limit)
     if isinstance(recipe.rank, int):

@@ -59,12 +59,14 @@ class Findings:
     Attributes:
         inspect: A report for each different file.
         pictures: Kind to the bytes of a PNG file.
+        unreadable: Letters of names for which the pictures have no font.
     """
 
     inspect: tuple[InspectReport, ...] = ()
     compare: CompareReport | None = None
     advise: AdviceReport | None = None
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+    unreadable: str = ""
 
 
 class Look:
@@ -286,7 +288,12 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
             about = (kind,) if advice is None else (kind, "advise")
             key = (*(identity(plan, each) for each in about), question.theme)
             pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, question.theme, advice))
-    return Findings(**found, pictures=pictures)
+    unreadable = ""
+    if pictures:
+        from . import fonts  # Brings matplotlib.
+
+        unreadable = fonts.lacking(entry.path.stem for entry in plan.sources)
+    return Findings(**found, pictures=pictures, unreadable=unreadable)
 
 
 def draw(report: Any, kind: str, theme: str, advice: AdviceReport | None = None) -> bytes:

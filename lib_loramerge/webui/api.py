@@ -183,7 +183,7 @@ class Service:
             preview=preview,
             strict=True,
         )
-        return self._job_json(self.jobs.submit(request))
+        return self._job_json(self.jobs.submit(request, by_rest=True))
 
     def inspect(self, body: Mapping[str, Any]) -> Any:
         name = _Fields(body, ("name",)).text("name")

@@ -42,6 +42,10 @@ def on(
     one window hold up another. The work of a merge is done by our own queue.
     """
     options: dict[str, Any] = {"queue": queue, "show_progress": "hidden"}
+    if MAJOR >= 4 and function is not None:
+        # The page's script keeps this Gradio from complaining about the event.
+        begin = "window.loramergeQuiet && loramergeQuiet()"
+        js = f"(...v) => {{ {begin}; return ({js or '(...v) => v'})(...v); }}"
     if js is not None:
         options["_js" if MAJOR < 4 else "js"] = js
     if MAJOR < 6:

@@ -20,9 +20,9 @@ from importlib import import_module
 from typing import Any
 
 from ..methods import METHODS
-from ..recipe import DTYPES
 from . import settings
 from .access import LOOPBACK, Names, allowed_hosts
+from .form import PRECISIONS
 from .host import Host, host_of_this_process
 from .jobs import JobQueue
 from .trial import remove_stale_folders
@@ -58,8 +58,9 @@ def add_settings() -> None:
     from modules import shared
 
     host, _ = services()
-    devices = tuple(value for _, value in host.devices())
-    settings.add_to_host(shared, settings.rows(tuple(METHODS), tuple(DTYPES), devices))
+    modes = tuple((method.label, name) for name, method in METHODS.items())
+    dtypes = tuple((label, name) for name, label in PRECISIONS.items())
+    settings.add_to_host(shared, settings.rows(modes, dtypes, tuple(host.devices())))
 
 
 def make_tabs() -> list[tuple[Any, str, str]]:

@@ -109,7 +109,15 @@ def _look_at_rows(reading: Reading, host: Host, draft: _Draft) -> None:
     first = next(iter(draft.sources.values()), None)
     for row, source in draft.sources.items():
         fits = first is None or source.architecture.id == first.architecture.id
-        draft.rows[row] = render.row_facts(source, fits)
+        draft.rows[row] = render.row_facts(source, fits, _thumbnail(source.path, host))
+
+
+def _thumbnail(lora: Path, host: Host) -> str:
+    """The WebUI's own picture of a LoRA, small; where others see the page, of the LoRA folders alone."""
+    preview = sidecar.preview_of(lora)
+    if preview is None or (host.restricted() and not host.inside(preview)):
+        return ""
+    return sidecar.thumbnail(preview)
 
 
 def _row_problems(problems: Mapping[str, str], host: Host) -> dict[int, str]:
@@ -139,7 +147,15 @@ def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
             f"The disk of the LoRA folder has only {render.size_text(free)} left, and the file may take "
             f"{render.size_text(plan.predicted_bytes)}."
         )
-    return render.plan_facts(plan, [*_changed(reading, host, draft), *warnings])
+    from . import forecast  # Not at the WebUI's start, see extension.py.
+
+    expected = forecast.seconds(plan)
+    return render.plan_facts(
+        plan,
+        [*_changed(reading, host, draft), *warnings],
+        forecast.notes(plan),
+        expected if expected >= forecast.WORTH_TELLING else 0.0,
+    )
 
 
 def _changed(reading: Reading, host: Host, draft: _Draft) -> list[str]:

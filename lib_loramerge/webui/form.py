@@ -18,6 +18,7 @@ from ..errors import LoraMergeError, RecipeError
 from ..recipe import LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
 from ..recipe.check import check_number, check_whole
 from ..recipe.model import MAX_RANK, MAX_SEED, MAX_SIZE, STRENGTH_LIMIT
+from .labels import is_label
 from .sidecar import UserMetadata
 
 if TYPE_CHECKING:
@@ -107,21 +108,26 @@ def key_of(labels: Mapping[str, str], value: object) -> str:
 def lora_name(value: object, entries: Sequence[LoraEntry]) -> str:
     """The LoRA's name from what a dropdown holds: a name, a label of the list, or typed text.
 
-    A piece of text that is part of one name only means that LoRA.
+    Words that one label only has all of mean that LoRA.
     """
-    text = str(value or "").strip()
     by_label = {entry.label: entry.name for entry in entries}
     names = set(by_label.values())
+    if value in names:
+        return str(value)  # Blanks around a name belong to it.
+    text = str(value or "").strip()
     if text in names:
         return text
     if text in by_label:
         return by_label[text]
-    # A label made before the list knew the base model, or after.
-    stem = text.split(" · ", 1)[0].strip()
-    if stem in names:
+    # A label made before the list knew the base model, or after, or of a file that is gone.
+    stem, *rest = (part.strip() for part in text.split(" · "))
+    if stem in names or (rest and is_label(rest)):
         return stem
     if text and not any(entry.alias == text for entry in entries):
-        containing = [entry.name for entry in entries if text.casefold() in entry.label.casefold()]
+        words = text.casefold().split()
+        containing = [
+            entry.name for entry in entries if all(word in entry.label.casefold() for word in words)
+        ]
         if len(containing) == 1:
             return containing[0]
     return text

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Cancelled, LoraMergeError, OutputError
-from ..recipe import MergeRecipe
+from ..recipe import LoraInput, MergeRecipe
 from . import sidecar
 from .host import ConflictError, Host
 from .origins import changed_sources, stamp_of
@@ -73,12 +73,16 @@ class Job:
 
     Attributes:
         prompt_name: What a prompt calls the result, once it is there.
+        by_rest: No page asked for it.
+        closed: It was cancelled by nobody: the WebUI reloaded its interface, or ended.
+        exact_bytes: Size at most of a file that keeps everything, where this one does not.
         in_place_of: Names of earlier trials of the same LoRAs, which a prompt may hold.
     """
 
-    def __init__(self, request: MergeRequest, output: Path) -> None:
+    def __init__(self, request: MergeRequest, output: Path, by_rest: bool = False) -> None:
         self.id = secrets.token_hex(6)
         self.request = request
+        self.by_rest = by_rest
         self.output: Path | None = output
         self.title = output.stem
         self.state = WAITING
@@ -88,6 +92,8 @@ class Job:
         self.error = ""
         self.prompt_name = ""
         self.notes: tuple[str, ...] = ()
+        self.exact_bytes: int | None = None
+        self.closed = False
         self.in_place_of: tuple[str, ...] = ()
         self.created = time.time()
         self.started: float | None = None
@@ -218,7 +224,7 @@ class JobQueue:
 
     # For the tab and REST
 
-    def submit(self, request: MergeRequest) -> Job:
+    def submit(self, request: MergeRequest, by_rest: bool = False) -> Job:
         """Queues a merge after checking everything that can be checked without computing.
 
         Raises:
@@ -245,7 +251,7 @@ class JobQueue:
                 raise ConflictError(
                     f"Another merge that is not done yet writes {output.name}. Choose another name."
                 )
-            job = Job(request, output if output is not None else self.trials.new_path())
+            job = Job(request, output if output is not None else self.trials.new_path(), by_rest)
             self._jobs[job.id] = job
             self._forget_old()
             self._notify()
@@ -296,6 +302,7 @@ class JobQueue:
             self._looks.close(timeout)
         with self._changed:
             for job in self._jobs.values():
+                job.closed = not job.finished
                 self.cancel(job.id)
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -396,6 +403,7 @@ class JobQueue:
         replaced = output.exists()
         with folder_for(output):
             report = self._saved_trial(job, made, output) or self._computed(job, plan, output)
+        job.exact_bytes = self._exact_bytes(request, plan, report)
         return _Merged(report, output, made, replaced, self._changed_sources(request, made, report))
 
     def _changed_sources(self, request: MergeRequest, made: Made, report: MergeReport) -> tuple[str, ...]:
@@ -412,14 +420,42 @@ class JobQueue:
             return ()
 
     def _computed(self, job: Job, plan: MergePlan, output: Path) -> MergeReport:
-        from ..merge import run_merge  # Not at the WebUI's start, see extension.py.
+        # Not at the WebUI's start, see extension.py.
+        from ..merge import run_merge
+        from . import forecast
 
-        return run_merge(
+        report = run_merge(
             plan,
             output,
             overwrite=job.request.overwrite,
             progress=lambda progress: self._tell(job, progress),
             cancel=job._stop.is_set,
+        )
+        forecast.learn(plan, report.seconds.get("merge", 0.0))
+        return report
+
+    def _exact_bytes(self, request: MergeRequest, plan: MergePlan, report: MergeReport) -> int | None:
+        """What a file that keeps everything may take; None where the written one does, but for rounding."""
+        from ..report import lossy  # Not at the WebUI's start, see extension.py.
+
+        exact = keeping_everything(request.recipe)
+        if exact == request.recipe or not plan.method.uses_rank or not lossy(report.error, report.dtype):
+            return None
+        try:
+            return self.host.plan(exact, request.strict).predicted_bytes
+        except Exception:  # The files have gone meanwhile; the one that is written must not be lost by it.
+            return None
+
+    def again_exactly(self, job: Job) -> Job:
+        """Queues a merge once more that keeps everything, under a free name.
+
+        Raises:
+            LoraMergeError: Whatever stops it.
+        """
+        request = job.request
+        name = "" if request.trial else self.host.propose_name([LoraInput(request.name)])
+        return self.submit(
+            replace(request, recipe=keeping_everything(request.recipe), name=name, overwrite=False)
         )
 
     def _saved_trial(self, job: Job, made: Made, output: Path) -> MergeReport | None:
@@ -531,6 +567,11 @@ def folder_for(output: Path) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def keeping_everything(recipe: MergeRecipe) -> MergeRecipe:
+    """The same merge without a limit of rank or size."""
+    return replace(recipe, rank="full", retain=None, size=None, conv_rank=None)
 
 
 def check_no_input(output: Path, inputs: Iterable[Path]) -> None:

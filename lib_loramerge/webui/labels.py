@@ -6,10 +6,11 @@ a background thread reads headers, slowly on purpose: it shares the interpreter 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,32 @@ _SHORT = {
 _BY_VERSION = (("sdxl", "SDXL"), ("sd_v1", "SD 1"), ("sd_v2", "SD 2"), ("flux1", "Flux"), ("sd3", "SD 3"))
 
 
+BROKEN = "broken"
+
+
 class Label(NamedTuple):
-    """Base model and rank as shown; empty when not known."""
+    """Base model and rank as shown; empty when not known.
+
+    Attributes:
+        broken: The file cannot be read.
+    """
 
     base: str = ""
     rank: str = ""
+    broken: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """What a list shows behind the name."""
+        if self.broken:
+            return [BROKEN]
+        return [word for word in (self.base, self.rank and f"rank {self.rank}") if word]
+
+
+def is_label(words: Sequence[str]) -> bool:
+    """Whether texts may be :attr:`Label.words`."""
+    last = words[-1] if words else ""
+    return last == BROKEN or last in _SHORT.values() or bool(re.fullmatch("rank [0-9]+(-[0-9]+)?", last))
 
 
 def from_metadata(metadata: Mapping[str, object]) -> Label | None:
@@ -51,13 +73,16 @@ def from_metadata(metadata: Mapping[str, object]) -> Label | None:
 def from_file(path: Path) -> Label:
     """A label from the header of a file; empty for what cannot be understood."""
     if path.suffix.lower() != ".safetensors":
-        return Label()
+        return Label(broken=path.stat().st_size == 0)
     # Not at the WebUI's start, see extension.py.
     from ..dialects import parse_file
     from ..files import read_header
 
     try:
         header = read_header(path)
+    except LoraMergeError:
+        return Label(broken=path.exists())
+    try:
         shapes = {key: info.shape for key, info in header.tensors.items()}
         parsed = parse_file(shapes, header.metadata)
     except LoraMergeError:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis import AdviceReport, CompareReport, InspectReport
-from ..analysis.compare import PairReport, most_opposed_first
+from ..analysis.compare import OPPOSED, PairReport, most_opposed_first
 from ..errors import OutputError, RecipeError
+from . import fonts
 
 # Told apart by people who see colours differently (Okabe and Ito).
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -58,6 +59,7 @@ def save(figure: Any, path: Path) -> None:
 
 def png(figure: Any) -> bytes:
     """A figure as the bytes of a PNG file."""
+    fonts.use(figure)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor=figure.get_facecolor())
     return buffer.getvalue()
@@ -218,9 +220,10 @@ def _interference(
     image = axis.imshow(grid or [[0.0]], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     axis.set_yticks(range(len(shown)), shown)
     axis.set_xticks(range(len(blocks)), blocks, rotation=90)
-    axis.set_title(
-        f"{_short(pair.names[0])}  and  {_short(pair.names[1])}", color=THEMES[theme].text, fontsize=10
-    )
+    title = f"{_short(pair.names[0])}  and  {_short(pair.names[1])}"
+    if not pair.conflict and min(cells.values(), default=0.0) > OPPOSED:
+        title += ":  no conflict in any block"
+    axis.set_title(title, color=THEMES[theme].text, fontsize=10)
     axis.grid(False)
     bar = figure.colorbar(image, ax=axis, pad=0.01)
     bar.set_label("cosine", color=THEMES[theme].text)

@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from .jobs import Job
 
 MANY_RANKS = 4
-NOTICEABLE = 0.02  # relative error from which a higher rank is worth a thought
+# Names of the safetensors format, as everybody else calls them.
+DTYPES = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8",
+    "F8_E5M2": "float8",
+}
+ERROR_MEANS = (
+    "The error is the distance of the file from the exact result, as a share of that result's strength: "
+    "0 % is exact, and 100 % is as far off as an empty file."
+)
 
 
 def say(text: str) -> str:
@@ -99,7 +111,7 @@ def time_text(seconds: float) -> str:
         return f"{seconds:.2g} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _box(kind: str, text: str, attributes: str = "") -> str:
@@ -140,25 +152,35 @@ def _dots(parts: Sequence[str]) -> str:
     return '<i class="lm-dot">·</i>'.join(part for part in parts if part)
 
 
-def row_facts(source: Source, fits: bool = True) -> str:
+def row_facts(source: Source, fits: bool = True, picture: str = "") -> str:
     """What one file is, below its row.
 
     Args:
         fits: Whether its base model is that of the first row.
+        picture: Address of a small picture of it.
     """
     parts = [
         f'<b class="lm-base{"" if fits else " lm-other"}">{foreign(source.architecture.label)}</b>',
         foreign(", ".join(source.kinds)),
         f"{say('rank')} {foreign(ranks_text(source.ranks))}" if source.ranks else "",
         f"{len(source.layers)} {say('layers')}",
-        foreign("/".join(source.dtypes)),
+        foreign(", ".join(sorted(DTYPES.get(name, name) for name in source.weight_dtypes))),
         foreign(source.dialect),
     ]
-    return f'<div class="lm-row-facts">{_dots(parts)}</div>'
+    # The name stands above: the picture says nothing more to who cannot see it.
+    image = f'<img class="lm-thumb" alt="" src="{foreign(picture)}">' if picture else ""
+    return f'<div class="lm-row-facts">{image}<span>{_dots(parts)}</span></div>'
 
 
-def plan_facts(plan: MergePlan, warnings: Sequence[str]) -> str:
-    """What will come out, before anything is computed."""
+def plan_facts(
+    plan: MergePlan, warnings: Sequence[str], notes: Sequence[str] = (), expected: float = 0.0
+) -> str:
+    """What will come out, before anything is computed.
+
+    Args:
+        notes: Sentences to know that are no warnings.
+        expected: Seconds that the merge takes; 0 where that is not worth a word.
+    """
     facts = plan.to_json()
     upper = "" if facts["exact_prediction"] else say("at most") + " "
     rows = [
@@ -169,7 +191,9 @@ def plan_facts(plan: MergePlan, warnings: Sequence[str]) -> str:
         (say("File size"), upper + f"<b>{size_text(facts['predicted_bytes'])}</b>"),
         (say("Precision"), foreign(plan.dtype)),
     ]
-    return _table(rows) + warning_box((*facts["warnings"], *facts["skipped"], *warnings))
+    if expected:
+        rows.append((say("Time"), f"{say('about')} {time_text(expected)}"))
+    return _table(rows) + note_box(notes) + warning_box((*facts["warnings"], *facts["skipped"], *warnings))
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
@@ -190,7 +214,7 @@ STATES = {
 PHASES = {"look": "Reading", "merge": "Merging", "write": "Writing"}
 
 
-def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels_busy: bool = False) -> str:
+def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels: str = "") -> str:
     """Running and waiting merges with their bars and buttons.
 
     The attributes of the outer element tell the page's script whether to ask
@@ -200,20 +224,19 @@ def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels_busy:
     state = "active" if active else "idle"
     body = "".join(_job(job) for job in active)
     follow = f' data-follow="{foreign(followed.id)}" data-created="{followed.created}"' if followed else ""
-    told = f'data-state="{state}" data-stamp="{foreign(stamp)}" data-labels="{"busy" if labels_busy else ""}"'
+    told = f'data-state="{state}" data-stamp="{foreign(stamp)}" data-labels="{labels}"'
     return f'<div class="lm-jobs" {told}{follow}>{body}</div>'
 
 
 def _job(job: Job) -> str:
-    waiting = job.state == "waiting"
-    button = say("Drop") if waiting else say("Cancel")
     head = (
-        f'<div class="lm-job-head"><b>{foreign(job.title)}</b><span class="lm-grow"></span>'
+        f'<div class="lm-job-head"><b>{foreign(job.title)}</b>{_elsewhere(job)}<span class="lm-grow"></span>'
         f'<button type="button" class="lm-button lm-drop" data-job="{foreign(job.id)}">'
-        f"{button}</button></div>"
+        f"{say('Cancel')}</button></div>"
     )
-    if waiting:
-        return f'<div class="lm-job">{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
+    box = f'<div class="lm-job" data-job="{foreign(job.id)}">'
+    if job.state == "waiting":
+        return f'{box}{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
     share = max(0.0, min(1.0, job.fraction))
     parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
     if job.progress and job.progress.total and job.progress.phase != "write":
@@ -221,7 +244,7 @@ def _job(job: Job) -> str:
     if job.eta is not None:
         parts.append(f"{say('time left')} {time_text(job.eta)}")
     return (
-        f'<div class="lm-job">{head}'
+        f"{box}{head}"
         '<div class="lm-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{share * 100:.0f}"><div style="width:{share * 100:.1f}%"></div></div>'
         f'<div class="lm-quiet">{_dots(parts)}</div></div>'
@@ -234,7 +257,8 @@ def job_result(job: Job, host: Host) -> str:
     if job.state == "failed":
         return f"{box}{_title(job)}{error_box(host.shown(job.error))}{_buttons(job, False)}</div>"
     if job.state == "cancelled":
-        text = f'<div class="lm-quiet">{say("Cancelled. Nothing was written.")}</div>'
+        why = say("The WebUI reloaded its interface, which ends merges. Nothing was written.")
+        text = f'<div class="lm-quiet">{why if job.closed else say("Cancelled. Nothing was written.")}</div>'
         return f"{box}{_title(job)}{text}{_buttons(job, False)}</div>"
     if job.report is None:
         return ""
@@ -265,8 +289,15 @@ def _written(path: Path, host: Host) -> str:
 def _title(job: Job) -> str:
     return (
         f'<div class="lm-job-head lm-{foreign(job.state)}"><b>{foreign(job.title)}</b>'
-        f'<em class="lm-badge">{say(STATES.get(job.state, job.state))}</em></div>'
+        f'<em class="lm-badge">{say("Ended" if job.closed else STATES.get(job.state, job.state))}</em>'
+        f"{_elsewhere(job)}</div>"
     )
+
+
+def _elsewhere(job: Job) -> str:
+    """Whose merge it is; the page's script shows it where the page did not begin it."""
+    text = say("Begun by REST") if job.by_rest else say("Begun in another window")
+    return f'<em class="lm-badge lm-elsewhere">{text}</em>'
 
 
 def _buttons(job: Job, can_send: bool) -> str:
@@ -278,6 +309,11 @@ def _buttons(job: Job, can_send: bool) -> str:
             f'data-replaces="{foreign(json.dumps(job.in_place_of))}">'
             f"{say('Send to txt2img prompt')}</button>"
         )
+    if job.exact_bytes:
+        parts.append(
+            f'<button type="button" class="lm-button lm-again" data-job="{foreign(job.id)}">'
+            f"{say('Merge again keeping everything')} ({size_text(job.exact_bytes)})</button>"
+        )
     parts.append(
         f'<button type="button" class="lm-button lm-refill" data-job="{foreign(job.id)}">'
         f"{say('Fill the form with its settings')}</button>"
@@ -287,7 +323,7 @@ def _buttons(job: Job, can_send: bool) -> str:
 
 def report_table(report: Mapping[str, Any]) -> str:
     """The numbers of a finished merge."""
-    from ..report import percent  # Not at the WebUI's start, see extension.py.
+    from ..report import lossy  # Not at the WebUI's start, see extension.py.
 
     ranks = {int(rank): count for rank, count in report["ranks"].items()}
     rows = [
@@ -295,31 +331,39 @@ def report_table(report: Mapping[str, Any]) -> str:
         (say("Base model"), foreign(report["base_model"])),
         (say("Layers"), _layers(report)),
         (say("Rank"), foreign(ranks_text(ranks))),
-        (say("Error"), f'<b class="lm-error-value">{foreign(percent(report["error"]))}</b>'),
-        (say("Kept"), foreign(percent(report["kept"]))),
+        (say("Error"), f'<b class="lm-error-value">{error_value(report["error"], report["dtype"])}</b>'),
         (say("Time"), time_text(report["seconds"].get("total", 0.0))),
         (say("Hash"), f"<code>{foreign(report['sshs_model_hash'][:12])}</code>"),
     ]
-    details = _details(say("Worst layers"), _worst(report["worst_layers"])) if report["worst_layers"] else ""
+    details = (
+        _details(say("Worst layers"), _worst(report["worst_layers"], report["dtype"]))
+        if report["worst_layers"]
+        else ""
+    )
     details += _details(say("What went in"), "".join(_input(entry) for entry in report["inputs"]))
     if report["skipped"]:
         details += _details(say("Left out"), note_box(report["skipped"]))
-    advice = ""
-    if report["error"] > NOTICEABLE and report["mode"] not in ("concat", "add"):
-        text = say("A higher rank keeps more. Under Rank, choose Keep everything or a larger share.")
-        advice = f'<div class="lm-note">{text}</div>'
-    return _table(rows) + advice + details
+    if lossy(report["error"], report["dtype"]):
+        details = note_box([ERROR_MEANS]) + details
+    return _table(rows) + details
 
 
 def _details(title: str, body: str) -> str:
     return f'<details class="lm-details"><summary>{title}</summary>{body}</details>'
 
 
-def _worst(layers: Sequence[Mapping[str, Any]]) -> str:
-    from ..report import percent
+def error_value(error: float | None, dtype: str) -> str:
+    """An error as HTML; numbers would only puzzle where it comes from storing ``dtype``."""
+    from ..report import lossy, percent  # Not at the WebUI's start, see extension.py.
 
+    if error is None:
+        return "–"
+    return foreign(percent(error)) if lossy(error, dtype) else say("none but rounding")
+
+
+def _worst(layers: Sequence[Mapping[str, Any]], dtype: str) -> str:
     rows = "".join(
-        f"<tr><td>{foreign(percent(entry['error']))}</td><td>{foreign(entry['rank'] or '–')}</td>"
+        f"<tr><td>{error_value(entry['error'], dtype)}</td><td>{foreign(entry['rank'] or '–')}</td>"
         f"<td><code>{foreign(entry['layer'])}</code></td></tr>"
         for entry in layers
     )
@@ -346,6 +390,12 @@ def _input(entry: Mapping[str, Any]) -> str:
         )
         lines.append(f'<div class="lm-blocks">{cells}</div>')
     return f'<div class="lm-input">{"<br>".join(lines)}</div>'
+
+
+def name_list(names: Sequence[str]) -> str:
+    """All labels of the lists of LoRAs, for the page's own search."""
+    data = foreign(json.dumps(list(names), ensure_ascii=False))
+    return f'<div data-names="{data}" hidden></div>'
 
 
 def page_words(hints: Mapping[str, str], prompts: Iterable[str]) -> str:

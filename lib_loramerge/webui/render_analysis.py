@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoraMergeError
 from ..report import percent
 from .analyse import MAX_COMPARED
-from .render import error_box, foreign, say, size_text, time_text
+from .render import ERROR_MEANS, error_box, foreign, note_box, say, size_text, time_text
 
 if TYPE_CHECKING:
     from ..analysis import AdviceReport, CompareReport, InspectReport
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .analyse import Look
 
 PAIRS_OPEN = 4
+NO_ERROR = 1e-6
 SOON = 5.0  # Seconds; a shorter rest is not told.
 STAGES = {
     "inspect": "Measuring each file",
@@ -81,6 +82,15 @@ def look_page(look: Look) -> str:
     if found is None:
         return ""
     parts = [_head(look.question.plan)]
+    if found.unreadable:
+        parts.append(
+            note_box(
+                [
+                    f"No font of this machine has the letters {found.unreadable}, so the charts show "
+                    "boxes in their place. Install a font that has them, such as Noto Sans CJK."
+                ]
+            )
+        )
     if len(look.question.plan.sources) > MAX_COMPARED:
         text = say("More than 12 LoRAs are not compared here; the command line does that.")
         parts.append(f'<div class="lm-note">{text}</div>')
@@ -148,8 +158,9 @@ def _pair(pair: PairReport) -> str:
         numbers.insert(1, (say("Shared input / output space"), foreign(both)))
     cells = "".join(f"<span><i>{key}</i> {value}</span>" for key, value in numbers)
     names = f"{foreign(pair.names[0])} <i>+</i> {foreign(pair.names[1])}"
+    peace = "" if pair.conflict else f'<div class="lm-quiet">{say("No conflict in any block.")}</div>'
     return (
-        f'<div class="lm-pair"><b>{names}</b><div class="lm-verdict">{foreign(pair.verdict)}</div>'
+        f'<div class="lm-pair"><b>{names}</b><div class="lm-verdict">{foreign(pair.verdict)}</div>{peace}'
         f'<div class="lm-blocks">{cells}</div></div>'
     )
 
@@ -164,16 +175,20 @@ def _advice(report: AdviceReport) -> str:
         (say("Error at most"), say("Rank of all layers"), say("File, ranks allotted")), targets, "targets"
     )
     points = "".join(
-        f"<tr><td>{point.rank}</td><td>{size_text(point.size_bytes)}</td>"
-        f"<td>{foreign(percent(point.error))}</td><td>{foreign(percent(point.kept))}</td></tr>"
+        f"<tr><td>{point.rank}</td><td>{size_text(point.size_bytes)}</td><td>{_error(point.error)}</td></tr>"
         for point in report.uniform
     )
-    every = _table((say("Rank"), say("File size"), say("Error"), say("Kept")), points, "ranks")
+    every = _table((say("Rank"), say("File size"), say("Error")), points, "ranks")
     true = (
         f'<div class="lm-quiet">{say("True rank, at most")} {report.numerical_rank} · '
         f"{say('on average')} {report.mean_rank:.1f}</div>"
     )
-    return f'<div class="lm-tables">{smallest}{every}</div>{true}'
+    return f'<div class="lm-tables">{smallest}{every}</div>{note_box([ERROR_MEANS])}{true}'
+
+
+def _error(error: float) -> str:
+    """An error before anything is stored; what is left of float64's own is none."""
+    return say("none") if error < NO_ERROR else foreign(percent(error))
 
 
 def _table(heads: Sequence[str], rows: str, name: str) -> str:

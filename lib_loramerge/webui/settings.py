@@ -30,12 +30,18 @@ class Settings(NamedTuple):
 
 
 class SettingRow(NamedTuple):
-    """One line of the settings page."""
+    """One line of the settings page.
+
+    Attributes:
+        choices: Values, or pairs: what people read, and the value that is stored.
+        free: Other values may be typed, too.
+    """
 
     field: str
     label: str
     info: str = ""
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | tuple[str, str], ...] = ()
+    free: bool = False
 
     @property
     def key(self) -> str:
@@ -46,15 +52,21 @@ class SettingRow(NamedTuple):
         return getattr(Settings(), self.field)
 
 
-def rows(modes: tuple[str, ...], dtypes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[SettingRow, ...]:
+Choices = tuple[str | tuple[str, str], ...]
+_RANKS: Choices = (
+    ("Same as the inputs", "same"),
+    ("Keep everything", "full"),
+    *((rank, rank) for rank in ("8", "16", "32", "64", "128")),
+)
+
+
+def rows(modes: Choices, dtypes: Choices, devices: Choices) -> tuple[SettingRow, ...]:
     """The settings page, top to bottom."""
     return (
         SettingRow("mode", "Default merge method", choices=modes),
-        SettingRow(
-            "dtype", "Default precision of merged files", "same: the widest of the inputs", choices=dtypes
-        ),
+        SettingRow("dtype", "Default precision of merged files", choices=dtypes),
         SettingRow("device", "Default device", "a merge takes seconds on the CPU", choices=devices),
-        SettingRow("rank", "Default rank", "same: as the inputs; full: keep everything; or a number"),
+        SettingRow("rank", "Default rank", "or another number", choices=_RANKS, free=True),
         SettingRow(
             "queue_lock",
             "Merge only while no picture is being made",
@@ -102,6 +114,8 @@ def add_to_host(shared: Any, page: tuple[SettingRow, ...]) -> None:
         arguments: Mapping[str, object] | None = None
         if row.choices:
             component, arguments = gr.Dropdown, {"choices": list(row.choices)}
+            if row.free:
+                arguments = {**arguments, "allow_custom_value": True}
         elif isinstance(row.default, float):
             component, arguments = gr.Number, {}
         option = shared.OptionInfo(row.default, row.label, component, arguments, section=SECTION)

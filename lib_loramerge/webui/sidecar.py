@@ -6,11 +6,13 @@ the preferred weight into the prompt. File contents are untrusted: whatever cann
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,9 @@ PREVIEW_SUFFIXES = (
 )
 MAX_JSON_BYTES = 4 << 20
 MAX_PREVIEW_BYTES = 64 << 20
+MAX_PREVIEW_PIXELS = 100_000_000
+THUMBNAIL = 96
+_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 class UserMetadata(NamedTuple):
@@ -86,6 +91,38 @@ def preview_of(lora: Path) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def thumbnail(picture: Path, side: int = THUMBNAIL) -> str:
+    """A small copy of a picture as a ``data:`` address; empty for what is no picture or is too large.
+
+    Args:
+        side: Pixels of the longer side at most.
+    """
+    try:
+        status = picture.stat()
+    except OSError:
+        return ""
+    return _thumbnail(picture, side, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _thumbnail(picture: Path, side: int, size: int, _changed: int) -> str:
+    if size > MAX_PREVIEW_BYTES:
+        return ""
+    try:
+        from PIL import Image
+
+        with Image.open(picture, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PREVIEW_PIXELS:
+                return ""
+            image.draft("RGB", (2 * side, 2 * side))
+            image.thumbnail((side, side))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="JPEG", quality=80)
+    except Exception:  # Pillow raises many kinds for a damaged or hostile picture.
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def taken(lora: Path, data: UserMetadata | None, preview: Path | None) -> list[Path]:

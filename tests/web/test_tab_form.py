@@ -65,8 +65,9 @@ def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field()
     kinds = {"input": LoraInput, "recipe": MergeRecipe, "request": MergeRequest}
     known = {f"{prefix}.{field.name}" for prefix, kind in kinds.items() for field in fields(kind)}
     assert filled <= known
-    # The rows; the parameters' own controls; the two buttons; REST's own; the tab's own.
+    # The rows; the parameters' own controls; the two buttons; REST's own; the tab's own; the command line's.
     without = {
+        "recipe.host",
         "recipe.inputs",
         "recipe.params",
         "request.recipe",
@@ -265,7 +266,7 @@ def test_texts_from_files_and_people_are_escaped(host: StandaloneHost) -> None:
     found = facts.gather(values, host, METHODS)
     for text in (*found.rows.values(), found.plan, render.error_box(nasty), render.note_box([nasty])):
         assert "<img" not in text
-    words = re.search('data-words="([^"]*)"', render.page_words({"a": nasty}, None))
+    words = re.search('data-words="([^"]*)"', render.page_words({"a": nasty}, ()))
     assert json.loads(html.unescape(words[1]))["hints"] == {"a": nasty}
 
 

@@ -184,3 +184,41 @@ def test_all_that_stops_a_merge_is_told_at_once_and_goes_with_its_cause(tab: Tab
     tab.expect_text("message", re.compile("Pick at least one LoRA"))
     tab.row(0, "style")
     expect(tab.page.locator("#loramerge_message .lm-error")).to_have_count(0)
+
+
+def test_what_the_rank_may_lose_is_told_before_and_made_good_by_a_button(tab: Tab, host: FakeHost) -> None:
+    tab.row(0, "style")
+    tab.row(1, "subject")
+    tab.wait_for_facts("Rank 4 of up to 8: the sum may need more. Press Analyse for the error.")
+    result = tab.merge("lossy")
+    assert re.search("Error [0-9.]+ %", result)
+    assert "Kept" not in result
+    assert "distance of the file from the exact result" in result
+    before = tab.shown_job()
+    lossy = (host.lora_dir / "lossy.safetensors").read_bytes()
+    again = tab.page.locator("#loramerge_result .lm-again")
+    expect(again).to_have_text(re.compile(r"^Merge again keeping everything \([0-9.]+ kB\)$"))
+    again.click()
+    expect(tab.page.locator("#loramerge_result .lm-result")).not_to_have_attribute("data-job", before)
+    tab.expect_text("result", "Error none but rounding")
+    expect(tab.page.locator("#loramerge_result .lm-again")).to_have_count(0)
+    # The first file stays; the form goes on with what was pressed.
+    assert (host.lora_dir / "lossy.safetensors").read_bytes() == lossy
+    assert (host.lora_dir / "lossy-2.safetensors").is_file()
+    tab.expect_value("rank_rule", "Keep everything")
+    tab.wait_for_facts("Rank 8")
+    expect(tab.page.locator("#loramerge_facts .lm-note")).to_have_count(0)
+
+
+def test_a_merge_begun_elsewhere_says_so(tab: Tab, host: FakeHost, chromium: object) -> None:
+    tab.row(0, "style")
+    tab.wait_for_facts("LoRAs 1")
+    tab.merge("mine")
+    note = "Begun in another window"
+    expect(tab.page.locator("#loramerge_result .lm-elsewhere")).to_be_hidden()
+    with Tab(chromium, host.url) as other:
+        other.expect_text("result", "mine")
+        expect(other.page.locator("#loramerge_result").get_by_text(note)).to_be_visible()
+    tab.load()
+    tab.expect_text("result", "mine")
+    expect(tab.page.locator("#loramerge_result .lm-elsewhere")).to_be_hidden()

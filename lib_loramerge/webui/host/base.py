@@ -47,6 +47,7 @@ class LoraEntry(NamedTuple):
         alias: The name that the host puts into prompts.
         base: Base model in a few letters, empty while unknown.
         rank: ``32`` or ``8-64``, empty while unknown.
+        broken: The file cannot be read.
     """
 
     name: str
@@ -55,12 +56,13 @@ class LoraEntry(NamedTuple):
     alias: str
     base: str = ""
     rank: str = ""
+    broken: bool = False
 
     @property
     def label(self) -> str:
         """As shown in a list."""
         shown = f"{self.subfolder}/{readable(self.path.stem)}" if self.subfolder else self.name
-        return " · ".join(part for part in (shown, self.base, self.rank and f"rank {self.rank}") if part)
+        return " · ".join([shown, *Label(self.base, self.rank, self.broken).words])
 
 
 def without(folder_words: Sequence[tuple[str, str]], text: str) -> str:
@@ -113,12 +115,13 @@ class Host:
             return self._listing  # type: ignore[return-value]
 
     def loras(self) -> list[LoraEntry]:
-        """Every LoRA, in natural order, from memory. Never raises."""
+        """Every LoRA, in natural order, from memory; what cannot be read comes last. Never raises."""
         listing = self.listing()
         stamp = (id(listing), self._labels.version)
         kept = self._entries
         if kept is None or kept[0] != stamp:
-            kept = (stamp, [self._entry(file) for file in listing.files])
+            entries = [self._entry(file) for file in listing.files]
+            kept = (stamp, sorted(entries, key=lambda entry: entry.broken))
             self._entries = kept
         return list(kept[1])
 
@@ -132,9 +135,9 @@ class Host:
         self._reads_headers = True
         self._labels.fill(self.listing().files)
 
-    def labels_busy(self) -> bool:
-        """Whether base model and rank of some files are still being found."""
-        return self._labels.busy
+    def labels_state(self) -> str:
+        """``busy`` while base model and rank are being found; another text each time more is known."""
+        return "busy" if self._labels.busy else str(self._labels.version)
 
     def wait_for_labels(self, timeout: float = 10.0) -> bool:
         return self._labels.wait(timeout)
@@ -169,19 +172,20 @@ class Host:
                 f"{found[0].name}: no page or recipe can hold this file's name. Rename the file, or merge it "
                 "on the command line."
             )
-        if strict and not self._inside(path):
+        if strict and not self.inside(path):
             raise FileError(f"{name} is a link that leads out of the LoRA folder, so it is not read here.")
         return path
 
     def _look_up(self, name: str) -> tuple[FoundFile, ...]:
-        return self.listing().find(name.strip())
+        return self.listing().find(name)
 
     def _unknown_text(self, name: str) -> str:
         close = nearest(name, [file.name for file in self.listing().files])
         hint = f"Did you mean {' or '.join(close)}?" if close else "Refresh the list if it was just added."
         return f"There is no LoRA called {name} in the LoRA folder. {hint}"
 
-    def _inside(self, path: Path) -> bool:
+    def inside(self, path: Path) -> bool:
+        """Whether a file lies in the LoRA folders, links followed."""
         real = path.resolve()
         return any(real.is_relative_to(folder.resolve()) for folder in self.lora_dirs())
 
@@ -211,9 +215,7 @@ class Host:
 
     def _entry(self, file: FoundFile) -> LoraEntry:
         label: Label = self._labels.get(file)
-        return LoraEntry(
-            file.name, file.path, file.subfolder, readable(self._alias_of(file)), label.base, label.rank
-        )
+        return LoraEntry(file.name, file.path, file.subfolder, readable(self._alias_of(file)), *label)
 
     def _alias_of(self, file: FoundFile) -> str:
         return file.path.stem

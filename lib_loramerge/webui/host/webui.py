@@ -78,7 +78,7 @@ class WebuiHost(Host):
         found = super()._look_up(name)
         if found:
             return found
-        listed = self._file_of_alias(name.strip())
+        listed = self._file_of_alias(name)
         return (listed,) if listed is not None else ()
 
     def _file_of_alias(self, alias: str) -> FoundFile | None:

@@ -198,7 +198,7 @@ class _Wiring:
             (*every_row, *form.NO_RESULT),
             message="rows_message",
         )
-        outputs = (*every_row, "fill_file", "base", "subfolder", "preset_pick")
+        outputs = (*every_row, "names", "fill_file", "base", "subfolder", "preset_pick")
         for name in ("refresh", "greet"):
             self.button(
                 name,
@@ -230,7 +230,7 @@ class _Wiring:
             "restore",
             self.restore,
             ("argument",),
-            (*everything, "fill_file", "preset_pick"),
+            (*everything, "names", "fill_file", "preset_pick"),
             message="rows_message",
             js=_argument("restore"),
         )
@@ -260,6 +260,7 @@ class _Wiring:
         names = [entry.label for entry in self.host.loras()]
         picked = {"preset_kind": "", "preset_pick": "", **values}
         return {
+            "names": render.name_list(names),
             "fill_file": listed(names, values.get("fill_file")),
             "base": listed(["", *self.host.checkpoints()], values.get("base")),
             "subfolder": listed(self.host.subfolders(), values.get("subfolder")),
@@ -347,7 +348,7 @@ class _Wiring:
         self.button(
             "ask",
             self.ask,
-            (*FORM_NAMES, "refused"),
+            (*FORM_NAMES, "refused", "preset_row"),
             (
                 *(f"row{row}.facts" for row in range(form.MAX_ROWS)),
                 "facts",
@@ -359,6 +360,8 @@ class _Wiring:
                 "seed",
                 "draft",
                 "button.merge",
+                "name",
+                "preset_row",
                 "message",
                 "refused",
             ),
@@ -406,6 +409,8 @@ class _Wiring:
             self.host.shown(found.problems.get("name", ""))
         ) or render.warning_box(map(self.host.shown, _about_name(found)))
         changes["button.merge"] = _merge_button(found)
+        changes["name"] = update(placeholder=found.name)
+        changes["preset_row"] = presets.row_list(values)
         proposed = self.proposed(values, found.name, found.activation_text)
         if values["overwrite"] and not found.overwrite:
             proposed["overwrite"] = (True, False)
@@ -455,6 +460,13 @@ class _Wiring:
         begun = (*outputs, "started", "overwrite", "refused")
         self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
         self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
+        self.button(
+            "again",
+            self.again,
+            ("argument", *FORM_NAMES),
+            (*begun, "conv_rank", *_shown_by_choice()),
+            js=f"(...v) => [...loramergeArgument('again'), ...v.slice(1, {len(FORM_NAMES) + 1})]",
+        )
         self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_argument("poll"))
         self.button("drop", self.drop, ("argument",), outputs, message="argument", js=_argument("drop"))
 
@@ -488,7 +500,23 @@ class _Wiring:
         job = self.jobs.submit(request)
         # The tick was for this merge alone.
         done = {} if trial else {"overwrite": False}
-        return {**self._state(job), "started": f"{job.id} {job.created}", "refused": "", **done}
+        return {**self._begun(job), **done}
+
+    def again(self, values: Form) -> Changes:
+        """A merge once more, keeping everything; the form says so where it is still that merge's."""
+        job = self.jobs.get(str(values["argument"] or ""))
+        if job is None:
+            raise RecipeError("That merge is not remembered any more.")
+        same = form.read_form(values, self.host, METHODS).recipe == job.request.recipe
+        begun = self.jobs.again_exactly(job)
+        changes = self._begun(begun)
+        if same:
+            full = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
+            changes |= {"conv_rank": None, **_with_values(self.by_choice({**values, **full}), full)}
+        return changes
+
+    def _begun(self, job: Job) -> Changes:
+        return {**self._state(job), "started": f"{job.id} {job.created}", "refused": ""}
 
     def poll(self, values: Form) -> Changes:
         return {**self._state(self._followed(str(values["argument"] or ""))), "argument": update()}
@@ -511,7 +539,7 @@ class _Wiring:
 
     def _state(self, job: Job | None) -> Changes:
         known = self.jobs.list()
-        changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}", self.host.labels_busy())}
+        changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}", self.host.labels_state())}
         if job is not None and job.finished:
             changes["result"] = render.job_result(job, self.host)
         elif job is not None:

@@ -321,14 +321,13 @@ class _Layout:
             self.button("preset_delete", scale=1, min_width=120)
             self.widget(
                 "preset_row",
-                "Number",
-                label="Row",
-                value=1,
-                precision=0,
-                minimum=1,
-                maximum=MAX_ROWS,
-                scale=0,
-                min_width=90,
+                "Dropdown",
+                label="Row and LoRA",
+                choices=["1"],
+                value="1",
+                allow_custom_value=True,
+                scale=2,
+                min_width=180,
             )
             self.button("preset_use", scale=1, min_width=120)
         self.place("preset_message")
@@ -342,9 +341,10 @@ class _Layout:
             for control in ROW_CONTROLS:
                 if control.hidden:
                     self.control(control._replace(name=f"row{index}.{control.name}"))
+        self.place("names")
         for name in SCRIPT_FIELDS:
             self.widget(name, "Textbox", label=name, value="")
-        for name in ("greet", "ask", "take", "poll", "drop", "refill", "restore", "look", "unlook"):
+        for name in ("greet", "ask", "take", "poll", "drop", "refill", "again", "restore", "look", "unlook"):
             self.widget(f"button.{name}", "Button", value=name, elem_id=f"loramerge_do_{name}")
 
 

@@ -26,6 +26,26 @@ def _known(host: Host, values: Mapping[str, Any]) -> Mapping[str, str]:
     return known.elements if values["preset_kind"] == ELEMENTS else known.weights
 
 
+def row_list(values: Mapping[str, Any]) -> Any:
+    """The rows by their LoRAs, for the list beside "Use in this row"; the chosen row stays."""
+    rows = [(row, str(values[f"row{row}.lora"] or "")) for row in range(form.row_count(values))]
+    choices = [f"{row + 1}: {lora}" if lora else str(row + 1) for row, lora in rows]
+    try:
+        row = chosen_row(values["preset_row"])
+    except RecipeError:
+        row = 0
+    return update(choices=choices, value=choices[min(row, len(choices) - 1)])
+
+
+def chosen_row(value: object) -> int:
+    """Number of a row, from 0, of what that list holds.
+
+    Raises:
+        RecipeError: It begins with no number.
+    """
+    return form.whole(str(value or "").partition(":")[0], "Row") - 1
+
+
 def connect(wiring: Any) -> None:
     """Attach the handlers of the page."""
     host: Host = wiring.host
@@ -81,7 +101,7 @@ def connect(wiring: Any) -> None:
         return {**lists(values, str(values["preset_pick"] or "")), place: render.note_box(problems)}
 
     def use(values: Mapping[str, Any]) -> dict[str, Any]:
-        row = form.whole(values["preset_row"], "Row") - 1
+        row = chosen_row(values["preset_row"])
         if not 0 <= row < form.row_count(values):
             raise RecipeError(f"There are {form.row_count(values)} rows on the Merge page.")
         field = "elements" if values["preset_kind"] == ELEMENTS else "blocks"

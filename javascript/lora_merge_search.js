@@ -1,0 +1,108 @@
+// Searching the lists of LoRAs by several words, each anywhere in name, folder, base model or rank. Gradio's own
+// lists look for the whole text; for more than one word ours is shown in their place, and chooses through them.
+(function () {
+    "use strict";
+
+    const FIELDS = "#loramerge_app [id^=loramerge_row][id$=_lora] input, #loramerge_fill_name input";
+    const MOST = 100;
+    const TRIES = 40; // times 50 ms that Gradio's list may take to follow
+
+    let found = null; // the list: {field, list, place}
+
+    function names() {
+        const root = typeof window.gradioApp === "function" ? window.gradioApp() : document;
+        const element = root.querySelector("#loramerge_names [data-names]");
+        return element ? JSON.parse(element.dataset.names) : [];
+    }
+
+    function close() {
+        if (!found) return;
+        found.list.remove();
+        found.place.classList.remove("lm-searching");
+        found = null;
+    }
+
+    function search(field) {
+        const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+        const known = words.length > 1 ? names() : [];
+        const matches = known.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+        // A name that was chosen is no search.
+        if (!matches.length || known.includes(field.value)) {
+            close();
+            return;
+        }
+        if (!found || found.field !== field) {
+            close();
+            const place = field.closest(".secondary-wrap").parentElement;
+            const list = document.createElement("ul");
+            list.className = "options lm-found";
+            list.setAttribute("role", "listbox");
+            list.addEventListener("mousedown", (event) => {
+                event.preventDefault(); // The field keeps the focus.
+                event.stopPropagation();
+                const item = event.target.closest("li");
+                if (item) choose(item.dataset.name);
+            });
+            place.classList.add("lm-searching");
+            place.append(list);
+            found = { field, list, place };
+        }
+        found.list.replaceChildren(...matches.slice(0, MOST).map((name, index) => {
+            const item = document.createElement("li");
+            item.setAttribute("role", "option");
+            item.setAttribute("aria-selected", String(index === 0));
+            item.dataset.name = item.textContent = name;
+            return item;
+        }));
+    }
+
+    function type(field, text) {
+        const descriptor = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value");
+        descriptor.set.call(field, text);
+        field.dispatchEvent(new Event("input", { bubbles: true }));
+        field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
+    }
+
+    // Through Gradio's own list, which alone knows how to choose.
+    function choose(name) {
+        const { field, place } = found;
+        found.list.remove();
+        found = null;
+        type(field, name);
+        let tries = 0;
+        const timer = setInterval(() => {
+            const items = [...place.parentElement.querySelectorAll("ul.options li, ul[role=listbox] li")];
+            const item = items.find((one) => one.textContent.replace(/^[\s✓]+/, "").trim() === name);
+            if (item) item.dispatchEvent(new MouseEvent("mousedown", { bubbles: true, cancelable: true }));
+            if (!item && ++tries < TRIES) return;
+            clearInterval(timer);
+            place.classList.remove("lm-searching");
+        }, 50);
+    }
+
+    function move(step) {
+        const items = [...found.list.children];
+        const now = items.findIndex((item) => item.getAttribute("aria-selected") === "true");
+        items[now].setAttribute("aria-selected", "false");
+        const next = items[(now + step + items.length) % items.length];
+        next.setAttribute("aria-selected", "true");
+        next.scrollIntoView({ block: "nearest" });
+    }
+
+    document.addEventListener("input", (event) => {
+        if (event.isTrusted && event.target.matches && event.target.matches(FIELDS)) search(event.target);
+    });
+    document.addEventListener("keydown", (event) => {
+        if (!found || event.target !== found.field) return;
+        const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+        if (!step && event.key !== "Enter" && event.key !== "Escape") return;
+        event.preventDefault();
+        event.stopPropagation();
+        if (step) move(step);
+        else if (event.key === "Escape") close();
+        else choose(found.list.querySelector("[aria-selected=true]").dataset.name);
+    }, true);
+    document.addEventListener("focusout", (event) => {
+        if (found && event.target === found.field) close();
+    });
+})();
