@@ -242,7 +242,7 @@ def test_a_huge_body_without_a_length_is_cut_off(host):
     """Sent in chunks, a body has no length that could be refused beforehand."""
     name, port = host.url.removeprefix("http://").split(":")
     with socket.create_connection((name, int(port)), timeout=120) as connection:
-        head = f"POST {API}/plan HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {API}/plan HTTP/1.1\r\nHost: {name}\r\nContent-Type: application/json\r\n"
         connection.sendall((head + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n").encode())
         chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
         answer = b""
