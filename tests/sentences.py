@@ -24,14 +24,16 @@ NOT_OF_THE_TAB = frozenset({
     "adapters/table.py",  # a table of the README
     "analysis/hosts.py",  # which hosts load a file: the command line and REST tell it
     "webui/plots.py",  # drawn, see test_localization.py
+    "comfyui/merging.py", "comfyui/nodes.py", "comfyui/pictures.py",  # ComfyUI's pages
 })  # fmt: skip
 # Arguments that describe a method or kind in the README and in REST.
 _FOR_READERS = frozenset({"source", "formula", "keys", "does", "description", "elem_id"})
 # Calls whose texts are patterns, log lines or words of tables for readers.
 _NOT_SHOWN_BY = frozenset({"compile", "split", "log", "_log", "print", "Dialect", "_any", "_all", "_matcher"})
+_NOT_SHOWN_BY |= {"setting"}  # Help of the command line and of REST.
 _SLOT = "\0"
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
-_MARKUP = re.compile(r"</|class=\"|data-\w+=|=>|\(\?|\\[dwb]|https?://|^\s*<[a-z]")
+_MARKUP = re.compile(r"</|&&|class=\"|data-\w+=|=>|\(\?|\\[dwb]|https?://|^\s*<[a-z]")
 
 
 @dataclass(frozen=True)

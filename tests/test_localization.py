@@ -21,7 +21,8 @@ SLOT = re.compile(r"\{(\d+)(\*?)\}")
 # Python's that becomes a part of a sentence.
 NOT_IN_ONE_PIECE = {
     "{0} tensor", "{0} tensors", "{0} alpha", "{0} alphas", "{0} more layer", "{0} more layers",
-    "{0}, and {1}", "{0} to {1}", "the name {0} occurs twice", "{0} is not a number of JSON",
+    "{0}, and {1}", "{0} to {1}", "{0} and {1} will be replaced.", "{0} and {1} and {2} will be replaced.",
+    "the name {0} occurs twice", "{0} is not a number of JSON",
 }  # fmt: skip
 
 

@@ -74,11 +74,18 @@ def _check_device(value: object) -> str:
     return value
 
 
-def _check_above_zero(name: str, value: object, maximum: float, what: str) -> float:
-    number = check_number(name, value, 0, maximum)
-    if number == 0:
-        raise RecipeError(f"{name} must be a {what} above 0 and at most {maximum:.0f}, got 0.")
-    return number
+def _check_retain(value: object) -> float:
+    share = check_number("retain", value, 0, 1)
+    if share == 0:
+        raise RecipeError("retain must be a number above 0 and at most 1, got 0.")
+    return share
+
+
+def _check_size(value: object) -> float:
+    size = check_number("size", value, 0, MAX_SIZE)
+    if size == 0:
+        raise RecipeError(f"size must be a number of MB above 0 and at most {MAX_SIZE:.0f}, got 0.")
+    return size
 
 
 def _set(instance: object, name: str, value: object) -> None:
@@ -195,7 +202,7 @@ class MergeRecipe:
     )
     retain: float | None = setting(
         None,
-        lambda value: _check_above_zero("retain", value, 1.0, "number"),
+        _check_retain,
         "smallest ranks that keep this share of each layer's Frobenius norm, 0 < F <= 1",
         kind=float,
         metavar="F",
@@ -203,7 +210,7 @@ class MergeRecipe:
     )
     size: float | None = setting(
         None,
-        lambda value: _check_above_zero("size", value, MAX_SIZE, "number of MB"),
+        _check_size,
         "best ranks for a file of at most MB x 1,000,000 bytes",
         kind=float,
         metavar="MB",

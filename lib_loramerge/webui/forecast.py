@@ -136,8 +136,8 @@ def _loss(plan: MergePlan) -> str:
         if recipe.retain >= 1:
             return ""
         error = math.sqrt(1 - recipe.retain**2)
-        kept = f"Keeping {percent(recipe.retain)} of every layer's norm"
-        return f"{kept} means an error of up to {percent(error)}."
+        share = percent(recipe.retain)
+        return f"Keeping {share} of every layer's norm means an error of up to {percent(error)}."
     if recipe.size is not None:
         whole = predicted_bytes(replace(plan, recipe=replace(recipe, size=None)))
         if whole <= recipe.size * 1e6:
@@ -153,5 +153,7 @@ def _loss(plan: MergePlan) -> str:
     if not short:
         return ""
     rank, most = max(short, key=lambda pair: pair[1])
-    what = "sum" if plan.method.exact else "result"
-    return f"Rank {rank} of up to {most}: the {what} may need more. Press Analyse for the error."
+    return (
+        f"Rank {rank} of up to {most}: the {'sum' if plan.method.exact else 'result'} may need more. "
+        "Press Analyse for the error."
+    )
