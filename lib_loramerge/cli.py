@@ -467,6 +467,7 @@ def _inspect_parser(commands: Any) -> None:
     parser = _command(commands, "inspect", run_inspect, "say what a LoRA file is, and what merging it takes")
     parser.add_argument("files", nargs="+", metavar="FILE")
     _add_lora_dir(parser)
+    _add_settings(parser, "inspect")
     _add_json(parser)
     _add_plot(parser)
 
@@ -475,7 +476,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     from .analysis import inspect
 
     find = finder(options.lora_dir)
-    reports = [inspect(find(name)) for name in options.files]
+    reports = [inspect(find(name), base_model=options.base_model) for name in options.files]
     if options.json:
         _print_json(reports[0].to_json() if len(reports) == 1 else [report.to_json() for report in reports])
     else:

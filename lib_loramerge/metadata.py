@@ -135,6 +135,8 @@ def output_name(name: str) -> str:
 
 def _base_model_version(architecture: Architecture, sources: Sequence[SourceMeta]) -> str | None:
     """The detected base model; in the parents' words if they agree with it and one another."""
+    if not architecture.base_model_version and architecture.names is not None:
+        return None  # several models fit, and none is claimed
     told = _agreed("ss_base_model_version", sources)
     if told and told.startswith(architecture.base_model_version):
         return told

@@ -405,25 +405,92 @@ CASES: dict[str, tuple[dict[str, Shape], str, str, dict[str, tuple | None]]] = {
     ),
     "HunyuanDiT": (
         lora(["base_model.model.blocks.0.attn1.Wqkv"], 4224, 1408), "peft", "hunyuan_dit",
-        {"base_model.model.blocks.0.attn1.Wqkv": None},
+        {"lora_unet_blocks_0_attn1_Wqkv": None},
     ),
     "Stable Cascade": (
-        lora(["lora_prior_unet_down_blocks_0_3_attention_attn_in_proj", "lora_prior_te_text_model_encoder_layers_0_mlp_fc1"], 2048, 2048, up=KOHYA),
+        lora(["lora_prior_unet_down_blocks_0_3_attention_attn_in_proj", "lora_prior_te_text_model_encoder_layers_0_mlp_fc1"], 1280, 1280, up=KOHYA),
         "kohya", "stable_cascade",
         {
             "lora_prior_unet_down_blocks_0_3_attention_attn_in_proj": None,
-            "lora_prior_te_text_model_encoder_layers_0_mlp_fc1": None,
+            "lora_te_text_model_encoder_layers_0_mlp_fc1": None,
         },
     ),
     "AuraFlow": (
         lora(["transformer.joint_transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"]),
         "diffusers", "auraflow",
-        {"transformer.joint_transformer_blocks.0.attn.to_q": None, "transformer.single_transformer_blocks.0.attn.to_q": None},
+        {"lora_unet_double_layers_0_attn_w2q": None, "lora_unet_single_layers_0_attn_w1q": None},
     ),
     "PixArt": (
         lora(["unet.base_model.model.transformer_blocks.0.attn1.to_q", "unet.base_model.model.adaln_single.linear"], 1152, 1152),
         "peft", "pixart",
-        {"unet.base_model.model.transformer_blocks.0.attn1.to_q": None, "unet.base_model.model.adaln_single.linear": None},
+        {"lora_unet_blocks_0_attn_qkv": ((0, 1),), "lora_unet_t_block_1": None},
+    ),
+    "HiDream of LyCORIS": (
+        lora(["lycoris_double_stream_blocks_3_block_attn1_to_q_t"], 2560, 2560, up=KOHYA), "lycoris", "hidream",
+        {"lora_unet_double_stream_blocks_3_block_attn1_to_q_t": None},
+    ),
+    "Mochi of diffusers": (
+        lora(["transformer.transformer_blocks.2.attn1.to_k", ("transformer.transformer_blocks.2.attn1.add_k_proj", 3072, 1536)]),
+        "diffusers", "mochi",
+        {"lora_unet_blocks_2_attn_qkv_x": ((1, 2),), "lora_unet_blocks_2_attn_qkv_y": ((1, 2),)},
+    ),
+    "ACE-Step": (
+        lora(["transformer_blocks.2.cross_attn.to_q", "transformer_blocks.2.cross_attn.add_q_proj"], 2560, 2560), "bare", "ace_step",
+        {"lora_unet_transformer_blocks_2_cross_attn_to_q": None, "lora_unet_transformer_blocks_2_cross_attn_add_q_proj": None},
+    ),
+    "ACE-Step 1.5": (
+        lora(["base_model.model.layers.3.self_attn.q_proj", ("base_model.model.layers.3.cross_attn.k_proj", 1024, 2048)], 2048, 2048),
+        "peft", "ace_step15",
+        {"lora_unet_decoder_layers_3_self_attn_q_proj": None, "lora_unet_decoder_layers_3_cross_attn_k_proj": None},
+    ),
+    "Krea 2": (
+        lora([("transformer.transformer_blocks.3.attn.to_k", 1536, 6144), ("transformer.text_fusion.refiner_blocks.1.ff.up", 6912, 2560)]),
+        "diffusers", "krea2",
+        {"lora_unet_blocks_3_attn_wk": None, "lora_unet_txtfusion_refiner_blocks_1_mlp_up": None},
+    ),
+    "LTX-Video": (
+        lora(["diffusion_model.transformer_blocks.3.attn1.to_q", ("diffusion_model.adaln_single.linear", 12288, 2048)], 2048, 2048),
+        "comfy", "ltx_video",
+        {"lora_unet_transformer_blocks_3_attn1_to_q": None, "lora_unet_adaln_single_linear": None},
+    ),
+    "LTX-2": (
+        lora(["transformer.transformer_blocks.3.attn1.to_q", ("transformer.audio_time_embed.linear", 12288, 2048)], 4096, 4096),
+        "diffusers", "ltx2",
+        {"lora_unet_transformer_blocks_3_attn1_to_q": None, "lora_unet_audio_adaln_single_linear": None},
+    ),
+    "Kandinsky 5": (
+        lora(["transformer.visual_transformer_blocks.3.self_attention.to_query"], 4096, 4096), "diffusers", "kandinsky5",
+        {"lora_unet_visual_transformer_blocks_3_self_attention_to_query": None},
+    ),
+    "OmniGen2": (
+        lora(["diffusion_model.layers.3.attn.to_q", ("diffusion_model.layers.3.attn.to_k", 840, 2520)], 2520, 2520), "comfy", "omnigen2",
+        {"lora_unet_layers_3_attn_to_q": None, "lora_unet_layers_3_attn_to_k": None},
+    ),
+    "LongCat-Image": (
+        lora(["transformer.time_embed.timestep_embedder.linear_2", ("transformer.context_embedder", 3072, 3584)]), "diffusers", "longcat",
+        {"lora_unet_time_in_out_layer": None, "lora_unet_txt_in": None},
+    ),
+    "HunyuanVideo 1.5": (
+        lora([("diffusion_model.double_blocks.53.img_attn_qkv", 6144, 2048), ("diffusion_model.vision_in.proj.1", 1152, 1152)]),
+        "comfy", "hunyuan_video15",
+        {"lora_unet_double_blocks_53_img_attn_qkv": None, "lora_unet_vision_in_proj_1": None},
+    ),
+    "Qwen-Image 2.1": (
+        lora(["transformer.transformer_blocks.3.attn.to_q", ("transformer.transformer_blocks.3.img_mlp.gate_layer", 12288, 4096)], 4096, 4096),
+        "diffusers", "qwen_image21",
+        {"lora_unet_transformer_blocks_3_attn_to_q": None, "lora_unet_transformer_blocks_3_img_mlp_gate_up": ((0, 1),)},
+    ),
+    "Ideogram 4": (
+        lora(["transformer.layers.3.attention.to_v", "transformer.layers.3.attention.to_out.0"], 4608, 4608, up=KOHYA), "diffusers", "ideogram4",
+        {"lora_unet_layers_3_attention_qkv": ((2, 3),), "lora_unet_layers_3_attention_o": None},
+    ),
+    "Ernie-Image": (
+        lora(["transformer.layers.3.self_attention.to_q", ("transformer.layers.3.mlp.linear_fc2", 4096, 12288)], 4096, 4096), "diffusers", "ernie_image",
+        {"lora_unet_layers_3_self_attention_to_q": None, "lora_unet_layers_3_mlp_linear_fc2": None},
+    ),
+    "Cosmos-Predict2": (
+        lora(["diffusion_model.blocks.35.self_attn.q_proj", ("diffusion_model.blocks.3.mlp.layer1", 20480, 5120)], 5120, 5120), "comfy", "cosmos_predict2",
+        {"lora_unet_blocks_35_self_attn_q_proj": None, "lora_unet_blocks_3_mlp_layer1": None},
     ),
     "a model that nobody knows": (
         lora(["diffusion_model.strange_blocks.0.mix.q"], 640, 640, up="lora_B"), "comfy", "unknown",

@@ -25,12 +25,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def dialects_table() -> str:
     """Every spelling that is read, every base model, and every kind of file that is refused and why."""
     known = ", ".join(entry.label for entry in ARCHITECTURES.values() if not entry.opaque)
-    kept = ", ".join(
-        entry.label for entry in ARCHITECTURES.values() if entry.opaque and entry.id != "unknown"
-    )
     models = (
-        f"Base models known under all of their names: {known}. For {kept}, and for models that are not known "
-        "by name, LoRAs in one spelling merge with each other, and the result keeps it."
+        f"Base models known under all of their names: {known}. For models that are not among them, LoRAs in "
+        "one spelling merge with each other, and the result keeps it. Where the layers fit several models, "
+        "`--base-model NAME` says which it is."
     )
     spellings = ((_capital(entry.label), f"`{entry.example}`") for entry in DIALECTS.values())
     refused = ((_capital(kind.name.split(" ", 1)[1]), f"{_capital(kind.reason)}.") for kind in REFUSED)

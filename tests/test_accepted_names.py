@@ -63,8 +63,11 @@ EXCUSED: dict[tuple[str, str], tuple[str, str]] = {
     ("lumina2", "neo"): ("(?!lora_unet_).*", "names of Z-Image, which its code gives to Lumina 2 too"),
     ("ernie_image", "sdnext"): (r".*layers[._](?:2[4-9]|3[0-5])[._].*", "its facts are of a smaller size"),
 }
-# Base models whose second spellings are not in our tables yet.
-NOT_YET = frozenset({"hunyuan_video", "zimage", "anima", "stable_cascade", "auraflow", "pixart"})
+# Base models of whose second spellings the hosts' records do not tell yet.
+NOT_YET = frozenset({
+    "hunyuan_video", "hunyuan_video15", "ace_step15", "zimage", "anima", "stable_cascade", "auraflow",
+    "pixart",
+})  # fmt: skip
 
 
 @cache

@@ -109,7 +109,7 @@ def encoder(prefix: str, layer: int, width: int) -> dict[str, dict[str, tuple[in
     ("layers", "metadata", "expected"),
     [
         (encoder("lora_te_", 3, 768), {}, "sd1"),
-        (encoder("lora_te1_", 3, 768), {}, "sd1"),
+        (encoder("lora_te1_", 3, 768), {}, "sdxl"),
         (encoder("lora_te1_", 3, 768), {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
         (encoder("lora_te1_", 3, 768), {"ss_base_model_version": "flux1"}, "flux1"),
         (encoder("lora_te_", 3, 768), {"ss_base_model_version": "sd_v2"}, "sd1"),
@@ -170,7 +170,7 @@ def test_text_encoders_alone_tell_what_they_can(layers, metadata, expected):
         (["layers_0_attention_out"], 3840, {}, "zimage"),
         (["blocks_0_attn1_to_q"], 1408, {}, "hunyuan_dit"),
         (["blocks_0_attn1_to_q"], 1536, {}, "wan"),
-        (["transformer_blocks_0_attn1_to_q"], 1152, {}, "unknown"),
+        (["transformer_blocks_0_attn1_to_q"], 1152, {}, "pixart"),
         (["double_stream_blocks_0_block_attn1_to_q"], 2560, {}, "hidream"),
     ],
 )
@@ -187,10 +187,129 @@ def test_linear1_tells_flux_2_of_the_same_width_from_flux_1():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
-    [("flux-1-dev/lora", "flux1"), ("qwen-image/lora", "qwen_image"), ("wan2.1/lora", "unknown")],
+    ("said", "expected", "candidates"),
+    [
+        ("flux-1-dev/lora", "flux1", 1),
+        ("qwen-image/lora", "qwen_image", 1),
+        ("wan2.1/lora", "flux1", 6),
+        ("", "flux1", 6),
+    ],
 )
-def test_metadata_choose_among_models_that_have_every_layer_of_a_small_file(said, expected):
+def test_metadata_choose_among_models_that_have_every_layer_of_a_small_file(said, expected, candidates):
     layers = {"lora_unet_transformer_blocks_3_attn_to_out_0": {"up": (3072, 2), "down": (2, 3072)}}
-    assert detect(layers).architecture.id == "unknown"
-    assert detect(layers, {"modelspec.architecture": said}).architecture.id == expected
+    found = detect(layers, {"modelspec.architecture": said})
+    assert found.architecture.id == expected
+    assert len({name for name, _ in found.candidates}) == candidates
+    if candidates > 1:
+        assert {"flux1", "qwen_image", "flux2", "chroma"} < {name for name, _ in found.candidates}
+        assert found.reason.endswith("alike")
+
+
+def linear(name: str, out: int, in_: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {f"lora_unet_{name}": slots("lora", out, in_)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "metadata", "model", "size"),
+    [
+        # A few layers of a model are enough where their number or a width is its own.
+        (linear("single_blocks_7_linear2", 3072, 12288), {}, "flux2", "Klein 4B"),
+        (linear("single_blocks_7_linear2", 4096, 16384), {}, "flux2", "Klein 9B"),
+        (linear("single_blocks_40_linear2", 6144, 24576), {}, "flux2", "dev"),
+        (linear("transformer_blocks_2_attn_add_q_proj", 6144, 6144), {}, "flux2", "dev"),
+        (linear("transformer_blocks_2_attn_to_k", 4096, 4096), {}, "flux2", "Klein 9B"),
+        (
+            linear("double_blocks_2_img_attn_proj", 3072, 3072),
+            {"ss_base_model_version": "flux2_klein_4b"},
+            "flux2",
+            "Klein 4B",
+        ),
+        (linear("transformer_blocks_59_attn_to_q", 3072, 3072), {}, "qwen_image", ""),
+        (linear("transformer_blocks_0_img_mlp_gate_layer", 12288, 4096), {}, "qwen_image21", ""),
+        (
+            linear("transformer_blocks_40_attn1_to_q", 4096, 4096)
+            | linear("transformer_blocks_0_audio_attn1_to_q", 2048, 2048),
+            {},
+            "ltx2",
+            "",
+        ),
+        (
+            linear("adaln_single_linear", 6 * 4096, 4096)
+            | linear("audio_adaln_single_linear", 6 * 2048, 2048),
+            {},
+            "ltx2",
+            "",
+        ),
+        (
+            linear("transformer_blocks_0_attn1_to_q", 2048, 2048)
+            | linear("adaln_single_linear", 6 * 2048, 2048),
+            {},
+            "ltx_video",
+            "2B",
+        ),
+        (linear("layers_0_attention_o", 4608, 4608), {}, "ideogram4", ""),
+        (linear("layers_3_attention_to_q", 4608, 4608), {}, "ideogram4", ""),
+        (linear("layers_3_attention_to_q", 3840, 3840), {}, "zimage", ""),
+        (linear("layers_3_self_attention_to_q", 4096, 4096), {}, "ernie_image", "4096 wide"),
+        (linear("layers_3_self_attn_q_proj", 2048, 2048), {}, "ace_step15", ""),
+        (linear("blocks_3_attn_wk", 1536, 6144), {}, "krea2", ""),
+        (linear("transformer_blocks_3_attn_to_k", 1536, 6144), {}, "krea2", ""),
+        (linear("double_layers_1_attn_w1q", 3072, 3072), {}, "auraflow", ""),
+        (linear("joint_transformer_blocks_1_attn_to_q", 3072, 3072), {}, "auraflow", ""),
+        (linear("blocks_1_cross_attn_kv_linear", 2304, 1152), {}, "pixart", ""),
+        (linear("transformer_blocks_1_cross_attn_to_q", 2560, 2560), {}, "ace_step", ""),
+        (linear("blocks_1_attn_qkv_y", 9216, 1536), {}, "mochi", ""),
+        (linear("visual_transformer_blocks_1_self_attention_to_query", 4096, 4096), {}, "kandinsky5", "Pro"),
+        (linear("double_blocks_53_img_attn_qkv", 6144, 2048), {}, "hunyuan_video15", ""),
+        (linear("layers_1_feed_forward_linear_1", 10240, 2520), {}, "omnigen2", ""),
+        (linear("blocks_35_self_attn_q_proj", 5120, 5120), {}, "cosmos_predict2", "14B"),
+        (linear("llm_adapter_blocks_1_self_attn_q_proj", 1024, 1024), {}, "anima", ""),
+        (linear("vace_blocks_1_after_proj", 5120, 5120), {}, "wan", "14B"),
+        (linear("face_adapter_fuser_blocks_1_linear1_kv", 10240, 5120), {}, "wan", "14B"),
+        (linear("audio_injector_injector_1_q", 5120, 5120), {}, "wan", "14B"),
+        (linear("blocks_1_self_attn_q", 3072, 3072), {}, "wan", "5B"),
+        (
+            linear("transformer_blocks_1_attn_to_q", 3072, 3072),
+            {"modelspec.architecture": "longcat-image/lora"},
+            "longcat",
+            "",
+        ),
+        # Metadata that contradict the layers do not count.
+        (
+            linear("single_blocks_7_linear1", 27648, 3072),
+            {"ss_base_model_version": "flux1"},
+            "flux2",
+            "Klein 4B",
+        ),
+    ],
+)
+def test_a_part_of_a_model_is_recognised_and_its_size(layers, metadata, model, size):
+    found = detect(layers, metadata)
+    assert (found.architecture.id, found.size and found.size.label) == (model, size), found
+
+
+@pytest.mark.parametrize("kind", ["glora", "glora old"])
+def test_a_square_glora_layer_tells_its_width_in_both_orders(kind):
+    assert (in_features(slots(kind, 3072, 3072)), out_features(slots(kind, 3072, 3072))) == (3072, 3072)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (encoder("lora_te1_", 3, 768), {"sdxl", "flux1", "sd3", "sd1"}),
+        (
+            {"lora_te3_encoder_block_0_layer_0_SelfAttention_q": slots("lora", 4096, 4096)},
+            {"flux1", "sd3", "chroma"},
+        ),
+        ({"lora_te_layers_0_self_attn_q_proj": slots("lora", 4096, 2560)}, {"zimage", "flux2", "krea2"}),
+    ],
+)
+def test_text_encoders_that_several_models_have_fit_all_of_them(layers, expected):
+    assert expected <= {name for name, _ in detect(layers, {}).candidates}
+
+
+def test_the_users_word_overrules_everything():
+    found = detect(
+        square("double_blocks_0_img_attn_proj", width=3072), {"ss_base_model_version": "flux1"}, "chroma"
+    )
+    assert (found.architecture.id, found.reason) == ("chroma", "as you chose")

@@ -35,6 +35,28 @@ MODELS = {
         {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True, "text_embed_2_dim": 1472},
     ),
     "anima": ("CosmosTransformer3DModel", {"num_layers": 2}),
+    "cosmos_predict2": ("CosmosTransformer3DModel", {"num_layers": 2}),
+    "longcat": ("LongCatImageTransformer2DModel", {"num_layers": 2, "num_single_layers": 2}),
+    "hunyuan_video15": ("HunyuanVideo15Transformer3DModel", {"num_layers": 2}),
+    "qwen_image21": ("QwenImage21Transformer2DModel", {"num_layers": 2}),
+    "auraflow": ("AuraFlowTransformer2DModel", {"num_mmdit_layers": 2, "num_single_dit_layers": 2}),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {
+            "num_layers": 2,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+            "use_additional_conditions": True,
+        },
+    ),
+    "mochi": ("MochiTransformer3DModel", {"num_layers": 48}),
+    "ltx_video": ("LTXVideoTransformer3DModel", {"num_layers": 2}),
+    "ltx2": ("LTX2VideoTransformer3DModel", {"num_layers": 2}),
+    "ace_step15": ("AceStepTransformer1DModel", {"num_hidden_layers": 2}),
+    "ideogram4": ("Ideogram4Transformer2DModel", {"num_layers": 2}),
+    "krea2": ("Krea2Transformer2DModel", {"num_layers": 2}),
+    "kandinsky5": ("Kandinsky5Transformer3DModel", {"num_visual_blocks": 2}),
+    "ernie_image": ("ErnieImageTransformer2DModel", {"num_layers": 2}),
 }
 
 
@@ -95,8 +117,37 @@ CONVERTERS = {
 BLOCKS = {"sd3": 24, "sd3_large": 38}
 # The context of the last joint block ends in attention.
 LAST = {"sd3": "joint_blocks.23.context_block", "sd3_large": "joint_blocks.37.context_block"}
-# Flux layers that Chroma does not have.
-ABSENT = {"chroma": ("_mod", "modulation", "time_in", "vector_in", "guidance_in", "final_layer.adaLN")}
+# Layers that the checkpoints of these converters do not have.
+ABSENT = {
+    "lumina2": ("context_refiner.{}.adaLN",),
+    "zimage": ("context_refiner.{}.adaLN",),
+    "wan": (
+        "vace_",
+        "face_",
+        "pose_patch",
+        "audio_",
+        "frame_packer",
+        "cond_",
+        "trainable",
+        "control_",
+        "ref_conv",
+    ),
+    "anima": ("llm_adapter",),
+}
+# Norms that the converters handle by other rules than layers.
+NORMS = (
+    "_norm1",
+    "_norm2",
+    "ffn_norm",
+    ".norm1",
+    ".norm2",
+    "norms.",
+    "cap_embedder.0",
+    "t_embedding_norm",
+    "img_emb.proj.0",
+    "img_emb.proj.4",
+    ".layernorm",
+)
 
 
 class Checkpoint(dict):
@@ -113,9 +164,12 @@ class Checkpoint(dict):
 def make_checkpoint(architecture: str, special: dict[str, int]) -> dict[str, tuple[str, Tensor]]:
     """Flattened path to its tensor's name in the model's own code, and a weight with different rows."""
     names = NAMES[architecture]
-    own = {target: path for path, target in names.own.items()}
+    own = {target: path for path, (target, rows) in names.aliases.items() if rows is None}
+    own = own if architecture == "hunyuan_video" else {}
     made: dict[str, tuple[str, Tensor]] = {}
     for template in names.layers:
+        if template in names.parameters or any(part in template for part in NORMS):
+            continue
         if any(part in template for part in ABSENT.get(architecture, ())):
             continue
         for number in range(BLOCKS.get(architecture, 2) if "{}" in template else 1):
@@ -168,10 +222,11 @@ def test_no_two_layers_of_a_table_share_a_spelling(architecture):
 @pytest.mark.parametrize("architecture", NAMES)
 def test_a_checkpoint_name_means_itself_and_its_members_mean_parts_of_it(architecture):
     for template, members in NAMES[architecture].layers.items():
-        flat = template.format(1).replace(".", "_")
+        numbers = ["1"] * template.count("{}")
+        flat = template.format(*numbers).replace(".", "_")
         assert canonical_path(architecture, "unet", flat) == (flat, None)
         assert layer_path(f"lora_unet_{flat}") == flat
         for member, rows in members:
-            spelled = member.format(1).replace(".", "_").replace("-", "_")
+            spelled = member.format(*numbers).replace(".", "_").replace("-", "_")
             expected = (flat, None) if spelled == flat else (flat, rows)
             assert canonical_path(architecture, "unet", spelled) == expected

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from .. import architectures, dialects
+from ..architectures import ARCHITECTURES
 from ..delta import Dense, decompose, decompose_dense, helpful_threads, norm, parallel_map
 from ..errors import LoraMergeError
 from ..merge.base import BaseCheckpoint
+from ..merge.base_model import model_id
 from ..merge.read import SourceReader
 from ..merge.sources import Source, open_source
 from ..report import histogram_text, percent
@@ -50,6 +52,7 @@ class InspectReport:
     dialect: str
     architecture: str
     base_model: str
+    base_models: Sequence[str]
     reason: str
     layers: int
     kinds: Mapping[str, int]
@@ -106,11 +109,13 @@ def inspect(
     *,
     base: Path | None = None,
     tensors: bool = True,
+    base_model: str | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> InspectReport:
     """Describe a LoRA file.
 
     Args:
+        base_model: Base model that overrules what the file looks like, by name.
         base: Base model checkpoint, to measure layers that change it in proportion.
         tensors: False looks at the header alone; norms and ranks are then left empty.
         cancel: Asked about every tenth of a second; True ends the work.
@@ -118,7 +123,7 @@ def inspect(
     Raises:
         FileError: Not readable, damaged, or not a LoRA.
     """
-    source = open_source(path)
+    source = open_source(path, model_id(base_model) if base_model is not None else None)
     measured = _measure(source, base, cancel) if tensors else _Measured({}, {}, {}, [], [])
     whole = sum(measured.norm_sq.values())
     return InspectReport(
@@ -126,7 +131,8 @@ def inspect(
         size_bytes=source.header.size,
         dialect=source.dialect,
         architecture=source.architecture.id,
-        base_model=source.architecture.label,
+        base_model=source.base_model,
+        base_models=_candidates(source),
         reason=source.reason,
         layers=len(source.layers),
         kinds=source.kinds,
@@ -224,12 +230,20 @@ def _curve(measured: _Measured) -> dict[int, float]:
     )
 
 
+def _candidates(source: Source) -> list[str]:
+    """What people call the base models that the file fits, the most likely one first."""
+    labels = [f"{ARCHITECTURES[name].label} {size}".rstrip() for name, size in source.candidates]
+    return labels or [source.base_model]
+
+
 def _needs(source: Source) -> list[str]:
     needs = []
     if source.needs_base:
         needs.append("the base model checkpoint it was trained on (--base CHECKPOINT)")
     if source.unknown or source.unsupported:
         needs.append("--skip-unsupported, since some of it cannot be merged")
+    if len({name for name, _ in source.candidates}) > 1:
+        needs.append("--base-model NAME, or a file that says it, where the base model has to be known")
     return needs
 
 
@@ -241,7 +255,8 @@ def _written_as(source: Source) -> str:
             prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto", style)[0]
         except LoraMergeError as error:
             return str(error)
-        return dialects.output_key(prefix, _written_slot(source, layer), "auto", style)
+        chosen = dialects.output_style(source.architecture.id, "auto", style)
+        return dialects.output_key(prefix, _written_slot(source, layer), "auto", chosen)
     return "nothing: no layer of it can be merged"
 
 

@@ -8,26 +8,48 @@ Layers of base models that we know nothing about keep the name their file gives 
 
 from __future__ import annotations
 
-from .base import ARCHITECTURES, COMPONENTS, Architecture, Rows, component, layer_name, layer_path
+from .base import (
+    COMFY,
+    COMPONENTS,
+    DIFFUSERS,
+    KOHYA,
+    Architecture,
+    Rows,
+    Size,
+    component,
+    layer_name,
+    layer_path,
+    plain_path,
+)
 from .blocks import block, companions, is_conv, kernel, layers
 from .checkpoints import CheckpointKey, checkpoint_keys
-from .detect import Detection, detect, in_features, out_features
-from .names import canonical_path, diffusers_layers
+from .compatible import encoder_part
+from .detect import Detection, Model, detect, in_features, out_features
+from .names import canonical_path, comfy_layer, diffusers_layers, has_dotted_name_alone
+from .records import ARCHITECTURES
 
 __all__ = [
     "ARCHITECTURES",
+    "COMFY",
     "COMPONENTS",
+    "DIFFUSERS",
+    "KOHYA",
     "Architecture",
     "CheckpointKey",
     "Detection",
+    "Model",
     "Rows",
+    "Size",
     "block",
     "canonical_path",
     "checkpoint_keys",
+    "comfy_layer",
     "companions",
     "component",
     "detect",
     "diffusers_layers",
+    "encoder_part",
+    "has_dotted_name_alone",
     "in_features",
     "is_conv",
     "kernel",
@@ -35,4 +57,5 @@ __all__ = [
     "layer_path",
     "layers",
     "out_features",
+    "plain_path",
 ]

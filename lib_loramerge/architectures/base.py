@@ -61,9 +61,73 @@ class Rows:
         return tuple((start * unit, stop * unit) for start, stop in self.parts)
 
 
+Members = tuple[tuple[str, Rows | None], ...]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Layer names of one kind of diffusion transformer; ``{}`` stands for a block's number.
+
+    Attributes:
+        layers: Checkpoint path to its diffusers members. With several, diffusers splits what the
+            checkpoint fuses, and each member says which output rows it is.
+        aliases: Other spellings to checkpoint path, and the rows of it that they mean.
+        shapes: Checkpoint path to the shape, as ``table.measure`` reads it.
+        counts: Root of numbered blocks to their number: digits, or a dimension's name.
+        parameters: Checkpoint paths of tensors that are no module's ``weight``. Hosts know these by
+            their dotted names alone.
+    """
+
+    layers: Mapping[str, Members]
+    aliases: Mapping[str, tuple[str, Rows | None]] = field(default_factory=dict)
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, str] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a base model; LoRAs of two sizes do not fit together.
+
+    Attributes:
+        label: What people call it, empty for a model of one size.
+        dims: What the shapes and counts of the model's names are written in.
+        words: How metadata begin that name this size; underscores count as hyphens.
+        base_model_version, modelspec: As of the architecture, where this size has its own.
+    """
+
+    label: str
+    dims: Mapping[str, int]
+    words: tuple[str, ...] = ()
+    base_model_version: str = ""
+    modelspec: str = ""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder of a base model.
+
+    Attributes:
+        kind: ``"clip"``, ``"t5"`` or ``"llama"``: which names its layers have.
+        comfy: ComfyUI's name of it, in ``text_encoders.NAME.transformer.``.
+        layers: Number of layers.
+        width: Width that its attention reads.
+        dotted: Hosts know its layers only by dotted names.
+    """
+
+    kind: str
+    comfy: str
+    layers: int
+    width: int
+    dotted: bool = False
+
+
+KOHYA, COMFY, DIFFUSERS = "kohya", "comfy", "diffusers"
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """One kind of base model, as metadata and messages name it.
+    """One kind of base model: all that is known of it, in one record.
 
     Attributes:
         id: Our name, such as ``"sdxl"``.
@@ -75,6 +139,12 @@ class Architecture:
         resolution: Native resolution, as ``modelspec.resolution`` has it.
         prediction_type: ``"epsilon"``, or empty for flow models, which have no such field.
         text_encoders: Where the text encoder that a file calls ``te``, ``te1``, ``te2`` or ``te3`` belongs.
+        words: How ``ss_base_model_version`` and ``modelspec.architecture`` begin that name it;
+            underscores count as hyphens.
+        names: Of the denoiser's layers, for diffusion transformers.
+        sizes: Sizes of the denoiser; the first is the most usual.
+        encoders: Text encoders by component.
+        spelling: How its layers are written by default: ``KOHYA``, ``COMFY`` or ``DIFFUSERS``.
         opaque: Layer names are kept as the file spells them, because no second spelling is known.
     """
 
@@ -87,65 +157,24 @@ class Architecture:
     resolution: str = "1024x1024"
     prediction_type: str = ""
     text_encoders: Mapping[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    names: Names | None = None
+    sizes: tuple[Size, ...] = ()
+    encoders: Mapping[str, TextEncoder] = field(default_factory=dict)
+    spelling: str = KOHYA
     opaque: bool = False
 
 
-_SGM = "https://github.com/Stability-AI/generative-models"
-_BFL = "https://github.com/black-forest-labs/flux"
-_ONE = {"te": "te", "te1": "te"}
-_TWO = {"te": "te1", "te1": "te1", "te2": "te2"}
-_THREE = {"te": "te1", "te1": "te1", "te2": "te2", "te3": "te3"}
-_CLIP_AND_T5 = {"te": "te1", "te1": "te1", "te2": "te3", "te3": "te3"}
-_SAME = {"te": "te", "te1": "te", "te2": "te2", "te3": "te3"}
+ONE = {"te": "te", "te1": "te"}
+TWO = {"te": "te1", "te1": "te1", "te2": "te2"}
+THREE = {"te": "te1", "te1": "te1", "te2": "te2", "te3": "te3"}
+CLIP_AND_T5 = {"te": "te1", "te1": "te1", "te2": "te3", "te3": "te3"}
+T5_ALONE = {"te": "te1", "te1": "te1", "te2": "te1", "te3": "te1"}
+SAME = {"te": "te", "te1": "te", "te2": "te2", "te3": "te3"}
 
-_TABLE = (
-    Architecture("sd1", "Stable Diffusion 1", "sd_v1", "stable-diffusion-v1",
-                 "https://github.com/CompVis/stable-diffusion", resolution="512x512",
-                 prediction_type="epsilon", text_encoders=_ONE),
-    Architecture("sd2", "Stable Diffusion 2", "sd_v2", "stable-diffusion-v2-512",
-                 "https://github.com/Stability-AI/stablediffusion", v2=True, resolution="512x512",
-                 prediction_type="epsilon", text_encoders=_ONE),
-    Architecture("sdxl", "Stable Diffusion XL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", _SGM,
-                 prediction_type="epsilon", text_encoders=_TWO),
-    Architecture("sdxl_refiner", "Stable Diffusion XL refiner", "sdxl_refiner_v1-0",
-                 "stable-diffusion-xl-v1-refiner", _SGM, prediction_type="epsilon",
-                 text_encoders={"te": "te", "te1": "te", "te2": "te"}),
-    Architecture("sd3", "Stable Diffusion 3 / 3.5 medium", "sd3_medium", "stable-diffusion-3-medium",
-                 "https://github.com/Stability-AI/sd3.5", text_encoders=_THREE),
-    Architecture("sd3_large", "Stable Diffusion 3.5 large", "sd3_5-large", "stable-diffusion-3-5-large",
-                 "https://github.com/Stability-AI/sd3.5", text_encoders=_THREE),
-    Architecture("flux1", "Flux.1", "flux1", "flux-1-dev", _BFL, text_encoders=_CLIP_AND_T5),
-    Architecture("chroma", "Chroma", "chroma", "chroma", "https://huggingface.co/lodestones/Chroma",
-                 text_encoders={"te": "te3", "te1": "te3", "te2": "te3", "te3": "te3"}),
-    Architecture("flux2", "Flux.2", "flux2", "flux-2-dev", "https://github.com/black-forest-labs/flux2",
-                 text_encoders=_SAME),
-    Architecture("lumina2", "Lumina Image 2", "lumina2", "lumina-2",
-                 "https://github.com/Alpha-VLLM/Lumina-Image-2.0", text_encoders=_SAME),
-    Architecture("zimage", "Z-Image", "zimage", "z-image", "https://github.com/Tongyi-MAI/Z-Image",
-                 text_encoders=_SAME),
-    Architecture("qwen_image", "Qwen-Image", "qwen_image", "qwen-image",
-                 "https://github.com/QwenLM/Qwen-Image", text_encoders=_SAME),
-    Architecture("wan", "Wan 2", "wan", "wan2.1", "https://github.com/Wan-Video/Wan2.1",
-                 resolution="", text_encoders=_SAME),
-    Architecture("anima", "Anima", "anima", "anima", "https://huggingface.co/circlestone-labs/Anima",
-                 text_encoders=_SAME),
-    Architecture("hunyuan_image", "HunyuanImage 2.1", "hunyuan-image-2.1", "hunyuan-image-2.1",
-                 "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1", resolution="2048x2048",
-                 text_encoders=_SAME),
-    Architecture("hunyuan_video", "HunyuanVideo", "hunyuan_video", "hunyuan-video",
-                 "https://github.com/Tencent-Hunyuan/HunyuanVideo", resolution="", text_encoders=_SAME),
-    Architecture("hunyuan_dit", "HunyuanDiT", "hunyuan_dit", "hunyuan-dit", opaque=True),
-    Architecture("stable_cascade", "Stable Cascade", "stable_cascade", "stable-cascade-v1-prior",
-                 "https://github.com/Stability-AI/StableCascade", opaque=True),
-    Architecture("auraflow", "AuraFlow", "auraflow", "auraflow", opaque=True),
-    Architecture("pixart", "PixArt", "pixart", "pixart", opaque=True),
-    Architecture("hidream", "HiDream", "hidream", "hidream", opaque=True),
-    Architecture("mochi", "Mochi", "mochi", "mochi", opaque=True),
-    Architecture("ace_step", "ACE-Step", "ace_step", "ace-step", opaque=True),
-    Architecture("unknown", "unknown base model", opaque=True, resolution=""),
-)  # fmt: skip
-
-ARCHITECTURES: dict[str, Architecture] = {entry.id: entry for entry in _TABLE}
+CLIP_L = TextEncoder("clip", "clip_l", 12, 768)
+CLIP_G = TextEncoder("clip", "clip_g", 32, 1280)
+T5_XXL = TextEncoder("t5", "t5xxl", 24, 4096)
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 
@@ -174,5 +203,28 @@ def layer_name(part: str, path: str) -> str:
 
 
 def layer_path(layer: str) -> str:
-    """Flattened path of a canonical name, without its component."""
+    """Flattened path of a canonical name, without its component; of a kept dotted name the whole."""
+    if not layer.startswith("lora_"):
+        return layer.replace(".", "_")
     return layer[len(component(layer)) + len("lora__") :]
+
+
+_PREFIXES = (
+    "model_diffusion_model_",
+    "diffusion_model_",
+    "base_model_model_",
+    "transformer_",
+    "unet_",
+    "lycoris_",
+)
+
+
+def plain_path(layer: str) -> str:
+    """Flattened path of a layer by any name that was kept, with its component where it is a text encoder."""
+    part = component(layer)
+    path = layer.replace(".", "_")
+    for prefix in (f"lora_{part}_", "lora_transformer_", *_PREFIXES):
+        if path.startswith(prefix):
+            path = path[len(prefix) :]
+            break
+    return path if part == "unet" else f"{part}:{path}"

@@ -18,14 +18,31 @@ _DIFFUSERS_UNET_BLOCK = re.compile(
     r"(down|up)_blocks_(\d)_(resnets|attentions|downsamplers|upsamplers)_(\d)_"
 )
 _NUMBERED_BLOCK = re.compile(
-    r"(?:double_blocks|single_blocks|joint_blocks|transformer_blocks|single_transformer_blocks|layers|blocks)_(\d+)_"
+    r"(?:double_blocks|single_blocks|joint_blocks|transformer_blocks|single_transformer_blocks|layers|blocks|"
+    r"double_layers|single_layers|double_stream_blocks|single_stream_blocks|visual_transformer_blocks|"
+    r"joint_transformer_blocks|vace_blocks|decoder_layers)_(\d+)_"
 )
 _INPUTS = (
     "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "x_embedder", "t_embedder", "y_embedder",
     "context_embedder", "cap_embedder", "patch_embedding", "text_embedding", "time_embedding",
     "time_projection", "img_emb", "noise_refiner", "context_refiner", "time_text_embed", "byt5_in",
+    "p_embedder", "caption_projection", "patchify_proj", "adaln_single", "vision_in", "input_proj",
+    "llm_cond", "t_embedding", "first", "tmlp", "tproj", "txtmlp", "txtfusion", "cond_seq_linear",
+    "init_x_linear", "text_proj", "visual_embeddings", "time_embeddings", "pooled_text", "time_r_in",
+    "text_transformer_blocks", "ref_image_refiner", "time_caption_embed", "t5_y", "t_block", "csize_embedder",
+    "ar_embedder", "mlp_t5", "pooler", "extra_embedder",
 )  # fmt: skip
-_OUTPUTS = ("final_layer", "proj_out", "norm_out", "head_")
+_OUTPUTS = (
+    "final_layer",
+    "proj_out",
+    "norm_out",
+    "head_",
+    "last_",
+    "final_linear",
+    "final_norm",
+    "out_layer",
+    "modF",
+)
 
 
 def block(architecture_id: str, layer: str) -> str | None:
@@ -72,7 +89,7 @@ def _diffusers_unet_block(path: str) -> str | None:
 
 def _flux_block(part: str, path: str) -> str | None:
     if part != "unet":
-        return "T5" if part == "te3" else "CLIP"
+        return "T5" if "encoder_block_" in path or "encoder_final" in path else "CLIP"
     for prefix, letter, count in _FLUX_BLOCKS:
         if path.startswith(prefix):
             number = int(path[len(prefix) :].partition("_")[0])

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .base import Rows, component, layer_path
-from .dit import diffusers_members, dotted_paths
+from .dit import diffusers_members, dotted_paths, is_parameter
+from .records import ARCHITECTURES
 from .text_encoders import CLIP_EDGES, CLIP_LEAVES, OPEN_CLIPS, paths
 from .unet import UNETS, by_ldm
 
@@ -41,12 +42,9 @@ _HUGGING_FACE: dict[tuple[str, str], tuple[str, ...]] = {
     ("sdxl", "te1"): ("conditioner.embedders.0.transformer.", "text_encoder."),
     ("sdxl", "te2"): ("text_encoder_2.",),
     ("sdxl_refiner", "te"): ("text_encoder_2.",),
-    ("sd3", "te1"): ("text_encoders.clip_l.transformer.", "text_encoder."),
-    ("sd3", "te2"): ("text_encoders.clip_g.transformer.", "text_encoder_2."),
-    ("sd3", "te3"): ("text_encoders.t5xxl.transformer.", "text_encoder_3."),
-    ("flux1", "te1"): ("text_encoders.clip_l.transformer.", "text_encoder."),
-    ("flux1", "te3"): ("text_encoders.t5xxl.transformer.", "text_encoder_2."),
-    ("chroma", "te3"): ("text_encoders.t5xxl.transformer.", "text_encoder."),
+    ("sd3", "te2"): ("text_encoder_2.",),
+    ("sd3", "te3"): ("text_encoder_3.",),
+    ("flux1", "te3"): ("text_encoder_2.",),
 }
 # The same for OpenCLIP's layout.
 _OPEN_CLIP: dict[str, str] = {
@@ -84,6 +82,10 @@ def _unet(architecture_id: str, path: str) -> Iterator[Source]:
 
 
 def _transformer(architecture_id: str, path: str) -> Iterator[Source]:
+    if is_parameter(architecture_id, path):
+        for prefix in _DENOISER:
+            yield (CheckpointKey(f"{prefix}{dotted_paths(architecture_id, path)[0]}"),)
+        return
     for dotted in dotted_paths(architecture_id, path):
         # The scales of query and key norms are the one tensor that is not called weight.
         names = ("scale", "weight") if dotted.endswith(("query_norm", "key_norm")) else ("weight",)
@@ -103,7 +105,10 @@ def _text_encoder(architecture_id: str, part: str, path: str) -> Iterator[Source
     if OPEN_CLIPS.get(architecture_id) == part:
         yield from _open_clip(_OPEN_CLIP[architecture_id], dotted)
     family = "sd3" if architecture_id == "sd3_large" else architecture_id
-    for prefix in (*_HUGGING_FACE.get((family, part), ()), ""):
+    encoder = ARCHITECTURES[architecture_id].encoders[part]
+    model = "model." if encoder.kind == "llama" else ""
+    places = _HUGGING_FACE.get((family, part), ("text_encoder.",))
+    for prefix in (f"text_encoders.{encoder.comfy}.transformer.{model}", *places, model, ""):
         yield (CheckpointKey(f"{prefix}{dotted}.weight"),)
         if dotted.startswith("text_model."):
             yield (CheckpointKey(f"{prefix}{dotted.removeprefix('text_model.')}.weight"),)

@@ -1,7 +1,8 @@
-"""Which base model a file was made for, told from its layer names and shapes.
+"""Which base model a file was made for, told from its layers, their shapes and its metadata.
 
-Names alone decide between families; where families share names, a width does.
-Metadata is asked last, because it is often wrong or copied.
+A U-Net shows itself by a few places. For transformers every base model is tried: it fits a file as far as
+it has the file's layers, that many blocks, and their widths. Where several fit equally, the metadata
+choose among them, and never beyond them, because they are often wrong or copied.
 """
 
 from __future__ import annotations
@@ -9,20 +10,35 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
-from .base import ARCHITECTURES, Architecture, component, layer_path
-from .dit import resolve
+from .base import Architecture, Size, component
+from .compatible import fitting, groups_of, with_encoders
+from .records import ARCHITECTURES
 
 Shape = tuple[int, ...]
 Slots = Mapping[str, Shape]
 
 
+# A base model and one of its sizes; the size's label is empty where there is but one.
+Model = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Detection:
-    """The base model of a file, and the sentence that says how we know."""
+    """The base model of a file, and the sentence that says how we know.
+
+    Attributes:
+        architecture: The most likely one.
+        size: Of that, where the file tells it.
+        candidates: Every model and size that the file fits, the most likely one first. Where there are
+            several, its layers do not tell them apart.
+    """
 
     architecture: Architecture
     reason: str
+    size: Size | None = None
+    candidates: tuple[Model, ...] = ()
 
 
 def in_features(slots: Slots) -> int | None:
@@ -67,7 +83,10 @@ def _glora_widths(slots: Slots) -> tuple[int | None, int | None]:
     if any(len(shape) < 2 for shape in shapes):
         return None, None
     a1, a2, b1, b2 = shapes
-    if b1[1] == b2[0] == a1[1] == a2[0]:
+    old = b2[1] == b1[0] == a1[0] == a2[1]
+    new = b1[1] == b2[0] == a1[1] == a2[0]
+    # Both readings fit a square layer; the rank is the smaller number.
+    if new and not (old and a2[0] >= a2[1]):
         return b1[0], b2[1]
     return b2[0], b1[1]
 
@@ -118,157 +137,6 @@ def _first_width(
     return None
 
 
-# Layers of a Flux-like transformer that read its hidden width.
-_HIDDEN = (
-    r"(?:img|txt)_attn_(?:qkv|proj)$|_attn_to_[qkv]$|_attn_add_[qkv]_proj$|_linear1$|_(?:img|txt)_mlp_(?:0|fc1)$|"
-    r"_mod_lin(?:ear)?$|modulation_lin(?:ear)?$|_qkv_lora\d?$|_proj_mlp$|_norm1_linear$|_to_out_0$"
-)
-
-
-def _flux_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    if layers.has("double_stream_modulation", "single_stream_modulation", "to_qkv_mlp_proj", "ff_linear_in"):
-        return "flux2", "its blocks share their modulation, as those of Flux.2 do"
-    if layers.has("distilled_guidance_layer"):
-        return "chroma", "it has a distilled guidance layer"
-    flux_blocks = layers.has("double_blocks_", "single_blocks_")
-    if not flux_blocks and not layers.has("single_transformer_blocks_"):
-        return None
-    if layers.has("joint_transformer_blocks_", "double_stream_blocks"):
-        return None
-    hidden = layers.width(_HIDDEN)
-    return (
-        _flux2_by_width(layers, hidden)
-        or _hunyuan(layers, hidden, flux_blocks)
-        or _flux1_or_chroma(layers, metadata)
-    )
-
-
-def _flux2_by_width(layers: Layers, hidden: int | None) -> tuple[str, str] | None:
-    if hidden in (4096, 6144):
-        return "flux2", f"double and single blocks of width {hidden}"
-    wide = layers.width(r"single_blocks_\d+_linear1$")
-    rows = layers.width(r"single_blocks_\d+_linear1$", out_features)
-    if wide and rows == 9 * wide:
-        return "flux2", "linear1 of the single blocks has nine times as many rows as columns"
-    return None
-
-
-def _hunyuan(layers: Layers, hidden: int | None, flux_blocks: bool) -> tuple[str, str] | None:
-    if hidden == 3584:
-        return "hunyuan_image", "double and single blocks of width 3584"
-    if layers.has("individual_token_refiner", "token_refiner_refiner_blocks"):
-        return "hunyuan_video", "it has a token refiner"
-    if layers.search(r"(?:img|txt)_mlp_fc[12]$|(?:img|txt)_mod_linear$|_modulation_linear$"):
-        return "hunyuan_video", "double blocks with fc1 and fc2, of width 3072"
-    roots = (
-        ("double_blocks", "single_blocks")
-        if flux_blocks
-        else ("transformer_blocks", "single_transformer_blocks")
-    )
-    if layers.highest(roots[0]) > 18 or layers.highest(roots[1]) > 37:
-        return "hunyuan_video", "it has more blocks than Flux.1, which has 19 double and 38 single ones"
-    return None
-
-
-def _flux1_or_chroma(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str]:
-    if layers.has(
-        "_mod_lin", "modulation_lin", "norm1_linear", "norm1_context_linear", "guidance_in", "vector_in"
-    ):
-        return "flux1", "double and single blocks with their own modulation"
-    said = _from_metadata(metadata)
-    if said is not None and said[0] == "chroma":
-        return "chroma", f"double and single blocks; {said[1]}"
-    return "flux1", "double and single blocks"
-
-
-# Layers of a joint transformer block that read its hidden width.
-_JOINT_HIDDEN = (
-    r"_attn2?_(?:qkv|proj|to_[qkv]|to_out_0)$|_attn_add_[qkv]_proj$|"
-    r"adaLN_modulation_1$|norm1_linear$|_mlp_fc1$"
-)
-
-
-def _joint(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Transformers whose blocks attend to picture and text together."""
-    if layers.has("img_mlp_net_", "_img_mod_1", "_txt_mod_1"):
-        return "qwen_image", "its blocks have img_mlp and txt_mlp"
-    native = layers.has("joint_blocks_")
-    diffusers = layers.search(
-        r"unet_transformer_blocks_\d+_attn_(?:to_[qkv]|add_[qkv]_proj|to_add_out|to_out)"
-    )
-    if not (native or diffusers):
-        return None
-    hidden = layers.width(_JOINT_HIDDEN)
-    if native or hidden in (1536, 2432):
-        large = hidden == 2432 or (hidden is None and layers.highest("joint_blocks") > 23)
-        width = f" of width {hidden}" if hidden else ""
-        return ("sd3_large" if large else "sd3"), f"joint blocks{width}"
-    if hidden in (3072, None) and layers.search(r"attn_add_[qkv]_proj|attn_to_add_out|ff_context"):
-        if layers.has("_ff_net_", "ff_context") or 0 <= layers.highest("transformer_blocks") <= 18:
-            said = _from_metadata(metadata)
-            if said is not None and said[0] in ("qwen_image", "chroma"):
-                return said[0], f"joint blocks of width 3072; {said[1]}"
-            return "flux1", "double blocks of width 3072"
-        return "qwen_image", "more than 19 joint blocks of width 3072"
-    return None
-
-
-def _lumina_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    attention = (
-        r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|attn)_(?:qkv|to_[qkv]|out|to_out_0)$"
-    )
-    if not layers.search(
-        r"(?:noise_refiner|context_refiner|unet_layers)_\d+_(?:att|feed_forward|adaLN|norm1)"
-    ):
-        return None
-    width = layers.width(attention) or layers.width(r"_feed_forward_(?:w1|linear_1|w3|linear_3)$")
-    if width == 3840:
-        return "zimage", "blocks of width 3840 with refiners"
-    if width == 2304:
-        return "lumina2", "blocks of width 2304 with refiners"
-    if layers.search(r"_attention_to_[qkv]"):
-        return "zimage", "blocks named as those of Z-Image"
-    said = _from_metadata(metadata)
-    return said if said is not None and said[0] in ("lumina2", "zimage") else None
-
-
-def _video_like(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    del metadata
-    if layers.width(r"unet_blocks_\d+_attn[12]_to_[qkv]$") == 1408:
-        return "hunyuan_dit", "blocks of width 1408"
-    if layers.search(r"_blocks_\d+_(?:self|cross)_attn_(?:q|k|v|o|k_img|v_img)$") or layers.search(
-        r"unet_blocks_\d+_(?:attn[12]_(?:to_[qkv]|add_[kv]_proj|to_out_0)|ffn_(?:0|2|net_0_proj|net_2))$"
-    ):
-        return "wan", "blocks with self_attn, cross_attn and ffn"
-    if layers.search(
-        r"blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]|output)_proj|mlp_layer[12]|adaln_modulation_)"
-    ) or (layers.has("llm_adapter_blocks_")):
-        return "anima", "blocks with q_proj, mlp.layer1 and adaln_modulation"
-    if layers.search(r"transformer_blocks_\d+_norm[123]_linear_[12]$"):
-        return "anima", "blocks whose norms have two linear layers"
-    return None
-
-
-# Names that only one base model has; their layers are kept as they are spelled.
-_OPAQUE = (
-    (r"blocks_\d+_attn1_Wqkv|default_modulation", "hunyuan_dit", "attention named Wqkv"),
-    (r"lora_prior_unet_", "stable_cascade", "layers of a prior"),
-    (r"joint_transformer_blocks_\d+_", "auraflow", "joint transformer blocks"),
-    (r"double_stream_blocks_\d+_", "hidream", "double stream blocks"),
-    (r"unet_blocks_\d+_(?:attn_qkv_[xy]|attn_proj_[xy])", "mochi", "attention named qkv_x and qkv_y"),
-    (r"adaln_single|caption_projection_linear", "pixart", "one adaLN for all blocks"),
-    (r"lyric_encoder|speaker_embedder", "ace_step", "a lyric encoder"),
-)  # fmt: skip
-
-
-def _opaque(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    del metadata
-    for pattern, name, reason in _OPAQUE:
-        if layers.search(pattern):
-            return name, reason
-    return None
-
-
 _CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _UNET_ROOTS = (
     "unet_input_blocks_", "unet_output_blocks_", "unet_middle_block_", "unet_down_blocks_", "unet_up_blocks_",
@@ -285,7 +153,7 @@ _UNET_EDGES = (
 
 
 def _unet(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    if not layers.has(*_UNET_ROOTS) or layers.has("lora_prior_unet_"):
+    if not layers.has(*_UNET_ROOTS):
         return None
     context = layers.width(r"_attn2_to_[kv]$")
     if context in _CONTEXT:
@@ -315,7 +183,7 @@ def _unet_without_context(layers: Layers, metadata: Mapping[str, str]) -> tuple[
         ), f"{'four' if four else 'three'} levels with deep attention"
     if four:
         return _sd1_or_sd2(layers, metadata, "four levels of resolution")
-    encoder = _by_text_encoder(layers)
+    encoder = _by_encoders(layers, ("sd1", "sd2", "sdxl", "sdxl_refiner"))
     if encoder is not None:
         return encoder
     said = _from_metadata(metadata)
@@ -324,10 +192,21 @@ def _unet_without_context(layers: Layers, metadata: Mapping[str, str]) -> tuple[
     return None
 
 
+_EITHER = ("attention at the full resolution", "four levels of resolution")
+
+
+def _by_encoders(layers: Layers, among: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first of some base models that has the file's text encoders."""
+    for record in with_encoders(_reading_widths(layers)):
+        if record.id in among:
+            return record.id, f"its text encoders are those of {record.label}"
+    return None
+
+
 def _sd1_or_sd2(layers: Layers, metadata: Mapping[str, str], reason: str) -> tuple[str, str]:
     """Version 1 or 2; the metadata decides only where no tensor does."""
-    encoder = _by_text_encoder(layers)
-    if encoder is not None and encoder[0] in ("sd1", "sd2"):
+    encoder = _by_encoders(layers, ("sd1", "sd2"))
+    if encoder is not None:
         return encoder[0], f"{reason}, and {encoder[1]}"
     for name in layers.denoiser:
         down = layers.slots[name].get("down")
@@ -340,127 +219,178 @@ def _sd1_or_sd2(layers: Layers, metadata: Mapping[str, str], reason: str) -> tup
     return "sd1", reason
 
 
-_ENCODER_READS = r"encoder_layers_\d+_(?:self_attn_[qkv]_proj|self_attn_out_proj|mlp_fc1)$"
-
-
-# Widths of Qwen3 0.6B and Gemma 2 2B.
-_LANGUAGE_MODELS = {1024: "anima", 2304: "lumina2"}
-
-
-def _by_text_encoder(layers: Layers) -> tuple[str, str] | None:
-    """The base model by the text encoders alone."""
-    if not layers.encoders:
-        return None
-    if any(name.startswith("lora_te2_") and "_block_" not in name for name in layers.encoders):
-        if any(name.startswith("lora_te3_") for name in layers.encoders):
-            return "sd3", "three text encoders"
-        return "sdxl", "a second text encoder of CLIP's kind"
-    if any("_encoder_block_" in name for name in layers.encoders):
-        return "flux1", "a T5 text encoder"
-    language = layers.encoder_width(r"^lora_te_(?:transformer_)?(?:model_)?layers_\d+_self_attn_[qkv]_proj$")
-    if language in _LANGUAGE_MODELS:
-        return _LANGUAGE_MODELS[language], f"a language model of width {language} as text encoder"
-    width = layers.encoder_width(_ENCODER_READS)
-    deep = any(re.search(r"encoder_layers_(?:1[2-9]|2\d|3[01])_", name) for name in layers.encoders)
-    if width == 768 and not deep:
-        return "sd1", "a text encoder of width 768"
-    if width == 1024:
-        return "sd2", "a text encoder of width 1024"
-    if width == 1280:
-        return "sdxl_refiner", "a single text encoder of width 1280"
-    return None
-
-
-# Base models that have the text encoder by which the first one was guessed.
-_SHARED_ENCODERS = {
-    "sd1": ("sd1", "sdxl", "sd3", "sd3_large", "flux1"),
-    "sdxl": ("sdxl", "sd3", "sd3_large"),
-    "sdxl_refiner": ("sdxl_refiner", "sdxl"),
-    "flux1": ("flux1", "chroma", "sd3", "sd3_large"),
-}
-
-
-def _text_encoder_alone(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Base model of a file without a denoiser; several share their text encoders, so metadata may choose."""
-    found = _by_text_encoder(layers)
-    if found is None:
-        return None
-    said = _from_metadata(metadata)
-    return said if said is not None and said[0] in _SHARED_ENCODERS.get(found[0], ()) else found
-
-
-# How ``ss_base_model_version`` and ``modelspec.architecture`` begin; underscores count as hyphens.
-_METADATA: dict[str, tuple[str, ...]] = {
-    "sd1": ("sd-v1", "stable-diffusion-v1"),
-    "sd2": ("sd-v2", "stable-diffusion-v2"),
-    "sdxl": ("sdxl-", "stable-diffusion-xl"),
-    "sdxl_refiner": ("sdxl-refiner", "stable-diffusion-xl-v1-refiner"),
-    "sd3": ("sd3", "medium", "5-medium", "stable-diffusion-3"),
-    "sd3_large": (
-        "sd3-5-large",
-        "sd3.5-large",
-        "5-large",
-        "stable-diffusion-3-5-large",
-        "stable-diffusion-3.5-large",
-    ),
-    "flux1": ("flux",),
-    "flux2": ("flux2", "flux-2", "klein"),
-    "chroma": ("chroma",),
-    "lumina2": ("lumina",),
-    "zimage": ("zimage", "z-image"),
-    "qwen_image": ("qwen",),
-    "wan": ("wan",),
-    "anima": ("anima",),
-    "hunyuan_image": ("hunyuan-image",),
-    "hunyuan_video": ("hunyuan-video",),
-    "stable_cascade": ("stable-cascade",),
-}
-_BY_START = sorted(
-    ((start, name) for name, starts in _METADATA.items() for start in starts), key=lambda row: -len(row[0])
-)
-
-
 def _from_metadata(metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """Base model that the metadata name, and the sentence that says so."""
+    said = _said(metadata)
+    return (said[0], said[2]) if said is not None else None
+
+
+def _said(metadata: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """Base model and size that the metadata name, and the sentence that says so."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = str(metadata.get(key, ""))
-        for start, name in _BY_START:
+        for start, name, size in _by_start():
             if value.lower().replace("_", "-").startswith(start):
-                return name, f"its metadata says {value!r}"
+                return name, size, f"its metadata says {value!r}"
     if str(metadata.get("ss_v2", "")).lower() == "true":
-        return "sd2", "its metadata says version 2"
+        return "sd2", "", "its metadata says version 2"
     return None
 
 
-# The U-Net comes first because most files are for one, and nothing else has its names.
-_TESTS = (_unet, _flux_like, _opaque, _joint, _lumina_like, _video_like)
+@cache
+def _by_start() -> tuple[tuple[str, str, str], ...]:
+    """Beginnings of metadata that name a model and a size, the longest first."""
+    rows = [(word, record.id, "") for record in ARCHITECTURES.values() for word in record.words]
+    rows += [
+        (word, record.id, size.label)
+        for record in ARCHITECTURES.values()
+        for size in record.sizes
+        for word in size.words
+    ]
+    return tuple(sorted(rows, key=lambda row: -len(row[0])))
 
 
-def detect(layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = None) -> Detection:
+def detect(
+    layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = None, base_model: str | None = None
+) -> Detection:
     """Recognise the base model of a file.
 
     Args:
         layers: Flattened layer name, in any spelling and with a ``lora_unet_`` or
             ``lora_te..._`` prefix, to the shapes of its slots.
         metadata: The file's metadata, asked when names and shapes leave it open.
+        base_model: A base model's id that overrules all of this.
 
     Returns:
         The architecture, ``unknown`` if nothing fits, and why.
     """
     metadata = metadata or {}
     prepared = Layers(layers)
-    for test in _TESTS:
-        found = test(prepared, metadata)
-        if found is not None:
-            return Detection(ARCHITECTURES[found[0]], found[1])
-    encoder = _text_encoder_alone(prepared, metadata)
-    if encoder is not None and (not prepared.denoiser or encoder[0] in _LANGUAGE_MODELS.values()):
-        return Detection(ARCHITECTURES[encoder[0]], encoder[1])
-    said = _from_metadata(metadata)
-    if said is not None:
-        is_unet = prepared.has(*_UNET_EDGES, *_UNET_ROOTS)
-        if not prepared.denoiser or (is_unet and said[0] in _CONTEXT.values()):
-            return Detection(ARCHITECTURES[said[0]], said[1])
-        # A file of a few layers that several models have: the metadata choose, if that model has all of them.
-        if all(resolve(said[0], layer_path(name)) is not None for name in prepared.denoiser):
-            return Detection(ARCHITECTURES[said[0]], f"{said[1]}, and it has all of these layers")
-    return Detection(ARCHITECTURES["unknown"], "neither its layer names nor its metadata are known to us")
+    if base_model is not None:
+        return _overruled(prepared, base_model)
+    return (
+        _as_unet(prepared, metadata)
+        or _as_transformer(prepared, metadata)
+        or _as_encoders(prepared, metadata)
+        or _as_said(prepared, metadata)
+        or Detection(ARCHITECTURES["unknown"], "neither its layer names nor its metadata are known to us")
+    )
+
+
+def _as_unet(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
+    """The U-Nets come first because most files are for one, and nothing else has their names."""
+    if layers.has("lora_prior_unet_"):
+        return None
+    found = _unet(layers, metadata)
+    if found is None:
+        return None
+    names = [found[0]]
+    if found[0] == "sd1" and found[1] in _EITHER:
+        names.append("sd2")
+    return Detection(ARCHITECTURES[found[0]], found[1], candidates=tuple((name, "") for name in names))
+
+
+def _widths(layers: Layers) -> dict[str, tuple[int | None, int | None]]:
+    return {
+        _denoiser_path(name): (out_features(layers.slots[name]), in_features(layers.slots[name]))
+        for name in layers.denoiser
+    }
+
+
+def _denoiser_path(name: str) -> str:
+    return name.removeprefix("lora_prior_unet_").removeprefix("lora_unet_")
+
+
+def _reading_widths(layers: Layers) -> dict[str, int | None]:
+    return {
+        name.replace("lora_prior_te_", "lora_te_"): in_features(layers.slots[name])
+        for name in layers.encoders
+    }
+
+
+def _as_transformer(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
+    if not layers.denoiser:
+        return None
+    if layers.has("lora_prior_unet_"):
+        return Detection(
+            ARCHITECTURES["stable_cascade"], "it has layers of a prior", candidates=(("stable_cascade", ""),)
+        )
+    fits, total = fitting(groups_of(_widths(layers)))
+    if not fits:
+        return None
+    encoders = with_encoders(_reading_widths(layers))
+    fits = [fit for fit in fits if fit.architecture in encoders] or fits
+    first = fits[0]
+    if first.found < total:
+        reason = f"{first.found} of its {total} layers are those of {first.architecture.label}"
+    elif first.contradicted:
+        reason = f"its layers are named as those of {first.architecture.label}"
+    else:
+        reason = f"its layers and their widths are those of {first.architecture.label}"
+    return _chosen([(fit.architecture, fit.size) for fit in fits], reason, metadata)
+
+
+def _as_encoders(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
+    """Base model of a file without a denoiser; several share their text encoders."""
+    if layers.denoiser:
+        return None
+    fits = with_encoders(_reading_widths(layers))
+    if not fits:
+        return None
+    reason = f"it changes text encoders alone, and {fits[0].label} has these"
+    return _chosen([(record, size) for record in fits for size in record.sizes or (None,)], reason, metadata)
+
+
+def _chosen(
+    fits: list[tuple[Architecture, Size | None]], reason: str, metadata: Mapping[str, str]
+) -> Detection:
+    """The metadata's model of those that fit, or the first."""
+    said = _said(metadata)
+    if said is not None and len(fits) > 1:
+        named = [fit for fit in fits if fit[0].id == said[0]]
+        named = [fit for fit in named if fit[1] is not None and fit[1].label == said[1]] or named
+        if named:
+            others = {fit[0].id for fit in fits} - {said[0]}
+            fits = named
+            if others:
+                reason = f"{said[2]}, and its layers fit {named[0][0].label}"
+    names = list(dict.fromkeys(record.label for record, _ in fits))
+    if len(names) > 1:
+        reason = f"its layers fit {_listed(names)} alike"
+    record, size = fits[0]
+    alone = len([fit for fit in fits if fit[0] is record]) == 1
+    return Detection(
+        record,
+        reason,
+        size if alone else None,
+        tuple((entry.id, entry_size.label if entry_size is not None else "") for entry, entry_size in fits),
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}"
+
+
+def _as_said(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
+    """What the metadata say, where nothing contradicts them."""
+    said = _said(metadata)
+    if said is None:
+        return None
+    is_unet = layers.has(*_UNET_EDGES, *_UNET_ROOTS)
+    if layers.denoiser and not (is_unet and said[0] in _CONTEXT.values()):
+        return None
+    return Detection(ARCHITECTURES[said[0]], said[2], candidates=((said[0], ""),))
+
+
+def _overruled(layers: Layers, base_model: str) -> Detection:
+    """The user's word."""
+    record = ARCHITECTURES[base_model]
+    size = None
+    if record.names is not None and layers.denoiser:
+        fits, _ = fitting(groups_of(_widths(layers)), (record,))
+        sizes = [fit.size for fit in fits]
+        size = sizes[0] if len(sizes) == 1 else None
+        candidates = tuple((record.id, entry.label) for entry in sizes or record.sizes)
+    else:
+        candidates = tuple((record.id, entry.label) for entry in record.sizes) or ((record.id, ""),)
+    return Detection(record, "as you chose", size, candidates)

@@ -1,4 +1,4 @@
-"""The text encoders: CLIP, OpenCLIP and T5, by their Hugging Face names.
+"""The text encoders: CLIP, OpenCLIP, T5 and language models, by their Hugging Face names.
 
 LoRA files name the OpenCLIP encoders as Hugging Face does even though the
 checkpoints hold them in OpenCLIP's own layout.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+
+from .records import ARCHITECTURES
 
 # Hugging Face leaf of a CLIP layer to OpenCLIP's.
 CLIP_LEAVES: dict[str, str] = {
@@ -34,22 +36,14 @@ T5_LEAVES = (
     "layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo",
     "layer.0.layer_norm", "layer.1.layer_norm",
 )  # fmt: skip
-T5_LAYERS = 24
 
-# Number of layers of each CLIP text encoder, by base model and canonical component.
-CLIPS: dict[str, dict[str, int]] = {
-    "sd1": {"te": 12},
-    "sd2": {"te": 23},
-    "sdxl": {"te1": 12, "te2": 32},
-    "sdxl_refiner": {"te": 32},
-    "sd3": {"te1": 12, "te2": 32},
-    "sd3_large": {"te1": 12, "te2": 32},
-    "flux1": {"te1": 12},
-    "chroma": {},
-}
 # The encoders that A1111 and the checkpoints hold in OpenCLIP's layout.
 OPEN_CLIPS: dict[str, str] = {"sd2": "te", "sdxl": "te2", "sdxl_refiner": "te"}
-T5S: dict[str, str] = {"sd3": "te3", "sd3_large": "te3", "flux1": "te3", "chroma": "te3"}
+LLAMA_LEAVES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",
+    "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
 
 
 def clip_paths(layers: int) -> Iterator[str]:
@@ -60,24 +54,43 @@ def clip_paths(layers: int) -> Iterator[str]:
     yield from CLIP_EDGES
 
 
-def t5_paths() -> Iterator[str]:
-    """Dotted Hugging Face paths of a T5-XXL encoder."""
-    for number in range(T5_LAYERS):
+def t5_paths(layers: int) -> Iterator[str]:
+    """Dotted Hugging Face paths of a T5 encoder."""
+    for number in range(layers):
         for leaf in T5_LEAVES:
             yield f"encoder.block.{number}.{leaf}"
     yield "encoder.final_layer_norm"
 
 
+def llama_paths(layers: int) -> Iterator[str]:
+    """Dotted paths of a language model, after ``model.``."""
+    for number in range(layers):
+        for leaf in LLAMA_LEAVES:
+            yield f"layers.{number}.{leaf}"
+    yield "embed_tokens"
+    yield "norm"
+
+
+_PATHS = {"clip": clip_paths, "t5": t5_paths, "llama": llama_paths}
+
+
 @cache
 def paths(architecture_id: str) -> Mapping[str, Mapping[str, str]]:
     """Component to {flattened path: dotted path}; only components whose layers are known."""
-    table = {
-        part: {path.replace(".", "_"): path for path in clip_paths(layers)}
-        for part, layers in CLIPS.get(architecture_id, {}).items()
+    return {
+        part: {path.replace(".", "_"): path for path in _PATHS[encoder.kind](encoder.layers)}
+        for part, encoder in ARCHITECTURES[architecture_id].encoders.items()
     }
-    if architecture_id in T5S:
-        table[T5S[architecture_id]] = {path.replace(".", "_"): path for path in t5_paths()}
-    return table
+
+
+def comfy_name(architecture_id: str, part: str, flat: str) -> str | None:
+    """ComfyUI's dotted name of a text encoder layer; None where the layer is not known."""
+    encoder = ARCHITECTURES[architecture_id].encoders.get(part)
+    dotted = paths(architecture_id).get(part, {}).get(flat)
+    if encoder is None or dotted is None:
+        return None
+    model = "model." if encoder.kind == "llama" else ""
+    return f"text_encoders.{encoder.comfy}.transformer.{model}{dotted}"
 
 
 @cache
@@ -106,5 +119,9 @@ def _other_spellings(path: str) -> Iterator[str]:
             yield f"text_model.encoder.layers.{number}.self_attn.to_{leaf[10:-5]}"
     elif path in CLIP_EDGES and CLIP_EDGES[path] != path:
         yield CLIP_EDGES[path]
+    if path.startswith(("layers.", "embed_tokens", "norm")):
+        yield f"model.{path}"
+        yield f"transformer.model.{path}"
+        yield f"model.language_model.{path}"
     # ComfyUI keeps the whole encoder under this name.
     yield f"transformer.{path}"

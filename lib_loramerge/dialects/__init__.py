@@ -8,8 +8,8 @@ only all names together tell the base model, and only that tells what a name mea
 
 from __future__ import annotations
 
-from .output import has_alpha, output_key, output_parts, output_style
-from .parse import ParsedFile, Part, parse_file
+from .output import has_alpha, output_key, output_parts, output_style, spelling_of
+from .parse import ParsedFile, Part, overlap, parse_file
 from .refusals import Refusal, refusals
 from .registry import DIALECTS, Dialect
 from .slots import SLOTS, split_key
@@ -25,7 +25,9 @@ __all__ = [
     "output_key",
     "output_parts",
     "output_style",
+    "overlap",
     "parse_file",
     "refusals",
+    "spelling_of",
     "split_key",
 ]

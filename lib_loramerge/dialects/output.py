@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ..architectures import ARCHITECTURES, Rows, component, diffusers_layers
+from ..architectures import (
+    ARCHITECTURES,
+    COMFY,
+    DIFFUSERS,
+    Rows,
+    comfy_layer,
+    component,
+    diffusers_layers,
+    has_dotted_name_alone,
+)
 from ..errors import UnsupportedError
 from .slots import KOHYA_STYLE, PEFT_STYLE, ending_for, writes_alpha
 
@@ -17,16 +26,20 @@ _PIPELINE: dict[str, dict[str, str]] = {
     "sdxl": {"unet": "unet", **_FIRST_AND_SECOND},
     "sdxl_refiner": {"unet": "unet", "te": "text_encoder_2"},
     "flux1": {"unet": "transformer", "te1": "text_encoder", "te3": "text_encoder_2"},
-    "chroma": {"unet": "transformer", "te3": "text_encoder"},
 }
 _DEFAULT_PIPELINE = {"unet": "transformer", "te": "text_encoder", **_FIRST_AND_SECOND}
+
+
+def spelling_of(architecture_id: str, dialect: str = "auto") -> str:
+    """How the layers of a base model are spelled in a dialect: ``KOHYA``, ``COMFY`` or ``DIFFUSERS``."""
+    return ARCHITECTURES[architecture_id].spelling if dialect == "auto" else dialect
 
 
 def output_style(architecture_id: str, dialect: str = "auto", style: str | None = None) -> str:
     """Name of the way that slots are spelled in the file we write."""
     if style is not None or ARCHITECTURES[architecture_id].opaque:
         return style or KOHYA_STYLE
-    return PEFT_STYLE if dialect == "diffusers" else KOHYA_STYLE
+    return PEFT_STYLE if spelling_of(architecture_id, dialect) in (COMFY, DIFFUSERS) else KOHYA_STYLE
 
 
 def has_alpha(architecture_id: str, dialect: str = "auto", style: str | None = None) -> bool:
@@ -47,8 +60,12 @@ def output_parts(
     del style
     if ARCHITECTURES[architecture_id].opaque:
         return ((layer, None),)
-    if dialect == "diffusers":
+    spelling = spelling_of(architecture_id, dialect)
+    if spelling == DIFFUSERS:
         return _diffusers(architecture_id, layer)
+    if spelling == COMFY or has_dotted_name_alone(architecture_id, layer):
+        # A layer that is in no table keeps the name that it came with.
+        return ((comfy_layer(architecture_id, layer) or layer, None),)
     if architecture_id in _DIFFUSERS_UNDER_KOHYA and component(layer) == "unet":
         return tuple(
             (f"lora_unet_{name.replace('.', '_')}", rows)
@@ -75,7 +92,7 @@ def output_key(prefix: str, slot: str, dialect: str = "auto", style: str | None 
         prefix: Name that ``output_parts`` gave.
         slot: Ours.
         dialect: As given to ``output_parts``.
-        style: ``ParsedFile.style`` when the base model is opaque, else None.
+        style: As ``output_style`` gave it; that of the dialect by default.
     """
-    chosen = style or (PEFT_STYLE if dialect == "diffusers" else KOHYA_STYLE)
+    chosen = style or (PEFT_STYLE if dialect == DIFFUSERS else KOHYA_STYLE)
     return f"{prefix}.{ending_for(slot, chosen)}"

@@ -6,14 +6,24 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
-from ..architectures import Architecture, Detection, Rows, canonical_path, detect, layer_name
+from ..architectures import (
+    COMFY,
+    Architecture,
+    Detection,
+    Model,
+    Rows,
+    Size,
+    canonical_path,
+    detect,
+    encoder_part,
+    layer_name,
+)
 from ..errors import IncompatibleError, UnsupportedError
 from .cloneofsimo import number_layers
 from .refusals import refusals
 from .registry import DIALECTS, RawLayer
-from .slots import KOHYA_STYLE, SLOTS, split_key, style_of
+from .slots import DROPPED, KOHYA_STYLE, SLOTS, split_key, style_of
 
 Shape = tuple[int, ...]
 
@@ -47,6 +57,10 @@ class ParsedFile:
         embeddings: Bundled embedding's name to its key.
         unknown: Keys that nobody understands; the caller refuses or lists them.
         orphans: Keys of layers that have nothing but an ``alpha``; they change nothing.
+        dropped: Keys that every host leaves out.
+        unlisted: Layers that the base model's table lacks; they keep the names that the file gives them.
+        size: Of the base model, where the file tells it.
+        candidates: Every model and size that the file fits.
         style: How the file spells its slots, to write the layers of an opaque base model again.
     """
 
@@ -58,21 +72,33 @@ class ParsedFile:
     unknown: tuple[str, ...]
     orphans: tuple[str, ...]
     style: str
+    dropped: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
+    size: Size | None = None
+    candidates: tuple[Model, ...] = ()
 
 
 def parse_file(
-    tensors: Mapping[str, Shape], metadata: Mapping[str, str] | None = None, *, where: str = ""
+    tensors: Mapping[str, Shape],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    where: str = "",
+    base_model: str | None = None,
 ) -> ParsedFile:
     """Read the names of a file.
+
+    A layer that is there under two spellings has overlapping parts; whether they say the same is for
+    the caller to find out, who can read their numbers.
 
     Args:
         tensors: Key to shape, as the header has them.
         metadata: The header's metadata.
         where: Name of the file, for messages.
+        base_model: A base model's id that overrules what the file looks like.
 
     Raises:
         UnsupportedError: The file is of a kind that cannot be merged.
-        IncompatibleError: One layer is there twice, under two spellings.
+        IncompatibleError: One tensor of a layer is there twice.
     """
     metadata = metadata or {}
     start = f"{where}: " if where else ""
@@ -84,7 +110,8 @@ def parse_file(
     layers = reading.layers
     if reading.numbered:
         layers = {**layers, **number_layers(reading.numbered, tensors, start)}
-    detection = _detect(layers, tensors, metadata)
+    detection = _detect(layers, tensors, metadata, base_model)
+    unlisted: list[str] = []
     parts: list[Part] = []
     orphans: list[str] = []
     for spelling, raw in layers.items():
@@ -92,12 +119,14 @@ def parse_file(
             orphans.append(raw.slots["alpha"])
             continue
         place = _place(detection.architecture, raw, spelling)
+        if place is None and _may_stay(detection.architecture, raw, spelling):
+            place = spelling, None
+            unlisted.append(spelling)
         if place is None:
             reading.unknown.extend(raw.slots.values())
         else:
             parts.append(Part(place[0], place[1], raw.slots, spelling))
     parts.sort(key=lambda part: (part.layer, part.rows.parts if part.rows is not None else ()))
-    _refuse_twice(parts, start)
     return ParsedFile(
         dialect=_dialect(layers),
         architecture=detection.architecture,
@@ -107,6 +136,10 @@ def parse_file(
         unknown=tuple(reading.unknown),
         orphans=tuple(orphans),
         style=reading.style(),
+        dropped=tuple(reading.dropped),
+        unlisted=tuple(sorted(unlisted)),
+        size=detection.size,
+        candidates=detection.candidates,
     )
 
 
@@ -128,6 +161,7 @@ class _Reading:
         self.numbered: dict[str, dict[str, str]] = {}
         self.embeddings: dict[str, str] = {}
         self.unknown: list[str] = []
+        self.dropped: list[str] = []
         self._endings: dict[str, int] = {}
         self._slots: dict[str, dict[str, str]] = {}
         self._strangers: dict[str, dict[str, str]] = {}
@@ -147,6 +181,9 @@ class _Reading:
                 self.unknown.append(key)
                 return
             layer, slot, ending = split
+        if slot in DROPPED:
+            self.dropped.append(key)
+            return
         slots = self._slots.get(layer)
         if slots is None:
             slots = self._slots[layer] = self._open(layer)
@@ -205,17 +242,20 @@ class _Reading:
 
 
 def _detect(
-    layers: Mapping[str, RawLayer], tensors: Mapping[str, Shape], metadata: Mapping[str, str]
+    layers: Mapping[str, RawLayer],
+    tensors: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    base_model: str | None,
 ) -> Detection:
     shapes = {
         layer_name(raw.part, raw.path): {slot: tensors[key] for slot, key in raw.slots.items()}
         for raw in layers.values()
     }
-    detection = detect(shapes, metadata)
+    detection = detect(shapes, metadata, base_model)
     if detection.architecture.id == "unknown":
         # Some tool may have changed the case of the names; no two layers differ in that alone.
         lower = {name.lower(): slots for name, slots in shapes.items()}
-        detection = detect(lower, metadata)
+        detection = detect(lower, metadata, base_model)
     return detection
 
 
@@ -234,31 +274,32 @@ def _place(architecture: Architecture, raw: RawLayer, spelling: str) -> tuple[st
     """Canonical name of a layer and its rows; None if this base model has no such layer."""
     if architecture.opaque:
         return spelling, None
-    part: str | None = raw.part
-    if raw.part != "unet":
-        part = architecture.text_encoders.get(raw.part)
-        if raw.path.startswith("encoder_block_") and "te3" in architecture.text_encoders.values():
-            # OneTrainer calls the T5 of Flux te2, and its layers tell.
-            part = "te3"
+    part: str | None = "unet"
+    if not raw.part.endswith("unet"):
+        part = encoder_part(architecture, raw.part.removeprefix("prior_"), raw.path)
     if part is None:
         return None
-    path = raw.path
-    if part != "unet" and path.startswith("transformer_model_"):
-        path = path[len("transformer_model_") :]
-    found = canonical_path(architecture.id, part, path) or canonical_path(architecture.id, part, path.lower())
+    found = canonical_path(architecture.id, part, raw.path)
+    found = found or canonical_path(architecture.id, part, raw.path.lower())
     return (layer_name(part, found[0]), found[1]) if found is not None else None
 
 
-def _refuse_twice(parts: list[Part], start: str) -> None:
-    for before, after in pairwise(parts):
-        if before.layer == after.layer and _overlap(before.rows, after.rows):
-            raise IncompatibleError(
-                f"{start}one layer is there twice, as {before.spelling} and as {after.spelling}. "
-                "Remove one of the two, or load each in a file of its own."
-            )
+# Names that hosts look for whatever the layer is, as long as the model has it.
+_GENERIC = ("diffusion_model.", "text_encoders.", "lora_unet_", "lora_prior_unet_")
 
 
-def _overlap(first: Rows | None, second: Rows | None) -> bool:
+def _may_stay(architecture: Architecture, raw: RawLayer, spelling: str) -> bool:
+    """Whether a layer that is not in the base model's table may keep the name that its file gives it.
+
+    Models have relatives with more layers. Such a name is written as it came, never another one.
+    """
+    if architecture.names is None:
+        return False
+    return spelling.startswith(_GENERIC) or (raw.dialect == "bare" and architecture.spelling == COMFY)
+
+
+def overlap(first: Rows | None, second: Rows | None) -> bool:
+    """Whether two parts of one layer claim the same rows of it."""
     if first is None or second is None or first.of != second.of:
         return True
     return any(a < d and c < b for a, b in first.parts for c, d in second.parts)

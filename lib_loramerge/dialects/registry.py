@@ -42,9 +42,11 @@ class Dialect:
         match = self.pattern.fullmatch(layer)
         if match is None:
             return None
-        part = self.parts.get(match["part"].lower().rstrip("_.") if match["part"] else "")
+        spelled = match["part"].lower().rstrip("_.") if match["part"] else ""
         path = match["path"]
-        return (part or _component_by_path(path), path)
+        if spelled.startswith("text_encoders."):
+            return self.parts.get(spelled, "te"), path
+        return (self.parts.get(spelled) or _component_by_path(path), path)
 
 
 @dataclass
@@ -67,15 +69,15 @@ class RawLayer:
 def _component_by_path(path: str) -> str:
     """Component of a name that does not say it."""
     if path.startswith(("text_model.", "encoder.layers.", "text_projection")):
-        return "te1"
+        return "te"
     if path.startswith(("encoder.block.", "encoder.final_layer_norm")):
         return "te3"
     return "unet"
 
 
 _ENCODERS = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3", "text_encoder_4": "te"}
-_DENOISERS = {"unet": "unet", "transformer": "unet", "prior": "unet"}
-_COMPONENT = r"(?:unet|transformer|prior|text_encoder(?:_[234])?)"
+_DENOISERS = {"unet": "unet", "transformer": "unet", "conditional_transformer": "unet", "prior": "unet"}
+_COMPONENT = r"(?:unet|(?:conditional_)?transformer|prior|text_encoder(?:_[234])?)"
 # The component stands before PEFT's own prefix, or after it when a whole pipeline or host model was wrapped.
 _PEFT_PARTS = {
     name: part
@@ -86,7 +88,7 @@ _RAW_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5": "te3", "t5xxl": "te3", 
 _XLABS = r"(?:double|single)_blocks\.\d+\.processor\."
 _ANY_PREFIX = (
     r"lora_(?:unet|te[123]?|prior_unet|prior_te|transformer)_|oft_unet_|lycoris_|(?:model[._])?diffusion_model[._]|"
-    r"(?:unet|transformer|prior|text_encoder(?:_[234])?)\.|base_model\.model\.|text_encoders\.|"
+    r"(?:unet|(?:conditional_)?transformer|prior|text_encoder(?:_[234])?)\.|base_model\.model\.|text_encoders\.|"
     r"(?:clip_l|clip_g|t5|t5xxl|llama|qwen)\.|bundle_emb\.|lllite_|ip_adapter\.|"
 ) + _XLABS
 
@@ -149,8 +151,7 @@ _TABLE = (
         ),
         {
             "diffusion_model": "unet", "model.diffusion_model": "unet", "text_encoders.clip_l": "te1",
-            "text_encoders.clip_g": "te2", "text_encoders.t5xxl": "te3", "text_encoders.qwen3_06b": "te",
-            "text_encoders.gemma2_2b": "te", "text_encoders.qwen25_7b": "te", "text_encoders.umt5xxl": "te",
+            "text_encoders.clip_g": "te2", "text_encoders.t5xxl": "te3",
         },
         "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
     ),

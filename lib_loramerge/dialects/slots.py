@@ -41,7 +41,11 @@ SLOTS: dict[str, str] = {
     "lora_linear_layer.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "network_alpha": "alpha",
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+    "diff_m": "diff_m",
 }  # fmt: skip
+
+# Slots that every host leaves out with a line in its log: trainers wrote them for modulations.
+DROPPED = frozenset({"diff_m"})
 
 # PEFT puts the name of the adapter into the key when it is asked for the raw state.
 _NAMED: dict[str, str] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -35,9 +36,44 @@ def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
         if plan.input.te == 0 and plan.input.unet == 0:
             notes.append(f"{source.path.name} has strength 0 and changes nothing.")
         notes += [f"{source.path.name}: {note}" for note in sorted(source.notes())]
+    notes += _noise_notes(plans)
     paths = Counter(plan.path for plan in plans)
     notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
     return notes
+
+
+# Wan 2.2 has one model for the noisy half of the steps and one for the rest; LoRAs say it in their names.
+_NOISE = {
+    "high": re.compile(r"high[ ._-]?noise|(?<![a-z])(?:high|hn)(?![a-z])"),
+    "low": re.compile(r"low[ ._-]?noise|(?<![a-z])(?:low|ln)(?![a-z])"),
+}
+_NOISE_KEYS = ("ss_output_name", "modelspec.title", "ss_sd_model_name", "modelspec.architecture")
+
+
+def noise(plan: SourcePlan) -> str | None:
+    """Which of the two models of Wan 2.2 a LoRA is for, as its name or metadata tell; None if they do not."""
+    if plan.source.architecture.id != "wan":
+        return None
+    metadata = plan.source.header.metadata
+    for text in (plan.source.path.stem, *(metadata.get(key, "") for key in _NOISE_KEYS)):
+        found = [name for name, pattern in _NOISE.items() if pattern.search(text.lower())]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _noise_notes(plans: Sequence[SourcePlan]) -> list[str]:
+    kinds: dict[str, str] = {}
+    for plan in plans:
+        kind = noise(plan)
+        if kind is not None:
+            kinds.setdefault(kind, plan.source.path.name)
+    if len(kinds) < 2:
+        return []
+    return [
+        f"{kinds['high']} is for Wan 2.2's high-noise model and {kinds['low']} for its low-noise model. One "
+        "file of both suits neither: merge the high ones and the low ones each on their own."
+    ]
 
 
 def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe: MergeRecipe) -> list[str]:

@@ -120,6 +120,7 @@ class Merger:
         # The one method that means the sum and does not give it.
         self.approximate = plan.method.name == "add"
         self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
+        self.style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
 
     def check_unchanged(self) -> None:
         """Refuse the work if another program wrote to any of the files meanwhile.
@@ -433,7 +434,7 @@ class Merger:
                 yield prefix, take_rows(delta, rows.cut(layer.out))
 
     def _key(self, prefix: str, slot: str) -> str:
-        return dialects.output_key(prefix, slot, self.plan.dialect, self.plan.style)
+        return dialects.output_key(prefix, slot, self.plan.dialect, self.style)
 
 
 def _size_sq(delta: Merged | None) -> float:

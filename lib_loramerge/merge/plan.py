@@ -22,6 +22,7 @@ from ..errors import IncompatibleError, LoraMergeError, RecipeError, Unsupported
 from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
+from .base_model import decide
 from .host_notes import host_notes
 from .host_target import for_the_host, spelling_for
 from .input_notes import device_notes, input_notes, rank_notes, unused_rank_notes
@@ -55,7 +56,7 @@ class SourcePlan:
             "name": self.input.name,
             "path": str(source.path),
             "dialect": source.dialect,
-            "base_model": source.architecture.label,
+            "base_model": source.base_model,
             "architecture": source.architecture.id,
             "reason": source.reason,
             "kinds": source.kinds,
@@ -134,6 +135,7 @@ class MergePlan:
             depend on the singular values.
         left_out: Layers whose weights are all 0.
         skipped: What ``skip_unsupported`` leaves out, or what the host does not load, a sentence each.
+        candidates: Labels of the base models that all files fit; one when it is sure.
     """
 
     recipe: MergeRecipe
@@ -152,6 +154,7 @@ class MergePlan:
     exact_prediction: bool
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
+    candidates: tuple[str, ...] = ()
 
     def files(self) -> list[Path]:
         """Every file that is read."""
@@ -170,6 +173,7 @@ class MergePlan:
     def to_json(self) -> dict[str, Any]:
         return {
             "base_model": self.architecture.label,
+            "base_models": list(self.candidates),
             "architecture": self.architecture.id,
             "mode": self.method.name,
             "params": dict(self.params),
@@ -211,8 +215,11 @@ def plan_merge(
     sources = [open_source(find(entry.name)) for entry in recipe.inputs]
     if check_hashes:
         _check_hashes(recipe.inputs, sources, stop)
+    found = decide(sources, recipe.base_model, recipe.dialect)
+    sources, architecture = list(found.sources), found.architecture
+    recipe = replace(recipe, dialect=found.dialect)
     skipped = _leftovers(sources, recipe.skip_unsupported)
-    architecture = _one_base_model(sources)
+    _refuse_two_spellings(sources)
     spelling = spelling_for(recipe, architecture, sources[0].style)
     _check_base(sources, base)
     plans = tuple(
@@ -221,6 +228,8 @@ def plan_merge(
     )
     with _base_model(base, sources) as checkpoint:
         layers, left_out = _plan_layers(plans, architecture.id, recipe, method, checkpoint)
+    layers, nameless = _with_names(layers, architecture.id, recipe, spelling.dialect)
+    skipped += nameless
     if not layers:
         raise RecipeError(
             "Nothing would be left: every layer has weight 0. Give at least one LoRA a strength."
@@ -244,6 +253,7 @@ def plan_merge(
         predicted_bytes=0,
         exact_prediction=recipe.retain is None and recipe.size is None,
         warnings=(
+            *found.notes,
             *input_notes(plans),
             *rank_notes(plans, layers, recipe),
             *unused_rank_notes(recipe, method),
@@ -253,6 +263,7 @@ def plan_merge(
             *host_notes(architecture, spelling, recipe.host, layers, len(embeddings)),
         ),
         skipped=(*skipped, *dropped),
+        candidates=found.candidates,
     )
     return replace(plan, predicted_bytes=predicted_bytes(plan))
 
@@ -316,21 +327,18 @@ def _leftovers(sources: Sequence[Source], skip: bool) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _one_base_model(sources: Sequence[Source]) -> architectures.Architecture:
-    first = sources[0]
-    for other in sources[1:]:
-        if other.architecture.id != first.architecture.id:
-            raise IncompatibleError(
-                f"These are for different base models: {first.path.name} is for {first.architecture.label} "
-                f"({first.reason}), {other.path.name} for {other.architecture.label} ({other.reason}). "
-                "LoRAs can be merged only within one base model."
-            )
-        if first.architecture.id == "unknown" and other.dialect != first.dialect:
-            raise IncompatibleError(
-                f"The base model of {first.path.name} and {other.path.name} is not known, and they are "
-                f"spelled differently ({first.dialect}, {other.dialect}), so their layers cannot be matched."
-            )
-    return first.architecture
+def _refuse_two_spellings(sources: Sequence[Source]) -> None:
+    """Layers that no table knows must not meet under two spellings: hosts would keep one of them."""
+    seen: dict[str, tuple[str, Source]] = {}
+    for source in sources:
+        for layer in source.layers:
+            name, before = seen.setdefault(architectures.plain_path(layer), (layer, source))
+            if name != layer:
+                raise IncompatibleError(
+                    f"{before.path.name} has {name} and {source.path.name} has {layer}, which look like two "
+                    "spellings of one layer, and nothing tells how they are related. Load each in a file of "
+                    "its own."
+                )
 
 
 def _check_base(sources: Sequence[Source], base: Path | None) -> None:
@@ -415,6 +423,36 @@ def _plan_layers(
         )
         layers.append(replace(draft, rank=_foreseen_rank(draft, recipe, method)))
     return tuple(layers), tuple(left_out)
+
+
+def _with_names(
+    layers: tuple[LayerPlan, ...], architecture: str, recipe: MergeRecipe, dialect: str
+) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
+    """The layers that the dialect has names for, and sentences on those that it lacks.
+
+    Norms and other vectors without a name are left out; so are weights, where the user allowed it.
+
+    Raises:
+        UnsupportedError: The dialect lacks names for weights.
+    """
+    lacking = []
+    for layer in layers:
+        try:
+            dialects.output_parts(architecture, layer.layer, dialect)
+        except UnsupportedError:
+            lacking.append(layer)
+    weights = [layer.layer for layer in lacking if not layer.vector]
+    label = architectures.ARCHITECTURES[architecture].label
+    if weights and not recipe.skip_unsupported:
+        shown = ", ".join(weights[:5]) + (f" and {len(weights) - 5} more" if len(weights) > 5 else "")
+        raise UnsupportedError(
+            f"The {dialect} dialect has no name for {shown} of {label}. Write another dialect, or leave "
+            "them out (--skip-unsupported)."
+        )
+    kept = tuple(layer for layer in layers if layer not in lacking)
+    return kept, tuple(
+        f"{layer.layer} left out: the {dialect} dialect has no name for it" for layer in lacking
+    )
 
 
 def _input_rank(plan: SourcePlan, layer: str) -> int | None:
@@ -556,10 +594,20 @@ def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]]
     ]
 
 
+def needs_one_rank(plan: MergePlan) -> bool:
+    """Whether all layers are written in one rank, the smaller ones filled up with zeros."""
+    spelling = dialects.spelling_of(plan.architecture.id, plan.dialect)
+    has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
+    return spelling == architectures.DIFFUSERS and not has_alpha
+
+
 def predicted_bytes(plan: MergePlan) -> int:
     """Size of the file, an upper bound by a few bytes a tensor."""
     item = ITEM_BYTES[plan.dtype]
     layers = (*plan.layers, *zero_layers(plan))
+    if needs_one_rank(plan):
+        largest = max((layer.rank or 0 for layer in layers), default=0)
+        layers = tuple(replace(layer, rank=largest) if layer.rank else layer for layer in layers)
     tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in layers)
     total = metadata_bytes(plan) + embeddings_bytes(plan) + tensors
     return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
@@ -598,9 +646,10 @@ def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
     if layer.bias and not layer.vector:
         slots.append("diff_b")
     total = 0
+    style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
     for prefix, _ in output_names(plan, layer.layer):
         for slot in slots:
-            key = dialects.output_key(prefix, slot, plan.dialect, plan.style)
+            key = dialects.output_key(prefix, slot, plan.dialect, style)
             numbers = 1 if slot == "alpha" else len(f"{layer.rank or 1},{layer.out},{layer.in_}")
             total += len(key) + numbers + _ENTRY_BYTES
     return total

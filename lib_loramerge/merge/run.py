@@ -31,6 +31,7 @@ from .plan import (
     entries_bytes,
     merged_metadata,
     metadata_bytes,
+    needs_one_rank,
     zero_layer,
     zero_layers,
 )
@@ -123,6 +124,8 @@ def run_merge(
             f"{plan.dtype}, so there is nothing to write."
         )
     tensors = {key: tensor for layer in merged for key, tensor in layer.tensors.items()} | embeddings
+    if needs_one_rank(plan):
+        tensors = one_rank(tensors)
     _raise_if_cancelled(cancel)
     with clock.phase("write"):
         written = write_file(
@@ -135,6 +138,34 @@ def run_merge(
             before_rename=partial(_raise_if_cancelled, cancel),
         )
     return _report(plan, output, merged, written, source_hashes, clock, merger.device)
+
+
+def one_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors of a component in one rank, the smaller ones filled up with zeros.
+
+    Where a file states no alpha, diffusers before 0.40 takes the rank of its first layer for that of
+    all, and applies the others at another strength.
+    """
+    largest: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        if key.endswith(_DOWN):
+            component = key.partition(".")[0]
+            largest[component] = max(largest.get(component, 0), tensor.shape[0])
+    return {
+        key: _filled(key, tensor, largest.get(key.partition(".")[0], 0)) for key, tensor in tensors.items()
+    }
+
+
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+def _filled(key: str, tensor: Tensor, rank: int) -> Tensor:
+    axis = 0 if key.endswith(_DOWN) else 1 if key.endswith(_UP) else None
+    if axis is None or tensor.shape[axis] >= rank:
+        return tensor
+    missing = list(tensor.shape)
+    missing[axis] = rank - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis)
 
 
 def _embeddings(plan: MergePlan, merger: Merger) -> dict[str, Tensor]:
@@ -241,7 +272,21 @@ def _allot(
             f"{plan.recipe.size:g} MB is too small for any layer of this merge; "
             f"it needs at least {(fixed + least) / 1e6:.3f} MB."
         )
+    if needs_one_rank(plan):
+        return dict.fromkeys(names, _one_rank_within(costs, budget))
     return dict(zip(names, ranks.allot(costs, budget), strict=True))
+
+
+def _one_rank_within(costs: Sequence[ranks.LayerCost], budget: int) -> int:
+    """The largest rank that all layers can have."""
+    fixed, per_rank = sum(cost.fixed for cost in costs), sum(cost.per_rank for cost in costs)
+    most = (budget - fixed) // per_rank if per_rank else 0
+    if most < 1:
+        raise OutputError(
+            f"This spelling stores all layers in one rank; rank 1 takes {(fixed + per_rank) / 1e6:.3f} MB. "
+            "Allow a larger file, or use the kohya dialect."
+        )
+    return int(most)
 
 
 def _merge_layers(

@@ -15,6 +15,7 @@ from threading import Lock
 from .. import adapters, architectures, dialects
 from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
 from ..files import Header, read_header, refuse_non_lora, size_text, stamp_of, zero_tail
+from .doubled import one_spelling
 from .stated_scale import stated_scale_note
 
 # A large file takes about two megabytes here; a form has 16 rows, and a list keeps its own small records.
@@ -54,6 +55,9 @@ class Source:
         unknown: Tensor names nobody understands.
         orphans: Keys of layers that have nothing but an ``alpha``; they change nothing.
         zeros: Bytes of zeros at the end of the file that no tool writes.
+        size: Of the base model, where the file tells it.
+        candidates: Every model and size that the file fits; several where its layers do not decide.
+        remarks: Sentences on what was left out of the file, and on names that stay as they are.
     """
 
     path: Path
@@ -68,6 +72,15 @@ class Source:
     unknown: tuple[str, ...]
     orphans: tuple[str, ...] = ()
     zeros: int = 0
+    size: architectures.Size | None = None
+    candidates: tuple[architectures.Model, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def base_model(self) -> str:
+        """What people call the base model, its size included."""
+        label = self.architecture.label
+        return f"{label} {self.size.label}" if self.size is not None and self.size.label else label
 
     @property
     def needs_base(self) -> bool:
@@ -145,6 +158,7 @@ class Source:
                 f"the last {size_text(self.zeros)} of the file are zeros, as where a download did not end; "
                 "download it again unless you know better."
             )
+        notes |= set(self.remarks)
         if self.orphans:
             notes.add(
                 f"{_count(len(self.orphans), 'alpha')} without factors dropped, for it changes nothing: "
@@ -193,8 +207,11 @@ _remembered: OrderedDict[tuple[str | int, ...], Source] = OrderedDict()
 _lock = Lock()
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, base_model: str | None = None) -> Source:
     """Understand a LoRA file from its header.
+
+    Args:
+        base_model: Id of a base model that overrules what the file looks like.
 
     Raises:
         FileError: Not readable, damaged, or not a LoRA.
@@ -202,13 +219,13 @@ def open_source(path: Path) -> Source:
         UnsupportedError: A kind of file that cannot be merged at all.
     """
     if not path.is_file():
-        return _understand(path, read_header(path))  # which says what is wrong
-    key: tuple[str | int, ...] = (str(path), *stamp_of(path.stat()))
+        return _understand(path, read_header(path), base_model)  # which says what is wrong
+    key: tuple[str | int, ...] = (str(path), *stamp_of(path.stat()), base_model or "")
     with _lock:
         if key in _remembered:
             _remembered.move_to_end(key)
             return _remembered[key]
-    source = _understand(path, read_header(path))
+    source = _understand(path, read_header(path), base_model)
     with _lock:
         _remembered[key] = source
         while len(_remembered) > REMEMBERED:
@@ -216,11 +233,11 @@ def open_source(path: Path) -> Source:
     return source
 
 
-def _understand(path: Path, header: Header) -> Source:
+def _understand(path: Path, header: Header, base_model: str | None) -> Source:
     refuse_non_lora(header, path)
     shapes = {key: info.shape for key, info in header.tensors.items()}
     try:
-        parsed = dialects.parse_file(shapes, header.metadata)
+        parsed = dialects.parse_file(shapes, header.metadata, base_model=base_model)
     except (IncompatibleError, UnsupportedError) as error:
         raise type(error)(f"{path.name}: {error}") from error
     layers: dict[str, list[SourcePart]] = {}
@@ -242,8 +259,11 @@ def _understand(path: Path, header: Header) -> Source:
             continue
         if described is not None:
             layers.setdefault(part.layer, []).append(described)
+    remarks = [*_remarks(parsed)]
     for layer, parts in layers.items():
-        _check_parts(path, layer, parts)
+        layers[layer], note = one_spelling(path, layer, parts)
+        remarks += [note] if note is not None else []
+        _check_parts(path, layer, layers[layer])
     return Source(
         path=path,
         header=header,
@@ -257,7 +277,24 @@ def _understand(path: Path, header: Header) -> Source:
         unknown=parsed.unknown,
         orphans=parsed.orphans,
         zeros=zero_tail(path, header),
+        size=parsed.size,
+        candidates=parsed.candidates,
+        remarks=tuple(remarks),
     )
+
+
+def _remarks(parsed: dialects.ParsedFile) -> list[str]:
+    remarks = []
+    if parsed.dropped:
+        remarks.append(
+            f"{_count(len(parsed.dropped), 'tensor')} that no WebUI reads left out: {_some(parsed.dropped)}."
+        )
+    if parsed.unlisted:
+        remarks.append(
+            f"{_count(len(parsed.unlisted), 'layer')} not in our list of {parsed.architecture.label}, "
+            f"written under the name that the file gives: {_some(parsed.unlisted)}."
+        )
+    return remarks
 
 
 def _describe(

@@ -261,6 +261,13 @@ class MergeRecipe:
         commands=("merge", "convert"),
         option="for",
     )
+    base_model: str | None = setting(
+        None,
+        lambda value: check_text("base_model", value, LONGEST_NAME),
+        "base model that the LoRAs are for, where their layers leave it open",
+        metavar="NAME",
+        commands=("merge", "convert", "inspect", "compare", "advise"),
+    )
     skip_unsupported: bool = setting(
         False,
         lambda value: check_flag("skip_unsupported", value),

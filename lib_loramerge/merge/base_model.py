@@ -1,0 +1,202 @@
+"""The one base model of a merge: what all files fit, and how layers are written while it is not sure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .. import architectures, dialects
+from ..architectures import ARCHITECTURES, Architecture, Model
+from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..recipe import nearest_hint
+from .sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What the files of a merge are for.
+
+    Attributes:
+        architecture: The model whose layers the merge is made of, with the words of its size for metadata;
+            without any where several models fit.
+        sources: The files, understood as for that model.
+        candidates: Labels of all models that fit, one when it is sure.
+        dialect: Spelling of the names to write.
+        notes: Sentences for the report.
+    """
+
+    architecture: Architecture
+    sources: tuple[Source, ...]
+    candidates: tuple[str, ...]
+    dialect: str
+    notes: tuple[str, ...]
+
+
+def model_id(name: str) -> str:
+    """Id of a base model by its id, label or metadata's word, in any case.
+
+    Raises:
+        RecipeError: There is none of this name.
+    """
+    wanted = _plain(name)
+    names: dict[str, str] = {}
+    for record in ARCHITECTURES.values():
+        sizes = [f"{record.label} {size.label}" for size in record.sizes]
+        words = [word for size in record.sizes for word in size.words]
+        for known in (*sizes, *words, *record.words, record.base_model_version, record.label, record.id):
+            names.setdefault(_plain(known), record.id)
+    if wanted not in names or names[wanted] == "unknown":
+        ids = [record.id for record in ARCHITECTURES.values() if record.id != "unknown"]
+        raise RecipeError(
+            f"There is no base model {name!r}.{nearest_hint(name, ids)} Base models: {', '.join(ids)}."
+        )
+    return names[wanted]
+
+
+def _plain(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum() or letter == ".")
+
+
+def decide(sources: Sequence[Source], chosen: str | None, dialect: str) -> BaseModel:
+    """Find the base model that all files of a merge fit.
+
+    Args:
+        sources: As their own layers and metadata tell.
+        chosen: The user's word, which overrules them.
+        dialect: The recipe's.
+
+    Raises:
+        IncompatibleError: No model fits all of them.
+        UnsupportedError: Several do, and the names to write depend on which it is.
+    """
+    if chosen is not None:
+        name = model_id(chosen)
+        sources = [open_source(source.path, name) for source in sources]
+    else:
+        sources = _agreed(sources)
+    first = sources[0]
+    fits = _common(sources)
+    names = list(dict.fromkeys(name for name, _ in fits))
+    sizes = [size for name, size in fits if name == first.architecture.id]
+    architecture = _sized(first.architecture, sizes[0] if len(sizes) == 1 else None)
+    if len(names) < 2 or architecture.names is None:
+        return BaseModel(architecture, tuple(sources), (first.base_model,), dialect, ())
+    labels = tuple(ARCHITECTURES[name].label for name in names)
+    return _undecided(sources, names, labels, dialect)
+
+
+def _sized(architecture: Architecture, label: str | None) -> Architecture:
+    size = next((size for size in architecture.sizes if size.label == label), None)
+    if size is None:
+        return architecture
+    return replace(
+        architecture,
+        base_model_version=size.base_model_version or architecture.base_model_version,
+        modelspec=size.modelspec or architecture.modelspec,
+    )
+
+
+def _common(sources: Sequence[Source]) -> list[Model]:
+    """Models and sizes that every file fits, in the order of the first."""
+    return [fit for fit in sources[0].candidates if all(fit in source.candidates for source in sources)]
+
+
+def _agreed(sources: Sequence[Source]) -> list[Source]:
+    """The files, all understood as for one base model."""
+    ids = {source.architecture.id for source in sources}
+    if ids == {"unknown"}:
+        _refuse_strangers(sources)
+        return list(sources)
+    fits = _common(sources)
+    if not fits:
+        if len(ids) == 1 and not any(source.candidates for source in sources):
+            return list(sources)
+        _refuse(sources)
+    if len(ids) == 1:
+        return list(sources)
+    # Files that are sure of it name the model; else the first guess that all share.
+    guesses = [source.architecture.id for source in sources]
+    names = {name for name, _ in fits}
+    name = next((guess for guess in guesses if guess in names), fits[0][0])
+    return [
+        source if source.architecture.id == name else open_source(source.path, name) for source in sources
+    ]
+
+
+def _refuse(sources: Sequence[Source]) -> None:
+    first = sources[0]
+    for other in sources[1:]:
+        if not _common((first, other)):
+            raise IncompatibleError(
+                f"These are for different base models: {first.path.name} is for {first.base_model} "
+                f"({first.reason}), {other.path.name} for {other.base_model} ({other.reason}). "
+                "LoRAs can be merged only within one base model. If you know that it is the same, name it "
+                "(--base-model NAME)."
+            )
+    raise IncompatibleError(
+        "No base model fits all of these: "
+        + "; ".join(f"{source.path.name}: {source.base_model} ({source.reason})" for source in sources)
+        + ". LoRAs can be merged only within one base model."
+    )
+
+
+def _refuse_strangers(sources: Sequence[Source]) -> None:
+    first = sources[0]
+    for other in sources[1:]:
+        if other.dialect != first.dialect:
+            raise IncompatibleError(
+                f"The base model of {first.path.name} and {other.path.name} is not known, and they are "
+                f"spelled differently ({first.dialect}, {other.dialect}), so their layers cannot be matched. "
+                "Name it if you know it (--base-model NAME)."
+            )
+
+
+def _undecided(
+    sources: Sequence[Source], names: Sequence[str], labels: tuple[str, ...], dialect: str
+) -> BaseModel:
+    """Write names that are right for every model that fits, and claim none of them."""
+    listed = ", ".join(labels[:-1]) + f" and {labels[-1]}"
+    readings = {name: [open_source(source.path, name) for source in sources] for name in names}
+    own = readings[sources[0].architecture.id]
+    note = f"The layers fit {listed} alike, so the file does not say which. --base-model NAME says it."
+    spelling = dialects.spelling_of(own[0].architecture.id, dialect)
+    if len({_written(readings[name], name, spelling) for name in names}) == 1:
+        return BaseModel(_unnamed(own[0].architecture), tuple(own), labels, dialect, (note,))
+    if dialect not in ("auto", architectures.DIFFUSERS):
+        raise UnsupportedError(
+            f"The layers fit {listed} alike, and the names to write in this spelling differ between them. "
+            "Name the base model (--base-model NAME)."
+        )
+    # diffusers' names are the ones that such models share. A model that fuses what another splits
+    # would write the other members too.
+    written = {name: _written(readings[name], name, architectures.DIFFUSERS) for name in names}
+    least = min(names, key=lambda name: len(written[name]) or 10**9)
+    if not written[least] or not all(written[least] <= written[name] for name in names):
+        raise UnsupportedError(
+            f"The layers fit {listed} alike, and each of them has other names for them. Name the base model "
+            "(--base-model NAME)."
+        )
+    note = (
+        f"The layers fit {listed} alike, so they are written in diffusers' names, which all of them share. "
+        "--base-model NAME chooses one, and its own names."
+    )
+    chosen = readings[least]
+    return BaseModel(
+        _unnamed(chosen[0].architecture), tuple(chosen), labels, architectures.DIFFUSERS, (note,)
+    )
+
+
+def _written(sources: Sequence[Source], name: str, dialect: str) -> frozenset[str]:
+    """Names that a merge would write; none where the dialect lacks one."""
+    layers = {layer for source in sources for layer in source.layers}
+    try:
+        return frozenset(
+            prefix for layer in layers for prefix, _ in dialects.output_parts(name, layer, dialect)
+        )
+    except UnsupportedError:
+        return frozenset()
+
+
+def _unnamed(architecture: Architecture) -> Architecture:
+    """A base model that the metadata do not name."""
+    return replace(architecture, base_model_version="", modelspec="", implementation="", resolution="")
