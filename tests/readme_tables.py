@@ -35,7 +35,7 @@ def dialects_table() -> str:
     return "\n".join(
         (
             table(("Written by", "For example"), spellings),
-            textwrap.fill(models, 116) + "\n",
+            textwrap.fill(models, 116, break_on_hyphens=False) + "\n",
             table(("Refused", "Because"), refused),
         )
     )

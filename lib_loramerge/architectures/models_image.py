@@ -10,9 +10,11 @@ from .table import parse_table
 
 
 def _lumina(block: str, edges: str) -> Names:
-    """Names of a model whose three kinds of blocks are built alike."""
+    """Names of a model whose three kinds of blocks are built alike; one has no modulation."""
+    plain = "\n".join(line for line in block.splitlines() if not line.startswith("adaLN"))
+    plain = plain.replace("norm1.norm", "norm1")
     return parse_table(
-        f"[layers.{{L}}]\n{block}[noise_refiner.{{2}}]\n{block}[context_refiner.{{2}}]\n{block}[]\n{edges}"
+        f"[layers.{{L}}]\n{block}[noise_refiner.{{2}}]\n{block}[context_refiner.{{2}}]\n{plain}\n[]\n{edges}"
     )
 
 
