@@ -134,7 +134,7 @@ def test_of_many_pairs_those_are_drawn_that_fight(folder):
     assert len(titles) == 4
     few = compare(plan(folder, *inputs[2:]))
     assert [axis.get_title() for axis in plots.compare_figure(few).axes if axis.get_title()] == [
-        "b  and  c", "b  and  d", "c  and  d",
+        "b  and  c:  no conflict in any block", "b  and  d", "c  and  d:  no conflict in any block",
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ READMES = ("README.md", "README.ja.md")
 # Options of other programs that the text names: the WebUI's, pytest's.
 FOREIGN_OPTIONS = {
     *("--api", "--api-auth", "--nowebui", "--share", "--listen", "--enable-insecure-extension-access"),
-    "--ignore",
+    *("--auth", "--auth-file", "--lora-dirs", "--ignore"),
     "--server-name",
     "--cors-allow-origins",
 }
