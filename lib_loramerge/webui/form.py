@@ -125,8 +125,11 @@ def lora_name(value: object, entries: Sequence[LoraEntry]) -> str:
         return stem
     if text and not any(entry.alias == text for entry in entries):
         words = text.casefold().split()
+        # Not the broken ones: nobody looks for them, and a new file may be called by the word that marks them.
         containing = [
-            entry.name for entry in entries if all(word in entry.label.casefold() for word in words)
+            entry.name
+            for entry in entries
+            if not entry.broken and all(word in entry.label.casefold() for word in words)
         ]
         if len(containing) == 1:
             return containing[0]

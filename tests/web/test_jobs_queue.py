@@ -146,7 +146,7 @@ CANCEL_SECONDS = 15.0
         ("comparing hashes", "lib_loramerge.merge.plan", "model_hash"),
         ("looking at all layers", "lib_loramerge.merge.layer.Merger", "spectrum"),
         ("merging", "lib_loramerge.merge.layer.Merger", "merge_together"),
-        ("hashing the sources", "lib_loramerge.merge.run", "model_hash"),
+        ("hashing the sources", "lib_loramerge.merge.read.SourceReader", "model_hash"),
         ("writing", "lib_loramerge.files.write", "_bytes_of"),
     ],
 )

@@ -256,7 +256,8 @@ def test_a_lora_goes_to_the_prompt_in_view(chromium: object, tmp_path: Path) -> 
     with FakeHost(tmp_path, "--sdnext", *SERVED) as host, Tab(chromium, host.url) as tab:
         shown = tab.page.locator("#control_prompt textarea")
         shown.fill("a cat <lora:style:0.5>")
-        tab.page.locator("#loramerge_paste_prompt").click()
+        tab.open("fill")
+        tab.press("paste_prompt")
         tab.expect_value("row0_lora", re.compile("style"))
         tab.merge("sent")
         tab.page.locator("#loramerge_result .lm-send").click()
