@@ -125,7 +125,7 @@ def lora_name(value: object, entries: Sequence[LoraEntry]) -> str:
         return stem
     if text and not any(entry.alias == text for entry in entries):
         words = text.casefold().split()
-        # Not the broken ones: nobody looks for them, and a new file may be called by the word that marks them.
+        # Not the broken ones: a new file may have the word that marks them as its name.
         containing = [
             entry.name
             for entry in entries

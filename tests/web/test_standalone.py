@@ -105,7 +105,8 @@ def test_lists_show_base_model_and_rank_as_soon_as_they_are_known(
             tab.page.wait_for_selector("#loramerge_jobs [data-labels=busy]", state="attached")
             go.set()
             # Nobody picks a file or refreshes the list.
-            tab.page.wait_for_selector("#loramerge_jobs [data-labels]:not([data-labels=busy])", state="attached")
+            known = "#loramerge_jobs [data-labels]:not([data-labels=busy])"
+            tab.page.wait_for_selector(known, state="attached")
             tab.choose("row0_lora", "style · SD 1 · rank 8")
             assert tab.errors == []
     finally:
