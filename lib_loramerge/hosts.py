@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .architectures import ARCHITECTURES, canonical_path, component, diffusers_layers, layer_path
+from .models import ARCHITECTURES, canonical_path, component, diffusers_layers, layer_path
 
 # --- Base models ---------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lib_loramerge.architectures import Architecture
+from lib_loramerge.models import Architecture
 from lib_loramerge.recipe import MergeRecipe, from_json, to_json
 
 RECIPE_KEY = "loramerge_recipe"

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lib_loramerge.architectures import ARCHITECTURES
 from lib_loramerge.dialects import output_key, output_parts, output_style, parse_file
 from lib_loramerge.dialects.slots import split_key
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.hosts import HOSTS
+from lib_loramerge.models import ARCHITECTURES
 from tests.accepted import MODELS, accepted
 from tests.names_judge import header, spellings
 

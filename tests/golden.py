@@ -352,7 +352,10 @@ def _projections(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
 def _measured(up: Tensor, down: Tensor) -> list[float]:
     square = float(((up.mT @ up) * (down @ down.mT)).sum())
     signs = [_signs(up.shape[0]), _signs(down.shape[1])]
-    return [math.sqrt(max(0.0, square)), *(float((signs[0][row] @ up) @ (down @ signs[1][row])) for row in range(2))]
+    return [
+        math.sqrt(max(0.0, square)),
+        *(float((signs[0][row] @ up) @ (down @ signs[1][row])) for row in range(2)),
+    ]
 
 
 @cache

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lib_loramerge.adapters import kinds_table
-from lib_loramerge.architectures import ARCHITECTURES
 from lib_loramerge.dialects import DIALECTS
 from lib_loramerge.dialects.refusals import REFUSED
 from lib_loramerge.methods import METHODS
+from lib_loramerge.models import ARCHITECTURES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

@@ -22,8 +22,8 @@ NOT_OF_THE_TAB = frozenset({
     "webui/api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",  # REST, whose words are English
     "webui/enter.py",  # before the page, in both languages
     "adapters/table.py",  # a table of the README
-    "architectures/models_flux.py", "architectures/models_image.py",  # tables of names
-    "architectures/models_sd.py", "architectures/models_video.py", "architectures/table.py",
+    "models/flux.py", "models/image.py",  # tables of names
+    "models/sd.py", "models/video.py", "models/table.py",
     "analysis/hosts.py",  # which hosts load a file: the command line and REST tell it
     "webui/plots.py",  # drawn, see test_localization.py
     "comfyui/merging.py", "comfyui/nodes.py", "comfyui/pictures.py",  # ComfyUI's pages

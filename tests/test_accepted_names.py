@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 
-from lib_loramerge.architectures import ARCHITECTURES
 from lib_loramerge.dialects import parse_file
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.hosts import HOSTS as RECORDS
+from lib_loramerge.models import ARCHITECTURES
 from tests.accepted import HOSTS, MODELS, accepted
 from tests.names_judge import company, fate, header, known, spellings
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib_loramerge import architectures
+from lib_loramerge import models
 from lib_loramerge.blocks import BLOCK_IDS, BlockWeights, Presets, resolve
 from lib_loramerge.dialects import parse_file
 from lib_loramerge.recipe import LoraInput
@@ -102,9 +102,9 @@ def place(block: str | None, count: int = 26) -> float:
 
 
 def weight_of(architecture: str, part: str, flat: str, found: BlockWeights) -> float:
-    path, _ = architectures.canonical_path(architecture, part, flat)
-    layer = architectures.layer_name(part, path)
-    return found.weight(part, architectures.block(architecture, layer), layer)
+    path, _ = models.canonical_path(architecture, part, flat)
+    layer = models.layer_name(part, path)
+    return found.weight(part, models.block(architecture, layer), layer)
 
 
 @pytest.mark.parametrize("architecture", DEPTHS)
@@ -116,7 +116,7 @@ def test_every_unet_layer_gets_the_weight_of_its_block_in_both_spellings(archite
         assert weight_of(architecture, "unet", ours, found) == expected, ours
         assert weight_of(architecture, "unet", theirs, found) == expected, theirs
     # What is left: shortcuts on the way down, time and label embeddings, the last convolution.
-    known = {n.removeprefix("lora_unet_") for n in architectures.layers(architecture) if "_unet_" in n}
+    known = {n.removeprefix("lora_unet_") for n in models.layers(architecture) if "_unet_" in n}
     left = known - {theirs for _, theirs, _ in walked}
     assert all("skip_connection" in n or n.startswith(("time_embed", "label_emb", "out_")) for n in left), (
         left
@@ -127,9 +127,9 @@ def test_every_unet_layer_gets_the_weight_of_its_block_in_both_spellings(archite
 @pytest.mark.parametrize("architecture", DEPTHS)
 def test_layers_outside_the_blocks_keep_1(architecture):
     found = numbered(26)
-    for layer in architectures.layers(architecture):
+    for layer in models.layers(architecture):
         if layer.startswith(("lora_unet_time_embed", "lora_unet_label_emb", "lora_unet_out_")):
-            assert found.weight("unet", architectures.block(architecture, layer), layer) == 1
+            assert found.weight("unet", models.block(architecture, layer), layer) == 1
 
 
 @pytest.mark.parametrize("architecture", DEPTHS)
@@ -225,7 +225,7 @@ def test_the_layers_of_a_flux_file_get_the_weight_of_their_blocks(spelling):
     assert parsed.architecture.id == "flux1"
     found = numbered(61)
     got = [
-        found.weight("unet", architectures.block(parsed.architecture.id, part.layer), part.layer)
+        found.weight("unet", models.block(parsed.architecture.id, part.layer), part.layer)
         for part in parsed.parts
     ]
     assert sorted(got) == [place(block, 61) for block in BLOCK_IDS[61] if block[0] in "DS"]

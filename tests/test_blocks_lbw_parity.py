@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 
-from lib_loramerge import architectures
+from lib_loramerge import models
 from lib_loramerge.blocks import BLOCK_IDS, bundled_preset_path, load_presets, resolve
 from lib_loramerge.recipe import LoraInput
 
@@ -109,7 +109,7 @@ def host_key(layer: str, *, sd2: bool, flux: bool) -> str:
 def all_layers(architecture: str) -> tuple[str, ...]:
     if architecture != "flux1":
         # LoRAs change layers of the text encoders' blocks; their embeddings are in no LoRA.
-        return tuple(n for n in architectures.layers(architecture) if "unet" in n or "encoder_layers" in n)
+        return tuple(n for n in models.layers(architecture) if "unet" in n or "encoder_layers" in n)
     layers = [
         f"lora_unet_{name}"
         for name in ("img_in", "txt_in", "final_layer_linear", "final_layer_adaLN_modulation_1")
@@ -157,8 +157,8 @@ def test_every_layer_gets_what_lora_block_weight_gives_it(architecture):
             found = resolve(given, PRESETS, rng=random.Random(0))
             ratios = spread(values, count)
             for layer in all_layers(architecture):
-                component = architectures.component(layer)
-                block = architectures.block(architecture, layer)
+                component = models.component(layer)
+                block = models.block(architecture, layer)
                 theirs = lbw_ratio(host_key(layer, sd2=sd2, flux=flux), ratios, rules, flux=flux)
                 assert found.weight(component, block, layer) == theirs, (count, rules, layer)
                 checked += 1
@@ -173,6 +173,6 @@ def test_every_shipped_preset_gives_every_layer_what_lora_block_weight_gives_it(
     for architecture in ("flux1",) if flux else ("sd1", "sdxl"):
         ratios = spread(values, len(values))
         for layer in all_layers(architecture):
-            block = architectures.block(architecture, layer)
+            block = models.block(architecture, layer)
             theirs = lbw_ratio(host_key(layer, sd2=False, flux=flux), ratios, "", flux=flux)
-            assert found.weight(architectures.component(layer), block, layer) == theirs, layer
+            assert found.weight(models.component(layer), block, layer) == theirs, layer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lib_loramerge.architectures import diffusers_layers
 from lib_loramerge.dialects import parse_file
 from lib_loramerge.dialects.cloneofsimo import text_encoder_order, unet_order
 from lib_loramerge.errors import UnsupportedError
+from lib_loramerge.models import diffusers_layers
 
 
 def widths(path: str, width: int, context: int) -> tuple[int, int]:

@@ -6,9 +6,9 @@ import peft
 import pytest
 import torch
 
-from lib_loramerge.architectures import component, diffusers_layers
 from lib_loramerge.dialects import output_key, output_parts, parse_file, refusals
 from lib_loramerge.errors import UnsupportedError
+from lib_loramerge.models import component, diffusers_layers
 from tests.dialect_cases import LISTS, tensors_of
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_loramerge.architectures import ARCHITECTURES, kernel
 from lib_loramerge.dialects import has_alpha, output_key, output_parts, parse_file
 from lib_loramerge.errors import IncompatibleError, UnsupportedError
 from lib_loramerge.merge import open_source
+from lib_loramerge.models import ARCHITECTURES, kernel
 from tests.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, SD1_K, lora, tensors_of
 from tests.fixtures import sample_data
 

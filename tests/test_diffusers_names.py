@@ -10,9 +10,9 @@ import diffusers
 import pytest
 import torch
 
-from lib_loramerge.architectures import component
 from lib_loramerge.dialects import output_parts, parse_file
 from lib_loramerge.errors import LoraMergeError
+from lib_loramerge.models import component
 from tests.accepted import accepted
 from tests.names_judge import header, parameter, spellings
 

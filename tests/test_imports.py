@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lib_loramerge"
 
 # What each top module may import, itself aside. A package counts as one module under its name.
 _GROUND = {"errors"}
-_TYPES = _GROUND | {"delta", "recipe", "architectures"}
+_TYPES = _GROUND | {"delta", "recipe", "models"}
 _PARTS = {"dialects", "adapters", "methods", "ranks", "blocks", "metadata", "files"}
 _RESULTS = _TYPES | _PARTS | {"report", "analysis"}
 ALLOWED = {
@@ -24,7 +24,7 @@ ALLOWED = {
     "interrupts": set(),
     "recipe": _GROUND,
     "delta": _GROUND,
-    "architectures": _GROUND,
+    "models": _GROUND,
     "files": _TYPES,
     "metadata": _TYPES,
     "dialects": _TYPES,
@@ -179,7 +179,7 @@ def test_a_forbidden_import_is_found(file, line):
     ("file", "line"),
     [
         ("lib_loramerge/files.py", "from . import errors\nfrom lib_loramerge import __version__"),
-        ("lib_loramerge/dialects/kohya.py", "from . import registry\nfrom ..architectures import detect"),
+        ("lib_loramerge/dialects/kohya.py", "from . import registry\nfrom ..models import detect"),
         ("lib_loramerge/cli.py", "def ui():\n    from lib_loramerge.webui.standalone import serve"),
         ("lib_loramerge/webui/host.py", "from modules import shared\nfrom ..merge import run_merge"),
     ],
@@ -224,7 +224,7 @@ HEADERS_ONLY = [
     "recipe",
     "files",
     "dialects",
-    "architectures",
+    "models",
     "blocks",
     "metadata",
     "report",

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from lib_loramerge.architectures import ARCHITECTURES
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.metadata import RECIPE_KEY, SourceMeta, build_metadata, output_name, read_recipe
+from lib_loramerge.models import ARCHITECTURES
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 
 TAGS = {"10_john smith private": {"1girl": 20, "sky": 3}, "5_other": {"sky": 4}}

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 
 from ..adapters.glora import is_old_order
-from ..architectures import companions, component
 from ..dialects import split_key
 from ..hosts import HOSTS, Host
 from ..merge.sources import Source, SourcePart
+from ..models import companions, component
 
 _FLATTENED = ("lora_unet_", "lora_te", "oft_unet_")
 _SD3 = ("sd3", "sd3_large")

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from .. import architectures, dialects
-from ..architectures import ARCHITECTURES
+from .. import dialects, models
 from ..delta import Dense, decompose, decompose_dense, helpful_threads, norm, parallel_map
 from ..errors import LoraMergeError
 from ..merge.base import BaseCheckpoint
 from ..merge.base_model import model_id
 from ..merge.read import SourceReader
 from ..merge.sources import Source, open_source
+from ..models import ARCHITECTURES
 from ..report import histogram_text, percent
 from .hosts import hosts_that_load
 
@@ -179,7 +179,7 @@ def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | Non
 
             def look(layer: str) -> tuple[str, torch.Tensor | None, float, tuple[str, ...]]:
                 delta = reader.delta(layer)
-                weight, block = delta.weight, architectures.block(source.architecture.id, layer) or "other"
+                weight, block = delta.weight, models.block(source.architecture.id, layer) or "other"
                 if weight is None:
                     return block, None, 0.0, delta.notes
                 if isinstance(weight, Dense) and weight.weight.dim() == 1:

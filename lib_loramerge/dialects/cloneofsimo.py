@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..architectures import in_features, out_features
 from ..errors import UnsupportedError
+from ..models import in_features, out_features
 from .registry import RawLayer
 
 Shape = tuple[int, ...]

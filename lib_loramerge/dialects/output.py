@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..architectures import (
+from ..errors import UnsupportedError
+from ..models import (
     ARCHITECTURES,
     COMFY,
     DIFFUSERS,
@@ -12,7 +13,6 @@ from ..architectures import (
     diffusers_layers,
     has_dotted_name_alone,
 )
-from ..errors import UnsupportedError
 from .slots import KOHYA_STYLE, PEFT_STYLE, ending_for, writes_alpha
 
 # Base models whose hosts expect the U-Net by its diffusers names under kohya's prefix.

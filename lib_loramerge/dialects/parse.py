@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..architectures import (
+from ..errors import IncompatibleError, UnsupportedError
+from ..models import (
     COMFY,
     Architecture,
     Detection,
@@ -19,7 +20,6 @@ from ..architectures import (
     encoder_part,
     layer_name,
 )
-from ..errors import IncompatibleError, UnsupportedError
 from .cloneofsimo import number_layers
 from .refusals import refusals
 from .registry import DIALECTS, RawLayer

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..architectures import ARCHITECTURES, CheckpointKey, checkpoint_keys
 from ..errors import FileError, IncompatibleError, UnsupportedError
 from ..files import LoraFile, TensorInfo, open_file
+from ..models import ARCHITECTURES, CheckpointKey, checkpoint_keys
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .. import architectures, dialects
-from ..architectures import ARCHITECTURES, Architecture, Model
+from .. import dialects, models
 from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..models import ARCHITECTURES, Architecture, Model
 from ..recipe import nearest_hint
 from .sources import Source, open_source
 
@@ -162,14 +162,14 @@ def _undecided(
     spelling = dialects.spelling_of(own[0].architecture.id, dialect)
     if len({_written(readings[name], name, spelling) for name in names}) == 1:
         return BaseModel(_unnamed(own[0].architecture), tuple(own), labels, dialect, (note,))
-    if dialect not in ("auto", architectures.DIFFUSERS):
+    if dialect not in ("auto", models.DIFFUSERS):
         raise UnsupportedError(
             f"The layers fit {listed} alike, and the names to write in this spelling differ between them. "
             "Name the base model (--base-model NAME)."
         )
     # diffusers' names are the ones that such models share. A model that fuses what another splits
     # would write the other members too.
-    written = {name: _written(readings[name], name, architectures.DIFFUSERS) for name in names}
+    written = {name: _written(readings[name], name, models.DIFFUSERS) for name in names}
     least = min(names, key=lambda name: len(written[name]) or 10**9)
     if not written[least] or not all(written[least] <= written[name] for name in names):
         raise UnsupportedError(
@@ -181,9 +181,7 @@ def _undecided(
         "--base-model NAME chooses one, and its own names."
     )
     chosen = readings[least]
-    return BaseModel(
-        _unnamed(chosen[0].architecture), tuple(chosen), labels, architectures.DIFFUSERS, (note,)
-    )
+    return BaseModel(_unnamed(chosen[0].architecture), tuple(chosen), labels, models.DIFFUSERS, (note,))
 
 
 def _written(sources: Sequence[Source], name: str, dialect: str) -> frozenset[str]:

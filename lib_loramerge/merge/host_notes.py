@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import dialects
-from ..architectures import Architecture
 from ..errors import LoraMergeError
 from ..hosts import HOSTS
+from ..models import Architecture
 from .host_target import Spelling, bias_alone
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import dialects
-from ..architectures import Architecture
 from ..dialects.slots import KOHYA_STYLE
 from ..errors import LoraMergeError, UnsupportedError
 from ..hosts import HOSTS, Host
+from ..models import Architecture
 from ..recipe import MergeRecipe
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import architectures, dialects, ranks
+from .. import dialects, models, ranks
 from ..delta import (
     Delta,
     Dense,
@@ -409,7 +409,7 @@ class Merger:
     def _factors(self, layer: LayerPlan, prefix: str, delta: LowRank) -> dict[str, Tensor]:
         """``lora_up``, ``lora_down`` and ``alpha`` of one written layer."""
         up, down = delta.up.cpu().contiguous(), delta.down.cpu().contiguous()
-        if architectures.is_conv(self.plan.architecture.id, layer.layer) or layer.kernel:
+        if models.is_conv(self.plan.architecture.id, layer.layer) or layer.kernel:
             kernel = layer.kernel or (1, 1)
             up = up.reshape(*up.shape, 1, 1)
             down = down.reshape(down.shape[0], layer.in_, *kernel)
@@ -421,7 +421,7 @@ class Merger:
     def _shaped(self, layer: LayerPlan, weight: Tensor) -> Tensor:
         if layer.kernel:
             return weight.reshape(weight.shape[0], layer.in_, *layer.kernel)
-        if architectures.is_conv(self.plan.architecture.id, layer.layer):
+        if models.is_conv(self.plan.architecture.id, layer.layer):
             return weight.reshape(*weight.shape, 1, 1)
         return weight
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .. import adapters, architectures, blocks, dialects
+from .. import adapters, blocks, dialects, models
 from ..errors import IncompatibleError, LoraMergeError, RecipeError, UnsupportedError
 from ..files import LORA_SUFFIXES, model_hash
 from ..metadata import SourceMeta, build_metadata
@@ -142,7 +142,7 @@ class MergePlan:
     method: MergeMethod
     params: Mapping[str, Any]
     sources: tuple[SourcePlan, ...]
-    architecture: architectures.Architecture
+    architecture: models.Architecture
     dialect: str
     style: str | None
     layers: tuple[LayerPlan, ...]
@@ -332,7 +332,7 @@ def _refuse_two_spellings(sources: Sequence[Source]) -> None:
     seen: dict[str, tuple[str, Source]] = {}
     for source in sources:
         for layer in source.layers:
-            name, before = seen.setdefault(architectures.plain_path(layer), (layer, source))
+            name, before = seen.setdefault(models.plain_path(layer), (layer, source))
             if name != layer:
                 raise IncompatibleError(
                     f"{before.path.name} has {name} and {source.path.name} has {layer}, which look like two "
@@ -392,7 +392,7 @@ def _plan_layers(
         if shape is None:
             assert base is not None  # without one the adapters that do not tell their shape were refused
             shape = _base_shape(base, architecture, layer)
-        component, block = architectures.component(layer), architectures.block(architecture, layer)
+        component, block = models.component(layer), models.block(architecture, layer)
         inputs, ranks = [], []
         for index, plan in holders:
             strength = plan.input.strength(component)
@@ -442,7 +442,7 @@ def _with_names(
         except UnsupportedError:
             lacking.append(layer)
     weights = [layer.layer for layer in lacking if not layer.vector]
-    label = architectures.ARCHITECTURES[architecture].label
+    label = models.ARCHITECTURES[architecture].label
     if weights and not recipe.skip_unsupported:
         shown = ", ".join(weights[:5]) + (f" and {len(weights) - 5} more" if len(weights) > 5 else "")
         raise UnsupportedError(
@@ -598,7 +598,7 @@ def needs_one_rank(plan: MergePlan) -> bool:
     """Whether all layers are written in one rank, the smaller ones filled up with zeros."""
     spelling = dialects.spelling_of(plan.architecture.id, plan.dialect)
     has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
-    return spelling == architectures.DIFFUSERS and not has_alpha
+    return spelling == models.DIFFUSERS and not has_alpha
 
 
 def predicted_bytes(plan: MergePlan) -> int:
@@ -618,7 +618,7 @@ def zero_layers(plan: MergePlan) -> tuple[LayerPlan, ...]:
     planned = {layer.layer for layer in plan.layers}
     missing: dict[str, LayerPlan] = {}
     for layer in plan.layers:
-        for name in architectures.companions(plan.architecture.id, layer.layer):
+        for name in models.companions(plan.architecture.id, layer.layer):
             if name not in planned:
                 missing.setdefault(name, zero_layer(layer, name))
     return tuple(missing.values())
@@ -704,6 +704,6 @@ def merged_metadata(
     )
 
 
-def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, architectures.Rows | None], ...]:
+def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, models.Rows | None], ...]:
     """Names under which a layer is written, with the rows each of them holds."""
     return dialects.output_parts(plan.architecture.id, layer, plan.dialect, plan.style)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import architectures, ranks
+from .. import models, ranks
 from ..delta import Stored, batch_numbers, full_precision, helpful_threads, parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
@@ -255,7 +255,7 @@ def _allot(
         if spectrum is None:
             fixed += layer.bytes(item) + entry
             continue
-        grouped = bool(architectures.companions(plan.architecture.id, layer.layer))
+        grouped = bool(models.companions(plan.architecture.id, layer.layer))
         if grouped and not spectrum.rank:
             fixed += zero_layer(layer, layer.layer).bytes(item) + entry  # the others may need it
         per_rank = (layer.out + layer.width) * item
@@ -398,7 +398,7 @@ def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]
     shapes = {layer.layer: layer for layer in plan.layers}
     added: list[MergedLayer] = []
     for name in sorted(written):
-        for companion in architectures.companions(plan.architecture.id, name):
+        for companion in models.companions(plan.architecture.id, name):
             if companion in written or any(entry.result.layer == companion for entry in added):
                 continue
             # The four are square and of one size, so any of them tells the others' shape.
@@ -524,7 +524,7 @@ def _kept(plan: MergePlan, index: int, merged: Sequence[MergedLayer]) -> dict[st
     for entry in merged:
         for source, lost, own in entry.lost:
             if source == index:
-                for name in ("", architectures.component(entry.result.layer)):
+                for name in ("", models.component(entry.result.layer)):
                     row = sums.setdefault(name, [0.0, 0.0])
                     row[0], row[1] = row[0] + lost, row[1] + own
     return {name: 1 - lost / own if own > 0 else 1.0 for name, (lost, own) in sorted(sums.items())}
@@ -558,8 +558,8 @@ def _resolved_blocks(plan: MergePlan, entry: SourcePlan) -> dict[str, float]:
     own = any(getattr(entry.input, part) is not None for part in ("te1", "te2", "te3"))
     counts: dict[str, Counter[float]] = {}
     for layer in entry.source.layers:
-        component = architectures.component(layer)
-        block = architectures.block(plan.architecture.id, layer)
+        component = models.component(layer)
+        block = models.block(plan.architecture.id, layer)
         weight = entry.input.strength(component) * entry.block_weights.weight(component, block, layer)
         name = f"{block} {component}" if own and component != "unet" else block or "other"
         counts.setdefault(name, Counter())[weight] += 1

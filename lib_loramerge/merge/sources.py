@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from .. import adapters, architectures, dialects
+from .. import adapters, dialects, models
 from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
 from ..files import Header, read_header, refuse_non_lora, size_text, stamp_of, zero_tail
 from .doubled import one_spelling
@@ -64,7 +64,7 @@ class Source:
     header: Header
     dialect: str
     style: str
-    architecture: architectures.Architecture
+    architecture: models.Architecture
     reason: str
     layers: Mapping[str, tuple[SourcePart, ...]]
     embeddings: Mapping[str, str]
@@ -72,8 +72,8 @@ class Source:
     unknown: tuple[str, ...]
     orphans: tuple[str, ...] = ()
     zeros: int = 0
-    size: architectures.Size | None = None
-    candidates: tuple[architectures.Model, ...] = ()
+    size: models.Size | None = None
+    candidates: tuple[models.Model, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -302,7 +302,7 @@ def _describe(
 ) -> SourcePart | None:
     """Facts of one part, or None for an orphan that changes nothing (a lone alpha)."""
     slots = {slot: shapes[key] for slot, key in part.slots.items()}
-    kernel = architectures.kernel(architecture, part.layer)
+    kernel = models.kernel(architecture, part.layer)
     facts = adapters.describe(slots, where=where, kernel=kernel)
     if facts.empty:
         return None

@@ -152,7 +152,7 @@ LATER = {
     "merge",
     "analysis",
     "adapters",
-    "architectures",
+    "models",
     "cli",
     "demo",
     "dialects",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib_loramerge.architectures import detect, in_features, out_features
+from lib_loramerge.models import detect, in_features, out_features
 
 K = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 K_DIFFUSERS = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lib_loramerge.architectures import ARCHITECTURES, block, component, layers
-from lib_loramerge.architectures.dit import NAMES
+from lib_loramerge.models import ARCHITECTURES, block, component, layers
+from lib_loramerge.models.dit import NAMES
 
 IDS_61 = ("CLIP", "T5", "IN", *(f"D{n:02}" for n in range(19)), *(f"S{n:02}" for n in range(38)), "OUT")
 

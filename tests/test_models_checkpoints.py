@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_loramerge.architectures import CheckpointKey, Rows, checkpoint_keys, layers
-from lib_loramerge.architectures.dit import NAMES
 from lib_loramerge.errors import IncompatibleError
+from lib_loramerge.models import CheckpointKey, Rows, checkpoint_keys, layers
+from lib_loramerge.models.dit import NAMES
 
 
 def read(checkpoint: dict[str, torch.Tensor], architecture: str, layer: str) -> torch.Tensor | None:

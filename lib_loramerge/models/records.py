@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import models_flux, models_image, models_sd, models_video
+from . import flux, image, sd, video
 from .base import Architecture
 
 UNKNOWN = Architecture("unknown", "unknown base model", opaque=True, resolution="")
@@ -10,6 +10,6 @@ UNKNOWN = Architecture("unknown", "unknown base model", opaque=True, resolution=
 ARCHITECTURES: dict[str, Architecture] = {
     record.id: record
     for record in (
-        *models_sd.RECORDS, *models_flux.RECORDS, *models_image.RECORDS, *models_video.RECORDS, UNKNOWN,
+        *sd.RECORDS, *flux.RECORDS, *image.RECORDS, *video.RECORDS, UNKNOWN,
     )
 }  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from diffusers.loaders import single_file_utils as single_file
 from torch import Tensor, nn
 
-from lib_loramerge.architectures import canonical_path, diffusers_layers, layer_path
-from lib_loramerge.architectures.dit import NAMES
+from lib_loramerge.models import canonical_path, diffusers_layers, layer_path
+from lib_loramerge.models.dit import NAMES
 
 # Base model to a small model of the right class: two blocks of each kind, weights on no device.
 MODELS = {

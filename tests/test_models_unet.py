@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib_loramerge.architectures import (
+from lib_loramerge.models import (
     block,
     canonical_path,
     companions,
@@ -125,7 +125,7 @@ def test_ldm_names_become_the_diffusers_names_that_its_converter_makes(models, a
         for dotted, _ in diffusers_layers(architecture, layer)
     }
     number = {layer: n for n, layer in enumerate(truth)}
-    from lib_loramerge.architectures.unet import by_ldm
+    from lib_loramerge.models.unet import by_ldm
 
     checkpoint = {
         f"model.diffusion_model.{by_ldm(architecture)[layer[10:]].ldm}.weight": torch.tensor([float(n)])
