@@ -173,6 +173,8 @@ class Host:
     def _finds_encoder(self, architecture: str, layer: str, name: str) -> bool:
         if name.startswith("text_encoders."):
             return bool(self.comfy_encoders & {"*", name.split(".")[1]})
+        if name == "lora_te_text_projection":
+            return False  # Every host has its projections under a number.
         known = self.encoders.get(architecture, self.encoders.get("", {})).get(component(layer), ())
         clip = self.clip_in_part and "_text_" in layer
         return name.startswith(known) and not (clip and not _CLIP_LEAVES.fullmatch(layer))

@@ -293,3 +293,10 @@ def test_flipped_bytes_in_a_pickle_give_nothing_but_our_errors(tmp_path, seed):
     except LoraMergeError:
         return
     assert len(header.tensors) <= 3  # The damage hit what does not matter: padding, a name, a number.
+
+
+def test_a_name_spelled_two_ways_in_a_pickle_hides_nothing(tmp_path):
+    up = torch.ones(4, 2)
+    torch.save({"unet.a": {"lora_up.weight": up}, "unet": {"a.lora_up.weight": 2 * up}}, tmp_path / "a.pt")
+    with pytest.raises(FileError, match=r"a\.pt has two tensors of one name: unet\.a\.lora_up\.weight"):
+        open_file(tmp_path / "a.pt")

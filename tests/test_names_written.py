@@ -332,3 +332,26 @@ def test_weights_that_the_dialect_has_no_name_for_stop_a_conversion_unless_it_is
         merge(tmp_path, "a", dialect="diffusers")
     report = merge(tmp_path, "a", dialect="diffusers", skip_unsupported=True)
     assert any("audio_injector" in text for text in report.skipped)
+
+
+@pytest.mark.parametrize(
+    ("company", "came", "written"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "lora_te1_text_projection", "lora_te1_text_projection"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "lora_te_text_projection", "lora_te1_text_projection"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "lora_unet_conv_norm_out", "lora_unet_out_0"),
+        ("diffusion_model.double_blocks.0.img_attn_proj", "text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj",
+         "text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj"),
+    ],
+)  # fmt: skip
+def test_layers_that_hosts_know_by_one_name_alone_are_written_under_it(tmp_path, company, came, written):
+    models = {"lora": ("sd1", 768), "diff": ("hunyuan_image", 64)}
+    base_model, width = models[company[:4]]
+    tensors = lora([company], in_=width, kohya=company.startswith("lora"))
+    if "norm" in came:
+        tensors |= {f"{came}.w_norm": torch.ones(320), f"{came}.b_norm": torch.ones(320)}
+    else:
+        tensors |= lora([came], kohya=came.startswith("lora"))
+    save_file(tensors, tmp_path / "a.safetensors")
+    merge(tmp_path, "a", base_model=base_model)
+    assert any(key.startswith(f"{written}.") for key in load_file(tmp_path / "out.safetensors"))

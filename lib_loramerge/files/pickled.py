@@ -218,7 +218,14 @@ def _described(
     infos: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     declared = 0
+    seen: set[str] = set()
     for key, value in _flatten(_unwrap(loaded, path)):
+        if key in seen:
+            raise FileError(
+                f"{path.name} has two tensors of one name: {key[:200]}. They are spelled apart in its nested "
+                "dictionaries, and one would hide the other. Remove one of them."
+            )
+        seen.add(key)
         if isinstance(value, StoredTensor):
             width = WIDTHS[value.dtype]
             end = value.offset + 1 + sum((n - 1) * step for n, step in zip(value.shape, value.strides))

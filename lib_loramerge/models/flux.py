@@ -195,7 +195,7 @@ RECORDS = (
         "hunyuan_image", "HunyuanImage 2.1", "hunyuan-image-2.1", "hunyuan-image-2.1",
         "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1", resolution="2048x2048",
         text_encoders=SAME, words=("hunyuan-image", "hunyuanimage"), names=HUNYUAN_IMAGE,
-        sizes=(Size("", {"h": 3584, "D": 20, "S": 40, "c": 3584}),), encoders={"te": _QWEN_7B},
+        sizes=(Size("", {"h": 3584, "D": 20, "S": 40, "c": 3584}),), encoders={"te": replace(_QWEN_7B, dotted=True)},
     ),
     Architecture(
         "hunyuan_video", "HunyuanVideo", "hunyuan_video", "hunyuan-video",
