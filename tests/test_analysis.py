@@ -326,9 +326,10 @@ def test_inspect_measures_norm_and_rank_by_another_route(folder):
 
 def test_hosts_are_told_what_stops_them(tmp_path):
     plain = make_lora(tmp_path / "plain.safetensors", SD1_LAYERS)
-    verdicts = inspect(plain).hosts
-    assert set(verdicts.values()) == {"reads all"}
-    assert "A1111 (1.10.1, e61adddd)" in verdicts
+    report = inspect(plain)
+    assert set(report.hosts.values()) == {"reads all"}
+    assert report.host_versions["A1111"] == "1.10.1, e61adddd"
+    assert "A1111 (1.10.1, e61adddd): reads all" in report.to_text()
 
 
 MID = "mid_block.attentions.0.transformer_blocks.0."
@@ -489,8 +490,7 @@ def kohya_pair(name: str, in_: int = 64) -> dict:
 )
 def test_what_each_host_makes_of_a_file_follows_from_its_names(tmp_path, tensors, verdicts):
     save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "a.safetensors")
-    found = inspect(tmp_path / "a.safetensors", tensors=False).hosts
-    hosts = {name.partition(" (")[0]: text for name, text in found.items()}
+    hosts = inspect(tmp_path / "a.safetensors", tensors=False).hosts
     for host, verdict in verdicts.items():
         assert hosts[host] == verdict if verdict == ALL else hosts[host].startswith(verdict), host
 

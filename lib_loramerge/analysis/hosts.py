@@ -17,11 +17,11 @@ _ADAPTER_NAME = re.compile(r"lora_[AB]\.([^.]+)\.weight")
 
 
 def hosts_that_load(source: Source) -> dict[str, str]:
-    """Host, with the version that this was read from, to what it makes of the file.
+    """What each host makes of a file.
 
     ``reads all``, ``reads n of m layers, not ...``, ``no: ...`` with the reason, or ``not known: ...``.
     """
-    return {f"{host.label} ({host.read_from})": verdict(host, source) for host in HOSTS.values()}
+    return {host.label: verdict(host, source) for host in HOSTS.values()}
 
 
 def verdict(host: Host, source: Source) -> str:

@@ -14,6 +14,7 @@ import torch
 from .. import dialects, models
 from ..delta import Dense, decompose, decompose_dense, helpful_threads, norm, parallel_map
 from ..errors import LoraMergeError
+from ..hosts import HOSTS
 from ..merge.base import BaseCheckpoint
 from ..merge.base_model import model_id
 from ..merge.read import SourceReader
@@ -40,7 +41,8 @@ class InspectReport:
         ranks: Rank to number of layers.
         alphas: Stored alpha to number of layers; ``"none"`` where it is missing.
         needs: What merging takes beside the file itself.
-        hosts: Program, with the version it was read from, to what it makes of the file as it is.
+        hosts: Program to what it makes of the file as it is.
+        host_versions: Program to the version of its code that this was read from.
         written_as: A tensor name as the merge would write it.
         norm_by_block: Block id to the Frobenius norm of its delta weights.
         kept_at_rank: Rank to the share of the whole norm that it would keep.
@@ -64,6 +66,7 @@ class InspectReport:
     embeddings: Sequence[str]
     needs: Sequence[str]
     hosts: Mapping[str, str]
+    host_versions: Mapping[str, str]
     written_as: str
     notes: Sequence[str]
     norm: float
@@ -92,7 +95,7 @@ class InspectReport:
             ("True rank", "up to {largest:.0f}, {mean:.1f} on average".format(**self.numerical_rank)),
             ("Written as", self.written_as),
             ("Loads in", ""),
-            *(("", f"{host}: {text}") for host, text in self.hosts.items()),
+            *(("", f"{host} ({self.host_versions[host]}): {text}") for host, text in self.hosts.items()),
             *(("Needs", text) for text in self.needs),
             *(("Not known", key) for key in self.unknown[:10]),
             *(("Cannot merge", text) for text in self.unsupported[:10]),
@@ -144,6 +147,7 @@ def inspect(
         embeddings=sorted(source.embeddings),
         needs=_needs(source),
         hosts=hosts_that_load(source),
+        host_versions={host.label: host.read_from for host in HOSTS.values()},
         written_as=_written_as(source),
         notes=sorted({*source.notes(), *measured.notes}),
         norm=whole**0.5,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import FileError, IncompatibleError, UnsupportedError
 from ..files import LoraFile, TensorInfo, open_file
-from ..models import ARCHITECTURES, CheckpointKey, checkpoint_keys
+from ..models import ARCHITECTURES, CheckpointKey, checkpoint_keys, plain_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class BaseCheckpoint:
         self.path = Path(path)
         self._files: list[LoraFile] = []
         self._keys: dict[str, tuple[LoraFile, str]] = {}
+        self._paths: dict[str, list[str]] | None = None
         try:
             for prefix, file in _parts(self.path):
                 if file.suffix.lower() != ".safetensors":
@@ -122,12 +123,28 @@ class BaseCheckpoint:
                 return place
         label = ARCHITECTURES[architecture_id].label if architecture_id in ARCHITECTURES else architecture_id
         if not places:
-            raise UnsupportedError(f"Where a checkpoint of {label} keeps the layer {layer} is not known.")
+            # A layer that is in no table is where the model's own code says, under the adapter's name of it.
+            named = self._by_path().get(plain_path(layer), [])
+            if len(named) == 1:
+                return (CheckpointKey(named[0]),)
+            raise IncompatibleError(
+                f"The base model {self.path.name} has no layer of the name {layer}, and no other name of "
+                "it is known. Give the checkpoint that the LoRA was trained on, in its trainer's layout."
+            )
         looked = places[0][0].key
         raise IncompatibleError(
             f"The base model {self.path.name} has no layer {layer} (looked for {looked} and "
             f"{len(places) - 1} other spellings). Give a checkpoint of {label} that holds this part of it."
         )
+
+    def _by_path(self) -> dict[str, list[str]]:
+        """Flattened path of each weight to its keys."""
+        if self._paths is None:
+            self._paths = {}
+            for key in self._keys:
+                if key.endswith(".weight"):
+                    self._paths.setdefault(plain_path(key.removesuffix(".weight")), []).append(key)
+        return self._paths
 
     def _shapes(self, sources: Iterable[CheckpointKey]) -> list[tuple[int, ...]]:
         """Shape of each source after its rows were taken, without reading it."""

@@ -534,10 +534,11 @@ def _responses(route: _Route) -> dict[int | str, dict[str, Any]]:
     errors = {
         400: "Bad request",
         401: "Wrong password",
+        403: "Not from this page or machine",
         404: "No such name or job",
         409: "Name taken, or queue full",
     }
-    errors |= {413: "Body too large", 422: "Cannot be merged"}
+    errors |= {413: "Body too large", 415: "No JSON", 422: "Cannot be merged"}
     described: dict[int | str, dict[str, Any]] = {
         status: {"description": text, "content": {"application/json": {"schema": schema.error_schema()}}}
         for status, text in errors.items()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, lora_tensors, make_lora, weighted_sum
+from tests.fuzz.rest import fuzz
 from tests.web.hosting import FakeHost
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
@@ -371,3 +372,11 @@ def test_a_password_is_asked_for_on_every_route(tmp_path):
         assert "HTTPBasic" in json.dumps(
             host.get("/openapi.json")["paths"][f"{API}/loras"]["get"]["security"]
         ).replace("_BasicInDocs", "HTTPBasic")
+
+
+def test_hostile_requests_get_a_sentence_each_and_write_nothing(host):
+    before = sorted(path.name for path in host.lora_dir.rglob("*"))
+    sent, wrong = fuzz(host.url, "", 600, seed=1, most=300)
+    assert wrong == ""
+    assert sent == 300
+    assert sorted(path.name for path in host.lora_dir.rglob("*")) == before
