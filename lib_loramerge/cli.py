@@ -98,6 +98,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = next((word for word in words if not word.startswith("-")), "")
     _merge_parser(commands, with_methods=command == "merge")
+    _bake_parser(commands, with_methods=command == "bake")
     _convert_parser(commands)
     _inspect_parser(commands)
     _compare_parser(commands)
@@ -425,6 +426,121 @@ def progress_line(stream: TextIO) -> Iterator[Callable[[Progress], None] | None]
     finally:
         stream.write("\r\x1b[K")
         stream.flush()
+
+
+# --- bake --------------------------------------------------------------------------------------
+
+
+def _bake_parser(commands: Any, *, with_methods: bool) -> None:
+    parser = _command(
+        commands,
+        "bake",
+        run_bake,
+        "merge LoRAs into a checkpoint (Merge to Checkpoint), or add a difference to it",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="file, index of shards or diffusers folder"
+    )
+    _add_inputs(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="file to write; a new folder for a folder or shards"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    parser.add_argument(
+        "--add", type=Path, metavar="TUNED", help="instead of LoRAs: add what TUNED is more ..."
+    )
+    parser.add_argument("--minus", type=Path, metavar="BASE", help="... than BASE (Add difference)")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="of --add (default: 1)")
+    parser.add_argument(
+        "--rounding",
+        choices=("auto", "nearest", "stochastic"),
+        default="auto",
+        help="auto: by chance in float8, which loses small changes, else to the nearest (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype",
+        dest="checkpoint_dtype",
+        choices=("same", "float32", "float16", "bfloat16"),
+        default="same",
+        help="precision of the denoiser's and text encoders' matrices (default: same)",
+    )
+    parser.add_argument(
+        "--drop-ema", action="store_true", help="leave the EMA weights out, which no WebUI uses"
+    )
+    parser.add_argument(
+        "--no-hash", action="store_true", help="no hashes, and no record of the merge for A1111"
+    )
+    parser.add_argument(
+        "--base-te",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text encoder in a file of its own; written as OUT.NAME.safetensors where it changes",
+    )
+    _add_settings(parser, "bake")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    _add_json(parser)
+    if with_methods:
+        _add_method_options(parser)
+
+
+def run_bake(options: argparse.Namespace) -> int:
+    from .checkpoints import BakeSettings, prepare_bake, prepare_difference
+
+    settings = BakeSettings(
+        rounding=options.rounding,
+        dtype=options.checkpoint_dtype,
+        drop_ema=options.drop_ema,
+        hashed=not options.no_hash,
+        encoders=tuple(options.base_te),
+    )
+    if options.output is None and not options.dry_run:
+        raise RecipeError("Say where to write the result: -o OUT (or --dry-run to write nothing).")
+    target = None if options.output is None else output_target(options.output, None)
+    notes: list[str] = []
+    if options.add is not None or options.minus is not None:
+        if options.add is None or options.minus is None or options.loras:
+            raise RecipeError("Give --add TUNED and --minus BASE together, and no LoRAs with them.")
+        seed = given_fields(options).get("seed", 0)
+        prepared = prepare_difference(
+            options.checkpoint, options.add, options.minus, options.strength, settings=settings, seed=seed
+        )
+    else:
+        recipe, notes = recipe_of(options)
+        prepared = prepare_bake(
+            recipe,
+            options.checkpoint,
+            find=finder(options.lora_dir),
+            presets=presets_of(options),
+            settings=settings,
+        )
+    with prepared as bake, progress_line(sys.stderr) as show:
+        bake.warnings += notes
+        if options.dry_run or target is None:
+            report = bake.report(target)
+        else:
+            report = bake.run(
+                target, overwrite=options.overwrite, progress=in_megabytes(show), cancel=interrupts.asked
+            )
+    _print_report(report, options)
+    return EXIT_DONE
+
+
+def in_megabytes(show: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
+    """A progress line that counts bytes by the million."""
+    from dataclasses import replace
+
+    if show is None:
+        return None
+    return lambda progress: show(
+        replace(
+            progress,
+            phase=f"{progress.phase}, MB",
+            done=progress.done // 1_000_000,
+            total=progress.total // 1_000_000,
+        )
+    )
 
 
 # --- convert -----------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ class LoraFile:
         """
         start = self.header.data_start  # 0 in a pickle.
         size = self.header.size - start
-        return hash_from(lambda place, target: self._read_at(start + place, target), size, stop)
+        return hash_from(lambda place, target: self.read_at(start + place, target), size, stop)
 
     def check_unchanged(self) -> None:
         """Whether what was read is of one file, which is still there.
@@ -173,11 +173,16 @@ class LoraFile:
         """Read the bytes of one tensor into memory."""
         info = self.header.tensors[key]
         if self._places is None:
-            self._read_at(self.header.data_start + info.start, target)
+            self.read_at(self.header.data_start + info.start, target)
         else:
-            target[:] = read_place(self._places[key], info, self._read_at)
+            target[:] = read_place(self._places[key], info, self.read_at)
 
-    def _read_at(self, place: int, target: memoryview) -> None:
+    def read_at(self, place: int, target: memoryview) -> None:
+        """Fill memory with the file's bytes from a place on, counted from its start.
+
+        Raises:
+            FileError: If it cannot be read, or has become shorter.
+        """
         if self._file is None:
             raise ValueError(f"{self.path} is closed")
         done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -249,6 +250,8 @@ def _whole_shape(
 
 def _parts(path: Path) -> list[tuple[str, Path]]:
     """Files of a model, each with the prefix that its keys get."""
+    if path.name.endswith(".safetensors.index.json"):
+        return [("", file) for file in indexed_files(path)]
     if not path.is_dir():
         return [("", path)]
     parts = [
@@ -262,8 +265,30 @@ def _parts(path: Path) -> list[tuple[str, Path]]:
     return parts
 
 
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, in order.
+
+    Raises:
+        FileError: The index cannot be read, or a shard is missing.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(f"{index.name} cannot be read as an index of shards; download it again.") from error
+    files = [index.parent / Path(str(name)).name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise FileError(f"{index.name} names the shard {file.name}, which is missing; download it.")
+    return files
+
+
 def _component_files(folder: Path) -> list[Path]:
     """The safetensors files of one component: whole or in shards, full precision before fp16."""
+    indexes = sorted(
+        folder.glob("*.safetensors.index.json"), key=lambda path: (path.name.count("."), path.name)
+    )
+    if indexes:
+        return indexed_files(indexes[0])
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     variants: dict[str, list[Path]] = {}
     for file in found:

@@ -22,7 +22,7 @@ from .base import (
     plain_path,
 )
 from .blocks import block, companions, is_conv, kernel, layers
-from .checkpoints import CheckpointKey, checkpoint_keys
+from .checkpoints import CheckpointKey, bias_place, checkpoint_keys, numbered_layers
 from .compatible import encoder_part
 from .detect import Detection, Model, detect, in_features, out_features
 from .names import canonical_path, comfy_layer, diffusers_layers, has_dotted_name_alone
@@ -40,6 +40,7 @@ __all__ = [
     "Model",
     "Rows",
     "Size",
+    "bias_place",
     "block",
     "canonical_path",
     "checkpoint_keys",
@@ -56,6 +57,7 @@ __all__ = [
     "layer_name",
     "layer_path",
     "layers",
+    "numbered_layers",
     "out_features",
     "plain_path",
 ]

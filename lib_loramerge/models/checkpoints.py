@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
-from .base import Rows, component, layer_path
-from .dit import diffusers_members, dotted_paths, is_parameter
+from .base import Rows, component, layer_name, layer_path
+from .dit import diffusers_members, dotted_paths, flatten, is_parameter
 from .records import ARCHITECTURES
 from .text_encoders import CLIP_EDGES, CLIP_LEAVES, OPEN_CLIPS, paths
 from .unet import UNETS, by_ldm
@@ -47,10 +48,10 @@ _HUGGING_FACE: dict[tuple[str, str], tuple[str, ...]] = {
     ("flux1", "te3"): ("text_encoder_2.",),
 }
 # The same for OpenCLIP's layout.
-_OPEN_CLIP: dict[str, str] = {
-    "sd2": "cond_stage_model.model.",
-    "sdxl": "conditioner.embedders.1.model.",
-    "sdxl_refiner": "conditioner.embedders.0.model.",
+_OPEN_CLIP: dict[str, tuple[str, ...]] = {
+    "sd2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),  # The second is SD-Turbo's.
+    "sdxl": ("conditioner.embedders.1.model.",),
+    "sdxl_refiner": ("conditioner.embedders.0.model.",),
 }
 _IN_PROJ = {f"self_attn.{name}_proj": Rows(((n, n + 1),), 3) for n, name in enumerate("qkv")}
 
@@ -69,6 +70,13 @@ def checkpoint_keys(architecture_id: str, layer: str) -> tuple[Source, ...]:
     if architecture_id in UNETS:
         return tuple(_unet(architecture_id, path))
     return tuple(_transformer(architecture_id, path))
+
+
+def bias_place(place: CheckpointKey) -> CheckpointKey | None:
+    """Where the bias of a layer lies whose weight lies there; None for what has no bias."""
+    if not place.key.endswith("weight"):
+        return None
+    return replace(place, key=place.key.removesuffix("weight") + "bias", transposed=False)
 
 
 def _unet(architecture_id: str, path: str) -> Iterator[Source]:
@@ -103,7 +111,8 @@ def _text_encoder(architecture_id: str, part: str, path: str) -> Iterator[Source
     if dotted is None:
         return
     if OPEN_CLIPS.get(architecture_id) == part:
-        yield from _open_clip(_OPEN_CLIP[architecture_id], dotted)
+        for prefix in _OPEN_CLIP[architecture_id]:
+            yield from _open_clip(prefix, dotted)
     family = "sd3" if architecture_id == "sd3_large" else architecture_id
     encoder = ARCHITECTURES[architecture_id].encoders[part]
     model = "model." if encoder.kind == "llama" else ""
@@ -131,3 +140,14 @@ def _open_clip(prefix: str, dotted: str) -> Iterator[Source]:
         yield (CheckpointKey(f"{block}.attn.in_proj_weight", take=_IN_PROJ[leaf]),)
     else:
         yield (CheckpointKey(f"{block}.{CLIP_LEAVES[leaf]}.weight"),)
+
+
+def numbered_layers(architecture_id: str, blocks: int) -> Iterator[str]:
+    """Every layer that a transformer of so many blocks, and its text encoders, can have."""
+    record = ARCHITECTURES[architecture_id]
+    for template in record.names.layers if record.names is not None else ():
+        count = template.count("{}")
+        for numbers in product(range(blocks), repeat=count) if count < 2 else product(range(40), range(12)):
+            yield layer_name("unet", flatten(template.format(*numbers)))
+    for part, known in paths(architecture_id).items():
+        yield from (layer_name(part, path) for path in known)

@@ -179,7 +179,7 @@ class MergeRecipe:
         _check_mode,
         "merge method, see `loramerge methods`",
         metavar="MODE",
-        commands=("merge", "advise"),
+        commands=("merge", "bake", "advise"),
     )
     params: Mapping[str, float | int | str | bool] = field(default_factory=dict, hash=False)
     rank: int | str = setting(
@@ -223,7 +223,7 @@ class MergeRecipe:
         kind=int,
         metavar="N",
         minimum=0,
-        commands=("merge", "advise"),
+        commands=("merge", "bake", "advise"),
     )
     base: str | None = setting(
         None,
@@ -273,7 +273,7 @@ class MergeRecipe:
         lambda value: check_flag("skip_unsupported", value),
         "leave out what cannot be merged, and list it",
         kind=bool,
-        commands=("merge", "convert"),
+        commands=("merge", "bake", "convert"),
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,254 @@
+"""What has to be true before a bake: everything is checked from headers, and nothing is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ..blocks import Presets
+from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..files import size_text
+from ..merge import LayerPlan, MergePlan, open_source, plan_merge
+from ..merge.input_notes import input_notes
+from ..merge.layer import open_merger
+from ..models import CheckpointKey, component
+from ..recipe import MergeRecipe
+from .baking import Bake, BakeSettings
+from .changes import Change, Difference, LayerChange
+from .reading import EMA, Checkpoint
+
+
+@contextmanager
+def prepare_bake(
+    recipe: MergeRecipe,
+    base: Path,
+    *,
+    find: Callable[[str], Path],
+    presets: Presets,
+    settings: BakeSettings | None = None,
+) -> Iterator[Bake]:
+    """Check from headers that a recipe can be baked into a checkpoint.
+
+    Raises:
+        LoraMergeError: Whatever stops it, before any work.
+    """
+    settings = settings or BakeSettings()
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(base, settings.encoders))
+        recipe = _for_checkpoint(recipe, checkpoint, find)
+        plan = plan_merge(recipe, find=find, presets=presets, base=base)
+        merger = stack.enter_context(open_merger(plan))
+        for reader in merger.readers:
+            reader.base = checkpoint  # It has the separate text encoders, too.
+        notes: set[str] = set()
+        parts, skipped = _parts(checkpoint, plan, recipe.skip_unsupported)
+        changes: dict[str, Change] = {
+            key: LayerChange(merger, checkpoint, checkpoint.info(key).shape, entries, notes)
+            for key, entries in parts.items()
+        }
+        warnings = [*input_notes(plan.sources), *_ema_note(checkpoint, settings)]
+        if any(entry.input.te < 0 or entry.input.unet < 0 for entry in plan.sources) and any(
+            checkpoint.info(key).dtype not in ("F32", "F64") for key in changes
+        ):
+            warnings.append("A checkpoint that was baked in less than float32 does not come back exactly.")
+        if plan.embeddings:
+            names = ", ".join(sorted({name.partition(".")[0] for name in plan.embeddings}))
+            warnings.append(f"Textual inversion {names} stays in its LoRA; a checkpoint cannot hold it.")
+        yield Bake(
+            checkpoint,
+            settings,
+            recipe.seed,
+            changes,
+            len({layer.layer for entries in parts.values() for layer, _, _ in entries}),
+            plan,
+            [f"{e.path.name}: text encoder {e.input.te:g}, denoiser {e.input.unet:g}" for e in plan.sources],
+            [entry.path.stem for entry in plan.sources],
+            warnings,
+            [*plan.skipped, *skipped],
+            notes,
+        )
+        merger.check_unchanged()
+
+
+def _ema_note(checkpoint: Checkpoint, settings: BakeSettings) -> list[str]:
+    infos = [checkpoint.info(key) for key in checkpoint.keys if key.startswith(EMA)]
+    size = sum(info.end - info.start for info in infos)
+    if settings.drop_ema or size < 1_000_000:
+        return []
+    return [f"{size_text(size)} of EMA weights are in it, which no WebUI uses; --drop-ema leaves them out."]
+
+
+def _for_checkpoint(recipe: MergeRecipe, checkpoint: Checkpoint, find: Callable[[str], Path]) -> MergeRecipe:
+    """The recipe for the checkpoint's base model, at full rank: nothing is cut.
+
+    Raises:
+        IncompatibleError: A LoRA is for another base model.
+    """
+    from ..methods import METHODS
+
+    identity, label = checkpoint.architecture.id, checkpoint.architecture.label
+    named = False
+    for entry in recipe.inputs:
+        source = open_source(find(entry.name))
+        ids = {source.architecture.id, *(name for name, _ in source.candidates)}
+        if identity not in ids and source.architecture.id != "unknown":
+            raise IncompatibleError(
+                f"{source.path.name} is for {source.base_model}, {checkpoint.path.name} is {label}. "
+                f"Choose a {source.architecture.label} checkpoint."
+            )
+        named |= source.architecture.id != identity or len({name for name, _ in source.candidates}) > 1
+    method = METHODS.get(recipe.mode)
+    return replace(
+        recipe,
+        rank="full" if method is not None and method.uses_rank else "same",
+        conv_rank=None,
+        retain=None,
+        size=None,
+        base_model=identity if named else recipe.base_model,
+    )
+
+
+def _parts(
+    checkpoint: Checkpoint, plan: MergePlan, skip: bool
+) -> tuple[dict[str, list[tuple[LayerPlan, CheckpointKey, bool]]], list[str]]:
+    """Which layers change each tensor, and sentences on what the checkpoint lacks."""
+    found: dict[str, list[tuple[LayerPlan, CheckpointKey, bool]]] = {}
+    missing: list[LayerPlan] = []
+    without_bias: list[str] = []
+    for layer in plan.layers:
+        parts = [p for i, _, _ in layer.inputs for p in plan.sources[i].source.layers[layer.layer]]
+        source = checkpoint.where(layer.layer)
+        if not source:
+            missing.append(layer)
+            continue
+        if any(part.facts.kind != "bias" for part in parts):
+            _check_shape(checkpoint, layer)
+            for place in source:
+                found.setdefault(place.key, []).append((layer, place, False))
+        if layer.bias:
+            places = checkpoint.where(layer.layer, bias=True)
+            if not places:
+                without_bias.append(layer.layer)
+            for place in places:
+                found.setdefault(place.key, []).append((layer, place, True))
+    skipped = _missing(checkpoint, plan, missing, skip)
+    if without_bias and not skip:
+        raise UnsupportedError(
+            f"{checkpoint.path.name} has no bias in {without_bias[0]}"
+            + (f" and {len(without_bias) - 1} more layers" if len(without_bias) > 1 else "")
+            + ", and the LoRA changes one. --skip-unsupported leaves that out."
+        )
+    skipped += [f"{name}: the checkpoint has no bias there" for name in without_bias]
+    if not found:
+        raise RecipeError("Nothing would change: the checkpoint has none of the layers with a strength.")
+    return found, skipped
+
+
+def _missing(checkpoint: Checkpoint, plan: MergePlan, layers: Sequence[LayerPlan], skip: bool) -> list[str]:
+    if not layers:
+        return []
+    name = checkpoint.path.name
+    if skip:
+        return [f"{layer.layer}: not in {name}" for layer in layers]
+    first = layers[0]
+    source = plan.sources[first.inputs[0][0]].path.name
+    parts = {component(layer.layer) for layer in layers}
+    of_part = [layer for layer in plan.layers if component(layer.layer) in parts]
+    if "unet" not in parts and len(of_part) == len(layers):
+        encoders = plan.architecture.encoders
+        names = (
+            ", ".join(sorted({encoders[part].comfy for part in parts if part in encoders})) or "text encoders"
+        )
+        raise IncompatibleError(
+            f"{name} has no text encoder, and {len(layers)} layers of {source} are for {names}. Give "
+            f"--base-te FILE, or {Path(source).stem}:te=0."
+        )
+    raise IncompatibleError(
+        f"{name} lacks {len(layers)} layers that {source} changes, such as {first.layer}. Choose another "
+        f"checkpoint of {checkpoint.architecture.label}, set that part's strength to 0 (te=0), or leave them "
+        "out (--skip-unsupported)."
+    )
+
+
+def _check_shape(checkpoint: Checkpoint, layer: LayerPlan) -> None:
+    shape = checkpoint.shape(checkpoint.architecture.id, layer.layer)
+    numbers = layer.out if layer.vector else layer.out * layer.width
+    wider = len(shape) == 4 and shape[0] == layer.out and shape[1] > layer.in_ and shape[2:] == layer.kernel
+    if math.prod(shape) != numbers and not (wider and layer.in_ == 4):
+        raise IncompatibleError(
+            f"{layer.layer} is {' x '.join(map(str, shape))} in {checkpoint.path.name}, and the LoRAs are "
+            f"for {' x '.join(map(str, (layer.out, layer.in_, *layer.kernel)))}. Choose their own base model."
+        )
+
+
+@contextmanager
+def prepare_difference(
+    base: Path,
+    tuned: Path,
+    minus: Path,
+    strength: float,
+    *,
+    settings: BakeSettings | None = None,
+    seed: int = 0,
+) -> Iterator[Bake]:
+    """Check that what one checkpoint is more than another can be added to a third, in one pass.
+
+    Raises:
+        LoraMergeError: Whatever stops it, before any work.
+    """
+    settings = settings or BakeSettings()
+    with (
+        Checkpoint(base, settings.encoders) as checkpoint,
+        Checkpoint(tuned) as more,
+        Checkpoint(minus) as less,
+    ):
+        for other in (more, less):
+            if other.architecture.id != checkpoint.architecture.id:
+                raise IncompatibleError(
+                    f"{other.path.name} is {other.architecture.label}, {checkpoint.path.name} is "
+                    f"{checkpoint.architecture.label}. All three must be of one base model."
+                )
+        changes: dict[str, Change] = {}
+        layers = 0
+        skipped = []
+        for layer, source in checkpoint.layers.items():
+            for bias in (False, True):
+                places = checkpoint.where(layer, bias=True) if bias else source
+                rows = [other.layer_rows(layer, bias=bias) for other in (more, less)]
+                if not places:
+                    continue
+                if rows[0] is None or rows[1] is None:
+                    skipped += [] if bias else [f"{layer}: not in all three checkpoints"]
+                    continue
+                for place in places:
+                    info = checkpoint.info(place.key)
+                    width = math.prod(info.shape[1:])
+                    if place.transposed or rows[0].width != width or rows[1].width != width:
+                        skipped.append(f"{layer}: of another shape in the other checkpoints")
+                        continue
+                    pieces = [(span, rows[0].read, rows[1].read) for span in checkpoint.spans(place)]
+                    old = changes.get(place.key)
+                    if isinstance(old, Difference):
+                        pieces = list(old.pieces) + pieces
+                    changes[place.key] = Difference(pieces, strength, width)
+                layers += not bias
+        if not changes:
+            raise IncompatibleError("The three checkpoints have no layer in common.")
+        shown = [*skipped[:5], *([f"{len(skipped) - 5} more layers"] if len(skipped) > 5 else [])]
+        yield Bake(
+            checkpoint,
+            settings,
+            seed,
+            changes,
+            layers,
+            None,
+            [f"{tuned.name} minus {minus.name}, times {strength:g}"],
+            [tuned.stem, minus.stem],
+            _ema_note(checkpoint, settings),
+            shown,
+            set(),
+            (tuned, minus),
+        )

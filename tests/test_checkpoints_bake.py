@@ -1,0 +1,473 @@
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
+"""LoRAs baked into checkpoints: the sums, their rounding, and that nothing else changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lib_loramerge.checkpoints import rewriting
+from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
+from lib_loramerge.cli import main
+
+Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+LORA_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TE = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+BLOCK = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0"
+FLUX = "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"
+
+LAYOUTS = {
+    "sd1-ldm": {
+        LORA_Q: ((320, 320), Q, None),
+        "lora_unet_down_blocks_0_resnets_0_conv1": (
+            (320, 320, 3, 3), "model.diffusion_model.input_blocks.1.0.in_layers.2.weight", None,
+        ),
+        "lora_unet_down_blocks_0_attentions_0_proj_in": (
+            (320, 320, 1, 1), "model.diffusion_model.input_blocks.1.1.proj_in.weight", None,
+        ),
+        TE: ((768, 768), "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight", None),
+    },
+    "sdxl-sgm": {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": ((640, 2048), f"{BLOCK}.attn2.to_k.weight", None),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": (
+            (3072, 768), "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight", None,
+        ),
+        "lora_te2_text_model_encoder_layers_0_self_attn_k_proj": (
+            (1280, 1280),
+            "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight",
+            slice(1280, 2560),
+        ),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1": (
+            (5120, 1280), "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight", None,
+        ),
+    },
+    "sdxl-diffusers_unet_only": {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (
+            (640, 2048), "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", None,
+        ),
+    },
+    "sd3-comfyui": {
+        "lora_unet_joint_blocks_0_x_block_attn_qkv": (
+            (4608, 1536), "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", None,
+        ),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+            (768, 768), "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight", None,
+        ),
+    },
+    "flux-flux": {
+        "lora_unet_double_blocks_0_img_attn_qkv": ((9216, 3072), FLUX, None),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+            (768, 768), "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight", None,
+        ),
+    },
+}  # fmt: skip
+
+
+def bake(*words: object) -> int:
+    return main(["bake", *map(str, words)])
+
+
+def baked(tmp_path, base, lora, *words, strength=0.7):
+    """Report and tensors of a bake."""
+    out = tmp_path / "out.safetensors"
+    save_file(lora, tmp_path / "a.safetensors")
+    assert bake(base, f"{tmp_path / 'a.safetensors'}:{strength}", "-o", out, "--overwrite", *words) == 0
+    return load_file(out)
+
+
+@pytest.fixture
+def sd1(tmp_path):
+    metadata = {"modelspec.architecture": "stable-diffusion-v1", "note": "日本"}
+    return make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm", metadata=metadata)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gets_the_exact_sum_and_nothing_else_changes(tmp_path, layout):
+    before = make_checkpoint(tmp_path / "base.safetensors", layout)
+    if "diffusers" not in layout:
+        before["v_pred"] = torch.zeros(0)
+        save_file(before, tmp_path / "base.safetensors")
+    lora = lora_of({name: shape for name, (shape, _, _) in LAYOUTS[layout].items()})
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora)
+    wanted = {key: tensor.double() for key, tensor in before.items()}
+    for name, (_, key, rows) in LAYOUTS[layout].items():
+        wanted[key][rows if rows else slice(None)] += 0.7 * product(lora, name)
+    changed = {key for _, key, _ in LAYOUTS[layout].values()}
+    assert list(after) == list(load_file(tmp_path / "base.safetensors"))
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        if key not in changed:
+            assert torch.equal(after[key], tensor), key
+            continue
+        best = wanted[key].half()
+        other = after[key] != best
+        assert other.double().mean() <= 1e-5 * 2
+        assert (
+            (after[key].double() - best.double()).abs() <= 2.0**-10 * best.double().abs() + 2.0**-24
+        ).all()
+
+
+def test_float32_equals_peft_to_the_last_bit(tmp_path, sd1):
+    peft = pytest.importorskip("peft")
+    wide = checkpoint_tensors("sd1-ldm", dtype=torch.float32)
+    save_file(wide, tmp_path / "base.safetensors")
+    lora = lora_of({LORA_Q: (320, 320)})
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, strength=1)
+    model = torch.nn.Sequential(torch.nn.Linear(320, 320, bias=False)).double()
+    model[0].weight.data = wide[Q].double()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=2, target_modules=["0"]))
+    layer = adapted.base_model.model[0]
+    layer.lora_A["default"].weight.data = lora[f"{LORA_Q}.lora_down.weight"].double()
+    layer.lora_B["default"].weight.data = lora[f"{LORA_Q}.lora_up.weight"].double()
+    assert torch.equal(after[Q], adapted.merge_and_unload()[0].weight.data.float())
+
+
+def test_loha_equals_lycoris_to_the_last_bit(tmp_path):
+    loha = pytest.importorskip("lycoris.functional.loha")
+    wide = make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    parts = [torch.randn(320, 3, generator=generator) * 0.1, torch.randn(3, 320, generator=generator) * 0.1,
+             torch.randn(320, 3, generator=generator) * 0.1, torch.randn(3, 320, generator=generator) * 0.1]  # fmt: skip
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    lora = {f"{LORA_Q}.{name}": part for name, part in zip(names, parts, strict=True)}
+    lora[f"{LORA_Q}.alpha"] = torch.tensor(3.0)
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, strength=1)
+    delta = loha.diff_weight(
+        *[part.double() for part in (parts[1], parts[0], parts[3], parts[2])], None, None
+    )
+    assert torch.equal(after[Q], (wide[Q].double() + delta).float())
+
+
+def test_biases_and_norms_are_added(tmp_path, sd1):
+    lora = lora_of({TE: (768, 768)})
+    lora[f"{TE}.diff_b"] = torch.full((768,), 0.5)
+    norm = "lora_te_text_model_encoder_layers_0_layer_norm1"
+    lora |= {f"{norm}.w_norm": torch.full((768,), 0.25), f"{norm}.b_norm": torch.full((768,), -0.25)}
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, strength=1)
+    stem = "cond_stage_model.transformer.text_model.encoder.layers.0."
+    for key, more in (
+        ("self_attn.q_proj.bias", 0.5),
+        ("layer_norm1.weight", 0.25),
+        ("layer_norm1.bias", -0.25),
+    ):
+        assert torch.equal(after[stem + key], (sd1[stem + key].float() + more).half())
+
+
+def test_a_convolution_of_nine_channels_takes_a_lora_of_four(tmp_path, sd1):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    sd1[key] = torch.randn(320, 9, 3, 3).half()
+    save_file(sd1, tmp_path / "base.safetensors")
+    lora = lora_of({"lora_unet_conv_in": (320, 4, 3, 3)})
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, strength=1)
+    assert torch.equal(after[key][:, 4:], sd1[key][:, 4:])
+    wanted = sd1[key][:, :4].double() + product(lora, "lora_unet_conv_in")
+    assert torch.allclose(after[key][:, :4].double(), wanted, atol=1e-3)
+
+
+def test_metadata_are_kept_and_tell_a1111_of_the_merge(tmp_path, sd1):
+    baked(tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}))
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        texts = file.metadata()
+    digest = hashlib.sha256((tmp_path / "base.safetensors").read_bytes()).hexdigest()
+    assert texts["note"] == "日本"
+    assert texts["modelspec.architecture"] == "stable-diffusion-v1"
+    assert json.loads(texts["sd_merge_models"])[digest]["name"] == "base.safetensors"
+    assert json.loads(texts["sd_merge_recipe"])["primary_model_hash"] == digest
+    assert str(tmp_path) not in "".join(texts.values())
+
+
+def test_the_report_tells_the_hash_and_what_survives(tmp_path, sd1, capsys):
+    lora = lora_of({LORA_Q: (320, 320)}, size=0.004)
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["sha256"] == hashlib.sha256((tmp_path / "out.safetensors").read_bytes()).hexdigest()
+    exact = 0.7 * product(lora, LORA_Q)
+    moved = after[Q].double() - sd1[Q].double()
+    assert report["survives"] == pytest.approx(float((moved * exact).sum() / exact.square().sum()), abs=1e-3)
+    assert report["error"] == pytest.approx(float((moved - exact).norm() / exact.norm()), abs=1e-3)
+
+
+def test_a_bake_can_be_baked_back(tmp_path, sd1):
+    lora = lora_of({LORA_Q: (320, 320)})
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, strength=1)
+    os.replace(tmp_path / "out.safetensors", tmp_path / "baked.safetensors")
+    back = baked(tmp_path, tmp_path / "baked.safetensors", lora, strength=-1)
+    assert not torch.equal(after[Q], sd1[Q])
+    assert torch.allclose(back[Q].float(), sd1[Q].float(), atol=1e-4)
+
+
+def float8(tensors, dtype=torch.float8_e4m3fn):
+    return {
+        key: tensor.to(dtype) if tensor.dim() > 1 and "diffusion_model." in key else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_small_change_survives_in_float8(tmp_path, sd1, capsys, dtype):
+    save_file(float8(sd1, dtype), tmp_path / "base.safetensors")
+    lora = lora_of({LORA_Q: (320, 320)}, size=0.011)
+    baked(tmp_path, tmp_path / "base.safetensors", lora, "--json", strength=1)
+    by_chance = json.loads(capsys.readouterr().out)
+    baked(tmp_path, tmp_path / "base.safetensors", lora, "--json", "--rounding", "nearest", strength=1)
+    nearest = json.loads(capsys.readouterr().out)
+    assert by_chance["survives"] == pytest.approx(1, abs=0.15)
+    assert nearest["survives"] < 0.3
+    assert "stochastic" in nearest["warnings"][-1]
+
+
+def test_random_rounding_does_not_depend_on_threads_and_does_on_the_seed(tmp_path, sd1, monkeypatch):
+    save_file(float8(sd1), tmp_path / "base.safetensors")
+    lora = lora_of({LORA_Q: (320, 320)})
+    files = {}
+    for name, workers, seed in (("one", 1, 0), ("four", 4, 0), ("other", 2, 5)):
+        monkeypatch.setattr(rewriting, "WORKERS", workers)
+        monkeypatch.setattr(rewriting, "CHUNK", 10_000)
+        baked(tmp_path, tmp_path / "base.safetensors", lora, "--seed", seed)
+        files[name] = load_file(tmp_path / "out.safetensors")[Q].view(torch.uint8)
+    assert torch.equal(files["one"], files["four"])
+    assert not torch.equal(files["one"], files["other"])
+
+
+@pytest.mark.parametrize("ends", [("scale_weight",), ("weight_scale", "comfy_quant")])
+def test_scaled_float8_is_read_and_written_with_its_factor(tmp_path, sd1, ends):
+    stem, scale = Q.removesuffix("weight"), float(sd1[Q].float().abs().max()) / 448
+    sd1[Q] = (sd1[Q].float() / scale).to(torch.float8_e4m3fn)
+    sd1[stem + ends[0]] = torch.tensor(scale)
+    if len(ends) > 1:
+        text = json.dumps({"format": "float8_e4m3fn"}).encode()
+        sd1[stem + ends[1]] = torch.tensor(list(text), dtype=torch.uint8)
+    save_file(sd1, tmp_path / "base.safetensors")
+    lora = lora_of({LORA_Q: (320, 320)}, size=0.15)
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, strength=1)
+    exact = sd1[Q].double() * scale + product(lora, LORA_Q)
+    factor = float(after[stem + ends[0]])
+    got = after[Q].double() * factor
+    assert factor >= scale
+    assert (got - exact).norm() / exact.norm() < 0.05
+    assert abs(float((got - exact).mean())) < 1e-3
+    # Another precision needs no factor.
+    wide = baked(tmp_path, tmp_path / "base.safetensors", lora, "--dtype", "float16", strength=1)
+    assert wide[Q].dtype == torch.float16
+    assert stem + ends[0] not in wide
+    assert torch.allclose(wide[Q].double(), exact, atol=1e-3)
+
+
+def test_another_precision_leaves_vae_and_norms(tmp_path, sd1):
+    after = baked(
+        tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}), "--dtype", "bfloat16"
+    )
+    assert after[Q].dtype == torch.bfloat16
+    for key, tensor in after.items():
+        if key.startswith(("first_stage", "model_ema")) or "norm" in key:
+            assert tensor.dtype == sd1[key].dtype
+    dropped = baked(tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}), "--drop-ema")
+    assert not any(key.startswith("model_ema") for key in dropped)
+    assert any(key.startswith("model_ema") for key in sd1)
+
+
+def test_shards_and_folders_are_baked_into_a_new_folder(tmp_path, sd1):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    names = sorted(sd1)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    index = {}
+    for number, half in enumerate(halves, 1):
+        name = f"m-0000{number}-of-00002.safetensors"
+        save_file({key: sd1[key] for key in half}, folder / name)
+        index |= dict.fromkeys(half, name)
+    (folder / "m.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    save_file({"stray": torch.zeros(3)}, folder / "m-00003-of-00003.safetensors")
+    lora = lora_of({LORA_Q: (320, 320)})
+    save_file(lora, tmp_path / "a.safetensors")
+    assert bake(folder / "m.safetensors.index.json", tmp_path / "a.safetensors", "-o", tmp_path / "new") == 0
+    after = load_file(tmp_path / "new" / index[Q])
+    wanted = sd1[Q].double() + product(lora, LORA_Q)
+    assert (after[Q] != wanted.half()).double().mean() < 1e-4
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
+        p.name for p in folder.iterdir()
+    )
+    os.remove(folder / index[Q])
+    assert bake(folder / "m.safetensors.index.json", tmp_path / "a.safetensors", "-o", tmp_path / "more") == 1
+
+
+def test_a_text_encoder_of_its_own_file(tmp_path, capsys):
+    tensors = checkpoint_tensors("flux-flux")
+    prefix = "text_encoders.clip_l.transformer."
+    clip = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    clip["text_model.final_layer_norm.weight"] = torch.ones(768)
+    save_file({k: t for k, t in tensors.items() if not k.startswith(prefix)}, tmp_path / "flux.safetensors")
+    save_file(clip, tmp_path / "clip_l.safetensors")
+    name = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    lora = lora_of({"lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072), name: (768, 768)})
+    save_file(lora, tmp_path / "a.safetensors")
+    words = (tmp_path / "flux.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out.safetensors")
+    assert bake(*words) == 1
+    assert "--base-te" in capsys.readouterr().err
+    assert bake(*words, "--base-te", tmp_path / "clip_l.safetensors") == 0
+    key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    after = load_file(tmp_path / "out.clip_l.safetensors")
+    assert torch.allclose(after[key].double(), clip[key].double() + product(lora, name), atol=1e-3)
+
+
+def _truncated(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 100])
+
+
+def _gguf(path):
+    path.write_bytes(b"GGUF" + bytes(100))
+
+
+def _with(path, **more):
+    tensors = checkpoint_tensors("sd1-ldm")
+    tensors |= more
+    save_file(tensors, path)
+
+
+REFUSED = {
+    "gguf": (lambda path, lora: _gguf(path), "GGUF model"),
+    "missing": (lambda path, lora: path.unlink(), "does not exist"),
+    "empty": (lambda path, lora: path.write_bytes(b""), "empty"),
+    "cut off": (lambda path, lora: _truncated(path), "cut off"),
+    "a LoRA": (lambda path, lora: save_file(lora, path), "takes the checkpoint first"),
+    "no model": (lambda path, lora: save_file({"weight.weight": torch.zeros(3, 3)}, path), "not a base model"),
+    "a VAE": (lambda path, lora: save_file({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, path), "not a base model"),
+    "nf4": (lambda path, lora: _with(path, **{f"{Q}.quant_state.bitsandbytes__nf4": torch.zeros(3)}), "4 bits"),
+    "absmax": (lambda path, lora: _with(path, **{f"{Q}.absmax": torch.zeros(3)}), "4 bits"),
+    "svdquant": (lambda path, lora: _with(path, **{"x.qweight": torch.zeros(3)}), "SVDQuant"),
+    "nvfp4": (lambda path, lora: _with(path, **{"x.weight_scale_2": torch.zeros(3)}), "nvfp4"),
+    "rows": (lambda path, lora: _with(path, **{f"{Q}_scale": torch.zeros(320)}), "for each row"),
+    "int8": (lambda path, lora: _with(path, **{Q: torch.zeros(320, 320, dtype=torch.int8)}), "whole numbers"),
+    "mxfp8": (
+        lambda path, lora: _with(path, **{"x.comfy_quant": torch.tensor(list(b'{"format":"mxfp8"}'), dtype=torch.uint8)}),
+        "mxfp8",
+    ),
+    "SDXL": (lambda path, lora: make_checkpoint(path, "sdxl-sgm"), "Choose a Stable Diffusion 1 checkpoint"),
+    "layers lacking": (
+        lambda path, lora: make_checkpoint(path, "sd1-ldm", keep=r"input_blocks\.2\."), "--skip-unsupported",
+    ),
+    "NaN": (lambda path, lora: _with(path, **{Q: torch.full((320, 320), float("nan")).half()}), "NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_baked_is_one_sentence_and_nothing_is_written(tmp_path, capsys, case):
+    path = tmp_path / "base.safetensors"
+    lora = lora_of({LORA_Q: (320, 320)})
+    save_file(lora, tmp_path / "a.safetensors")
+    make_checkpoint(path, "sd1-ldm")
+    spoil, said = REFUSED[case]
+    spoil(path, lora)
+    assert bake(path, tmp_path / "a.safetensors", "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert "safetensors" in error or Q in error
+    assert sorted(file.name for file in tmp_path.iterdir()) in (
+        ["a.safetensors", "base.safetensors"], ["a.safetensors"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["base.ckpt", "base.pt", "base.bin"])
+def test_pickles_are_refused(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"\x80\x02}.")
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    assert bake(tmp_path / name, tmp_path / "a.safetensors", "-o", tmp_path / "out") == 1
+    assert "convert it to .safetensors" in capsys.readouterr().err
+
+
+def test_the_base_is_never_overwritten(tmp_path, sd1, capsys):
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    data = (tmp_path / "base.safetensors").read_bytes()
+    os.link(tmp_path / "base.safetensors", tmp_path / "same.safetensors")
+    for name in ("base.safetensors", "same.safetensors"):
+        words = (tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / name)
+        assert bake(*words, "--overwrite") == 1
+        assert "the base itself" in capsys.readouterr().err
+    assert (tmp_path / "base.safetensors").read_bytes() == data
+
+
+def test_too_little_disk_is_told_before_a_byte_is_written(tmp_path, sd1, capsys, monkeypatch):
+    from lib_loramerge.files import place
+
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    monkeypatch.setattr(place, "free_space", lambda folder: 1000)
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    words = (tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out.safetensors")
+    assert bake(*words, "--overwrite") == 1
+    assert "stays until the new one is complete" in capsys.readouterr().err
+    assert (tmp_path / "out.safetensors").read_bytes() == b"old"
+
+
+def test_a_dry_run_writes_nothing(tmp_path, sd1, capsys):
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    assert bake(tmp_path / "base.safetensors", tmp_path / "a.safetensors", "--dry-run") == 0
+    assert "1 layers in 1 tensors" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_difference_of_two_checkpoints_is_added_to_a_third(tmp_path):
+    third = make_checkpoint(tmp_path / "third.safetensors", "sdxl-sgm", seed=1)
+    base = make_checkpoint(tmp_path / "minus.safetensors", "sdxl-sgm", seed=2)
+    tuned = {
+        key: (tensor.float() + 0.01 * torch.randn_like(tensor.float())).half() for key, tensor in base.items()
+    }
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    words = [tmp_path / "third.safetensors", "--add", tmp_path / "tuned.safetensors"]
+    words += ["--minus", tmp_path / "minus.safetensors", "--strength", "0.5", "-o", tmp_path / "out"]
+    assert bake(*words) == 0
+    after = load_file(tmp_path / "out.safetensors")
+    for key in third:
+        wanted = third[key].double() + 0.5 * (tuned[key].double() - base[key].double())
+        if key.startswith("first_stage") or key.endswith(("logit_scale", "text_projection")):
+            assert torch.equal(after[key], third[key]), key
+        else:
+            assert (after[key] != wanted.half()).double().mean() < 1e-3, key
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_numbers_are_rounded_to_a_neighbour_and_right_on_average(dtype):
+    kinds = {
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2000, generator=generator) * torch.logspace(-9, 1, 2000)
+    nearest = values.to(kinds[dtype]).float()
+    assert torch.equal(decode_codes(encode(values, dtype), dtype), nearest)
+    rows = torch.stack([decode_codes(encode(values, dtype, "k", seed), dtype) for seed in range(400)])
+    assert torch.equal(
+        rows[0], decode_codes(encode(rows[0], dtype, "k", 1), dtype)
+    )  # Numbers that it holds stay.
+    step, least = {
+        "F16": (2**-10, 2**-24),
+        "BF16": (2**-7, 0),
+        "F8_E4M3": (2**-3, 2**-9),
+        "F8_E5M2": (2**-2, 2**-16),
+    }[dtype]
+    bias = (rows.double().mean(0) - values.double()).abs()
+    assert bool((bias <= 0.15 * (values.double().abs() * step).clamp(min=least)).all())
+    assert all(len(np.unique(column)) <= 2 for column in rows.T.numpy())
+    large = encode(torch.tensor([1e6, -1e6]), "F8_E4M3", "k")
+    assert decode_codes(large, "F8_E4M3").tolist() == [FLOAT8_LARGEST["F8_E4M3"], -FLOAT8_LARGEST["F8_E4M3"]]
+
+
+def test_data_begin_where_in_a_page_they_did(tmp_path, sd1):
+    baked(tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}))
+    starts = []
+    for name in ("base", "out"):
+        with open(tmp_path / f"{name}.safetensors", "rb") as file:
+            starts.append(8 + struct.unpack("<Q", file.read(8))[0])
+    assert starts[0] % 4096 == starts[1] % 4096
