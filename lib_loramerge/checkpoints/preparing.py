@@ -232,7 +232,7 @@ def prepare_difference(
                     pieces = [(span, rows[0].read, rows[1].read) for span in checkpoint.spans(place)]
                     old = changes.get(place.key)
                     if isinstance(old, Difference):
-                        pieces = list(old.pieces) + pieces
+                        pieces[:0] = old.pieces
                     changes[place.key] = Difference(pieces, strength, width)
                 layers += not bias
         if not changes:
