@@ -155,6 +155,12 @@ def _merge_parser(commands: Any, *, with_methods: bool) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and foresee the size, write nothing"
     )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="Wan 2.2: merge the high-noise LoRAs and the low-noise ones each on their own, into "
+        "OUT_high_noise and OUT_low_noise",
+    )
     _add_json(parser)
     if with_methods:
         _add_method_options(parser)
@@ -220,30 +226,61 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def run_merge_command(options: argparse.Namespace) -> int:
     from .files import refuse_inputs
-    from .merge import run_merge
     from .merge.device import compute_device
 
     recipe, notes = recipe_of(options)
     if options.output is None and not options.dry_run:
         raise RecipeError("Say where to write the result: -o OUT (or --dry-run to write nothing).")
     target = None if options.output is None else output_target(options.output, options.lora_dir)
-    if target is not None:
-        _check_output(target, options.overwrite)
-    plan = _plan(options, recipe, check_hashes=not options.allow_changed_sources)
-    if target is not None:
-        refuse_inputs(target, plan.files())
+    merges: list[tuple[MergePlan, Path | None]] = []
+    for name, part in _parts(options, recipe).items():
+        own = target and target.with_name(f"{target.stem}{name}{target.suffix}")
+        if own is not None:
+            _check_output(own, options.overwrite)
+        merges.append((_plan(options, part, check_hashes=not options.allow_changed_sources), own))
+    inputs = [path for plan, _ in merges for path in plan.files()]
+    for _, own in merges:
+        if own is not None:
+            refuse_inputs(own, inputs)
     if options.dry_run or target is None:
         compute_device(recipe.device)  # the one thing of a run that a plan does not look at
-        _show_plan(plan, target, options.json, notes)
+        if options.json:
+            told = [_plan_json(plan, own, notes) for plan, own in merges]
+            _print_json(told if options.pairs else told[0])
+        else:
+            for plan, own in merges:
+                _show_plan(plan, own, notes)
         return EXIT_DONE
-    with progress_line(sys.stderr) as show:
-        report = run_merge(plan, target, overwrite=options.overwrite, progress=show, cancel=interrupts.asked)
-    if options.json:
-        _print_json({**report.to_json(), "warnings": [*notes, *report.warnings]})
-    else:
-        print(report.to_text())
-        _print_notes(notes)
+    _merge_all(merges, options, notes)
     return EXIT_DONE
+
+
+def _parts(options: argparse.Namespace, recipe: MergeRecipe) -> Mapping[str, MergeRecipe]:
+    """End of the output's name to the recipe of that file: one, or with ``--pairs`` two."""
+    if not options.pairs:
+        return {"": recipe}
+    from .merge.noise import by_noise
+
+    return {f"_{kind}_noise": part for kind, part in by_noise(recipe, finder(options.lora_dir)).items()}
+
+
+def _merge_all(
+    merges: Sequence[tuple[MergePlan, Path | None]], options: argparse.Namespace, notes: Sequence[str]
+) -> None:
+    from .merge import run_merge
+
+    reports = []
+    for plan, own in merges:
+        assert own is not None
+        with progress_line(sys.stderr) as show:
+            report = run_merge(plan, own, overwrite=options.overwrite, progress=show, cancel=interrupts.asked)
+        reports.append(report)
+        if not options.json:
+            print(report.to_text())
+            _print_notes(notes)
+    if options.json:
+        told = [{**report.to_json(), "warnings": [*notes, *report.warnings]} for report in reports]
+        _print_json(told if options.pairs else told[0])
 
 
 def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
@@ -360,15 +397,15 @@ def presets_of(options: argparse.Namespace) -> Presets:
     return load_presets([*options.preset_file, bundled_preset_path()])
 
 
-def _show_plan(plan: MergePlan, target: Path | None, as_json: bool, notes: Sequence[str]) -> None:
+def _plan_json(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> dict[str, Any]:
+    output = str(target) if target else None
+    return {**plan.to_json(), "output": output, "warnings": [*notes, *plan.warnings]}
+
+
+def _show_plan(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> None:
     from .report import histogram_text
 
     facts = plan.to_json()
-    if as_json:
-        _print_json(
-            {**facts, "output": str(target) if target else None, "warnings": [*notes, *plan.warnings]}
-        )
-        return
     at_most = "" if plan.exact_prediction else "at most "
     print(f"Would write  {target or 'nothing (no -o)'}")
     print(f"Size         {at_most}{plan.predicted_bytes / 1e6:,.2f} MB, {plan.dtype}")

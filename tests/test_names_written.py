@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib_loramerge.cli import main
 from lib_loramerge.errors import IncompatibleError, RecipeError, UnsupportedError
 from lib_loramerge.merge import open_source
 from tests.fixtures import metadata_of
@@ -312,6 +316,43 @@ def test_high_and_low_noise_of_wan_are_never_merged_without_a_word(first, second
         )
     report = merge(tmp_path, first, second)
     assert any("low-noise" in text for text in report.warnings) == warned
+
+
+def wan_lora(path, seed):
+    save_file(lora(["lora_unet_blocks_0_self_attn_q"], seed=seed, kohya=True), path)
+    return load_file(path)
+
+
+def test_a_pair_of_pairs_is_merged_in_one_command_and_never_across(tmp_path, capsys):
+    names = ("style_high_noise", "style_low_noise", "light-HIGH", "light-LOW")
+    files = {name: wan_lora(tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(names)}
+    given = [f"{name}:{0.5 + n}" for n, name in enumerate(names)]
+    out = ["--lora-dir", str(tmp_path), "-o", "both", "--rank", "full", "--dtype", "float32", "--pairs"]
+    assert main(["merge", *given, *out, "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [Path(report["output"]).name for report in reports] == [
+        "both_high_noise.safetensors", "both_low_noise.safetensors",
+    ]  # fmt: skip
+    layer = "lora_unet_blocks_0_self_attn_q"
+    for kind, (first, second) in {"high": (0, 2), "low": (1, 3)}.items():
+        result = load_file(tmp_path / f"both_{kind}_noise.safetensors")
+        exact = sum((0.5 + n) * change(files[names[n]], layer) for n in (first, second))
+        assert torch.linalg.norm(change(result, layer) - exact) < 1e-5 * torch.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("a_high_noise", "plain"), "plain.safetensors does not say whether"),
+        (("a_high_noise", "b_high_noise"), "no input is for the low-noise one"),
+    ],
+)
+def test_pairs_that_are_not_complete_are_refused_by_name(names, told, tmp_path, capsys):
+    for seed, name in enumerate(names):
+        wan_lora(tmp_path / f"{name}.safetensors", seed)
+    assert main(["merge", *names, "--lora-dir", str(tmp_path), "-o", "both", "--pairs"]) == 1
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.glob("both*"))
 
 
 def test_a_norm_that_the_dialect_has_no_name_for_is_listed_and_stops_nothing(tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..recipe import MergeRecipe
+from .noise import noise
 
 if TYPE_CHECKING:
     from ..methods import MergeMethod
@@ -42,30 +42,10 @@ def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
     return notes
 
 
-# Wan 2.2 has one model for the noisy half of the steps and one for the rest; LoRAs say it in their names.
-_NOISE = {
-    "high": re.compile(r"high[ ._-]?noise|(?<![a-z])(?:high|hn)(?![a-z])"),
-    "low": re.compile(r"low[ ._-]?noise|(?<![a-z])(?:low|ln)(?![a-z])"),
-}
-_NOISE_KEYS = ("ss_output_name", "modelspec.title", "ss_sd_model_name", "modelspec.architecture")
-
-
-def noise(plan: SourcePlan) -> str | None:
-    """Which of the two models of Wan 2.2 a LoRA is for, as its name or metadata tell; None if they do not."""
-    if plan.source.architecture.id != "wan":
-        return None
-    metadata = plan.source.header.metadata
-    for text in (plan.source.path.stem, *(metadata.get(key, "") for key in _NOISE_KEYS)):
-        found = [name for name, pattern in _NOISE.items() if pattern.search(text.lower())]
-        if len(found) == 1:
-            return found[0]
-    return None
-
-
 def _noise_notes(plans: Sequence[SourcePlan]) -> list[str]:
     kinds: dict[str, str] = {}
     for plan in plans:
-        kind = noise(plan)
+        kind = noise(plan.source)
         if kind is not None:
             kinds.setdefault(kind, plan.source.path.name)
     if len(kinds) < 2:

@@ -40,12 +40,14 @@ VALUES: list[Any] = [
     None, True, False, 0, -1, 2**31, 2**63, 2**200, -(10**400), 1e308, -1e-308, 0.1, "", " ", "full", "same",
     "\0", "\ud800", "../a", "/etc/passwd", "C:\\a", "~", "a" * 5000, "é" * 200, "%s%n", "{0}", "nan",
     "Infinity", "1,2,3", ",".join(["1"] * 12), "0" * 400 + "1", [], {}, [[]], [None] * 100, {"": ""},
-    {"version": 9}, [{"name": "a"}] * 70, "ties", "dare", "knots", "bfloat16", "cuda:9", "sdxl", "comfyui", "diffusers",
+    {"version": 9}, [{"name": "a"}] * 70, "ties", "dare", "knots", "bfloat16", "cuda:9",
+    "sdxl", "comfyui", "diffusers",
 ]  # fmt: skip
 RAW = [
     b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe{\x00}\x00", b"NaN", b'{"recipe": NaN}',
     b"[" * 100_000, b'{"a":' * 50_000, b'{"name": "a", "name": "b"}', b'{"name": ' + b"9" * 10_000 + b"}",
-    b"{}" * 1000, b'{"name": "' + b"a" * 1_100_000 + b'"}', b'{"name": "\\ud800\\udc00\\ud800"}', b'{"name": 1e999}',
+    b"{}" * 1000, b'{"name": "' + b"a" * 1_100_000 + b'"}', b'{"name": "\\ud800\\udc00\\ud800"}',
+    b'{"name": 1e999}',
 ]  # fmt: skip
 HEADERS: list[dict[str, str]] = [
     {"Content-Type": "text/plain"}, {"Content-Type": ""},
