@@ -51,7 +51,8 @@ RAW = [
 ]  # fmt: skip
 HEADERS: list[dict[str, str]] = [
     {"Content-Type": "text/plain"}, {"Content-Type": ""},
-    {"Content-Type": "application/json; charset=utf-16"}, {"Content-Encoding": "gzip"}, {"Host": "evil.example"}, {"Origin": "http://evil.example"},
+    {"Content-Type": "application/json; charset=utf-16"}, {"Content-Encoding": "gzip"},
+    {"Host": "evil.example"}, {"Origin": "http://evil.example"},
     {"Sec-Fetch-Site": "cross-site"}, {"Authorization": "Bearer x"}, {"Authorization": "Basic =="},
     {"X": "a" * 5000}, {"Accept": "image/png"},
 ]  # fmt: skip
