@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from . import __version__, interrupts
 from .errors import Cancelled, LoraMergeError, OutputError, RecipeError
@@ -99,6 +99,8 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     command = next((word for word in words if not word.startswith("-")), "")
     _merge_parser(commands, with_methods=command == "merge")
     _bake_parser(commands, with_methods=command == "bake")
+    _extract_parser(commands)
+    _subtract_parser(commands)
     _convert_parser(commands)
     _inspect_parser(commands)
     _compare_parser(commands)
@@ -300,6 +302,8 @@ def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
         raise RecipeError(
             "Name at least one LoRA to merge, for example: loramerge merge a.safetensors:0.8 -o out"
         )
+    if getattr(options, "inputs", None):
+        return MergeRecipe(inputs=options.inputs, **fields), notes
     inputs = parse_inputs(
         options.loras, skip_unsupported=bool(getattr(options, "skip_unsupported", None)), notes=notes
     )
@@ -580,6 +584,130 @@ def in_megabytes(show: Callable[[Any], None] | None) -> Callable[[Any], None] | 
     )
 
 
+# --- extract, subtract ---------------------------------------------------------------------------
+
+
+def _extract_parser(commands: Any) -> None:
+    parser = _command(
+        commands, "extract", run_extract, "make a LoRA of what one checkpoint is more than another (A - B)"
+    )
+    parser.add_argument("tuned", type=Path, metavar="TUNED", help="the fine-tuned checkpoint")
+    parser.add_argument("base", type=Path, metavar="BASE", help="the checkpoint that it was trained from")
+    parser.add_argument("-o", "--output", metavar="OUT", help="LoRA to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    parser.add_argument(
+        "--rank",
+        type=lambda text: text if text == "auto" else int(text),
+        metavar="N",
+        help="a number, or auto: what stands out of the files' rounding (default: 64)",
+    )
+    parser.add_argument(
+        "--conv-rank",
+        type=int,
+        metavar="N",
+        help="of k x k convolutions; 0 for none (default: at most 32)",
+    )
+    parser.add_argument("--retain", type=float, metavar="F", help="share of each layer's norm to keep")
+    parser.add_argument(
+        "--max-rank", type=int, default=128, metavar="N", help="limit of auto and retain (default: 128)"
+    )
+    parser.add_argument("--parts", metavar="P,...", help="unet, te, te1, te2, te3 (default: all)")
+    parser.add_argument(
+        "--vectors", choices=("unet", "none"), default="unet", help="write the U-Net's biases and norms"
+    )
+    parser.add_argument(
+        "--dtype",
+        dest="lora_dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float16",
+        help="precision of the LoRA (default: float16)",
+    )
+    parser.add_argument("--no-hash", action="store_true", help="do not hash the checkpoints for the metadata")
+    _add_settings(parser, "extract")
+    parser.add_argument("--dry-run", action="store_true", help="read and tell everything, write nothing")
+    _add_json(parser)
+
+
+def run_extract(options: argparse.Namespace) -> int:
+    from .checkpoints import extract
+
+    if options.output is None and not options.dry_run:
+        raise RecipeError("Say where to write the LoRA: -o OUT (or --dry-run to write nothing).")
+    target = None if options.dry_run else output_target(options.output, None)
+    with progress_line(sys.stderr) as show:
+        report = extract(
+            options.tuned,
+            options.base,
+            target,
+            _extract_settings(options),
+            overwrite=options.overwrite,
+            progress=cast("Callable[[Any], None] | None", show),
+            cancel=interrupts.asked,
+        )
+    _print_report(report, options)
+    return EXIT_DONE
+
+
+def _extract_settings(options: argparse.Namespace) -> Any:
+    from .checkpoints import ExtractSettings
+    from .checkpoints.differing import PARTS
+
+    if options.retain is not None and options.rank is not None:
+        raise RecipeError("retain and rank exclude each other: give one rule for the rank.")
+    rank = 64 if options.rank is None else options.rank
+    if rank != "auto" and not 1 <= rank <= 4096:
+        raise RecipeError(f"rank must be a whole number from 1 to 4096, or auto, got {rank}.")
+    if options.retain is not None and not 0 < options.retain <= 1:
+        raise RecipeError(f"retain must be above 0 and at most 1, got {options.retain:g}.")
+    if not 1 <= options.max_rank <= 4096 or (options.conv_rank or 0) < 0:
+        raise RecipeError("max-rank must be from 1 to 4096, and conv-rank not below 0.")
+    parts = tuple(part.strip() for part in (options.parts or "").split(",") if part.strip())
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise RecipeError(f"There is no part {unknown[0]!r}. Parts: {', '.join(PARTS)}.")
+    given = given_fields(options)
+    return ExtractSettings(
+        rank=rank,
+        conv_rank=options.conv_rank,
+        retain=options.retain,
+        max_rank=options.max_rank,
+        parts=parts,
+        vectors=options.vectors,
+        dtype=options.lora_dtype,
+        dialect=given.get("dialect", "auto"),
+        skip_unsupported=given.get("skip_unsupported", False),
+        hashed=not options.no_hash,
+    )
+
+
+def _subtract_parser(commands: Any) -> None:
+    parser = _command(
+        commands, "subtract", run_subtract, "take LoRAs out of a LoRA that they were merged into: AB minus B"
+    )
+    parser.add_argument("minuend", metavar="AB", help="the merged LoRA")
+    _add_inputs(parser)
+    parser.add_argument("-o", "--output", metavar="OUT", help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
+    _add_settings(parser, "subtract")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    _add_json(parser)
+
+
+def run_subtract(options: argparse.Namespace) -> int:
+    """A merge in which all LoRAs but the first count negatively."""
+    from dataclasses import replace
+
+    if not options.loras:
+        raise RecipeError("Name what to take away: loramerge subtract AB B -o A")
+    options.loras = [options.minuend, *options.loras]
+    options.allow_changed_sources, options.pairs = True, False
+    first, *others = parse_inputs(options.loras)
+    names = ("te", "unet", "te1", "te2", "te3")
+    taken = [replace(one, **{n: -v for n in names if (v := getattr(one, n)) is not None}) for one in others]
+    options.inputs = (first, *taken)
+    return run_merge_command(options)
+
+
 # --- convert -----------------------------------------------------------------------------------
 
 
@@ -617,7 +745,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def _inspect_parser(commands: Any) -> None:
-    parser = _command(commands, "inspect", run_inspect, "say what a LoRA file is, and what merging it takes")
+    parser = _command(commands, "inspect", run_inspect, "say what a LoRA or a checkpoint is")
     parser.add_argument("files", nargs="+", metavar="FILE")
     _add_lora_dir(parser)
     _add_settings(parser, "inspect")
@@ -627,9 +755,13 @@ def _inspect_parser(commands: Any) -> None:
 
 def run_inspect(options: argparse.Namespace) -> int:
     from .analysis import inspect
+    from .checkpoints import is_checkpoint, look
 
     find = finder(options.lora_dir)
-    reports = [inspect(find(name), base_model=options.base_model) for name in options.files]
+    reports: list[Any] = [
+        look(Path(name)) if is_checkpoint(Path(name)) else inspect(find(name), base_model=options.base_model)
+        for name in options.files
+    ]
     if options.json:
         _print_json(reports[0].to_json() if len(reports) == 1 else [report.to_json() for report in reports])
     else:
@@ -639,7 +771,12 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def _compare_parser(commands: Any) -> None:
-    parser = _command(commands, "compare", run_compare, "show where LoRAs agree, overlap and fight")
+    parser = _command(
+        commands,
+        "compare",
+        run_compare,
+        "show where LoRAs agree, overlap and fight, or checkpoints differ",
+    )
     _add_inputs(parser)
     _add_settings(parser, "compare")
     _add_json(parser)
@@ -648,7 +785,21 @@ def _compare_parser(commands: Any) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     from .analysis import compare
+    from .checkpoints import ExtractSettings, extract, is_checkpoint
 
+    if len(options.loras) == 2 and all(is_checkpoint(Path(name)) for name in options.loras):
+        tuned, base = (Path(name) for name in options.loras)
+        with progress_line(sys.stderr) as show:
+            found = extract(
+                tuned,
+                base,
+                None,
+                ExtractSettings(hashed=False),
+                progress=cast("Callable[[Any], None] | None", show),
+                cancel=interrupts.asked,
+            )
+        _print_report(found, options)
+        return EXIT_DONE
     recipe, _ = recipe_of(options)
     plan = _plan(options, recipe)
     with progress_line(sys.stderr) as progress:

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .baking import Bake, BakeSettings
+    from .differing import ExtractSettings
+    from .extracted import ExtractReport
+    from .extracting import extract
+    from .looking import is_checkpoint, look
     from .outcome import BakeReport
     from .preparing import prepare_bake, prepare_difference
     from .reading import Checkpoint
@@ -17,11 +21,28 @@ _LATER = {
     "BakeReport": "outcome",
     "BakeSettings": "baking",
     "Checkpoint": "reading",
+    "ExtractReport": "extracted",
+    "ExtractSettings": "differing",
+    "extract": "extracting",
+    "is_checkpoint": "looking",
+    "look": "looking",
     "prepare_bake": "preparing",
     "prepare_difference": "preparing",
 }
 
-__all__ = ["Bake", "BakeReport", "BakeSettings", "Checkpoint", "prepare_bake", "prepare_difference"]
+__all__ = [
+    "Bake",
+    "BakeReport",
+    "BakeSettings",
+    "Checkpoint",
+    "ExtractReport",
+    "ExtractSettings",
+    "extract",
+    "is_checkpoint",
+    "look",
+    "prepare_bake",
+    "prepare_difference",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -198,7 +198,7 @@ class Bake:
             name=name,
             base=file.path,
             base_sha256=sha256,
-            legacy_hash=_legacy_hash(file),
+            legacy_hash=legacy_hash(file),
             recipe=None if self.plan is None else self.plan.recipe,
             parents=self.parents,
             how={
@@ -385,7 +385,7 @@ def _bytes_of(value: float, dtype: str) -> bytes:
     return bytes(codes.view(torch.uint8).numpy().tobytes())
 
 
-def _legacy_hash(file: LoraFile) -> str:
+def legacy_hash(file: LoraFile) -> str:
     """A1111's old hash of a checkpoint: of 64 KiB behind the first MiB."""
     end = min(LEGACY_END, file.header.size)
     data = bytearray(max(0, end - LEGACY_START))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .reading import Checkpoint
 
 
+Piece = tuple[Span, Callable[[int, int], Tensor], Callable[[int, int], Tensor]]
+
+
 class Change(Protocol):
     """What is added to a tensor."""
 
@@ -129,7 +132,7 @@ class Difference:
         pieces: Rows of this tensor, and how to read the same rows of both.
     """
 
-    pieces: Sequence[tuple[Span, Callable[[int, int], Tensor], Callable[[int, int], Tensor]]]
+    pieces: Sequence[Piece]
     strength: float
     width: int
 

@@ -17,7 +17,7 @@ from ..merge.layer import open_merger
 from ..models import CheckpointKey, component
 from ..recipe import MergeRecipe
 from .baking import Bake, BakeSettings
-from .changes import Change, Difference, LayerChange
+from .changes import Change, Difference, LayerChange, Piece
 from .reading import EMA, Checkpoint
 
 
@@ -229,7 +229,9 @@ def prepare_difference(
                     if place.transposed or rows[0].width != width or rows[1].width != width:
                         skipped.append(f"{layer}: of another shape in the other checkpoints")
                         continue
-                    pieces = [(span, rows[0].read, rows[1].read) for span in checkpoint.spans(place)]
+                    pieces: list[Piece] = [
+                        (span, rows[0].read, rows[1].read) for span in checkpoint.spans(place)
+                    ]
                     old = changes.get(place.key)
                     if isinstance(old, Difference):
                         pieces[:0] = old.pieces

@@ -189,7 +189,7 @@ class MergeRecipe:
         metavar="N",
         words=RANK_WORDS,
         minimum=1,
-        commands=("merge", "advise"),
+        commands=("merge", "advise", "subtract"),
     )
     conv_rank: int | None = setting(
         None,
@@ -198,7 +198,7 @@ class MergeRecipe:
         kind=int,
         metavar="N",
         minimum=1,
-        commands=("merge", "advise"),
+        commands=("merge", "advise", "subtract"),
     )
     retain: float | None = setting(
         None,
@@ -206,7 +206,7 @@ class MergeRecipe:
         "smallest ranks that keep this share of each layer's Frobenius norm, 0 < F <= 1",
         kind=float,
         metavar="F",
-        commands=("merge", "advise"),
+        commands=("merge", "advise", "subtract"),
     )
     size: float | None = setting(
         None,
@@ -214,7 +214,7 @@ class MergeRecipe:
         "best ranks for a file of at most MB x 1,000,000 bytes",
         kind=float,
         metavar="MB",
-        commands=("merge", "advise"),
+        commands=("merge", "advise", "subtract"),
     )
     seed: int = setting(
         0,
@@ -237,7 +237,7 @@ class MergeRecipe:
         lambda value: check_choice("dtype", value, DTYPES),
         "precision of the file; same is the widest of the inputs",
         words=DTYPES,
-        commands=("merge", "convert", "advise"),
+        commands=("merge", "convert", "advise", "subtract"),
     )
     device: str = setting(
         "auto",
@@ -251,7 +251,7 @@ class MergeRecipe:
         lambda value: check_choice("dialect", value, DIALECTS),
         "spelling of the tensor names",
         words=DIALECTS,
-        commands=("merge", "convert"),
+        commands=("merge", "convert", "extract", "subtract"),
     )
     host: str | None = setting(
         None,
@@ -273,7 +273,7 @@ class MergeRecipe:
         lambda value: check_flag("skip_unsupported", value),
         "leave out what cannot be merged, and list it",
         kind=bool,
-        commands=("merge", "bake", "convert"),
+        commands=("merge", "bake", "convert", "extract", "subtract"),
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,269 @@
+"""Two checkpoints of one base model, layer by layer: what they differ by, and what of it a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import dialects, models
+from ..delta import Spectrum, Stored
+from ..delta.krylov import leading
+from ..delta.storing import store_truncated
+from ..errors import IncompatibleError
+from ..ranks import retaining
+from .noise import CLEAR, ROUNDING_ONLY, coarser, edge, variance
+from .numbers import encode
+from .reading import Checkpoint, LayerRows
+from .rewriting import CHUNK
+
+_FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.
+_EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared.weight")
+VECTORS = ("unet", "none")
+PARTS = ("unet", "te", "te1", "te2", "te3")
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """What to extract.
+
+    Attributes:
+        rank: A number, or ``"auto"``: as many singular values as stand out of the rounding.
+        conv_rank: Of k x k convolutions; None for the rank, at most 32; 0 leaves them out.
+        retain: Instead of a rank: the share of each layer's norm to keep.
+        max_rank: Limit of ``auto`` and ``retain``.
+        parts: Of ``PARTS``; () for all there are.
+        vectors: ``"unet"`` writes the denoiser's biases and norms, ``"none"`` none.
+        dtype: Of the LoRA.
+    """
+
+    rank: int | str = 64
+    conv_rank: int | None = None
+    retain: float | None = None
+    max_rank: int = 128
+    parts: tuple[str, ...] = ()
+    vectors: str = "unet"
+    dtype: str = "float16"
+    dialect: str = "auto"
+    skip_unsupported: bool = False
+    hashed: bool = True
+
+
+@dataclass
+class Found:
+    """What was found of one layer.
+
+    Attributes:
+        exact, lost, noise, size: Squared norms of the difference, of what is not in the LoRA, of the rounding
+            and of the base's weights.
+        inner: Inner product of the two weights; ``tuned`` is the squared norm of the other.
+        trained: It differs by more than rounding.
+    """
+
+    name: str
+    exact: float
+    noise: float
+    size: float
+    tuned: float
+    inner: float
+    trained: bool
+    rank: int = 0
+    alpha: float = 0.0
+    lost: float = 0.0
+    capped: bool = False
+    stored: Stored | None = None
+    whole: Tensor | None = None
+
+
+@dataclass
+class Pair:
+    """Two checkpoints of one base model, and the layers that both have."""
+
+    tuned: Checkpoint
+    base: Checkpoint
+    settings: ExtractSettings
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def identity(self) -> str:
+        return self.base.architecture.id
+
+    def layers(self) -> list[str]:
+        """Matrices of the parts asked for that both have, in a fixed order.
+
+        Raises:
+            IncompatibleError: They are not base and fine-tune of one another.
+        """
+        found = []
+        alone: dict[str, list[str]] = {self.tuned.path.name: [], self.base.path.name: []}
+        for layer in sorted({*self.tuned.layers, *self.base.layers}):
+            if not self._is_asked(layer):
+                continue
+            if layer not in self.tuned.layers or layer not in self.base.layers:
+                owner = self.tuned if layer in self.tuned.layers else self.base
+                alone[owner.path.name].append(layer)
+            elif self._fits(layer):
+                found.append(layer)
+        total = len(found) + sum(map(len, alone.values()))
+        for name, only in alone.items():
+            other = next((entry for entry in alone if entry != name), name)
+            if only and not (self.settings.skip_unsupported and len(only) <= _FEW * total):
+                few = " --skip-unsupported leaves them out." if len(only) <= _FEW * total else ""
+                raise IncompatibleError(
+                    f"{name} has {len(only)} layers that {other} lacks (such as {only[0]}): not a "
+                    f"fine-tune of it. Choose the base that it was trained from.{few}"
+                )
+            self.skipped += [f"{layer}: only in {name}" for layer in only]
+        if not found:
+            raise IncompatibleError("The two checkpoints have no layer of these parts in common.")
+        return found
+
+    def _is_asked(self, layer: str) -> bool:
+        places = self.base.layers.get(layer) or self.tuned.layers[layer]
+        # Embeddings and other bare parameters are nothing that a host's LoRA changes.
+        key = places[0].key
+        if not key.endswith(("weight", "text_projection")) or any(word in key for word in _EMBEDDINGS):
+            return False
+        part = models.component(layer)
+        if not self.settings.parts:
+            return True
+        return part in self.settings.parts or (part.startswith("te") and "te" in self.settings.parts)
+
+    def _fits(self, layer: str) -> bool:
+        shapes = [file.shape(self.identity, layer) for file in (self.tuned, self.base)]
+        if shapes[0] == shapes[1]:
+            return True
+        if not self.settings.skip_unsupported:
+            what = f"{layer} is {_text(shapes[0])} in {self.tuned.path.name} and {_text(shapes[1])} in "
+            if len(shapes[0]) == 4 and len(shapes[1]) == 4 and shapes[0][0] == shapes[1][0]:
+                raise IncompatibleError(
+                    f"{self.tuned.path.name} reads {shapes[0][1]} channels, {self.base.path.name} "
+                    f"{shapes[1][1]}: the first convolution cannot be in a LoRA. --skip-unsupported leaves "
+                    "it out."
+                )
+            raise IncompatibleError(f"{what}{self.base.path.name}. --skip-unsupported leaves it out.")
+        self.skipped.append(f"{layer}: of different shapes")
+        return False
+
+    def rows(self, layer: str, *, bias: bool = False) -> tuple[LayerRows, LayerRows] | None:
+        first, second = self.tuned.layer_rows(layer, bias=bias), self.base.layer_rows(layer, bias=bias)
+        return (first, second) if first is not None and second is not None else None
+
+
+def _text(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def measure(pair: Pair, name: str) -> Found:
+    """Difference of one layer, its best approximation, and how much of it is rounding."""
+    rows = pair.rows(name)
+    assert rows is not None
+    shape = pair.base.shape(pair.identity, name)
+    dtypes = [stored_as(checkpoint, name) for checkpoint in (pair.tuned, pair.base)]
+    coarse = coarser(dtypes[0][0], dtypes[1][0])
+    width = rows[0].width
+    if len(shape) == 1:
+        difference, layer, _ = _difference(name, rows, shape[0], 1, dtypes, coarse, noise=False)
+        layer.lost = layer.exact
+        return layer
+    difference, layer, _ = _difference(name, rows, shape[0], width, dtypes, coarse, noise=False)
+    if layer.exact == 0:
+        layer.trained = False
+        return layer
+    settings, kernel = pair.settings, tuple(shape[2:])
+    wide_kernel = kernel if kernel not in ((), (1, 1)) else ()
+    limit = _limit(settings, bool(wide_kernel))
+    ratio = layer.exact / layer.noise if layer.noise > 0 else float("inf")
+    threshold = None
+    if settings.rank == "auto" or ratio < CLEAR:
+        noisy = _difference(name, rows, shape[0], width, dtypes, coarse, noise=True)[2]
+        assert noisy is not None
+        threshold = edge(noisy, len(name))
+        del noisy
+    spectrum = leading(difference, max(1, limit), name, wide_kernel)
+    above = spectrum.rank if threshold is None else int((spectrum.values > threshold).sum())
+    layer.trained &= ratio > ROUNDING_ONLY or above > 0
+    rank = _rank(settings, spectrum, limit, above) if layer.trained else 0
+    layer.capped = (rank >= limit and settings.rank == "auto") or (
+        settings.retain is not None and rank >= limit
+    )
+    layer.lost = layer.exact
+    if not rank:
+        return layer
+    if rank * (shape[0] + width) >= shape[0] * width and models.layers(pair.identity):
+        layer.whole = difference.reshape(shape).to(getattr(torch, settings.dtype))
+        layer.lost = float((layer.whole.double() - difference.reshape(shape).double()).square().sum())
+        return layer
+    fixed = not dialects.has_alpha(pair.identity, settings.dialect)
+    layer.stored = store_truncated(spectrum, rank, getattr(torch, settings.dtype), fixed_alpha=fixed)
+    if layer.stored is not None:
+        layer.rank, layer.alpha, layer.lost = layer.stored.rank, layer.stored.alpha, layer.stored.error_sq
+    return layer
+
+
+def _limit(settings: ExtractSettings, conv: bool) -> int:
+    wanted = (
+        settings.max_rank if settings.rank == "auto" or settings.retain is not None else int(settings.rank)
+    )
+    if not conv:
+        return wanted
+    return min(wanted, 32) if settings.conv_rank is None else settings.conv_rank
+
+
+def _rank(settings: ExtractSettings, spectrum: Spectrum, limit: int, above: int) -> int:
+    if limit == 0:
+        return 0
+    if settings.retain is not None:
+        kept = spectrum.values.square().cumsum(0)
+        wanted = settings.retain**2 * spectrum.energy
+        if not len(kept) or float(kept[-1]) < wanted:
+            return min(limit, spectrum.rank)
+        return min(limit, retaining(spectrum, min(1.0, (wanted / float(kept[-1])) ** 0.5)))
+    return min(limit, above if settings.rank == "auto" else spectrum.rank)
+
+
+def stored_as(checkpoint: Checkpoint, layer: str) -> tuple[str, float]:
+    key = checkpoint.layers[layer][0].key
+    return checkpoint.info(key).dtype, checkpoint.scale(key)
+
+
+def _difference(
+    name: str,
+    rows: tuple[LayerRows, LayerRows],
+    out: int,
+    width: int,
+    dtypes: Sequence[tuple[str, float]],
+    coarse: str,
+    *,
+    noise: bool,
+) -> tuple[Tensor, Found, Tensor | None]:
+    """(out, width) float32 difference and its sums; with ``noise`` the variances of its rounding instead."""
+    whole = torch.empty(out, width)
+    layer = Found(name, 0.0, 0.0, 0.0, 0.0, 0.0, False)
+    same = True
+    step = max(1, CHUNK // max(1, width))
+    for first in range(0, out, step):
+        last = min(out, first + step)
+        tuned, base = (part.read(first, last).reshape(last - first, width) for part in rows)
+        varied = variance(tuned, *dtypes[0]) + variance(base, *dtypes[1])
+        if noise:
+            whole[first:last] = varied
+            continue
+        part = (tuned.double() - base.double() if tuned.dtype != base.dtype else tuned - base).float()
+        whole[first:last] = part
+        layer.exact += float(part.double().square().sum())
+        layer.noise += float(varied.sum(dtype=torch.float64))
+        layer.size += float(base.double().square().sum())
+        layer.tuned += float(tuned.double().square().sum())
+        layer.inner += float((tuned.double() * base.double()).sum())
+        if same:
+            same = _equal_when_rounded(tuned, base, coarse)
+    layer.trained = not same
+    return whole, layer, whole if noise else None
+
+
+def _equal_when_rounded(first: Tensor, second: Tensor, dtype: str) -> bool:
+    codes = [encode(one if dtype in ("F64",) else one.float(), dtype) for one in (first, second)]
+    return bool(torch.equal(*codes))

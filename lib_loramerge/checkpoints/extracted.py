@@ -1,0 +1,136 @@
+"""What an extraction found and lost: its report."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..report import histogram_text, percent, relative
+from .differing import Found, Pair
+
+_FAR, _LOSSY = 0.3, 0.8  # Median size of the difference, and error, from which on the base is doubted.
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """The outcome of an extraction; of a dry run what it would be.
+
+    Attributes:
+        error: Distance of the LoRA from the difference of all matrices of the parts asked for, over its norm.
+        by_part: The same by part of the model.
+        noise: Share of the squared difference that is rounding of the two files.
+        change: Norm of the difference over that of the base's weights.
+        cosine: Between the weights of the two, where they look unrelated.
+    """
+
+    output: str | None
+    size_bytes: int | None
+    tuned: str
+    base: str
+    base_model: str
+    layers: int
+    layers_equal: int
+    ranks: Mapping[int, int]
+    capped: int
+    error: float
+    by_part: Mapping[str, float]
+    noise: float
+    change: float
+    worst: Sequence[Mapping[str, Any]]
+    warnings: Sequence[str]
+    skipped: Sequence[str]
+    seconds: float
+    cosine: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """The report as a table for a terminal."""
+        rows = [
+            ("Written", self.output or "nothing"),
+            *([("Size", f"{self.size_bytes / 1e6:,.2f} MB")] if self.size_bytes else []),
+            ("Difference", f"{self.tuned} minus {self.base}, {self.base_model}"),
+            ("", f"{percent(self.change)} of the weights; {percent(self.noise)} of it is rounding"),
+            ("Layers", f"{self.layers} written; {self.layers_equal} are equal in both or differ by rounding"),
+            ("Ranks", histogram_text(self.ranks) or "none"),
+            ("Error", f"{percent(self.error)} of the difference of all matrices"),
+            *(("", f"{percent(error)}  {part}") for part, error in self.by_part.items()),
+            ("Worst layers", ""),
+            *(("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst),
+        ]
+        if self.capped:
+            rows.append(("Limited", f"{self.capped} layers reached the largest rank (--max-rank)"))
+        rows += [("Skipped", text) for text in self.skipped]
+        rows += [("Warning", text) for text in self.warnings]
+        return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+
+
+def report_of(
+    pair: Pair, output: Path | None, size: int | None, found: Sequence[Found], start: float
+) -> ExtractReport:
+    matrices = [layer for layer in found if len(pair.base.shape(pair.identity, layer.name)) > 1]
+    exact = sum(layer.exact for layer in matrices)
+    weights = sum(layer.size for layer in matrices)
+    parts = sorted({models.component(layer.name) for layer in matrices})
+    error = error_of(matrices)
+    moved = sorted((layer.exact / layer.size) ** 0.5 for layer in matrices if layer.size > 0)
+    warnings = []
+    cosine = None
+    if moved and (moved[len(moved) // 2] > _FAR or error > _LOSSY):
+        tuned = sum(layer.tuned for layer in matrices)
+        cosine = (
+            sum(layer.inner for layer in matrices) / (tuned * weights) ** 0.5 if tuned * weights > 0 else 0.0
+        )
+        warnings.append(
+            "These two may not be base and fine-tune of one another: the cosine of their weights is "
+            f"{cosine:.3f}. Choose the base that it was trained from."
+        )
+    if ("v_pred" in pair.tuned.keys) != ("v_pred" in pair.base.keys):
+        warnings.append("One predicts v, the other noise: the LoRA will carry the change of objective.")
+    if _vaes_differ(pair):
+        warnings.append("The VAEs differ; choose that VAE in the WebUI to get the same colours.")
+    worst = sorted((x for x in matrices if x.exact > 0), key=lambda x: (-x.lost / x.exact, x.name))[:5]
+    return ExtractReport(
+        output=None if output is None else str(output),
+        size_bytes=size,
+        tuned=pair.tuned.path.name,
+        base=pair.base.path.name,
+        base_model=pair.base.architecture.label,
+        layers=sum(layer.trained and layer.lost < layer.exact for layer in matrices),
+        layers_equal=sum(not layer.trained for layer in matrices),
+        ranks=dict(sorted(Counter(x.rank for x in matrices if x.rank).items(), reverse=True)),
+        capped=sum(layer.capped for layer in matrices),
+        error=error,
+        by_part={part: error_of([x for x in matrices if models.component(x.name) == part]) for part in parts},
+        noise=min(1.0, sum(x.noise for x in matrices if x.exact > 0) / exact) if exact > 0 else 0.0,
+        change=(exact / weights) ** 0.5 if weights > 0 else 0.0,
+        worst=[{"layer": x.name, "error": relative(x.lost, x.exact)} for x in worst],
+        warnings=warnings,
+        skipped=[],
+        seconds=round(time.perf_counter() - start, 3),
+        cosine=cosine,
+    )
+
+
+def error_of(found: Sequence[Found]) -> float:
+    return relative(sum(layer.lost for layer in found), sum(layer.exact for layer in found))
+
+
+def _vaes_differ(pair: Pair) -> bool:
+    """Whether small tensors of the VAEs differ; those of another VAE all do."""
+    keys = [key for key in pair.base.keys if key.startswith(("first_stage_model.", "vae."))]
+    for key in [key for key in keys if key in pair.tuned.keys][:8]:
+        infos = [checkpoint.info(key) for checkpoint in (pair.tuned, pair.base)]
+        if infos[0].dtype != infos[1].dtype or infos[1].end - infos[1].start > 1 << 20:
+            continue
+        places = [checkpoint.place(key) for checkpoint in (pair.tuned, pair.base)]
+        if places[0][0].data_bytes(places[0][1]) != places[1][0].data_bytes(places[1][1]):
+            return True
+    return False

@@ -1,0 +1,182 @@
+"""A LoRA of what one checkpoint is more than another."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..delta import parallel_map
+from ..errors import Cancelled, IncompatibleError, OutputError, RecipeError
+from ..files import check_target, write_file
+from ..files.hashes import hash_from
+from ..metadata import build_metadata
+from ..recipe import LoraInput, MergeRecipe
+from .baking import Progress, legacy_hash
+from .differing import ExtractSettings, Found, Pair, measure, stored_as
+from .extracted import ExtractReport, error_of, report_of
+from .reading import Checkpoint
+from .tensors import Spill, complete_groups, write_layer, write_vectors
+
+WORKERS = 2
+_CHECKPOINT = "one of two checkpoints"
+
+
+def extract(
+    tuned: Path,
+    base: Path,
+    output: Path | None,
+    settings: ExtractSettings,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> ExtractReport:
+    """Write the LoRA that makes ``tuned`` of ``base``, as far as its rank holds it.
+
+    Args:
+        output: None writes nothing and tells all the same.
+
+    Raises:
+        LoraMergeError: Anything a user can cause; nothing was written then.
+    """
+    start = time.perf_counter()
+    if os.path.exists(tuned) and os.path.exists(base) and os.path.samefile(tuned, base):
+        raise RecipeError(f"{tuned.name} and {base.name} are the same file, so there is nothing to extract.")
+    if output is not None:
+        check_target(output, overwrite)
+    with (
+        Checkpoint(tuned, role="a fine-tuned checkpoint") as first,
+        Checkpoint(base, role="its base") as second,
+    ):
+        if first.architecture.id != second.architecture.id:
+            raise IncompatibleError(
+                f"{tuned.name} is {first.architecture.label}, {base.name} is {second.architecture.label}. "
+                "Choose the base that it was trained from."
+            )
+        if output is not None:
+            for file in (*first.files, *second.files):
+                if output.exists() and os.path.samefile(output, file.path):
+                    raise OutputError(f"{output.name} is one of the inputs. Choose another name.")
+        pair = Pair(first, second, settings)
+        names = pair.layers()
+        folder = None if output is None else output.parent
+        with tempfile.TemporaryFile(dir=folder) as spilled:
+            tensors = Spill(spilled)
+            found = _all_layers(pair, names, tensors, progress, cancel)
+            _refuse_equal(pair, found)
+            if not len(tensors) and output is not None:
+                raise IncompatibleError(
+                    f"Nothing of the difference of {tuned.name} and {base.name} can be in a LoRA. "
+                    "Choose other parts."
+                )
+            skipped_vectors = write_vectors(pair, found, tensors)
+            written = None
+            if output is not None:
+                metadata = _metadata(pair, output, found, _hashes(pair, cancel))
+                written = write_file(
+                    output, tensors, metadata, overwrite=overwrite, stop=lambda: raise_if(cancel)
+                )
+            for checkpoint in (first, second):
+                checkpoint.check_unchanged()
+        report = report_of(pair, output, written.size if written is not None else None, found, start)
+        return _with_notes(report, [*pair.skipped, *skipped_vectors])
+
+
+def _with_notes(report: ExtractReport, skipped: list[str]) -> ExtractReport:
+    shown = [*skipped[:5], *([f"{len(skipped) - 5} more"] if len(skipped) > 5 else [])]
+    return replace(report, skipped=shown)
+
+
+def raise_if(cancel: Callable[[], bool] | None) -> None:
+    if cancel is not None and cancel():
+        raise Cancelled("Stopped. Nothing was written.")
+
+
+def _all_layers(
+    pair: Pair,
+    names: Sequence[str],
+    tensors: Spill,
+    progress: Callable[[Progress], None] | None,
+    cancel: Callable[[], bool] | None,
+) -> list[Found]:
+    begin, found = time.perf_counter(), []
+    work = parallel_map(lambda name: measure(pair, name), names, workers=WORKERS, cancel=cancel)
+    for layer in work:
+        write_layer(pair, layer, tensors)
+        layer.stored = layer.whole = None
+        found.append(layer)
+        if progress is not None:
+            spent = time.perf_counter() - begin
+            eta = spent / len(found) * (len(names) - len(found)) if len(found) > 8 else None
+            progress(Progress("extract", len(found), len(names), eta))
+    complete_groups(pair, found, tensors)
+    return found
+
+
+def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
+    if any(layer.trained for layer in found):
+        return
+    dtypes = sorted({stored_as(c, found[0].name)[0] for c in (pair.tuned, pair.base)})
+    how = " against ".join(_WORDS.get(name, name) for name in dtypes)
+    differ = "are equal" if all(layer.exact == 0 for layer in found) else f"differ only by rounding ({how})"
+    raise IncompatibleError(
+        f"{pair.tuned.path.name} and {pair.base.path.name} hold the same model: their matrices {differ}. "
+        "There is nothing to extract."
+    )
+
+
+_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8 e4m3"}
+
+
+def _hashes(pair: Pair, cancel: Callable[[], bool] | None) -> dict[str, str | None]:
+    def sha256(checkpoint: Checkpoint) -> str | None:
+        if not pair.settings.hashed or len(checkpoint.files) != 1:
+            return None
+        file = checkpoint.files[0]
+        return hash_from(file.read_at, file.header.size, lambda: raise_if(cancel))
+
+    return {"tuned": sha256(pair.tuned), "base": sha256(pair.base)}
+
+
+def _metadata(
+    pair: Pair, output: Path, found: Sequence[Found], hashes: Mapping[str, str | None]
+) -> dict[str, str]:
+    settings = pair.settings
+    conv = {
+        layer.name
+        for layer in found
+        if layer.rank and tuple(pair.base.shape(pair.identity, layer.name)[2:]) not in ((), (1, 1))
+    }
+    linear = [layer for layer in found if layer.rank and layer.name not in conv]
+    texts = build_metadata(
+        name=output.stem,
+        architecture=pair.base.architecture,
+        sources=[],
+        recipe=MergeRecipe(inputs=(LoraInput("extracted"),)),
+        ranks=[layer.rank for layer in linear],
+        alphas=[layer.alpha for layer in linear],
+        conv_ranks=[layer.rank for layer in found if layer.name in conv],
+        conv_alphas=[layer.alpha for layer in found if layer.name in conv],
+    )
+    texts.pop("loramerge_recipe", None)
+    if any("v_pred" in checkpoint.keys for checkpoint in (pair.tuned,)):
+        texts["modelspec.prediction_type"] = "v"
+    texts["ss_sd_model_name"] = pair.base.path.name
+    if len(pair.base.files) == 1:
+        texts["ss_sd_model_hash"] = legacy_hash(pair.base.files[0])
+    if hashes["base"] is not None:
+        texts["ss_new_sd_model_hash"] = hashes["base"]
+    facts = {
+        "tuned": {"name": pair.tuned.path.name, "sha256": hashes["tuned"]},
+        "base": {"name": pair.base.path.name, "sha256": hashes["base"]},
+        "rank": settings.rank,
+        "retain": settings.retain,
+        "error": error_of(found),
+    }
+    texts["loramerge_extract"] = json.dumps(facts, ensure_ascii=False, sort_keys=True)
+    return texts

@@ -1,0 +1,59 @@
+"""The largest singular values of a matrix that nothing is known of, as the difference of two models is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .core import Spectrum, decompose, decompose_whole, gram
+from .types import Grams, LowRank
+
+_DEPTH, _DEEPEST = 3, 6
+_GAINS = 1e-4  # Part of what is left that one more step has to find to be worth it.
+_PAYS = 0.6  # Part of the shorter side from which on the whole eigenproblem is the quicker one.
+
+
+def leading(weight: Tensor, rank: int, name: str, kernel: tuple[int, ...] = ()) -> Spectrum:
+    """The ``rank`` largest singular values and vectors of a matrix.
+
+    Args:
+        weight: (out, in) float32, not zero.
+        rank: How many.
+        name: Of the layer; tells the random start, so that the result does not depend on the order of work.
+
+    Returns:
+        Truncations of its spectrum miss the least error by 1e-6 to 2e-5 of it where the singular values fall
+        as 1/j, by 2e-3 where they hardly fall. ``energy`` and ``beyond`` are exact in any case.
+
+    Source: Musco and Musco 2015, Randomized block Krylov methods, https://arxiv.org/abs/1504.05477, with a
+        block as wide as the rank.
+    """
+    energy = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+    rank = min(rank, *weight.shape)
+    if (_DEPTH + 1) * rank > _PAYS * min(weight.shape):
+        return decompose_whole(weight.double(), energy**0.5, kernel)
+    seed = int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:7], "big")
+    start = torch.randn(weight.shape[1], rank, generator=torch.Generator().manual_seed(seed))
+    block = torch.linalg.qr(weight @ start).Q
+    basis, image = block, block.mT @ weight  # (out, c), (c, in)
+    before = 0.0
+    for depth in range(1, _DEEPEST + 1):
+        block = weight @ image[-rank:].mT
+        for _ in range(2):  # Once leaves rounding errors of the size of what is taken away.
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, block.mT @ weight])
+        if depth < _DEPTH - 1:
+            continue
+        found = float(torch.linalg.eigvalsh(gram(image))[-rank:].sum())
+        if depth >= _DEPTH and found - before <= _GAINS * max(0.0, energy - found):
+            break
+        before = found
+    largest = torch.linalg.eigh(gram(image)).eigenvectors[:, -rank:]
+    basis = torch.linalg.qr((basis @ largest.to(basis)).double()).Q
+    inside = LowRank(basis, basis.mT @ weight.double(), float(rank), kernel)
+    small = Grams(torch.eye(rank, dtype=torch.float64), gram(inside.down))
+    spectrum = decompose(inside, energy**0.5, small=small)
+    return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))

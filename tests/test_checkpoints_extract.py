@@ -1,0 +1,292 @@
+# ruff: noqa: E501  (tables of names are easier to read one row to a line)
+"""A LoRA of the difference of two checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
+from safetensors.torch import load_file, save_file
+
+from lib_loramerge.cli import main
+from lib_loramerge.delta.krylov import leading
+from lib_loramerge.files import read_header
+from lib_loramerge.merge import open_source
+
+Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+LORA_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TE_Q = "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+
+
+def extract(tmp_path, capsys, *words, rc=0):
+    """The report of an extraction, or its error."""
+    words = [tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", "-o", tmp_path / "lora", *words]
+    assert main(["extract", *map(str, words), "--json", "--overwrite"]) == rc
+    captured = capsys.readouterr()
+    return json.loads(captured.out) if rc == 0 else captured.err
+
+
+def pair(tmp_path, changes, *, layout="sd1-ldm", dtype=torch.float16):
+    """A base, and a copy with something added."""
+    base = make_checkpoint(tmp_path / "base.safetensors", layout, dtype=torch.float32)
+    tuned = {key: (base[key] + changes[key] if key in changes else base[key]) for key in base}
+    cast = {}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        cast[name] = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+        save_file(cast[name], tmp_path / f"{name}.safetensors")
+    return cast["base"], cast["tuned"]
+
+
+def planted(shape, rank, rho, seed=0):
+    """A matrix of a rank whose size is a share of that of weights of std 0.03."""
+    generator = torch.Generator().manual_seed(seed)
+    width = int(np.prod(shape[1:]))
+    matrix = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+    return (matrix * (rho * 0.03 * (shape[0] * width) ** 0.5 / matrix.norm())).reshape(shape)
+
+
+def test_the_reported_error_is_that_of_the_file(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(5)
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    spread = {
+        Q: torch.randn(320, 320, generator=generator) * 0.002,
+        conv: torch.randn(320, 320, 3, 3, generator=generator) * 0.002,
+    }
+    base, tuned = pair(tmp_path, spread)
+    report = extract(tmp_path, capsys, "--rank", "16", "--vectors", "none")
+    lora = load_file(tmp_path / "lora.safetensors")
+    lost = exact = best = 0.0
+    for key, name in ((Q, LORA_Q), (conv, "lora_unet_down_blocks_0_resnets_0_conv1")):
+        difference = (tuned[key].double() - base[key].double()).flatten(1)
+        lost += float((difference - product(lora, name).flatten(1)).square().sum())
+        exact += float(difference.square().sum())
+        best += float((np.linalg.svd(difference.numpy(), compute_uv=False)[16:] ** 2).sum())
+    assert report["error"] == pytest.approx((lost / exact) ** 0.5, abs=1e-4)
+    assert (lost / best) ** 0.5 - 1 <= 2e-3
+    assert report["ranks"] == {"16": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_auto_finds_the_rank_that_was_trained(tmp_path, capsys, dtype):
+    pair(tmp_path, {Q: planted((320, 320), 4, 0.02)}, dtype=dtype)
+    report = extract(tmp_path, capsys, "--rank", "auto")
+    assert report["ranks"] == {"4": 1}
+
+
+@pytest.mark.parametrize("power", [1.0, 0.25])
+@pytest.mark.parametrize("shape", [(640, 640), (320, 2880), (1280, 320)])
+def test_leading_values_are_near_the_best(power, shape):
+    generator = torch.Generator().manual_seed(0)
+    side = min(shape)
+    left = torch.linalg.qr(torch.randn(shape[0], side, generator=generator).double()).Q
+    right = torch.linalg.qr(torch.randn(shape[1], side, generator=generator).double()).Q
+    values = torch.arange(1, side + 1).double() ** -power
+    matrix = ((left * values) @ right.mT).float()
+    found = leading(matrix, 16, "layer")
+    best = float(values[16:].square().sum() ** 0.5)
+    error = float(found.tail(16) ** 0.5)
+    assert error / best - 1 <= (1e-3 if power == 1 else 2e-3)
+    assert torch.allclose(found.values[:8], values[:8], rtol=1e-2)
+
+
+def test_a_baked_lora_comes_back(tmp_path, capsys):
+    make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm")
+    lora = lora_of(
+        {LORA_Q: (320, 320), "lora_te_text_model_encoder_layers_0_mlp_fc1": (3072, 768)}, rank=16, alpha=16
+    )
+    save_file(lora, tmp_path / "a.safetensors")
+    words = ["bake", tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "tuned"]
+    assert main([*map(str, words)]) == 0
+    capsys.readouterr()
+    extract(tmp_path, capsys, "--rank", "16")
+    back = load_file(tmp_path / "lora.safetensors")
+    for name in (LORA_Q, "lora_te_text_model_encoder_layers_0_mlp_fc1"):
+        exact = product(lora, name)
+        assert (product(back, name) - exact).norm() / exact.norm() < 0.005
+    assert open_source(tmp_path / "lora.safetensors").architecture.id == "sd1"
+
+
+def test_a_fused_attention_is_split_and_complete(tmp_path, capsys):
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    change = torch.zeros(3840, 1280)
+    change[1280:2560] = planted((1280, 1280), 2, 0.05)
+    base, tuned = pair(tmp_path, {key: change}, layout="sdxl-sgm")
+    extract(tmp_path, capsys, "--rank", "4")
+    back = load_file(tmp_path / "lora.safetensors")
+    stem = "lora_te2_text_model_encoder_layers_0_self_attn_"
+    exact = (tuned[key].double() - base[key].double())[1280:2560]
+    assert (product(back, f"{stem}k_proj") - exact).norm() / exact.norm() < 0.05
+    for other in ("q_proj", "v_proj", "out_proj"):
+        assert not product(back, stem + other).any()
+    assert {name.split(".")[0] for name in back} == {
+        stem + name for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+    }
+
+
+def test_small_changes_of_a_text_encoder_are_found(tmp_path, capsys):
+    change = torch.empty(768, 768).uniform_(-0.0007, 0.0007, generator=torch.Generator().manual_seed(1))
+    pair(tmp_path, {TE_Q: change})
+    report = extract(tmp_path, capsys, "--rank", "8")
+    assert report["layers"] == 1
+    assert set(report["by_part"]) == {"te", "unet"}
+
+
+def test_norms_and_biases_of_the_denoiser_are_written(tmp_path, capsys):
+    norm = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.norm1.weight"
+    bias = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.bias"
+    matrix = bias.replace("bias", "weight")
+    changes = {Q: planted((320, 320), 2, 0.1), matrix: planted((320, 320), 2, 0.1)}
+    base, tuned = pair(tmp_path, {**changes, norm: torch.full((320,), 0.01), bias: torch.full((320,), 0.02)})
+    extract(tmp_path, capsys, "--rank", "4")
+    back = load_file(tmp_path / "lora.safetensors")
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
+    assert torch.equal(
+        back[f"{stem}attn1_to_out_0.diff_b"], (tuned[bias].float() - base[bias].float()).half()
+    )
+    assert torch.equal(back[f"{stem}norm1.w_norm"], (tuned[norm].float() - base[norm].float()).half())
+    assert not back[f"{stem}norm1.b_norm"].any()  # A1111 needs both.
+
+
+def test_metadata_name_the_base(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    extract(tmp_path, capsys)
+    texts = read_header(tmp_path / "lora.safetensors").metadata
+    assert texts["ss_sd_model_name"] == "base.safetensors"
+    assert texts["ss_network_module"] == "networks.lora"
+    assert json.loads(texts["loramerge_extract"])["tuned"]["name"] == "tuned.safetensors"
+    assert len(texts["sshs_model_hash"]) == 64
+    assert str(tmp_path) not in "".join(texts.values())
+
+
+def test_layers_beyond_a_rank_count_as_error(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1), TE_Q: planted((768, 768), 2, 0.1)})
+    report = extract(tmp_path, capsys, "--rank", "4", "--conv-rank", "0", "--parts", "unet")
+    assert set(report["by_part"]) == {"unet"}
+    assert report["layers"] == 1
+
+
+@pytest.mark.parametrize("other", ["bf16", "e4m3", "mixed"])
+def test_two_copies_of_one_model_are_refused(tmp_path, capsys, other):
+    base = make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm")
+    kinds = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+    matrices = {key: t for key, t in base.items() if t.dim() > 1 and t.is_floating_point()}
+    if other == "mixed":
+        cast = {key: (0.3 * t.float() + 0.7 * t.float()).half() for key, t in matrices.items()}
+    else:
+        cast = {key: t.to(kinds[other]) for key, t in matrices.items()}
+    save_file({**base, **cast}, tmp_path / "tuned.safetensors")
+    error = extract(tmp_path, capsys, rc=1)
+    assert "hold the same model" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_unrelated_models_are_warned_of(tmp_path, capsys):
+    make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm", seed=1)
+    make_checkpoint(tmp_path / "tuned.safetensors", "sd1-ldm", seed=2)
+    report = extract(tmp_path, capsys, "--rank", "4", "--vectors", "none")
+    assert any("may not be base and fine-tune" in text for text in report["warnings"])
+    assert abs(report["cosine"]) < 0.05
+
+
+def test_what_does_not_belong_together_is_one_sentence(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    tuned = load_file(tmp_path / "tuned.safetensors")
+    cases = {
+        "are the same file": None,
+        "is Stable Diffusion XL": checkpoint_tensors("sdxl-sgm"),
+        "that tuned.safetensors lacks": {k: t for k, t in tuned.items() if "input_blocks.2" not in k},
+        "reads 9 channels": {**tuned, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3).half()},
+        "is a LoRA": lora_of({LORA_Q: (320, 320)}),
+    }  # fmt: skip
+    base = load_file(tmp_path / "base.safetensors")
+    base["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(320, 4, 3, 3).half()
+    save_file(base, tmp_path / "base.safetensors")
+    for said, tensors in cases.items():
+        path = tmp_path / "tuned.safetensors"
+        path.unlink()
+        if tensors is None:
+            path.hardlink_to(tmp_path / "base.safetensors")
+        else:
+            save_file(tensors, path)
+        error = extract(tmp_path, capsys, rc=1)
+        assert said in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_a_lora_is_taken_out_of_a_merge(tmp_path, capsys):
+    names = ("a", "b")
+    loras = {name: lora_of({LORA_Q: (320, 320)}, seed=seed) for seed, name in enumerate(names, 1)}
+    for name in names:
+        save_file(loras[name], tmp_path / f"{name}.safetensors")
+    words = [
+        tmp_path / "a.safetensors",
+        f"{tmp_path / 'b.safetensors'}:0.5",
+        "-o",
+        tmp_path / "ab",
+        "--rank",
+        "full",
+        "--dtype",
+        "float32",
+    ]
+    assert main(["merge", *map(str, words)]) == 0
+    words = [
+        tmp_path / "ab.safetensors",
+        f"{tmp_path / 'b.safetensors'}:0.5",
+        "-o",
+        tmp_path / "back",
+        "--rank",
+        "4",
+        "--dtype",
+        "float32",
+    ]
+    assert main(["subtract", *map(str, words)]) == 0
+    exact = product(loras["a"], LORA_Q)
+    back = product(load_file(tmp_path / "back.safetensors"), LORA_Q)
+    assert (back - exact).norm() / exact.norm() < 1e-5
+
+
+def test_the_lora_of_a_transformer_is_read_as_one(tmp_path, capsys):
+    key = "model.diffusion_model.double_blocks.0.img_attn.proj.weight"
+    pair(tmp_path, {key: planted((3072, 3072), 4, 0.05)}, layout="flux-flux")
+    extract(tmp_path, capsys, "--rank", "4")
+    source = open_source(tmp_path / "lora.safetensors")
+    assert source.architecture.id == "flux1"
+    assert list(source.layers) == ["lora_unet_double_blocks_0_img_attn_proj"]
+    assert "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight" in load_file(
+        tmp_path / "lora.safetensors"
+    )
+
+
+def test_inspect_and_compare_take_checkpoints(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    words = ["bake", tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "baked"]
+    assert main([*map(str, words)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "baked.safetensors"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["base_model"] == "Stable Diffusion 1"
+    assert facts["baked"][0].startswith("a.safetensors")
+    assert (facts["vae"], facts["ema"], set(facts["dtypes"])) == (True, True, {"F16"})
+    assert main(["compare", str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "Written      nothing" in text
+    assert "1 written" in text
+
+
+def test_an_extraction_is_the_same_from_any_number_of_threads(tmp_path, capsys, monkeypatch):
+    from lib_loramerge.checkpoints import extracting
+
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    pair(tmp_path, {Q: planted((320, 320), 40, 0.1), conv: planted((320, 320, 3, 3), 40, 0.1)})
+    data = []
+    for workers in (1, 4):
+        monkeypatch.setattr(extracting, "WORKERS", workers)
+        extract(tmp_path, capsys, "--rank", "8")
+        data.append((tmp_path / "lora.safetensors").read_bytes())
+    assert data[0] == data[1]
