@@ -167,3 +167,20 @@ def test_the_host_is_in_the_stored_recipe_and_outside_it_a_line_tells_of_diffuse
 def test_the_words_of_the_option_are_the_hosts():
     assert SETTINGS["host"].words == tuple(HOSTS)
     assert SETTINGS["host"].flag == "--for"
+
+
+def test_a_file_that_several_base_models_fit_is_refused_for_a_host_with_the_way_out(tmp_path, capsys):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": torch.rand(2, 4096), f"{name}.lora_B.weight": torch.rand(4096, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    given = [
+        "convert",
+        str(tmp_path / "a.safetensors"),
+        "-o",
+        str(tmp_path / "b.safetensors"),
+        "--for",
+        "comfyui",
+    ]
+    assert cli.main(given) == 1
+    assert "--base-model NAME" in capsys.readouterr().err
+    assert cli.main([*given, "--base-model", "flux2"]) == 0

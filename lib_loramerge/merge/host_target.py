@@ -86,7 +86,9 @@ def for_the_host(
             dropped.setdefault(why, []).append(layer.layer)
     texts = [f"{_layers(names)} left out: {why}." for why, names in dropped.items()]
     if not kept:
-        raise UnsupportedError(f"Nothing of this can be loaded by {host.label}. {texts[0]}")
+        # Where several base models fit, the names depend on which it is.
+        unsure = "" if architecture.base_model_version else " Or name the base model (--base-model NAME)."
+        raise UnsupportedError(f"Nothing of this can be loaded by {host.label}. {texts[0]}{unsure}")
     if host.unplaced_limit is not None and len(embeddings) > host.unplaced_limit:
         texts.append(
             f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with more than "
