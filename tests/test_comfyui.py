@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lib_loramerge.errors import IncompatibleError, LoraMergeError, OutputError, RecipeError
+from lib_loramerge.methods import METHODS
 from tests.fake_comfyui import ROOT, Clip, FakeComfyUI, InterruptProcessingException, Patcher, running
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora, metadata_of, relative_error, weighted_sum
 
@@ -28,7 +29,7 @@ LOAD = {
 }
 MERGE = {
     "mode": "svd", "rank_rule": "automatic", "rank": 32, "retain": 0.99, "size": 100.0,
-    "precision": "float32", "device": "CPU", "random_seed": 0, "parameters": "", "base": "none",
+    "precision": "float32", "device": "CPU", "random_seed": 0, "base": "none",
 }  # fmt: skip
 
 
@@ -177,16 +178,36 @@ def test_rank_rules_and_parameters_reach_the_recipe(comfyui):
                            ("file size", {"size": 50.0}), ("keep everything", {"rank": "full"})):  # fmt: skip
         merged = comfyui.run(two(rank_rule=rule, rank=2, retain=0.5, size=50.0))["3"][0]
         assert {name: getattr(merged.plan.recipe, name) for name in expected} == expected
-    merged = comfyui.run(two(mode="ties", parameters="density=0.4"))["3"][0]
-    assert merged.plan.params["density"] == 0.4
+    merged = comfyui.run(two(mode="ties", density=0.4, normalize=False, gamma=0.3))["3"][0]
+    assert merged.plan.params == {"density": 0.4, "normalize": False, "lambda": 1.0}
     assert merged.plan.recipe.rank == "same"
+
+
+def test_every_parameter_of_every_mode_has_a_widget_of_its_limits(comfyui):
+    widgets = comfyui.nodes["LoraMergeMerge"].INPUT_TYPES()["optional"]
+    for mode, method in METHODS.items():
+        for param in method.params:
+            kind, options = widgets[param.name]
+            assert mode in options["modes"]
+            if param.choices:
+                assert kind[1:] == list(param.choices)
+            elif not isinstance(param.default, bool):
+                assert (kind, options["min"], options["max"]) == ("FLOAT", param.minimum, param.maximum)
+                assert options["default"] == param.default
+
+
+@pytest.mark.parametrize("mode", ["knots", "ctm"])
+def test_a_parameter_of_several_defaults_is_left_to_the_mode(comfyui, mode):
+    merged = comfyui.run(two(mode=mode, rule="as the mode has it"))["3"][0]
+    assert merged.plan.params["rule"] == {"knots": "ties", "ctm": "linear"}[mode]
+    merged = comfyui.run(two(mode=mode, rule="dare_ties"))["3"][0]
+    assert merged.plan.params["rule"] == "dare_ties"
 
 
 @pytest.mark.parametrize(
     ("merge", "error"),
     [
-        ({"parameters": "density"}, "density=0.5"),
-        ({"parameters": "nothing=1", "mode": "ties"}, "no parameter"),
+        ({"density": 2.0, "mode": "ties"}, "density"),
         ({"mode": "add"}, "rank"),
     ],
 )

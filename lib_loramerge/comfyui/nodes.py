@@ -13,12 +13,13 @@ import folder_paths
 
 from ..errors import RecipeError
 from ..methods import METHODS
-from ..recipe import DTYPES, LoraInput, parse_prompt
+from ..recipe import DTYPES, LoraInput, Param, parse_prompt
 from . import merging, pictures
 from .merging import Merged
 
 CATEGORY = "loaders/LoRA Merge"
 NONE = "none"
+OF_MODE = "as the mode has it"
 LORAS, MERGED = "LORAMERGE_LORAS", "LORAMERGE_MERGED"
 
 
@@ -127,11 +128,6 @@ class MergeLoras:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         kind = (LORAS, {"tooltip": "From Load LoRA for merging. A new input appears when this one is used."})
-        parameters = "; ".join(
-            f"{name}: {', '.join(param.name for param in method.params)}"
-            for name, method in METHODS.items()
-            if method.params
-        )
         return {
             "required": {
                 "loras_1": kind,
@@ -165,19 +161,12 @@ class MergeLoras:
                     "INT",
                     {"default": 0, "min": 0, "max": 2**53 - 1, "tooltip": "For modes that draw at random."},
                 ),
-                "parameters": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": f"Of the mode, as density=0.5, with commas. {parameters}",
-                    },
-                ),
                 "base": (
                     [NONE, *folder_paths.get_filename_list("checkpoints")],
                     {"tooltip": "Base checkpoint, for LoRAs that change the model in proportion (DoRA ...)."},
                 ),
             },
-            "optional": GrowingInputs("loras_", kind, {"loras_2": kind}),
+            "optional": GrowingInputs("loras_", kind, {"loras_2": kind, **parameter_widgets()}),
         }
 
     @classmethod
@@ -194,34 +183,39 @@ class MergeLoras:
         precision: str,
         device: str,
         random_seed: int,
-        parameters: str,
         base: str,
-        **loras: tuple[LoraInput, ...] | None,
+        **more: Any,
     ) -> tuple[Merged]:
+        loras = [name for name in more if name.startswith("loras_")]
         ordered = sorted(loras, key=lambda name: int(name.rpartition("_")[2]))
-        inputs = [given for name in ordered for given in loras[name] or ()]
+        inputs = [given for name in ordered for given in more[name] or ()]
+        own = [param.name for param in METHODS[mode].params]
+        params = {name: more[name] for name in own if more.get(name, OF_MODE) != OF_MODE}
         merged = merging.merge(
             inputs, device, None if base == NONE else base, mode=mode, dtype=precision, seed=random_seed,
-            params=parse_parameters(parameters), **merging.rank_fields(rank_rule, mode, rank, retain, size),
+            params=params, **merging.rank_fields(rank_rule, mode, rank, retain, size),
         )  # fmt: skip
         return (merged,)
 
 
-def parse_parameters(text: str) -> dict[str, str]:
-    """``density=0.5, rescale=no`` as names and values.
+def parameter_widgets() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """One widget for each parameter of the modes; ``modes`` tells the page when to show it."""
+    shared: dict[str, list[tuple[str, Param]]] = {}
+    for mode, method in METHODS.items():
+        for param in method.params:
+            shared.setdefault(param.name, []).append((mode, param))
+    return {name: _widget(uses) for name, uses in shared.items()}
 
-    Raises:
-        RecipeError: A part without ``=``.
-    """
-    given = {}
-    for part in text.replace("\n", ",").split(","):
-        if not part.strip():
-            continue
-        name, equals, value = part.partition("=")
-        if not equals or not name.strip() or not value.strip():
-            raise RecipeError(f"Parameters must look like density=0.5, got {part.strip()!r}.")
-        given[name.strip()] = value.strip()
-    return given
+
+def _widget(uses: Sequence[tuple[str, Param]]) -> tuple[Any, dict[str, Any]]:
+    modes, param = [mode for mode, _ in uses], uses[0][1]
+    options = {"tooltip": f"{param.help} For: {', '.join(modes)}.", "modes": modes}
+    if param.choices:
+        return [OF_MODE, *param.choices], options
+    if isinstance(param.default, bool):
+        return "BOOLEAN", {"default": param.default, **options}
+    limits = {"min": param.minimum, "max": param.maximum, "step": 0.01}
+    return "FLOAT", {"default": param.default, **limits, **options}
 
 
 class ApplyMerged:

@@ -1,4 +1,5 @@
-// Merge LoRAs: a free input below the last one that is connected; text results shown on their node.
+// Merge LoRAs: a free input below the last one that is connected, and the parameters of its mode alone; text
+// results shown on their node.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
@@ -28,6 +29,31 @@ function showText(node, lines, height) {
   app.graph.setDirtyCanvas(true, false);
 }
 
+// The parameters of other modes are hidden; their values stay for when the mode comes back.
+function showParameters(node) {
+  const mode = node.widgets?.find((widget) => widget.name === "mode");
+  const options = node.constructor.nodeData?.input?.optional ?? {};
+  for (const widget of node.widgets ?? []) {
+    const modes = options[widget.name]?.[1]?.modes;
+    if (!modes) continue;
+    widget.hidden = !modes.includes(mode.value);
+    widget.options = { ...widget.options, hidden: widget.hidden };
+  }
+  node.setSize([node.size[0], node.computeSize()[1]]);
+  app.graph?.setDirtyCanvas(true, true);
+}
+
+function followMode(node) {
+  const mode = node.widgets?.find((widget) => widget.name === "mode");
+  if (!mode) return;
+  const chosen = mode.callback;
+  mode.callback = function (...given) {
+    chosen?.apply(this, given);
+    showParameters(node);
+  };
+  showParameters(node);
+}
+
 app.registerExtension({
   name: "loramerge",
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -37,6 +63,13 @@ app.registerExtension({
         changed?.apply(this, given);
         growInputs(this);
       };
+      for (const [when, then] of [["onNodeCreated", followMode], ["onConfigure", showParameters]]) {
+        const before = nodeType.prototype[when];
+        nodeType.prototype[when] = function (...given) {
+          before?.apply(this, given);
+          then(this);
+        };
+      }
     }
     if (nodeData.name === "LoraMergeReport" || nodeData.name === "LoraMergeSave") {
       const executed = nodeType.prototype.onExecuted;
