@@ -1,4 +1,4 @@
-"""Rank rules: how many singular values of a layer are kept."""
+"""Rank rules: how many singular values of a layer are kept, and how ranks are allotted to a file's bytes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,52 @@ if TYPE_CHECKING:
     from .recipe import MergeRecipe
 
 
-def choose(recipe: MergeRecipe, spectrum: Spectrum, *, same: int, conv: bool = False) -> int:
+def asked(recipe: MergeRecipe, *, same: int | None, conv: bool = False) -> int | None:
+    """The number that a recipe's rule states for a layer, whatever its singular values are.
+
+    Args:
+        recipe: Its rank, conv_rank, retain and size are read.
+        same: Largest rank of the inputs in this layer; None where one of them is stored whole.
+        conv: The layer is a k x k convolution, to which ``conv_rank`` applies.
+
+    Returns:
+        None where all ranks are kept, or the singular values decide (``retain``, ``size``).
+    """
+    if conv and recipe.conv_rank is not None:
+        return recipe.conv_rank
+    if recipe.retain is not None or recipe.size is not None or recipe.rank == "full":
+        return None
+    return same if recipe.rank == "same" else int(recipe.rank)
+
+
+def foreseen(recipe: MergeRecipe, *, most: int, same: int | None, conv: bool, dense: bool) -> int | None:
+    """The largest rank that :func:`choose` can give a layer; None where the layer will be written whole.
+
+    Args:
+        most: The rank that holds all of the layer's result.
+        same, conv: As for :func:`asked`.
+        dense: Some input is not a low-rank product.
+    """
+    rank = asked(recipe, same=same, conv=conv)
+    if rank is not None:
+        return min(rank, most)
+    return None if dense and recipe.retain is None and recipe.size is None else most
+
+
+def choose(recipe: MergeRecipe, spectrum: Spectrum, *, same: int | None, conv: bool = False) -> int:
     """Rank to keep in one layer by the recipe's rule. Not for ``size``, which looks at all layers at once.
 
     Args:
-        recipe: Its rank, conv_rank and retain are read.
         spectrum: The layer's singular values.
-        same: Largest rank of the inputs in this layer.
-        conv: The layer is a k x k convolution, for which ``conv_rank`` counts.
+        same, conv: As for :func:`asked`.
 
     Returns:
         At most the numerical rank; 0 when nothing is left of the layer.
     """
-    if conv and recipe.conv_rank is not None:
-        return min(recipe.conv_rank, spectrum.rank)
     if recipe.retain is not None:
         return retaining(spectrum, recipe.retain)
-    if recipe.rank == "full":
-        return spectrum.rank
-    wanted = same if recipe.rank == "same" else int(recipe.rank)
-    return min(wanted, spectrum.rank)
+    rank = asked(recipe, same=same, conv=conv)
+    return spectrum.rank if rank is None else min(rank, spectrum.rank)
 
 
 def retaining(spectrum: Spectrum, fraction: float) -> int:
@@ -57,17 +83,28 @@ class LayerCost:
         least: Rank that it must have at least.
     """
 
-    values: Sequence[float]
+    values: Sequence[float] | np.ndarray
     per_rank: int
     fixed: int = 0
     least: int = 0
 
+    def bytes(self, rank: int) -> int:
+        """Bytes of the layer with this many ranks, none of them more than it has."""
+        return self.fixed + rank * self.per_rank if rank else 0
 
-def allot(layers: Sequence[LayerCost], budget: int) -> list[int]:
+    def tail(self, rank: int) -> float:
+        """Squared error of keeping this many ranks."""
+        return float(np.square(np.asarray(self.values[rank:], dtype=np.float64)).sum())
+
+
+def allot(layers: Sequence[LayerCost], budget: int, *, one_rank: bool = False) -> list[int]:
     """Ranks of all layers with the least total error in at most ``budget`` bytes of tensors and entries.
 
     Components are taken by sigma^2 per stored byte, the largest first. A layer's first components go as one
     item where the fixed bytes make that the better bargain.
+
+    Args:
+        one_rank: All layers are stored in one rank, the smaller ones filled up with zeros.
 
     Returns:
         One rank per layer, 0 where the layer is left out.
@@ -78,16 +115,17 @@ def allot(layers: Sequence[LayerCost], budget: int) -> list[int]:
     Source: the greedy solution of the fractional knapsack (Dantzig 1957); singular values fall, so a layer's
         components are taken in order by themselves.
     """
-    ranks = [min(layer.least, len(layer.values)) for layer in layers]
-    left = budget - sum(layer.per_rank * rank + layer.fixed for layer, rank in zip(layers, ranks) if rank)
+    if one_rank:
+        return [_one_rank_within(layers, budget)] * len(layers)
+    ranks = _least_ranks(layers)
+    left = budget - sum(layer.bytes(rank) for layer, rank in zip(layers, ranks))
     if left < 0:
         raise OutputError(
             f"The size limit is too small by {-left / 1e6:.3f} MB for the layers that must be there."
         )
-    owner, upto, cost, worth = _items(layers, ranks)
-    order = np.lexsort((upto, owner, -worth))
+    owner, upto, cost, _ = _items(layers, ranks)
     closed: set[int] = set()
-    for item in order.tolist():
+    for item in range(len(owner)):
         layer = int(owner[item])
         if layer in closed:
             continue
@@ -99,9 +137,48 @@ def allot(layers: Sequence[LayerCost], budget: int) -> list[int]:
     return ranks
 
 
+def smallest(layers: Sequence[LayerCost], error_sq: float, *, one_rank: bool = False) -> int:
+    """Bytes with which :func:`allot` stays within a total squared error."""
+    total = sum(layer.tail(0) for layer in layers)
+    allowed = error_sq + 1e-12 * total
+    if one_rank:
+        top = max((len(layer.values) for layer in layers), default=0)
+        rank = next(r for r in range(1, top + 2) if sum(layer.tail(r) for layer in layers) <= allowed)
+        return sum(layer.bytes(rank) for layer in layers)
+    ranks = _least_ranks(layers)
+    _, _, cost, gain = _items(layers, ranks)
+    spent = sum(layer.bytes(rank) for layer, rank in zip(layers, ranks)) + np.cumsum([0, *cost])
+    left = sum(layer.tail(rank) for layer, rank in zip(layers, ranks)) - np.cumsum([0.0, *gain])
+    return int(spent[min(int((left > allowed).sum()), len(cost))])
+
+
+def least_bytes(layers: Sequence[LayerCost], *, one_rank: bool = False) -> int:
+    """The smallest budget with which :func:`allot` keeps anything; 0 when there is nothing to keep."""
+    if one_rank:
+        return sum(layer.bytes(1) for layer in layers)
+    required = sum(layer.bytes(rank) for layer, rank in zip(layers, _least_ranks(layers)))
+    return required or min((layer.bytes(1) for layer in layers if len(layer.values)), default=0)
+
+
+def _least_ranks(layers: Sequence[LayerCost]) -> list[int]:
+    return [min(layer.least, len(layer.values)) for layer in layers]
+
+
+def _one_rank_within(layers: Sequence[LayerCost], budget: int) -> int:
+    """The largest rank that all layers can have."""
+    fixed, per_rank = sum(layer.fixed for layer in layers), sum(layer.per_rank for layer in layers)
+    most = (budget - fixed) // per_rank if per_rank else 0
+    if most < 1:
+        raise OutputError(
+            f"This spelling stores all layers in one rank; rank 1 takes {(fixed + per_rank) / 1e6:.3f} MB. "
+            "Allow a larger file, or use the kohya dialect."
+        )
+    return int(most)
+
+
 def _items(layers: Sequence[LayerCost], ranks: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """All steps up in rank: (layer, rank after it, bytes, sigma^2 per byte)."""
-    owners, uptos, costs, worths = [], [], [], []
+    """All steps up in rank, the best bargain first: (layer, rank after it, bytes, sum of sigma^2)."""
+    owners, uptos, costs, gains = [], [], [], []
     for index, (layer, rank) in enumerate(zip(layers, ranks)):
         squares = np.asarray(layer.values, dtype=np.float64)[rank:] ** 2
         if not len(squares):
@@ -116,8 +193,10 @@ def _items(layers: Sequence[LayerCost], ranks: Sequence[int]) -> tuple[np.ndarra
         owners.append(np.full(len(gain), index))
         uptos.append(rank + count[first - 1 :])
         costs.append(byte)
-        worths.append(gain / byte)
+        gains.append(gain)
     if not owners:
-        empty = np.zeros(0)
-        return empty, empty, empty, empty
-    return np.concatenate(owners), np.concatenate(uptos), np.concatenate(costs), np.concatenate(worths)
+        empty = np.zeros(0, dtype=np.int64)
+        return empty, empty, empty, np.zeros(0)
+    owner, upto, cost, gain = map(np.concatenate, (owners, uptos, costs, gains))
+    order = np.lexsort((upto, owner, -gain / cost))
+    return owner[order], upto[order], cost[order], gain[order]

@@ -15,7 +15,7 @@ from lib_loramerge.blocks import bundled_preset_path, load_presets
 from lib_loramerge.files import LoraFolder
 from lib_loramerge.merge import MergePlan, plan_merge, run_merge
 from lib_loramerge.merge.layer import open_merger
-from lib_loramerge.merge.plan import output_names
+from lib_loramerge.merge.layout import output_names
 from lib_loramerge.recipe import MergeRecipe, parse_inputs
 from lib_loramerge.webui import plots
 from tests.fixtures import SD1_LAYERS, dense_deltas, lora_tensors, make_lora, relative_error, weighted_sum

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_loramerge.errors import OutputError
-from lib_loramerge.ranks import LayerCost, allot
+from lib_loramerge.ranks import LayerCost, allot, least_bytes, smallest
 
 
 def bytes_of(layers, ranks):
@@ -126,3 +126,33 @@ def test_any_allotment_fits_and_more_bytes_never_lose_a_layer_more_than_rounding
         if rank and rank < len(layer.values):
             assert layer.per_rank > left, "another component would have fitted"
     assert bytes_of(layers, many) <= budget + more
+
+
+@pytest.mark.parametrize("one_rank", [False, True])
+@pytest.mark.parametrize("error", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [LayerCost([1.0] * 32, 256, 260)] * 200,  # flat: the first component costs more than the others
+        sdxl_like(),
+        random_layers(1, 6, fixed=150),
+        [LayerCost([3.0, 2.0, 1e-3], 100, 10), LayerCost([0.1], 100, 10, least=1), LayerCost([], 100, 10)],
+    ],
+)
+def test_the_bytes_foretold_for_an_error_are_enough_for_it_and_hardly_more(layers, error, one_rank):
+    allowed = error**2 * sum(float(np.square(layer.values).sum()) for layer in layers)
+    size, least = smallest(layers, allowed, one_rank=one_rank), least_bytes(layers, one_rank=one_rank)
+    assert size >= least
+    assert lost(layers, allot(layers, size, one_rank=one_rank)) <= allowed * (1 + 1e-9)
+    steps = [layer.per_rank for layer in layers]
+    step = sum(steps) if one_rank else max(s * len(x.values) + x.fixed for s, x in zip(steps, layers))
+    if size - step >= least:
+        assert lost(layers, allot(layers, size - step, one_rank=one_rank)) > allowed
+
+
+def test_one_rank_for_all_counts_layers_that_have_fewer():
+    layers = [LayerCost([3.0, 2.0, 1.0], 100, 10), LayerCost([1.0], 50, 10)]
+    assert allot(layers, 2 * 150 + 20, one_rank=True) == [2, 2]
+    assert least_bytes(layers, one_rank=True) == 170
+    with pytest.raises(OutputError, match="one rank"):
+        allot(layers, 169, one_rank=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -14,7 +14,7 @@ import numpy as np
 from .. import ranks
 from ..delta import Dense, Spectrum, available_cores, norm
 from ..merge.layer import Merger, open_merger
-from ..merge.plan import ALPHA_BYTES, ITEM_BYTES, LayerPlan, MergePlan, entries_bytes, metadata_bytes
+from ..merge.layout import FileCosts, LayerPlan, MergePlan, file_costs
 from ..merge.run import Progress, for_each_layer
 from ..methods import METHODS
 from ..report import percent
@@ -119,14 +119,6 @@ class AdviceReport:
         return "\n".join(rows)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    plan: LayerPlan
-    squares: np.ndarray
-    per_rank: int
-    fixed: int
-
-
 def expected_seconds(plan: MergePlan, cores: int | None = None) -> float:
     """About how long :func:`advise` takes where layers have to be formed whole; 0 where none has to.
 
@@ -185,37 +177,29 @@ def advise(
         look = partial(_look, merger)
         looked = for_each_layer(plan, look, "look", _timed(plan, progress), cancel)
     spectra = [spectrum for spectrum, _ in looked]
-    item = ITEM_BYTES[plan.dtype]
-    layers, whole = [], metadata_bytes(plan)
-    for layer, spectrum in zip(plan.layers, spectra, strict=True):
-        fixed = entries_bytes(plan, layer) + (layer.out * item if layer.bias else 0)
-        if spectrum is None:
-            whole += layer.bytes(item) + entries_bytes(plan, layer)
-        elif spectrum.rank:
-            squares = spectrum.values.double().numpy() ** 2
-            layers.append(_Layer(layer, squares, (layer.out + layer.width) * item, fixed + ALPHA_BYTES))
-    top = max((len(layer.squares) for layer in layers), default=0)
-    total = float(sum(layer.squares.sum() for layer in layers))
-    tails = _tails(layers, top)
-    chosen, chosen_bytes = _chosen_rank(plan, top), _chosen_bytes(plan, layers, whole)
+    costs = file_costs(plan, spectra)
+    squares = {name: np.asarray(cost.values) ** 2 for name, cost in costs.layers.items() if len(cost.values)}
+    top = max(map(len, squares.values()), default=0)
+    tails = _tails(squares.values(), top)
+    total = float(tails[0])
+    chosen, chosen_bytes = _chosen_rank(plan, top), _chosen_bytes(plan, costs)
     points = _shown_ranks(top, chosen)
+    smallest = partial(ranks.smallest, list(costs.layers.values()), one_rank=costs.one_rank)
     return AdviceReport(
         base_model=plan.architecture.label,
         mode=plan.method.name,
         dtype=plan.dtype,
         layers=len(plan.layers),
-        uniform=[_rank_point(layers, rank, whole, float(tails[rank]), total) for rank in points],
-        allotted=_allotted(layers, whole, total, chosen_bytes),
+        uniform=[_rank_point(costs, rank, float(tails[rank]), total) for rank in points],
+        allotted=_allotted(costs, total, chosen_bytes),
         smallest_rank={
             f"{target:g}": int(np.argmax(tails <= target**2 * total * (1 + 1e-12))) for target in TARGETS
         },
-        smallest_size={
-            f"{target:g}": whole + _smallest_size(layers, target**2 * total) for target in TARGETS
-        },
+        smallest_size={f"{target:g}": costs.fixed + smallest(target**2 * total) for target in TARGETS},
         numerical_rank=top,
-        mean_rank=sum(len(layer.squares) for layer in layers) / len(layers) if layers else 0.0,
-        whole_bytes=whole,
-        kept_by_block=_kept_by_block(layers, points),
+        mean_rank=sum(map(len, squares.values())) / len(squares) if squares else 0.0,
+        whole_bytes=costs.fixed,
+        kept_by_block=_kept_by_block(plan, squares, points),
         norm_by_block=norms_by_block(
             (layer, square) for layer, (_, square) in zip(plan.layers, looked, strict=True)
         ),
@@ -245,15 +229,23 @@ def _chosen_rank(plan: MergePlan, top: int) -> int | None:
     return min(ranks_foreseen[0], top) if len(ranks_foreseen) == 1 else None
 
 
-def _chosen_bytes(plan: MergePlan, layers: Sequence[_Layer], whole: int) -> int | None:
+def _chosen_bytes(plan: MergePlan, costs: FileCosts) -> int | None:
     if plan.recipe.size is None:
         return None
-    return max(whole + 1, min(int(plan.recipe.size * 1_000_000), whole + _largest(layers)))
+    least = ranks.least_bytes(list(costs.layers.values()), one_rank=costs.one_rank)
+    wanted = min(int(plan.recipe.size * 1_000_000) - costs.fixed, _bytes(costs, None))
+    return costs.fixed + max(1, least, wanted)
 
 
-def _largest(layers: Sequence[_Layer]) -> int:
-    """Bytes of all ranks of all layers."""
-    return sum(len(layer.squares) * layer.per_rank + layer.fixed for layer in layers)
+def _bytes(costs: FileCosts, rank: int | None) -> int:
+    """Bytes of all layers cut to one rank, or with all their ranks; those of no rank are left out."""
+    layers = [cost for cost in costs.layers.values() if len(cost.values)]
+    if costs.one_rank:
+        most = max((len(cost.values) for cost in layers), default=0)
+        return sum(cost.bytes(most if rank is None else min(rank, most)) for cost in layers)
+    return sum(
+        cost.bytes(len(cost.values) if rank is None else min(rank, len(cost.values))) for cost in layers
+    )
 
 
 def _shown_ranks(top: int, chosen: int | None) -> list[int]:
@@ -264,69 +256,43 @@ def _shown_ranks(top: int, chosen: int | None) -> list[int]:
     return sorted(rank for rank in ranks_shown if 0 < rank <= top)
 
 
-def _tails(layers: Sequence[_Layer], top: int) -> np.ndarray:
+def _tails(squares: Iterable[np.ndarray], top: int) -> np.ndarray:
     """(top + 1,) squared error of one rank for all, for each rank from 0."""
     tails = np.zeros(top + 1)
-    for layer in layers:
-        count = len(layer.squares)
-        tails[: count + 1] += np.concatenate([np.cumsum(layer.squares[::-1])[::-1], [0.0]])
+    for own in squares:
+        tails[: len(own) + 1] += np.concatenate([np.cumsum(own[::-1])[::-1], [0.0]])
     return tails
 
 
-def _rank_point(layers: Sequence[_Layer], rank: int, whole: int, tail: float, total: float) -> RankPoint:
-    size = whole + sum(min(rank, len(layer.squares)) * layer.per_rank + layer.fixed for layer in layers)
+def _rank_point(costs: FileCosts, rank: int, tail: float, total: float) -> RankPoint:
     share = tail / total if total else 0.0
-    return RankPoint(rank, size, share**0.5, max(0.0, 1 - share) ** 0.5)
+    return RankPoint(rank, costs.fixed + _bytes(costs, rank), share**0.5, max(0.0, 1 - share) ** 0.5)
 
 
-def _steps(layers: Sequence[_Layer]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and squared norms of all components, the best bargain first."""
-    if not layers:
-        return np.zeros(0), np.zeros(0)
-    gains = np.concatenate([layer.squares for layer in layers])
-    costs = np.concatenate(
-        [
-            np.concatenate([[layer.per_rank + layer.fixed], np.full(len(layer.squares) - 1, layer.per_rank)])
-            for layer in layers
-        ]
-    )
-    # A layer's singular values fall, so its components are taken in their order by themselves.
-    order = np.argsort(-gains / costs, kind="stable")
-    return costs[order], gains[order]
-
-
-def _smallest_size(layers: Sequence[_Layer], allowed_sq: float) -> int:
-    costs, gains = _steps(layers)
-    left = gains.sum() - np.cumsum(gains)
-    if not len(costs):
-        return 0
-    return int(
-        np.cumsum(costs)[min(len(costs) - 1, int(np.argmax(left <= allowed_sq + 1e-12 * gains.sum())))]
-    )
-
-
-def _allotted(layers: Sequence[_Layer], whole: int, total: float, wanted: int | None) -> list[SizePoint]:
-    costs = [
-        ranks.LayerCost(np.sqrt(layer.squares).tolist(), layer.per_rank, layer.fixed) for layer in layers
-    ]
-    largest = max(1, _largest(layers))
-    budgets = {int(size) for size in np.geomspace(max(1, largest // 64), largest, _SIZE_POINTS)}
+def _allotted(costs: FileCosts, total: float, wanted: int | None) -> list[SizePoint]:
+    layers = list(costs.layers.values())
+    largest = _bytes(costs, None)
+    if not largest:
+        return []
+    least = max(largest // 64, ranks.least_bytes(layers, one_rank=costs.one_rank))
+    budgets = {int(size) for size in np.geomspace(least, largest, _SIZE_POINTS)}
     points = []
-    for budget in sorted(budgets | ({wanted - whole} if wanted else set())):
-        chosen = ranks.allot(costs, int(budget))
-        tail = sum(float(layer.squares[rank:].sum()) for layer, rank in zip(layers, chosen, strict=True))
-        points.append(SizePoint(whole + int(budget), (tail / total) ** 0.5 if total else 0.0))
+    for budget in sorted(budgets | ({wanted - costs.fixed} if wanted else set())):
+        chosen = ranks.allot(layers, budget, one_rank=costs.one_rank)
+        tail = sum(layer.tail(rank) for layer, rank in zip(layers, chosen, strict=True))
+        points.append(SizePoint(costs.fixed + budget, (tail / total) ** 0.5 if total else 0.0))
     return points
 
 
-def _kept_by_block(layers: Sequence[_Layer], points: Sequence[int]) -> dict[str, list[float]]:
-    blocks: dict[str, list[_Layer]] = {}
-    for layer in layers:
-        blocks.setdefault(layer.plan.block or "other", []).append(layer)
+def _kept_by_block(
+    plan: MergePlan, squares: Mapping[str, np.ndarray], points: Sequence[int]
+) -> dict[str, list[float]]:
+    blocks: dict[str, list[np.ndarray]] = {}
+    for layer in plan.layers:
+        if layer.layer in squares:
+            blocks.setdefault(layer.block or "other", []).append(squares[layer.layer])
     kept = {}
     for block, members in sorted(blocks.items()):
-        total = sum(float(layer.squares.sum()) for layer in members)
-        kept[block] = [
-            (sum(float(layer.squares[:rank].sum()) for layer in members) / total) ** 0.5 for rank in points
-        ]
+        total = sum(float(own.sum()) for own in members)
+        kept[block] = [(sum(float(own[:rank].sum()) for own in members) / total) ** 0.5 for rank in points]
     return kept

@@ -17,7 +17,7 @@ import torch
 from ..blocks import BLOCK_IDS
 from ..delta import Delta, Dense, conflict_of, overlaps, sampled_rows
 from ..merge.layer import open_merger
-from ..merge.plan import LayerPlan, MergePlan
+from ..merge.layout import LayerPlan, MergePlan
 from ..merge.run import Progress, for_each_layer
 from ..report import percent
 

@@ -16,7 +16,7 @@ from .reading import Span
 
 if TYPE_CHECKING:
     from ..merge.layer import Merger
-    from ..merge.plan import LayerPlan
+    from ..merge.layout import LayerPlan
     from .reading import Checkpoint
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .plan import LayerPlan, MergePlan, SourcePlan, plan_merge
+from .layout import LayerPlan, MergePlan, SourcePlan
+from .plan import plan_merge
 from .sources import Source, open_source
 
 if TYPE_CHECKING:

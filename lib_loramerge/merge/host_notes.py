@@ -18,7 +18,7 @@ from ..models import Architecture
 from .host_target import Spelling, bias_alone
 
 if TYPE_CHECKING:
-    from .plan import LayerPlan
+    from .layout import LayerPlan
 
 # Base models of A1111, the host that has nothing for dotted names.
 _FLATTENED = frozenset({"sd1", "sd2", "sdxl", "sdxl_refiner"})

@@ -14,7 +14,7 @@ from ..models import Architecture
 from ..recipe import MergeRecipe
 
 if TYPE_CHECKING:
-    from .plan import LayerPlan
+    from .layout import LayerPlan
 
 Embeddings = dict[str, tuple[int, str]]
 

@@ -11,7 +11,7 @@ from .noise import noise
 
 if TYPE_CHECKING:
     from ..methods import MergeMethod
-    from .plan import LayerPlan, SourcePlan
+    from .layout import LayerPlan, SourcePlan
 
 # LoRAs that change how many steps sampling takes; their deltas are large and brittle.
 _STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd", "dmd2", "tcd")

@@ -35,7 +35,7 @@ from ..methods import LayerContext
 from ..report import LayerResult
 from .base import BaseCheckpoint
 from .device import compute_device
-from .plan import LayerPlan, MergePlan, output_names, same_rank
+from .layout import LayerPlan, MergePlan, output_names
 from .read import SourceReader, total
 
 # For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
@@ -288,9 +288,8 @@ class Merger:
             return None
         if allotted is not None:
             return lambda spectrum: min(allotted, spectrum.rank)
-        same = same_rank(layer)
         return lambda spectrum: ranks.choose(
-            self.plan.recipe, spectrum, same=spectrum.rank if same is None else same, conv=bool(layer.kernel)
+            self.plan.recipe, spectrum, same=layer.same_rank, conv=bool(layer.kernel)
         )
 
     def _most(self, layer: LayerPlan, allotted: int | None) -> int | None:

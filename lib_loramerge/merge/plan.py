@@ -7,187 +7,27 @@ refused here.
 
 from __future__ import annotations
 
-import json
-import math
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .. import adapters, blocks, dialects, models
+from .. import adapters, blocks, dialects, models, ranks
 from ..errors import IncompatibleError, LoraMergeError, RecipeError, UnsupportedError
 from ..files import LORA_SUFFIXES, model_hash
-from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .base_model import decide
 from .host_notes import host_notes
 from .host_target import for_the_host, spelling_for
 from .input_notes import device_notes, input_notes, rank_notes, unused_rank_notes
+from .layout import LayerPlan, MergePlan, SourcePlan, predicted_bytes
 from .sources import LayerShape, Source, SourcePart, open_source
 
 if TYPE_CHECKING:
     from ..methods import MergeMethod
     from .base import BaseCheckpoint
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-ALPHA_BYTES = 4
-# One tensor's entry in the header beside its name and sizes: dtype, brackets, two long offsets.
-_ENTRY_BYTES = 75
-
-
-@dataclass(frozen=True)
-class SourcePlan:
-    """One input of a merge: the recipe's words, the file, and what it is."""
-
-    input: LoraInput
-    source: Source
-    block_weights: blocks.BlockWeights
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    def to_json(self) -> dict[str, Any]:
-        source = self.source
-        return {
-            "name": self.input.name,
-            "path": str(source.path),
-            "dialect": source.dialect,
-            "base_model": source.base_model,
-            "architecture": source.architecture.id,
-            "reason": source.reason,
-            "kinds": source.kinds,
-            "ranks": {str(rank): count for rank, count in source.ranks.items()},
-            "dtypes": source.dtypes,
-            "layers": len(source.layers),
-            "needs_base": source.needs_base,
-            "unsupported": list(source.unsupported),
-            "unknown": list(source.unknown),
-            "te": self.input.te,
-            "unet": self.input.unet,
-        }
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One layer of the result.
-
-    Attributes:
-        in_: Input channels; the unfolded width is ``in_`` times the kernel's size.
-        kernel: (kh, kw) of a k x k convolution, else empty.
-        inputs: (index of the source, strength, block weight) of each input that
-            has this layer with a weight other than 0.
-        ranks: Rank of each of those inputs; None where it is stored whole.
-        rank: Rank foreseen, an upper bound where it depends on the singular
-            values; None when the layer will be written whole.
-        vector: A norm's weight, which has no rank and no rank rule.
-        dense: Some input is no low-rank product, even if it was trained as one (DoRA, a residual ...).
-    """
-
-    layer: str
-    component: str
-    block: str | None
-    out: int
-    in_: int
-    kernel: tuple[int, ...]
-    inputs: tuple[tuple[int, float, float], ...]
-    ranks: tuple[int | None, ...]
-    rank: int | None
-    vector: bool
-    bias: bool
-    dense: bool = False
-
-    @property
-    def width(self) -> int:
-        """Columns of the unfolded weight."""
-        return self.in_ * math.prod(self.kernel)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Strength times block weight, for each of ``inputs``."""
-        return tuple(strength * block for _, strength, block in self.inputs)
-
-    def bytes(self, item: int) -> int:
-        """Size of the layer's tensors when stored with ``item`` bytes a number."""
-        biases = self.out * item if self.bias else 0
-        if self.vector:
-            return 2 * self.out * item
-        if self.rank is None:
-            return self.out * self.width * item + biases
-        # A bias never stands alone where the width is known: it gets factors, even if they do nothing.
-        rank = max(self.rank, 1) if self.bias else self.rank
-        return rank * (self.out + self.width) * item + ALPHA_BYTES + biases
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """All decisions of a merge before any tensor is read.
-
-    Attributes:
-        recipe: With block weights resolved to numbers, so that it says all.
-        dtype: What will be stored: float32, float16 or bfloat16.
-        dialect: How names are spelled, chosen where the recipe names a host.
-        style: How slots are spelled, where the dialect does not say it.
-        predicted_bytes: Size of the file foreseen; an upper bound where ranks
-            depend on the singular values.
-        left_out: Layers whose weights are all 0.
-        skipped: What ``skip_unsupported`` leaves out, or what the host does not load, a sentence each.
-        candidates: Labels of the base models that all files fit; one when it is sure.
-    """
-
-    recipe: MergeRecipe
-    method: MergeMethod
-    params: Mapping[str, Any]
-    sources: tuple[SourcePlan, ...]
-    architecture: models.Architecture
-    dialect: str
-    style: str | None
-    layers: tuple[LayerPlan, ...]
-    left_out: tuple[str, ...]
-    embeddings: Mapping[str, tuple[int, str]]
-    dtype: str
-    base: Path | None
-    predicted_bytes: int
-    exact_prediction: bool
-    warnings: tuple[str, ...]
-    skipped: tuple[str, ...]
-    candidates: tuple[str, ...] = ()
-
-    def files(self) -> list[Path]:
-        """Every file that is read."""
-        base = [] if self.base is None else [self.base, *self.base.rglob("*.safetensors")]
-        return [*(entry.path for entry in self.sources), *base]
-
-    @property
-    def needs_base(self) -> bool:
-        return any(plan.source.needs_base for plan in self.sources)
-
-    @property
-    def rank_histogram(self) -> dict[int, int]:
-        ranks = Counter(plan.rank for plan in self.layers if plan.rank and not plan.vector)
-        return dict(sorted(ranks.items(), reverse=True))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "base_model": self.architecture.label,
-            "base_models": list(self.candidates),
-            "architecture": self.architecture.id,
-            "mode": self.method.name,
-            "params": dict(self.params),
-            "dtype": self.dtype,
-            "layers": len(self.layers) + len(zero_layers(self)),
-            "layers_left_out": len(self.left_out),
-            "ranks": {str(rank): count for rank, count in self.rank_histogram.items()},
-            "predicted_bytes": self.predicted_bytes,
-            "exact_prediction": self.exact_prediction,
-            "needs_base": self.needs_base,
-            "inputs": [source.to_json() for source in self.sources],
-            "warnings": list(self.warnings),
-            "skipped": list(self.skipped),
-        }
 
 
 def plan_merge(
@@ -393,13 +233,13 @@ def _plan_layers(
             assert base is not None  # without one the adapters that do not tell their shape were refused
             shape = _base_shape(base, architecture, layer)
         component, block = models.component(layer), models.block(architecture, layer)
-        inputs, ranks = [], []
+        inputs, input_ranks = [], []
         for index, plan in holders:
             strength = plan.input.strength(component)
             block_weight = plan.block_weights.weight(component, block, layer)
             if strength * block_weight != 0:
                 inputs.append((index, strength, block_weight))
-                ranks.append(_input_rank(plan, layer))
+                input_ranks.append(_input_rank(plan, layer))
         if not inputs:
             left_out.append(layer)
             continue
@@ -415,7 +255,7 @@ def _plan_layers(
             in_=in_,
             kernel=kernel,
             inputs=tuple(inputs),
-            ranks=tuple(ranks),
+            ranks=tuple(input_ranks),
             rank=None,
             vector=in_ == 0 and not bias_alone,
             bias=any(part.facts.bias for part in parts),
@@ -524,36 +364,21 @@ def _shape_text(shape: LayerShape) -> str:
     return " x ".join(map(str, (out, in_, *kernel)))
 
 
-def same_rank(layer: LayerPlan) -> int | None:
-    """The rank that ``rank="same"`` means: the largest of the inputs; None when one is whole."""
-    return None if any(rank is None for rank in layer.ranks) else max(r for r in layer.ranks if r is not None)
-
-
-def largest_rank(layer: LayerPlan, method: MergeMethod) -> int:
-    """The rank that certainly holds all of a layer's result; often a lower one does, too."""
-    limit = min(layer.out, layer.width)
-    if layer.dense or method.elementwise:
-        return limit
-    return min(limit, sum(rank for rank in layer.ranks if rank is not None))
-
-
 def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -> int | None:
     if layer.vector:
         return None
-    known = [rank for rank in layer.ranks if rank is not None]
     if not method.uses_rank:
+        known = [rank for rank in layer.ranks if rank is not None]
         if layer.dense:
             return None
         return max(known) if method.name == "add" else sum(known)
-    limit = largest_rank(layer, method)
-    if layer.kernel and recipe.conv_rank is not None:
-        return min(recipe.conv_rank, limit)
-    if isinstance(recipe.rank, int):
-        return min(recipe.rank, limit)
-    if recipe.rank == "same" and recipe.retain is None and recipe.size is None:
-        same = same_rank(layer)
-        return None if same is None else min(same, limit)
-    return None if layer.dense and recipe.rank == "full" else limit
+    return ranks.foreseen(
+        recipe,
+        most=layer.largest_rank(method),
+        same=layer.same_rank,
+        conv=bool(layer.kernel),
+        dense=layer.dense,
+    )
 
 
 def _output_dtype(recipe: MergeRecipe, sources: Sequence[Source]) -> tuple[str, list[str]]:
@@ -592,118 +417,3 @@ def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]]
         f"Both {first} and {second} hold the embedding {', '.join(names)}; the first one is kept."
         for (first, second), names in clashes.items()
     ]
-
-
-def needs_one_rank(plan: MergePlan) -> bool:
-    """Whether all layers are written in one rank, the smaller ones filled up with zeros."""
-    spelling = dialects.spelling_of(plan.architecture.id, plan.dialect)
-    has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
-    return spelling == models.DIFFUSERS and not has_alpha
-
-
-def predicted_bytes(plan: MergePlan) -> int:
-    """Size of the file, an upper bound by a few bytes a tensor."""
-    item = ITEM_BYTES[plan.dtype]
-    layers = (*plan.layers, *zero_layers(plan))
-    if needs_one_rank(plan):
-        largest = max((layer.rank or 0 for layer in layers), default=0)
-        layers = tuple(replace(layer, rank=largest) if layer.rank else layer for layer in layers)
-    tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in layers)
-    total = metadata_bytes(plan) + embeddings_bytes(plan) + tensors
-    return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
-
-
-def zero_layers(plan: MergePlan) -> tuple[LayerPlan, ...]:
-    """Layers that no input changes, written because a host takes them and planned ones only together."""
-    planned = {layer.layer for layer in plan.layers}
-    missing: dict[str, LayerPlan] = {}
-    for layer in plan.layers:
-        for name in models.companions(plan.architecture.id, layer.layer):
-            if name not in planned:
-                missing.setdefault(name, zero_layer(layer, name))
-    return tuple(missing.values())
-
-
-def zero_layer(like: LayerPlan, name: str) -> LayerPlan:
-    """A layer of zeros that completes the group of another, which tells its shape."""
-    return LayerPlan(name, like.component, like.block, like.out, like.in_, (), (), (), 1, False, False)
-
-
-def embeddings_bytes(plan: MergePlan) -> int:
-    """Bytes of the bundled embeddings and of their entries in the header."""
-    total = 0
-    for name, (index, key) in plan.embeddings.items():
-        info = plan.sources[index].source.header.tensors[key]
-        total += info.end - info.start + len(name.encode()) + len(str(info.shape)) + _ENTRY_BYTES
-    return total
-
-
-def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
-    """Bytes that a layer's tensors take in the header, with room for the longest offsets."""
-    slots = ["up", "down", "alpha"]
-    if layer.rank is None:
-        slots = ["w_norm", "b_norm"] if layer.vector else ["diff"]
-    if layer.bias and not layer.vector:
-        slots.append("diff_b")
-    total = 0
-    style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
-    for prefix, _ in output_names(plan, layer.layer):
-        for slot in slots:
-            key = dialects.output_key(prefix, slot, plan.dialect, style)
-            numbers = 1 if slot == "alpha" else len(f"{layer.rank or 1},{layer.out},{layer.in_}")
-            total += len(key) + numbers + _ENTRY_BYTES
-    return total
-
-
-def metadata_bytes(plan: MergePlan, name: str = "x" * 32) -> int:
-    """Bytes that the metadata of this merge takes at most, padding included.
-
-    Args:
-        name: Stem of the file, where it is known.
-    """
-    hashes = ["0" * 64] * len(plan.sources)
-    return len(json.dumps(merged_metadata(plan, name, hashes), ensure_ascii=False).encode()) + 256
-
-
-def merged_metadata(
-    plan: MergePlan,
-    name: str,
-    hashes: Sequence[str],
-    *,
-    linear: Sequence[tuple[int, float]] = (),
-    conv: Sequence[tuple[int, float]] = (),
-    whole: bool = False,
-) -> dict[str, str]:
-    """What the merged file will say of itself.
-
-    Args:
-        name: Stem of the file.
-        hashes: ``sshs_model_hash`` of each source.
-        linear, conv: (rank, alpha) of the layers written.
-        whole: Some layers are not low rank.
-    """
-    inputs = zip(plan.recipe.inputs, hashes, strict=True)
-    recipe = replace(
-        plan.recipe,
-        params=dict(plan.params),
-        inputs=tuple(replace(entry, hash=value) for entry, value in inputs),
-    )
-    return build_metadata(
-        name=name,
-        architecture=plan.architecture,
-        sources=[
-            SourceMeta(entry.path.stem, entry.source.header.metadata, value)
-            for entry, value in zip(plan.sources, hashes, strict=True)
-        ],
-        recipe=recipe,
-        ranks=[rank for rank, _ in linear],
-        alphas=[alpha for _, alpha in linear],
-        conv_ranks=[rank for rank, _ in conv],
-        conv_alphas=[alpha for _, alpha in conv],
-        module="lycoris.kohya" if whole else "networks.lora",
-    )
-
-
-def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, models.Rows | None], ...]:
-    """Names under which a layer is written, with the rows each of them holds."""
-    return dialects.output_parts(plan.architecture.id, layer, plan.dialect, plan.style)

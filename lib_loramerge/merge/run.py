@@ -20,21 +20,8 @@ from ..errors import Cancelled, IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
 from ..report import InputReport, LayerResult, MergeReport, percent, relative, worst
 from .layer import MergedLayer, Merger, open_merger
+from .layout import LayerPlan, MergePlan, SourcePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
 from .memory import peak_memory_bytes
-from .plan import (
-    ALPHA_BYTES,
-    ITEM_BYTES,
-    LayerPlan,
-    MergePlan,
-    SourcePlan,
-    embeddings_bytes,
-    entries_bytes,
-    merged_metadata,
-    metadata_bytes,
-    needs_one_rank,
-    zero_layer,
-    zero_layers,
-)
 
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
 LAYERS = 16
@@ -246,47 +233,16 @@ def _allot(
     """
     assert plan.recipe.size is not None
     spectra = for_each_layer(plan, merger.spectrum, "look", progress, cancel, workers)
-    item = ITEM_BYTES[plan.dtype]
-    costs, names = [], []
-    fixed = metadata_bytes(plan, name) + embeddings_bytes(plan)
-    fixed += sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in zero_layers(plan))
-    for layer, spectrum in zip(plan.layers, spectra, strict=True):
-        entry = entries_bytes(plan, layer)
-        if spectrum is None:
-            fixed += layer.bytes(item) + entry
-            continue
-        grouped = bool(models.companions(plan.architecture.id, layer.layer))
-        if grouped and not spectrum.rank:
-            fixed += zero_layer(layer, layer.layer).bytes(item) + entry  # the others may need it
-        per_rank = (layer.out + layer.width) * item
-        biases = layer.out * item if layer.bias else 0
-        least = 1 if grouped and spectrum.rank else 0
-        costs.append(ranks.LayerCost(spectrum.values.tolist(), per_rank, entry + ALPHA_BYTES + biases, least))
-        names.append(layer.layer)
-    budget = int(plan.recipe.size * 1_000_000) - fixed
-    least = sum(cost.per_rank + cost.fixed for cost in costs if cost.least) or min(
-        (cost.per_rank + cost.fixed for cost in costs), default=0
-    )
+    costs = file_costs(plan, spectra, name)
+    layers = list(costs.layers.values())
+    budget = int(plan.recipe.size * 1_000_000) - costs.fixed
+    least = ranks.least_bytes(layers)
     if budget < least:
         raise OutputError(
             f"{plan.recipe.size:g} MB is too small for any layer of this merge; "
-            f"it needs at least {(fixed + least) / 1e6:.3f} MB."
+            f"it needs at least {(costs.fixed + least) / 1e6:.3f} MB."
         )
-    if needs_one_rank(plan):
-        return dict.fromkeys(names, _one_rank_within(costs, budget))
-    return dict(zip(names, ranks.allot(costs, budget), strict=True))
-
-
-def _one_rank_within(costs: Sequence[ranks.LayerCost], budget: int) -> int:
-    """The largest rank that all layers can have."""
-    fixed, per_rank = sum(cost.fixed for cost in costs), sum(cost.per_rank for cost in costs)
-    most = (budget - fixed) // per_rank if per_rank else 0
-    if most < 1:
-        raise OutputError(
-            f"This spelling stores all layers in one rank; rank 1 takes {(fixed + per_rank) / 1e6:.3f} MB. "
-            "Allow a larger file, or use the kohya dialect."
-        )
-    return int(most)
+    return dict(zip(costs.layers, ranks.allot(layers, budget, one_rank=costs.one_rank), strict=True))
 
 
 def _merge_layers(

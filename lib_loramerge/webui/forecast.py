@@ -15,13 +15,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..delta import available_cores
-from ..merge.plan import largest_rank, predicted_bytes
+from ..merge.layout import predicted_bytes
 from ..report import percent
 from .render import time_text
 
 if TYPE_CHECKING:
     from ..merge import MergePlan
-    from ..merge.plan import LayerPlan
+    from ..merge.layout import LayerPlan
 
 # Nanoseconds of one core for a layer formed whole, measured together with _SORT: for an element of one input;
 # for an element of the result, and for each rank that is kept of it; for a multiplication of its Gram matrix,
@@ -148,7 +148,7 @@ def _loss(plan: MergePlan) -> str:
         for layer in plan.layers
         if not layer.vector
         and layer.rank is not None
-        and layer.rank < (most := largest_rank(layer, plan.method))
+        and layer.rank < (most := layer.largest_rank(plan.method))
     ]
     if not short:
         return ""
