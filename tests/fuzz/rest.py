@@ -1,6 +1,6 @@
 """Hostile requests to REST, one after another, for as long as one likes.
 
-``python tests/fuzz/rest.py --url http://127.0.0.1:7865 --token T --seconds 3600 [--seed N]`` against a
+``python -m tests.fuzz.rest --url http://127.0.0.1:7865 --token T --seconds 3600 [--seed N]`` against a
 running ``loramerge ui``: ends with status 1 at the first request whose answer is a 5xx (but a 503 that says
 why), is no JSON with an ``error``, or takes more than thirty seconds. ``POST merge`` is sent as a trial, so
 that nothing is written.
