@@ -28,10 +28,12 @@ _PUBLIC = {
     "compare": "analysis",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_PUBLIC, "__version__", "merge"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "merge":
+        return import_module(".merge", __name__)  # a package that can be called, see there
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)

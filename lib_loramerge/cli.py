@@ -98,6 +98,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = next((word for word in words if not word.startswith("-")), "")
     _merge_parser(commands, with_methods=command == "merge")
+    _sweep_parser(commands, with_methods=command == "sweep")
     _bake_parser(commands, with_methods=command == "bake")
     _extract_parser(commands)
     _subtract_parser(commands)
@@ -186,10 +187,20 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
-    """One option for each setting of the recipe that the command takes."""
+def _add_settings(parser: argparse.ArgumentParser, command: str, *, lists: bool = False) -> None:
+    """One option for each setting of the recipe that the command takes.
+
+    Args:
+        lists: Several values may be given, with commas between them.
+    """
     for name, entry in SETTINGS.items():
         if command not in entry.commands:
+            continue
+        if lists and entry.kind is not bool:
+            metavar = entry.metavar or "|".join(entry.words)
+            parser.add_argument(
+                entry.flag, dest=name, type=_comma_list, metavar=f"{metavar},...", help=entry.help
+            )
             continue
         if entry.kind is bool:
             parser.add_argument(entry.flag, dest=name, action="store_true", default=None, help=entry.help)
@@ -203,6 +214,10 @@ def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
             metavar=entry.metavar,
             help=entry.help + default,
         )
+
+
+def _comma_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -706,6 +721,93 @@ def run_subtract(options: argparse.Namespace) -> int:
     taken = [replace(one, **{n: -v for n in names if (v := getattr(one, n)) is not None}) for one in others]
     options.inputs = (first, *taken)
     return run_merge_command(options)
+
+
+# --- sweep -------------------------------------------------------------------------------------
+
+
+def _sweep_parser(commands: Any, *, with_methods: bool) -> None:
+    parser = _command(
+        commands, "sweep", run_sweep_command, "merge once for every ratio or setting of a range"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = SWEEP_EXAMPLES
+    _add_inputs(parser)
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="folder for the files and their table"
+    )
+    parser.add_argument("--mix", metavar="RANGE", help="shares of the second of two LoRAs, as 0..1/5")
+    parser.add_argument(
+        "--zip", action="store_true", help="the n-th values of all ranges together, not every combination"
+    )
+    parser.add_argument("--max", type=int, default=64, metavar="N", help="files at most (default: 64)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep files that exist and were made from the same recipe"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and list the files")
+    _add_settings(parser, "merge", lists=True)
+    _add_json(parser)
+    if with_methods:
+        _add_method_options(parser)
+
+
+SWEEP_EXAMPLES = """a value may be a range or a list:
+  loramerge sweep style:0.2..1.0/5 subject:0.5/0.8 -o both          5 x 2 files
+  loramerge sweep style:0.8 subject:1:lbw=ALL/MIDD -o blocks        two block weights
+  loramerge sweep style subject --mix 0..1/5 --mode svd,ties -o mix
+"""
+
+
+def run_sweep_command(options: argparse.Namespace) -> int:
+    from .sweep import expand, plan_sweep, run_sweep, target
+
+    fields = given_fields(options)
+    params = {name: _comma_list(value) for name, value in fields.pop("params", {}).items()}
+    folder = Path(options.output)
+    points = expand(
+        options.loras,
+        {name: value for name, value in fields.items() if isinstance(value, list)},
+        params,
+        mix=options.mix,
+        zipped=options.zip,
+        prefix=folder.resolve().name,
+        fields={name: value for name, value in fields.items() if not isinstance(value, list)},
+    )
+    sweep = plan_sweep(
+        points,
+        folder,
+        find=finder(options.lora_dir),
+        presets=presets_of(options),
+        most=options.max,
+        resume=options.resume,
+    )
+    if options.dry_run:
+        files = [str(target(sweep, point)) for point in points if point.name not in sweep.there]
+        if options.json:
+            _print_json({"files": files, "predicted_bytes": sweep.predicted_bytes})
+        else:
+            print("\n".join(files))
+            print(f"{len(files)} files, at most {sweep.predicted_bytes / 1e6:,.2f} MB")
+        return EXIT_DONE
+    rows = []
+    with progress_line(sys.stderr) as show:
+        for row in run_sweep(sweep, progress=_of_files(show, len(points)), cancel=interrupts.asked):
+            rows.append(row.to_json())
+            if not options.json:
+                print(row.to_text())
+    if options.json:
+        _print_json({"files": rows})
+    return EXIT_DONE
+
+
+def _of_files(show: Callable[[Progress], None] | None, count: int) -> Callable[[int, Progress], None] | None:
+    """Progress that says which of several files it is about."""
+    if show is None:
+        return None
+    from dataclasses import replace
+
+    line = show
+    return lambda index, found: line(replace(found, phase=f"file {index + 1} of {count}, {found.phase}"))
 
 
 # --- convert -----------------------------------------------------------------------------------

@@ -58,13 +58,13 @@ def parse_prompt(
         raise RecipeError(f"A prompt must be text, got {shown(text)}.")
     if len(text) > LONGEST_TEXT:
         raise RecipeError(f"A prompt must be at most {LONGEST_TEXT} characters long, got {len(text)}.")
-    bodies = _tag_bodies(text)
+    bodies = tag_bodies(text)
     if len(bodies) > MAX_INPUTS:
         raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(bodies)}.")
     return tuple(_parse(body, skip_unsupported, notes, tag=True) for body in bodies)
 
 
-def _tag_bodies(text: str) -> list[str]:
+def tag_bodies(text: str) -> list[str]:
     """What stands between the brackets of every closed tag, in time linear in the text."""
     bodies = []
     tag = _TAG.search(text)
@@ -101,7 +101,7 @@ def parse_inputs(
     for text in texts:
         if not isinstance(text, str) or len(text) > LONGEST_TEXT:
             raise RecipeError(f"A LoRA must be text of at most {LONGEST_TEXT} characters, got {shown(text)}.")
-        if _tag_bodies(text):
+        if tag_bodies(text):
             found += parse_prompt(text, skip_unsupported=skip_unsupported, notes=notes)
         elif text.lstrip().startswith("<"):
             raise RecipeError(f"{shown(text)} is not a tag: write <lora:NAME:STRENGTH> or NAME:STRENGTH.")
@@ -118,7 +118,7 @@ def _parse(body: str, skip: bool, notes: list[str] | None, *, tag: bool = False)
     Args:
         tag: There were brackets: blanks around the name belong to it, as in the WebUI.
     """
-    name, rest = _split_name(body if tag else body.strip())
+    name, rest = split_name(body if tag else body.strip())
     name = name if tag and name.strip() else name.strip()
     try:
         positions, keyed = _split_fields(rest)
@@ -136,7 +136,7 @@ def _parse(body: str, skip: bool, notes: list[str] | None, *, tag: bool = False)
     return found
 
 
-def _split_name(body: str) -> tuple[str, str | None]:
+def split_name(body: str) -> tuple[str, str | None]:
     """(name, what follows its colon), with the colons of a path kept in the name."""
     path = _FILE.match(body)
     if path:

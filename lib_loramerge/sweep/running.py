@@ -1,0 +1,249 @@
+"""A sweep carried out: all checked first, then one file after another, then the table of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_loramerge.blocks import Presets
+from lib_loramerge.errors import LoraMergeError, OutputError
+from lib_loramerge.files import check_target, free_space, model_hash, read_header
+from lib_loramerge.files.place import output
+from lib_loramerge.merge import MergePlan, Progress, plan_merge, run_merge
+from lib_loramerge.metadata import read_recipe
+from lib_loramerge.recipe import MergeRecipe, from_json, to_json
+from lib_loramerge.report import percent
+
+from .axes import Point
+
+if TYPE_CHECKING:
+    from lib_loramerge.report import MergeReport
+
+MOST_FILES = 64
+TABLES = ("sweep.json", "sweep.csv")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been checked.
+
+    Attributes:
+        folder: Where its files go.
+        points, plans: One each for every file.
+        there: Names of files that exist and hold the same recipe, so they are not written again.
+    """
+
+    folder: Path
+    points: Sequence[Point]
+    plans: Sequence[MergePlan]
+    there: frozenset[str] = frozenset()
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes of all files still to be written, at most."""
+        return sum(
+            plan.predicted_bytes
+            for point, plan in zip(self.points, self.plans, strict=True)
+            if point.name not in self.there
+        )
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One file of a sweep, as the tables list it. ``error`` and the rest are None for a file that existed."""
+
+    point: Point
+    file: str
+    report: MergeReport | None
+
+    def to_text(self) -> str:
+        """One line: the file, its error, its size and what is kept of each LoRA."""
+        if self.report is None:
+            return f"{self.file}  kept as it is"
+        kept = ", ".join(
+            f"{percent(max(0.0, entry.kept))} of {Path(entry.path).stem}" for entry in self.report.inputs
+        )
+        error = "no error" if self.report.error is None else f"error {percent(self.report.error)}"
+        return f"{self.file}  {self.report.size_bytes / 1e6:,.2f} MB, {error}, keeps {kept}"
+
+    def to_json(self) -> dict[str, Any]:
+        report = self.report
+        return {
+            "file": self.file,
+            "values": dict(self.point.values),
+            "recipe": to_json(self.point.recipe),
+            "error": report.error if report else None,
+            "kept": {entry.name: entry.kept for entry in report.inputs} if report else None,
+            "size_bytes": report.size_bytes if report else None,
+            "seconds": report.seconds["total"] if report else None,
+        }
+
+
+def plan_sweep(
+    points: Sequence[Point],
+    folder: Path,
+    *,
+    find: Callable[[str], Path],
+    presets: Presets,
+    most: int = MOST_FILES,
+    resume: bool = False,
+) -> Sweep:
+    """Check everything about a sweep before any work.
+
+    Args:
+        find: LoRA name to its file, as ``plan_merge`` takes it.
+        most: Files that the sweep may have.
+        resume: Skip files that exist and were made from the same recipe and sources.
+
+    Raises:
+        OutputError: Too many files, too little room, or names that exist.
+        LoraMergeError: What stops one of the merges; the message names the point.
+    """
+    if len(points) > most:
+        raise OutputError(f"This sweep makes {len(points)} files, and --max allows {most}.")
+    plans = []
+    for point in points:
+        try:
+            recipe = point.recipe
+            base = Path(recipe.base) if recipe.base else None
+            plans.append(plan_merge(recipe, find=find, presets=presets, base=base))
+        except LoraMergeError as error:
+            raise type(error)(f"{point.name}: {error}") from error
+    sweep = Sweep(folder, points, plans)
+    there = _existing(sweep, resume)
+    sweep = replace(sweep, there=there)
+    _check_room(sweep)
+    return sweep
+
+
+def _existing(sweep: Sweep, resume: bool) -> frozenset[str]:
+    taken = [point.name for point in sweep.points if target(sweep, point).exists()]
+    if not taken:
+        return frozenset()
+    if not resume:
+        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+        raise OutputError(
+            f"{sweep.folder / taken[0]}.safetensors exists{more}. Choose another folder, or --resume to keep "
+            "what was made from the same recipes."
+        )
+    for point, plan in zip(sweep.points, sweep.plans, strict=True):
+        if point.name in taken and not _same(target(sweep, point), plan):
+            raise OutputError(
+                f"{target(sweep, point)} exists and was made from another recipe or other files. "
+                "Move it away, or choose another folder."
+            )
+    return frozenset(taken)
+
+
+def _same(path: Path, plan: MergePlan) -> bool:
+    """Whether a file holds what the plan would write: the same recipe, and sources of the same contents."""
+    stored = read_recipe(read_header(path).metadata)
+    if stored is None:
+        return False
+    inputs = tuple(
+        replace(entry, hash=model_hash(source.path))
+        for entry, source in zip(plan.recipe.inputs, plan.sources, strict=True)
+    )
+    return stored == _plain(replace(plan.recipe, params=dict(plan.params), inputs=inputs))
+
+
+def _plain(recipe: MergeRecipe) -> MergeRecipe:
+    """As a file's metadata gives it back."""
+    return from_json(json.dumps(to_json(recipe)))
+
+
+def _check_room(sweep: Sweep) -> None:
+    folder = next(parent for parent in (sweep.folder, *sweep.folder.absolute().parents) if parent.exists())
+    free, needed = free_space(folder), sweep.predicted_bytes
+    if free is not None and needed > free:
+        raise OutputError(
+            f"This sweep needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder}."
+        )
+
+
+def target(sweep: Sweep, point: Point) -> Path:
+    """The file of a point."""
+    return sweep.folder / f"{point.name}.safetensors"
+
+
+def run_sweep(
+    sweep: Sweep,
+    *,
+    progress: Callable[[int, Progress], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+    workers: int | None = None,
+) -> Iterator[SweepRow]:
+    """Write the files one after another; the tables follow each, so that an interrupted sweep has them too.
+
+    Args:
+        progress: Called with the index of the file and how far it is.
+
+    Yields:
+        A row for each file, as it is complete.
+
+    Raises:
+        LoraMergeError: What stops a merge; files and tables made before stay.
+    """
+    try:
+        sweep.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {sweep.folder} cannot be made: {error.strerror or error}.") from error
+    for point in sweep.points:
+        if point.name not in sweep.there:
+            check_target(target(sweep, point), False)
+    before = _rows_before(sweep)
+    rows: list[dict[str, Any]] = []
+    for index, (point, plan) in enumerate(zip(sweep.points, sweep.plans, strict=True)):
+        path = target(sweep, point)
+        report = None
+        if point.name not in sweep.there:
+            show = _numbered(progress, index)
+            report = run_merge(plan, path, progress=show, cancel=cancel, workers=workers)
+        row = SweepRow(point, path.name, report)
+        rows.append(row.to_json() if report else before.get(path.name, row.to_json()))
+        _write_tables(sweep.folder, rows)
+        yield row
+
+
+def _numbered(
+    progress: Callable[[int, Progress], None] | None, index: int
+) -> Callable[[Progress], None] | None:
+    return None if progress is None else lambda found: progress(index, found)
+
+
+def _rows_before(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run in this folder, by file."""
+    try:
+        rows = json.loads((sweep.folder / TABLES[0]).read_text(encoding="utf-8"))["files"]
+        return {row["file"]: row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = json.dumps({"version": 1, "files": list(rows)}, ensure_ascii=False, indent=2, allow_nan=False)
+    for name, content in zip(TABLES, (text + "\n", _csv(rows)), strict=True):
+        with output(folder / name, True) as file:
+            file.write(content.encode())
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    labels = list(rows[0]["values"])
+    loras = list(dict.fromkeys(name for row in rows for name in row["kept"] or {}))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    heads = [f"kept of {name}" for name in loras]
+    writer.writerow(["file", *labels, "error", *heads, "size_bytes", "seconds"])
+    for row in rows:
+        kept = row["kept"] or {}
+        writer.writerow(
+            [row["file"], *(row["values"].get(label) for label in labels), row["error"]]
+            + [kept.get(name) for name in loras]
+            + [row["size_bytes"], row["seconds"]]
+        )
+    return out.getvalue()

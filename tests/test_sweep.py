@@ -1,0 +1,181 @@
+"""Sweeps: what ranges mean, how files are named, and that each file is what its own merge writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from lib_loramerge import cli
+from lib_loramerge.errors import RecipeError
+from lib_loramerge.sweep import expand, running
+from lib_loramerge.sweep.axes import values_of
+from tests.fixtures import SD1_LAYERS, make_lora
+
+
+@pytest.fixture
+def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_lora(tmp_path / "style.safetensors", SD1_LAYERS, rank=4, seed=1)
+    make_lora(tmp_path / "subject.safetensors", SD1_LAYERS, rank=4, seed=2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> int:
+    return cli.main([*words, "--lora-dir", "."])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0.2..1.0/5", ("0.2", "0.4", "0.6", "0.8", "1")),
+        ("1..-1/3", ("1", "0", "-1")),
+        ("0.1..0.3/3", ("0.1", "0.2", "0.3")),
+        ("0.5..0.9/1", ("0.5",)),
+        ("0.2/0.5/0.8", ("0.2", "0.5", "0.8")),
+        ("0.2-1.0 [5]", ("0.2", "0.4", "0.6", "0.8", "1")),
+        ("0-1 (+0.25)", ("0", "0.25", "0.5", "0.75", "1")),
+        ("1-0 (-0.5)", ("1", "0.5", "0")),
+        ("0-1 (+0.3)", ("0", "0.3", "0.6", "0.9")),
+        ("ALL/MIDD", ("ALL", "MIDD")),
+        ("0.7", ("0.7",)),
+        ("-0.7", ("-0.7",)),
+    ],
+)
+def test_ranges_and_lists(text, values):
+    assert values_of(text) == values
+
+
+@pytest.mark.parametrize("text", ["0..1/0", "0..1/99999999", "0-1 (-0.5)", "0-1 (+0)"])
+def test_ranges_of_no_points_are_refused(text):
+    with pytest.raises(RecipeError):
+        values_of(text)
+
+
+def test_names_say_what_varies_and_nothing_else():
+    points = expand(
+        ["folder/style.safetensors:-0.2/0.5", "subject:1:lbw=ALL/1,0,1"],
+        {"rank": ["8", "same"]},
+        {},
+        prefix="both",
+    )
+    assert [point.name for point in points] == [
+        f"both_style-{strength}_subject-lbw-{blocks}_{rank}"
+        for strength in ("m0.2", "0.5")
+        for blocks in ("ALL", "list2")
+        for rank in ("r8", "same")
+    ]
+    assert [point.recipe.inputs[0].te for point in points] == [-0.2] * 4 + [0.5] * 4
+    assert points[0].recipe.rank == 8
+    assert points[1].recipe.rank == "same"
+    assert points[2].recipe.inputs[1].lbw == "1,0,1"
+
+
+def test_axes_are_combined_or_zipped():
+    texts = ["a:0/0.5/1", "b:unet=1/0.5/0"]
+    assert len(expand(texts, {}, {})) == 9
+    zipped = expand(texts, {}, {}, zipped=True)
+    assert [(p.recipe.inputs[0].unet, p.recipe.inputs[1].unet) for p in zipped] == [
+        (0, 1),
+        (0.5, 0.5),
+        (1, 0),
+    ]
+    with pytest.raises(RecipeError, match="a has 2, b has 3"):
+        expand(["a:0/1", "b:0/1/2"], {}, {}, zipped=True)
+
+
+def test_a_mix_shares_the_strengths_of_two():
+    points = expand(["a", "b:0.5"], {}, {}, mix="0..1/5")
+    assert [(p.recipe.inputs[0].te, p.recipe.inputs[1].te) for p in points] == [
+        (1, 0), (0.75, 0.125), (0.5, 0.25), (0.25, 0.375), (0, 0.5),
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="exactly two"):
+        expand(["a", "b", "c"], {}, {}, mix="0..1/5")
+
+
+def test_a_parameter_goes_to_the_modes_that_have_it():
+    points = expand(["a", "b"], {"mode": ["svd", "ties"]}, {"density": ["0.3", "0.5"]})
+    assert [(p.name, p.recipe.mode, dict(p.recipe.params)) for p in points] == [
+        ("svd", "svd", {}),
+        ("ties_density-0.3", "ties", {"density": "0.3"}),
+        ("ties_density-0.5", "ties", {"density": "0.5"}),
+    ]
+
+
+@pytest.mark.parametrize("texts", [["a:0.5", "b"], ["a:0.5/0.5"]])
+def test_a_sweep_in_which_nothing_or_the_same_varies_is_refused(texts):
+    with pytest.raises(RecipeError):
+        expand(texts, {}, {})
+
+
+def test_every_file_is_byte_for_byte_that_of_its_own_merge(loras):
+    assert run("sweep", "style:0.3/-0.8", "subject:1:lbw=ALL/MIDD", "--mode", "svd,ties", "-o", "out") == 0
+    rows = json.loads((loras / "out" / "sweep.json").read_text())["files"]
+    assert len(rows) == 8
+    for row in rows:
+        values = row["values"]
+        (loras / "single").mkdir(exist_ok=True)
+        assert (
+            run(
+                "merge", f"style:{values['style']}", f"subject:1:lbw={values['subject lbw']}",
+                "--mode", values["mode"], "-o", f"./single/{row['file']}",
+            )
+            == 0
+        )  # fmt: skip
+        assert (loras / "out" / row["file"]).read_bytes() == (loras / "single" / row["file"]).read_bytes()
+        assert row["size_bytes"] == (loras / "out" / row["file"]).stat().st_size
+
+
+def test_the_table_lists_values_error_and_what_is_kept(loras):
+    assert run("sweep", "style:0.8", "subject:0.5/1", "--rank", "1,full", "-o", "out") == 0
+    with (loras / "out" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["subject"], row["rank"]) for row in rows] == [
+        ("0.5", "1"), ("0.5", "full"), ("1", "1"), ("1", "full"),
+    ]  # fmt: skip
+    assert float(rows[0]["error"]) > 0.1 > float(rows[1]["error"])
+    assert float(rows[0]["kept of subject"]) < 0.9 < float(rows[1]["kept of subject"])
+
+
+def test_existing_names_are_refused_together_or_kept(loras, capsys):
+    words = ["sweep", "style:0.3/0.8", "subject", "-o", "out"]
+    assert run(*words) == 0
+    (loras / "out" / "out_style-0.8.safetensors").unlink()
+    before = (loras / "out" / "out_style-0.3.safetensors").stat()
+    assert run(*words) == 1
+    assert not (loras / "out" / "out_style-0.8.safetensors").exists()
+    assert run(*words, "--resume") == 0
+    after = (loras / "out" / "out_style-0.3.safetensors").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    rows = json.loads((loras / "out" / "sweep.json").read_text())["files"]
+    assert all(row["size_bytes"] for row in rows)
+    # Another source under the same name: what was made from the old one is not the sweep's.
+    make_lora(loras / "subject.safetensors", SD1_LAYERS, rank=4, seed=3)
+    capsys.readouterr()
+    assert run(*words, "--resume") == 1
+    assert "made from another recipe or other files" in capsys.readouterr().err
+
+
+def test_too_many_files_or_too_little_room_is_said_before_any_work(loras, capsys, monkeypatch):
+    assert run("sweep", "style:0..1/5", "subject:0..1/5", "--max", "24", "-o", "out") == 1
+    assert "25 files, and --max allows 24" in capsys.readouterr().err
+    monkeypatch.setattr(running, "free_space", lambda folder: 1000)
+    assert run("sweep", "style:0.1..1/5", "subject", "-o", "out") == 1
+    assert "0.00 GB are free" in capsys.readouterr().err
+    assert not (loras / "out").exists()
+
+
+def test_an_error_names_its_point_and_nothing_is_written(loras, capsys):
+    assert run("sweep", "style:1:lbw=ALL/NOSUCH", "subject", "-o", "out") == 1
+    error = capsys.readouterr().err
+    assert "style-lbw-NOSUCH" in error
+    assert "Traceback" not in error
+    assert not (loras / "out").exists()
+
+
+def test_a_dry_run_lists_the_files(loras, capsys):
+    assert run("sweep", "style:0.5/1", "subject", "-o", "out", "--dry-run") == 0
+    assert "out_style-0.5.safetensors" in capsys.readouterr().out
+    assert not (loras / "out").exists()
