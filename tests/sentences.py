@@ -18,6 +18,7 @@ from pathlib import Path
 # Their texts reach the command line, the REST pages or the console, never the tab.
 NOT_OF_THE_TAB = frozenset({
     "cli.py", "__main__.py", "demo.py",  # the command line
+    "sweep/axes.py", "sweep/running.py", "merge/simple.py",  # the command line and the library
     "webui/standalone.py",  # what it says when it starts
     "webui/api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",  # REST, whose words are English
     "webui/enter.py",  # before the page, in both languages
