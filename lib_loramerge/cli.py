@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from . import __version__, interrupts
 from .errors import Cancelled, LoraMergeError, OutputError, RecipeError
@@ -583,7 +583,7 @@ def run_bake(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def in_megabytes(show: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
+def in_megabytes(show: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
     """A progress line that counts bytes by the million."""
     from dataclasses import replace
 
@@ -656,7 +656,7 @@ def run_extract(options: argparse.Namespace) -> int:
             target,
             _extract_settings(options),
             overwrite=options.overwrite,
-            progress=cast("Callable[[Any], None] | None", show),
+            progress=show,
             cancel=interrupts.asked,
         )
     _print_report(report, options)
@@ -897,7 +897,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 base,
                 None,
                 ExtractSettings(hashed=False),
-                progress=cast("Callable[[Any], None] | None", show),
+                progress=show,
                 cancel=interrupts.asked,
             )
         _print_report(found, options)

@@ -471,3 +471,154 @@ def test_data_begin_where_in_a_page_they_did(tmp_path, sd1):
         with open(tmp_path / f"{name}.safetensors", "rb") as file:
             starts.append(8 + struct.unpack("<Q", file.read(8))[0])
     assert starts[0] % 4096 == starts[1] % 4096
+
+
+@pytest.mark.parametrize("kind", ["lokr", "locon", "glora", "dora", "ia3"])
+def test_other_adapters_equal_what_their_own_formula_gives(tmp_path, kind):
+    wide = make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    name, key, weight = LORA_Q, Q, wide[Q].double()
+    if kind == "lokr":
+        w1, w2 = draw(8, 8), draw(40, 40)
+        lora, delta = (
+            {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(1.0)},
+            torch.kron(w1.double(), w2.double()),
+        )
+    elif kind == "locon":
+        name, key = (
+            "lora_unet_down_blocks_0_resnets_0_conv1",
+            "model.diffusion_model.input_blocks.1.0.in_layers.2.weight",
+        )
+        whole = lora_of({name: (320, 320, 3, 3)})
+        weight, delta = wide[key].double(), product(whole, name)
+        lora = {slot.removeprefix(f"{name}."): tensor for slot, tensor in whole.items()}
+    elif kind == "glora":
+        lora = {
+            "a1.weight": draw(4, 320),
+            "a2.weight": draw(320, 4),
+            "b1.weight": draw(4, 320),
+            "b2.weight": draw(320, 4),
+        }
+        a = lora["a2.weight"].double() @ lora["a1.weight"].double()
+        delta = lora["b2.weight"].double() @ lora["b1.weight"].double() + weight @ a
+        lora["alpha"] = torch.tensor(4.0)
+    elif kind == "dora":
+        lora = {"lora_up.weight": draw(320, 4), "lora_down.weight": draw(4, 320), "alpha": torch.tensor(4.0)}
+        lora["dora_scale"] = 1 + draw(1, 320).abs()
+        added = weight + lora["lora_up.weight"].double() @ lora["lora_down.weight"].double()
+        delta = added / added.norm(dim=0, keepdim=True) * lora["dora_scale"].double() - weight
+    else:
+        name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+        key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        weight, scale = wide[key].double(), draw(320)
+        lora = {"weight": scale, "on_input": torch.tensor(False)}
+        delta = weight * scale.double()[:, None]
+    save_file(
+        {f"{name}.{slot}": tensor.contiguous() for slot, tensor in lora.items()}, tmp_path / "a.safetensors"
+    )
+    words = (tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out.safetensors")
+    assert bake(*words) == 0
+    after = load_file(tmp_path / "out.safetensors")[key].double()
+    exact = weight + delta
+    assert (after - exact).norm() / exact.norm() < 1e-6
+    assert delta.norm() / weight.norm() > 0.01
+
+
+def test_two_loras_of_fused_and_split_names_meet_in_one_tensor(tmp_path):
+    before = make_checkpoint(tmp_path / "base.safetensors", "flux-flux", dtype=torch.bfloat16)
+    fused = lora_of({"lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072)})
+    split = {
+        f"transformer.transformer_blocks.0.attn.to_k.lora_{end}.weight": tensor
+        for end, tensor in (("A", torch.randn(2, 3072) * 0.02), ("B", torch.randn(3072, 2) * 0.02))
+    }
+    save_file(fused, tmp_path / "a.safetensors")
+    save_file(split, tmp_path / "b.safetensors")
+    words = (
+        tmp_path / "base.safetensors",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--dtype",
+        "float32",
+    )
+    assert bake(*words, "-o", tmp_path / "out") == 0
+    exact = before[FLUX].double() + product(fused, "lora_unet_double_blocks_0_img_attn_qkv")
+    down, up = (
+        split[f"transformer.transformer_blocks.0.attn.to_k.lora_{end}.weight"].double() for end in "AB"
+    )
+    exact[3072:6144] += up @ down
+    after = load_file(tmp_path / "out.safetensors")[FLUX]
+    assert after.dtype == torch.float32
+    assert (after.double() - exact).norm() / exact.norm() < 1e-7
+
+
+def prepared(tmp_path):
+    from lib_loramerge.blocks import bundled_preset_path, load_presets
+    from lib_loramerge.checkpoints import prepare_bake
+    from lib_loramerge.recipe import LoraInput, MergeRecipe
+
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    return prepare_bake(
+        MergeRecipe(inputs=(LoraInput("a"),)),
+        tmp_path / "base.safetensors",
+        find=lambda name: tmp_path / f"{name}.safetensors",
+        presets=load_presets([bundled_preset_path()]),
+    )
+
+
+@pytest.mark.parametrize("calls", [1, 3, 8])
+def test_a_cancelled_bake_leaves_nothing_and_the_old_file(tmp_path, sd1, calls):
+    from lib_loramerge.errors import Cancelled
+
+    asked = 0
+
+    def cancel():
+        nonlocal asked
+        asked += 1
+        return asked > calls
+
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    with prepared(tmp_path) as ready, pytest.raises(Cancelled):
+        ready.run(tmp_path / "out.safetensors", overwrite=True, cancel=cancel)
+    assert (tmp_path / "out.safetensors").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["base", "a"])
+def test_inputs_that_change_meanwhile_are_an_error_and_nothing_is_written(tmp_path, sd1, name):
+    from lib_loramerge.errors import FileError
+
+    with prepared(tmp_path) as ready:
+        with open(tmp_path / f"{name}.safetensors", "r+b") as file:
+            file.truncate(os.path.getsize(tmp_path / f"{name}.safetensors") - 1000)
+        with pytest.raises(FileError):
+            ready.run(tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_killed_bake_leaves_nothing(tmp_path, sd1):
+    import subprocess
+    import sys
+    import time
+
+    for number in range(40):
+        sd1[f"first_stage_model.padding{number}.weight"] = torch.zeros(1 << 20).half()
+    save_file(sd1, tmp_path / "base.safetensors")
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    words = ["bake", tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out"]
+    for wait in (1.5, 2.2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lib_loramerge", *map(str, words)], stdout=subprocess.DEVNULL
+        )
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        left = {path.name for path in tmp_path.iterdir()} - {"base.safetensors", "a.safetensors"}
+        # Killed late, it was done: then the file is whole.
+        assert left in (set(), {"out.safetensors"})
+        if left:
+            assert load_file(tmp_path / "out.safetensors").keys() == sd1.keys()
+            (tmp_path / "out.safetensors").unlink()

@@ -17,7 +17,7 @@ import torch
 from ..errors import Cancelled, OutputError
 from ..files import LoraFile, check_target, temporary_beside
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
-from ..merge import MergePlan
+from ..merge import MergePlan, Progress
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
 from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
@@ -47,19 +47,18 @@ class BakeSettings:
     encoders: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Bytes done of a phase, ``"hash"`` or ``"write"``."""
-
-    phase: str
-    done: int
-    total: int
-    eta: float | None = None
-
-
 @dataclass
 class Bake:
-    """A bake that was checked from headers alone and is ready to run; its files are open."""
+    """A bake that was checked from headers alone and is ready to run; its files are open.
+
+    Attributes:
+        changes: Name of a tensor to what is added to it.
+        plan: Of the LoRAs; None for a difference of checkpoints.
+        inputs, parents: Sentences on what goes in, and their names.
+        adapter_notes: Filled while the LoRAs are read.
+        others: Further files that are read.
+        unchanged: Raises where another program wrote to any of the inputs meanwhile.
+    """
 
     checkpoint: Checkpoint
     settings: BakeSettings
@@ -73,6 +72,7 @@ class Bake:
     skipped: list[str]
     adapter_notes: set[str] = field(default_factory=set)
     others: Sequence[Path] = ()
+    unchanged: Callable[[], None] = lambda: None
 
     def files(self) -> list[Path]:
         """Every file that is read."""
@@ -214,7 +214,7 @@ class Bake:
             if progress is not None:
                 spent = time.perf_counter() - begin
                 eta = spent / done * (size - done) if done > size / 50 else None
-                progress(Progress("write", min(done, size), size, eta))
+                progress(Progress("write", min(done, size), size, eta=eta))
 
         return rewrite(
             file,
@@ -226,6 +226,7 @@ class Bake:
             hashed=hashed,
             progress=show,
             cancel=cancel,
+            before_rename=self.unchanged,
         )
 
     def _files_to_write(self) -> list[tuple[LoraFile, list[Entry]]]:

@@ -90,6 +90,11 @@ class Pair:
     def identity(self) -> str:
         return self.base.architecture.id
 
+    def check_unchanged(self) -> None:
+        """Refuse what was read of files that another program wrote to meanwhile."""
+        self.tuned.check_unchanged()
+        self.base.check_unchanged()
+
     def layers(self) -> list[str]:
         """Matrices of the parts asked for that both have, in a fixed order.
 

@@ -14,9 +14,10 @@ from ..delta import parallel_map
 from ..errors import Cancelled, IncompatibleError, OutputError, RecipeError
 from ..files import check_target, write_file
 from ..files.hashes import hash_from
+from ..merge import Progress
 from ..metadata import build_metadata
 from ..recipe import LoraInput, MergeRecipe
-from .baking import Progress, legacy_hash
+from .baking import legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
 from .reading import Checkpoint
@@ -79,10 +80,13 @@ def extract(
             if output is not None:
                 metadata = _metadata(pair, output, found, _hashes(pair, cancel))
                 written = write_file(
-                    output, tensors, metadata, overwrite=overwrite, stop=lambda: raise_if(cancel)
+                    output,
+                    tensors,
+                    metadata,
+                    overwrite=overwrite,
+                    stop=lambda: raise_if(cancel),
+                    before_rename=pair.check_unchanged,
                 )
-            for checkpoint in (first, second):
-                checkpoint.check_unchanged()
         report = report_of(pair, output, written.size if written is not None else None, found, start)
         return _with_notes(report, [*pair.skipped, *skipped_vectors])
 
@@ -113,7 +117,7 @@ def _all_layers(
         if progress is not None:
             spent = time.perf_counter() - begin
             eta = spent / len(found) * (len(names) - len(found)) if len(found) > 8 else None
-            progress(Progress("extract", len(found), len(names), eta))
+            progress(Progress("extract", len(found), len(names), layer.name, eta))
     complete_groups(pair, found, tensors)
     return found
 

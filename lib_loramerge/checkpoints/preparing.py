@@ -69,8 +69,8 @@ def prepare_bake(
             warnings,
             [*plan.skipped, *skipped],
             notes,
+            unchanged=merger.check_unchanged,
         )
-        merger.check_unchanged()
 
 
 def _ema_note(checkpoint: Checkpoint, settings: BakeSettings) -> list[str]:
@@ -239,6 +239,11 @@ def prepare_difference(
                 layers += not bias
         if not changes:
             raise IncompatibleError("The three checkpoints have no layer in common.")
+
+        def unchanged() -> None:
+            more.check_unchanged()
+            less.check_unchanged()
+
         shown = [*skipped[:5], *([f"{len(skipped) - 5} more layers"] if len(skipped) > 5 else [])]
         yield Bake(
             checkpoint,
@@ -253,4 +258,5 @@ def prepare_difference(
             shown,
             set(),
             (tuned, minus),
+            unchanged,
         )

@@ -134,12 +134,14 @@ def rewrite(
     hashed: bool = True,
     progress: Callable[[int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
+    before_rename: Callable[[], None] | None = None,
 ) -> Rewritten:
     """Write a file in the order of another, some tensors changed, all others byte for byte.
 
     Args:
         entries: In the order of the source's data; tensors that are not among them are left out.
         progress: Called with the bytes written so far.
+        before_rename: Called when all is on disk; what it raises stops the writing, and nothing is left.
 
     Raises:
         OutputError: It cannot be written, or a sum is too large for its dtype.
@@ -181,6 +183,8 @@ def rewrite(
         file.flush()
         to_disk(file.fileno(), stop)
         source.check_unchanged()
+        if before_rename is not None:
+            before_rename()
         stop()
     done.sha256 = digest.hexdigest() if digest is not None else None
     return done

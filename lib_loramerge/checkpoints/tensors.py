@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import dialects, models
 from ..delta import LowRank, Stored, take_rows
+from ..errors import OutputError
 from ..files.decode import tensor_bytes
 from .differing import Found, Pair
 from .reading import LayerRows
@@ -26,8 +27,15 @@ class Spill(Mapping[str, Tensor]):
 
     def add(self, key: str, tensor: Tensor) -> None:
         data = tensor_bytes(tensor.contiguous())
-        place = self._file.seek(0, os.SEEK_END)
-        self._file.write(data)
+        try:
+            place = self._file.seek(0, os.SEEK_END)
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(
+                f"The disk has no room for the LoRA while it is made ({error.strerror or error}); nothing "
+                "was written. Free some space, or choose a lower rank."
+            ) from error
         self._places[key] = (place, len(data), tensor.dtype, tuple(tensor.shape))
 
     def __getitem__(self, key: str) -> Tensor:

@@ -96,7 +96,12 @@ def unwritable(path: Path, error: OSError | ValueError) -> OutputError:
     number = getattr(error, "errno", None)
     if isinstance(error, FileExistsError):
         return OutputError(f"{path} exists already; choose another name, or allow it to be overwritten.")
-    if number in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", -1)):
+    if number == errno.EFBIG:
+        return OutputError(
+            f"{path.name} was not written: this disk cannot hold files of that size (FAT32 ends at 4 GiB). "
+            "Choose another disk."
+        )
+    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
         return OutputError(f"The disk is full, so {path.name} was not written; nothing is left of it.")
     if number == errno.ENAMETOOLONG:
         return OutputError(f"The name {path.name[:60]!r}... is too long for this disk; choose a shorter one.")
