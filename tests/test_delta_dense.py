@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_loramerge.delta import Dense, decompose_dense, truncate, truncate_dense, write_layer
+from lib_loramerge.delta import Dense, decompose_dense, truncate, write_layer
 from tests.delta_cases import dense, low_rank, optimum, size
 
 
@@ -35,7 +35,7 @@ def test_the_fast_way_misses_the_optimum_by_less_than_a_hundred_thousandth(out, 
 
 def test_pure_noise_is_the_hardest_and_is_cut_as_well():
     weight = torch.randn(500, 500, generator=torch.Generator().manual_seed(1))
-    got = truncate_dense(Dense(weight), 8)
+    got = truncate(decompose_dense(Dense(weight), 8), 8)
     assert size(dense(got) - weight) <= optimum(weight, 8)[1] * (1 + 1e-5)
 
 
@@ -54,7 +54,7 @@ def test_all_singular_values_are_those_of_the_dense_decomposition(out, in_):
 def test_the_result_is_the_same_each_time_and_leaves_the_random_state_alone():
     delta = Dense(trimmed(300, 300, 6, 1.0))
     before = torch.get_rng_state()
-    first, second = truncate_dense(delta, 6), truncate_dense(delta, 6)
+    first, second = (truncate(decompose_dense(delta, 6), 6) for _ in range(2))
     assert torch.equal(first.up, second.up)
     assert torch.equal(first.down, second.down)
     assert torch.equal(before, torch.get_rng_state())

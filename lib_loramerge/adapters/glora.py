@@ -8,32 +8,19 @@ import torch
 from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank
+from ..models import GLORA_SLOTS, is_old_glora
 from .kinds import AdapterKind, Layer, LayerFacts, Shape, Shapes, matrix, register, require, split_kernel
 from .scaling import wide
 
-_SLOTS = ("a1", "a2", "b1", "b2")
 ALPHA_DIFFERS = "The scale of GLoRA is alpha / rank, as in Forge and SD.Next; A1111 ignores its alpha."
 TUCKER_DIFFERS = "The Tucker core of GLoRA is applied as LyCORIS trains it; the WebUIs ignore it."
 
 
-def is_old_order(shapes: Shapes) -> bool:
-    """Whether the factors lie in the order of LyCORIS before version 2.
-
-    Old: a1, b1 (rank, in), a2 (in, rank), b2 (out, rank). New: a1 (in, rank),
-    b1 (out, rank), a2, b2 (rank, in). For a square layer both readings fit, and
-    the rank is the smaller number, which is what Forge's rule amounts to.
-    """
-    a1, a2, b1, b2 = (shapes[slot] for slot in _SLOTS)
-    old = b2[1] == b1[0] == a1[0] == a2[1]
-    new = b2[0] == b1[1] == a1[1] == a2[0]
-    return old and (not new or a2[0] >= a2[1])
-
-
 def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     notes: tuple[str, ...] = (ALPHA_DIFFERS,) if "alpha" in shapes else ()
-    for slot in _SLOTS:
+    for slot in GLORA_SLOTS:
         split_kernel(shapes[slot], slot, where, None)
-    if is_old_order(shapes):
+    if is_old_glora(shapes):
         return _describe_old(shapes, where, kernel, notes)
     if "bm" in shapes:
         notes += (TUCKER_DIFFERS,)
@@ -47,7 +34,7 @@ def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     else:
         rank_b, in_b, stored = split_kernel(shapes["b2"], "b2", where, kernel)
         require(rank_b == rank_b1, where, shapes, "b1", "b2")
-    require((rank, in_, in_) == (rank_a, in_a, in_b), where, shapes, *_SLOTS)
+    require((rank, in_, in_) == (rank_a, in_a, in_b), where, shapes, *GLORA_SLOTS)
     total, limit = rank_b1 + rank * math.prod(stored), min(out, in_ * math.prod(stored))
     fits = not stored or total <= limit
     return LayerFacts("glora", out, in_, stored, total if fits else None, needs_base=True, notes=notes)
@@ -56,17 +43,17 @@ def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
 def _describe_old(shapes: Shapes, where: str, kernel: Shape | None, notes: tuple[str, ...]) -> LayerFacts:
     out, rank = matrix(shapes["b2"], "b2", where)
     rows, in_, stored = split_kernel(shapes["b1"], "b1", where, kernel)
-    require("bm" not in shapes, where, shapes, *_SLOTS, "bm")
+    require("bm" not in shapes, where, shapes, *GLORA_SLOTS, "bm")
     unfolded = in_ * math.prod(stored)
     sizes = (math.prod(shapes["a1"][1:]), math.prod(shapes["a2"]) // max(rank, 1))
-    require(rows == rank and sizes == (unfolded, unfolded), where, shapes, *_SLOTS)
+    require(rows == rank and sizes == (unfolded, unfolded), where, shapes, *GLORA_SLOTS)
     return LayerFacts("glora", out, in_, stored, 2 * rank, needs_base=True, notes=notes)
 
 
 def _build(layer: Layer) -> Delta:
     assert layer.base is not None
-    factors = [wide(layer.slots[slot]) for slot in _SLOTS]
-    if is_old_order({slot: tuple(t.shape) for slot, t in zip(_SLOTS, factors)}):
+    factors = [wide(layer.slots[slot]) for slot in GLORA_SLOTS]
+    if is_old_glora({slot: tuple(t.shape) for slot, t in zip(GLORA_SLOTS, factors)}):
         a1, a2, b1, b2 = (t.flatten(1) for t in factors)
         return _joined(b2, b1, _times(layer.base.flatten(1), a2), a1, layer.facts.kernel)
     a1, a2, b1, b2 = (t.flatten(1) for t in factors)
@@ -96,14 +83,14 @@ def _joined(up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor, kernel: Shap
 
 
 def _scale_rank(shapes: Shapes) -> int:
-    return shapes["a1"][0] if is_old_order(shapes) else shapes["a2"][0]
+    return shapes["a1"][0] if is_old_glora(shapes) else shapes["a2"][0]
 
 
 GLORA = register(
     AdapterKind(
         name="glora",
         label="GLoRA",
-        forms=(frozenset(_SLOTS),),
+        forms=(frozenset(GLORA_SLOTS),),
         optional=frozenset({"bm"}),
         needs_base=True,
         exact_low_rank=True,

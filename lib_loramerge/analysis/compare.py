@@ -58,11 +58,6 @@ class Relation:
     sign_conflict: float
     norms: tuple[float, float]
 
-    @property
-    def norm_ratio(self) -> float | None:
-        """First norm by second; None when the second is 0."""
-        return self.norms[0] / self.norms[1] if self.norms[1] else None
-
 
 @dataclass(frozen=True)
 class PairReport:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..adapters.glora import is_old_order
 from ..dialects import split_key
 from ..hosts import HOSTS, Host
 from ..merge.sources import Source, SourcePart
-from ..models import companions, component
+from ..models import companions, component, is_old_glora
 
 _FLATTENED = ("lora_unet_", "lora_te", "oft_unet_")
 _SD3 = ("sd3", "sd3_large")
@@ -177,7 +176,7 @@ def _new_glora(source: Source) -> bool:
         slots = part.part.slots
         if part.facts.kind == "glora":
             shapes = {slot: source.header.tensors[slots[slot]].shape for slot in ("a1", "a2", "b1", "b2")}
-            if not is_old_order(shapes):
+            if not is_old_glora(shapes):
                 return True
     return False
 

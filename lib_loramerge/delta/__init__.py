@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from .core import NOISE, Spectrum, as_double, decompose, gram, grams, truncate
-from .dense import decompose_dense, truncate_dense
+from .dense import decompose_dense
 from .measure import (
-    Overlap,
     Overlaps,
     conflict_of,
-    cosine,
     inner,
     inner_products,
     lost_of_inputs,
     norm,
-    overlap,
     overlaps,
     relative_error,
     sampled_rows,
-    sign_conflict,
 )
 from .reach import NEAR, largest, near_one, times_two_to
 from .settings import full_precision, own_settings
@@ -50,7 +46,6 @@ __all__ = [
     "LowRank",
     "Merged",
     "Mixed",
-    "Overlap",
     "Overlaps",
     "Spectrum",
     "Stored",
@@ -59,7 +54,6 @@ __all__ = [
     "batch_numbers",
     "check_same_shape",
     "conflict_of",
-    "cosine",
     "decompose",
     "decompose_dense",
     "full_precision",
@@ -73,7 +67,6 @@ __all__ = [
     "moved",
     "near_one",
     "norm",
-    "overlap",
     "overlaps",
     "own_settings",
     "parallel_map",
@@ -82,14 +75,12 @@ __all__ = [
     "relative_error",
     "sampled_rows",
     "scaled",
-    "sign_conflict",
     "stack",
     "store",
     "store_truncated",
     "take_rows",
     "times_two_to",
     "truncate",
-    "truncate_dense",
     "write_layer",
     "write_layers",
 ]

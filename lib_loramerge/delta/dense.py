@@ -19,7 +19,6 @@ from .core import (
     grams,
     in_float32,
     sizes,
-    truncate,
 )
 from .reach import NEAR, largest, times_two_to
 from .types import Dense, Grams, LowRank
@@ -133,11 +132,6 @@ def _times_two_to(spectrum: Spectrum, power: int) -> Spectrum:
         source=replace(source, down=source.down * factor) if isinstance(source, LowRank) else source,
         mixing=mixing and mixed,
     )
-
-
-def truncate_dense(delta: Dense, rank: int) -> LowRank:
-    """The best approximation of a rank of a dense delta; factors share sqrt(s), alpha = rank."""
-    return truncate(decompose_dense(delta, rank), rank)
 
 
 def _start_block(start: Tensor | None, in_: int, rank: int) -> Tensor:

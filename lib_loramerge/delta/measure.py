@@ -42,12 +42,6 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
     return a.double() @ b.double().mT
 
 
-def cosine(a: Delta, b: Delta) -> float:
-    """Cosine of the angle between two deltas; 0 when one of them is zero."""
-    size = norm(a) * norm(b)
-    return inner(a, b) / size if size > 0 else 0.0
-
-
 def inner_products(deltas: Sequence[Delta]) -> Tensor:
     """(n, n) float64 on the CPU: the Frobenius inner product of each two deltas of one shape."""
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
@@ -89,39 +83,6 @@ def overlaps(deltas: Sequence[Delta]) -> Overlaps:
     return Overlaps(_products_of_parts(small, whole.component_gains(), places), inputs, outputs)
 
 
-@dataclass(frozen=True, eq=False)
-class Overlap:
-    """:class:`Overlaps` of two deltas.
-
-    Attributes:
-        cosine: Of the angle between them, -1 to 1.
-        inputs, outputs: How much their row spaces and their column spaces share, 0 to 1.
-    """
-
-    cosine: float
-    inputs: float
-    outputs: float
-
-
-def overlap(a: LowRank, b: LowRank) -> Overlap:
-    """Similarity of two low-rank deltas of one shape."""
-    both = overlaps([a, b])
-    size = math.prod(math.sqrt(max(0.0, float(square))) for square in both.products.diagonal())
-    return Overlap(
-        cosine=float(both.products[0, 1]) / size if size > 0 else 0.0,
-        inputs=float(both.inputs[0, 1]),
-        outputs=float(both.outputs[0, 1]),
-    )
-
-
-def sign_conflict(a: Delta, b: Delta, rows: int = 64) -> float:
-    """Share of elements, weighted by ``|a b|``, where two deltas pull in opposite directions.
-
-    0.5 is what unrelated deltas give. Counted on about ``rows`` rows, evenly spread, formed for it.
-    """
-    return conflict_of(sampled_rows(a, rows), sampled_rows(b, rows))
-
-
 def sampled_rows(delta: Delta, rows: int = 64) -> Tensor:
     """About ``rows`` rows of a delta weight, evenly spread, (n, in * kh * kw) float32."""
     step = max(1, delta.out // rows)
@@ -132,7 +93,10 @@ def sampled_rows(delta: Delta, rows: int = 64) -> Tensor:
 
 
 def conflict_of(first: Tensor, second: Tensor) -> float:
-    """:func:`sign_conflict` of two matrices."""
+    """Share of elements, weighted by ``|a b|``, in which two matrices have opposite signs.
+
+    0.5 is what unrelated matrices give.
+    """
     product = first * second
     total, size = float(product.sum()), float(product.abs_().sum())
     return min(1.0, max(0.0, (size - total) / (2 * size))) if size > 0 else 0.0

@@ -24,7 +24,7 @@ from .base import (
 from .blocks import block, companions, is_conv, kernel, layers
 from .checkpoints import CheckpointKey, bias_place, checkpoint_keys, numbered_layers
 from .compatible import encoder_part
-from .detect import Detection, Model, detect, in_features, out_features
+from .detect import GLORA_SLOTS, Detection, Model, detect, in_features, is_old_glora, out_features
 from .names import canonical_path, comfy_layer, diffusers_layers, has_dotted_name_alone
 from .records import ARCHITECTURES
 
@@ -33,6 +33,7 @@ __all__ = [
     "COMFY",
     "COMPONENTS",
     "DIFFUSERS",
+    "GLORA_SLOTS",
     "KOHYA",
     "Architecture",
     "CheckpointKey",
@@ -53,6 +54,7 @@ __all__ = [
     "has_dotted_name_alone",
     "in_features",
     "is_conv",
+    "is_old_glora",
     "kernel",
     "layer_name",
     "layer_path",

@@ -78,17 +78,28 @@ def _width(slots: Slots, slot: str, axis: int) -> int | None:
 
 
 def _glora_widths(slots: Slots) -> tuple[int | None, int | None]:
-    """(out, in) of a GLoRA layer; its two generations store the factors in opposite orders."""
-    shapes = [slots.get(name, ()) for name in ("a1", "a2", "b1", "b2")]
+    """(out, in) of a GLoRA layer."""
+    shapes = [slots.get(name, ()) for name in GLORA_SLOTS]
     if any(len(shape) < 2 for shape in shapes):
         return None, None
-    a1, a2, b1, b2 = shapes
+    a1, _, b1, b2 = shapes
+    return (b2[0], b1[1]) if is_old_glora(slots) else (b1[0], a1[0])
+
+
+GLORA_SLOTS = ("a1", "a2", "b1", "b2")
+
+
+def is_old_glora(slots: Slots) -> bool:
+    """Whether the factors of a GLoRA layer lie in the order of LyCORIS before version 2.
+
+    Old: a1, b1 (rank, in), a2 (in, rank), b2 (out, rank). New: a1 (in, rank),
+    b1 (out, rank), a2, b2 (rank, in). For a square layer both readings fit, and
+    the rank is the smaller number, which is what Forge's rule amounts to.
+    """
+    a1, a2, b1, b2 = (slots[slot] for slot in GLORA_SLOTS)
     old = b2[1] == b1[0] == a1[0] == a2[1]
-    new = b1[1] == b2[0] == a1[1] == a2[0]
-    # Both readings fit a square layer; the rank is the smaller number.
-    if new and not (old and a2[0] >= a2[1]):
-        return b1[0], b2[1]
-    return b2[0], b1[1]
+    new = b2[0] == b1[1] == a1[1] == a2[0]
+    return old and (not new or a2[0] >= a2[1])
 
 
 class Layers:
