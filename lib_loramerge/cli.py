@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -558,6 +559,8 @@ def run_bake(options: argparse.Namespace) -> int:
     if options.add is not None or options.minus is not None:
         if options.add is None or options.minus is None or options.loras:
             raise RecipeError("Give --add TUNED and --minus BASE together, and no LoRAs with them.")
+        if not math.isfinite(options.strength):
+            raise RecipeError(f"strength must be a number, got {options.strength}.")
         seed = given_fields(options).get("seed", 0)
         prepared = prepare_difference(
             options.checkpoint, options.add, options.minus, options.strength, settings=settings, seed=seed
@@ -612,7 +615,7 @@ def _extract_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
     parser.add_argument(
         "--rank",
-        type=lambda text: text if text == "auto" else int(text),
+        type=_extract_rank,
         metavar="N",
         help="a number, or auto: what stands out of the files' rounding (default: 64)",
     )
@@ -641,6 +644,12 @@ def _extract_parser(commands: Any) -> None:
     _add_settings(parser, "extract")
     parser.add_argument("--dry-run", action="store_true", help="read and tell everything, write nothing")
     _add_json(parser)
+
+
+def _extract_rank(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def run_extract(options: argparse.Namespace) -> int:

@@ -622,3 +622,21 @@ def test_a_killed_bake_leaves_nothing(tmp_path, sd1):
         if left:
             assert load_file(tmp_path / "out.safetensors").keys() == sd1.keys()
             (tmp_path / "out.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--add", "base.safetensors"), "together"),
+        (
+            ("--add", "base.safetensors", "--minus", "base.safetensors", "--strength", "nan"),
+            "must be a number",
+        ),
+        ((), "at least one LoRA"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path, sd1, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert bake("base.safetensors", *words, "-o", "out") == 1
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
