@@ -56,9 +56,9 @@ def test_the_xl_unet_uses_only_the_ids_that_its_levels_have():
         ("wan", "head_head", "OUT"),
         ("wan", "time_projection_1", "IN"),
         ("lumina2", "layers_25_attention_qkv", "B25"),
-        ("lumina2", "noise_refiner_1_attention_qkv", "IN"),
+        ("lumina2", "noise_refiner_1_attention_qkv", "NR01"),
         ("anima", "blocks_27_mlp_layer1", "B27"),
-        ("anima", "llm_adapter_blocks_0_self_attn_q_proj", None),
+        ("anima", "llm_adapter_blocks_0_self_attn_q_proj", "IN"),
     ],
 )
 def test_other_transformers_have_numbered_blocks_and_in_and_out(architecture, path, expected):

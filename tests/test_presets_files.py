@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_loramerge import models
 from lib_loramerge.blocks import (
     BLOCK_IDS,
     Presets,
@@ -42,7 +43,9 @@ def test_the_shipped_file_is_understood_to_the_last_line():
 
 @pytest.mark.parametrize("name", sorted(SHIPPED.weights))
 def test_every_shipped_preset_resolves(name):
-    found = resolve(LoraInput("a", lbw=name), SHIPPED, rng=random.Random(0))
+    by_place = SHIPPED.weights[name].startswith("@")
+    model = models.block_map("flux1") if by_place else None
+    found = resolve(LoraInput("a", lbw=name), SHIPPED, rng=random.Random(0), model=model)
     assert found.ids in (BLOCK_IDS[26], BLOCK_IDS[61])
 
 

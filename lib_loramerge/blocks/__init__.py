@@ -15,7 +15,7 @@ from lib_loramerge.blocks.presets import (
     load_presets,
     save_preset,
 )
-from lib_loramerge.blocks.weights import BlockWeights, ElementRule, parse_rules, resolve
+from lib_loramerge.blocks.weights import BlockWeights, ElementRule, check_reach, parse_rules, resolve
 
 __all__ = [
     "BLOCK_IDS",
@@ -24,6 +24,7 @@ __all__ = [
     "Presets",
     "blocks_help",
     "bundled_preset_path",
+    "check_reach",
     "delete_preset",
     "load_presets",
     "parse_rules",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-_IN = tuple(f"IN{n:02}" for n in range(12))
-_OUT = tuple(f"OUT{n:02}" for n in range(12))
+from lib_loramerge.models import SD_FULL, UNET_LISTS, in_ranges
 
-SD_FULL = ("BASE", *_IN, "M00", *_OUT)
 FLUX = ("CLIP", "T5", "IN", *(f"D{n:02}" for n in range(19)), *(f"S{n:02}" for n in range(38)), "OUT")
 # Other transformers have no list in sd-webui-lora-block-weight; only rules can name their blocks.
 OTHER = ("IN", *(f"B{n:02}" for n in range(100)), "OUT")
@@ -13,18 +11,12 @@ OTHER = ("IN", *(f"B{n:02}" for n in range(100)), "OUT")
 #: Number of weights in a list -> the blocks they belong to, in order. What 12, 17
 #: and 20 leave out of the 26 blocks has weight 0.
 BLOCK_IDS: dict[int, tuple[str, ...]] = {
-    12: ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *_OUT[:6]),
-    17: ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *_OUT[3:]),
-    20: ("BASE", *_IN[:9], "M00", *_OUT[:9]),
-    26: SD_FULL,
+    **{len(entry.ids): entry.ids for entry in UNET_LISTS},
     61: FLUX,
 }
 
 USES: dict[int, str] = {
-    12: "SDXL, attention layers",
-    17: "SD1 and SD2, attention layers",
-    20: "SDXL, all layers",
-    26: "SD1 and SD2, all layers",
+    **{len(entry.ids): entry.use for entry in UNET_LISTS},
     61: "Flux",
 }
 
@@ -44,7 +36,7 @@ def blocks_help() -> str:
     """A short table of the block lists, for the command line and the tab."""
     lines = ["weights  for                             blocks in order"]
     for count, ids in BLOCK_IDS.items():
-        lines.append(f"{count:7}  {USES[count]:30}  {_in_ranges(ids)}")
+        lines.append(f"{count:7}  {USES[count]:30}  {in_ranges(ids)}")
     lines.append(
         "BASE is the text encoders (CLIP and T5 for Flux), M00 the middle block, D and S the double and"
     )
@@ -57,19 +49,3 @@ def blocks_help() -> str:
     )
     lines.append("else 1), X+0.1 or X-0.1.")
     return "\n".join(lines)
-
-
-def _in_ranges(ids: tuple[str, ...]) -> str:
-    """``BASE IN04 IN05 IN07`` -> ``BASE IN04-IN05 IN07``."""
-    runs: list[list[str]] = []
-    for block in ids:
-        if runs and _follows(runs[-1][-1], block):
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return " ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _follows(before: str, after: str) -> bool:
-    word, number = before.rstrip("0123456789"), before[len(before.rstrip("0123456789")) :]
-    return bool(number) and after == f"{word}{int(number) + 1:0{len(number)}}"

@@ -227,7 +227,7 @@ def check_preset(name: str, text: str) -> tuple[str, str]:
     entries = split_weights(text, what)
     for entry in entries:
         check_entry(entry, what)
-    return name, ",".join(entries)
+    return name, ",".join(entries) or text
 
 
 def _is_preset(line: str, name: str, elemental: bool) -> bool:

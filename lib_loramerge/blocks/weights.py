@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
 from lib_loramerge.errors import RecipeError
+from lib_loramerge.models import ARCHITECTURES, EDGES, TEXT_ENCODERS, BlockMap, block_map, in_ranges
+from lib_loramerge.models import SD_FULL as UNET_BLOCKS
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
 
@@ -82,12 +85,14 @@ class BlockWeights:
         values: Block id to weight, for all of ``ids``.
         elements: Elemental rules, in order; the last one that picks a layer wins.
         name: The LoRA's name, for messages.
+        named: The blocks that the list has an entry for, or sets to 0.
     """
 
     ids: tuple[str, ...] = ()
     values: Mapping[str, float] = field(default_factory=dict, hash=False)
     elements: tuple[ElementRule, ...] = ()
     name: str = ""
+    named: frozenset[str] = frozenset()
 
     def weight(self, component: str, block: str | None, layer: str) -> float:
         """The factor of one layer.
@@ -150,33 +155,158 @@ def host_name(component: str, block: str | None, layer: str) -> str:
     return f"0_transformer_{path}" if component == "te1" else f"transformer_{path}"
 
 
-def resolve(input: LoraInput, presets: Presets, *, rng: random.Random) -> BlockWeights:
+def resolve(
+    input: LoraInput, presets: Presets, *, rng: random.Random, model: BlockMap | None = None
+) -> BlockWeights:
     """The block weights of one LoRA, presets looked up and random entries drawn.
 
     Args:
         input: The LoRA with its ``lbw``, ``lbwe`` and ``x``.
         presets: Where names are looked up.
         rng: Draws the ``R`` and ``U`` entries, in their order.
+        model: The blocks of its base model; without them, lists of SD, SDXL and Flux alone are read.
 
     Raises:
-        RecipeError: An unknown preset (with the nearest names), a wrong count (with
-            the right ones), an entry or a rule that makes no sense.
+        RecipeError: An unknown preset (with the nearest names), a list that the base model does not have
+            (with those that it has, and the presets that fit), an entry or a rule that makes no sense.
     """
     where = f"{shown(input.name)}: "
-    count, values = 0, {}
+    ids: tuple[str, ...] = ()
+    values: dict[str, float] = {}
+    named: frozenset[str] = frozenset()
     if input.lbw is not None:
         text = _look_up(input.lbw, presets.weights, ",", where + "lbw")
         what = where + _named("lbw", input.lbw, text)
         base = 1.0 if input.x is None else input.x
-        numbers = [_entry(entry, base, rng, what) for entry in split_weights(text, what)]
-        count = len(numbers)
-        values = dict.fromkeys(all_blocks(count), 0.0) | dict(zip(BLOCK_IDS[count], numbers, strict=True))
+        if text.startswith("@"):
+            text = _by_place(text, model, what)
+        entries = _entries(text)
+        order, ids, rest = _list_of(len(entries), model, what, presets)
+        numbers = [_entry(entry, base, rng, what) for entry in entries]
+        values = rest | dict(zip(order, numbers, strict=True))
+        named = frozenset(order) | {block for block, weight in rest.items() if weight == 0}
     rules: tuple[ElementRule, ...] = ()
     if input.lbwe is not None:
         text = _look_up(input.lbwe, presets.elements, ":", where + "lbwe")
-        ids = all_blocks(count) if count else None
-        rules = parse_rules(text, ids, where=where + _named("lbwe", input.lbwe, text))
-    return BlockWeights(all_blocks(count) if count else (), values, rules, input.name)
+        own = model.all if model is not None else ()
+        rules = parse_rules(text, ids or None, where=where + _named("lbwe", input.lbwe, text), own=own)
+    return BlockWeights(ids, values, rules, input.name, named)
+
+
+_PLACE = re.compile(r"@\s*([0-9]*\.?[0-9]+)\s*-\s*([0-9]*\.?[0-9]+)")
+
+
+def check_place(text: str, what: str) -> tuple[float, float]:
+    """The two ends of ``@0-0.33``.
+
+    Raises:
+        RecipeError: It is no such part of a model.
+    """
+    match = _PLACE.fullmatch(text)
+    if match is None or not 0 <= float(match[1]) < float(match[2]) <= 1:
+        raise RecipeError(
+            f"{what}: a part of the model is written @FROM-TO with fractions from 0 to 1, such as "
+            f"@0-0.33, got {shown(text)}."
+        )
+    return float(match[1]), float(match[2])
+
+
+def _by_place(text: str, model: BlockMap | None, what: str) -> str:
+    """``@0-0.33`` as a list of the model: 1 for the blocks in that part of it, 0 for the others.
+
+    Block i of n is at (i + 0.5) / n, IN at 0 and OUT at 1; text encoders keep 1.
+    """
+    first, last = check_place(text, what)
+    if model is None:
+        raise RecipeError(f"{what}: {shown(text)} needs a LoRA whose base model is known.")
+    ids = next((entry.ids for entry in model.lists if set(model.ids) <= set(entry.ids)), model.ids)
+    stack = [block for block in model.ids if block not in TEXT_ENCODERS | EDGES]
+    place = {block: (index + 0.5) / len(stack) for index, block in enumerate(stack)} | {"IN": 0.0, "OUT": 1.0}
+    return ",".join(
+        "1"
+        if block in TEXT_ENCODERS or first <= place.get(block, -1) < last or place.get(block) == last == 1
+        else "0"
+        for block in ids
+    )
+
+
+def _list_of(
+    count: int, model: BlockMap | None, what: str, presets: Presets
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, float]]:
+    """The blocks of a list's entries, the blocks that it is stored with, and what these have without it."""
+    if model is None:
+        if count not in BLOCK_IDS:
+            raise _wrong_count(count, what)
+        return BLOCK_IDS[count], all_blocks(count), dict.fromkeys(all_blocks(count), 0.0)
+    found = [entry for entry in model.lists if len(entry.ids) == count]
+    if not found:
+        raise RecipeError(
+            f"{what} has {count} block weights, and {model.label} has lists of {model.counts_text()}."
+            + presets_text(fitting(presets, model))
+        )
+    if len(found) > 1:
+        readings = " or ".join(in_ranges(entry.ids) for entry in found)
+        raise RecipeError(
+            f"{what} has {count} block weights, which may mean {readings} of {model.label}. Give a longer or "
+            f"shorter list: {model.counts_text()}."
+        )
+    chosen = found[0]
+    stored = UNET_BLOCKS if chosen.rest == 0 else chosen.ids
+    if not set(chosen.ids) & {"BASE", "IN", "OUT"} and chosen.rest:
+        stored = next(entry.ids for entry in model.lists if set(chosen.ids) < set(entry.ids))
+    return chosen.ids, stored, dict.fromkeys(stored, chosen.rest)
+
+
+def fitting(presets: Presets, model: BlockMap) -> list[str]:
+    """Names of the presets of block weights that a base model has a list for."""
+    counts = {len(entry.ids) for entry in model.lists}
+    named = presets.weights.items()
+    return [name for name, text in named if text.startswith("@") or len(_entries(text)) in counts]
+
+
+def presets_text(names: list[str], most: int = 12) -> str:
+    """A sentence that lists presets, for the end of a message."""
+    if not names:
+        return " No preset fits it."
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f" Presets that fit: {', '.join(names[:most])}{more}."
+
+
+def check_reach(
+    found: BlockWeights, layers: Iterable[tuple[str, str | None, str]], model: BlockMap, presets: Presets
+) -> list[str]:
+    """Sentences on what block weights and rules do not reach in one LoRA.
+
+    Args:
+        layers: (component, block, canonical name) of each layer of the LoRA.
+
+    Raises:
+        RecipeError: The list, or all rules together, govern no layer that is there.
+    """
+    known, name = list(layers), shown(found.name)
+    has = in_ranges(block for block in model.all if block in {block for _, block, _ in known}) or "no block"
+    notes = []
+    if found.ids:
+        left = [layer for _, block, layer in known if block not in found.named]
+        if len(left) == len(known):
+            raise RecipeError(
+                f"{name}: the block weights govern no layer that is there: this LoRA has layers of {has} of "
+                f"{model.label}. The lists are {model.counts_text()}." + presets_text(fitting(presets, model))
+            )
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            notes.append(
+                f"{name}: the block weights leave {len(left)} of {len(known)} layers at 1: "
+                f"{', '.join(left[:3])}{more}."
+            )
+    names = [host_name(part, block, layer) + (block or "") for part, block, layer in known]
+    idle = [rule.text() for rule in found.elements if not any(rule.hits(text) for text in names)]
+    if found.elements and len(idle) == len(found.elements):
+        raise RecipeError(
+            f"{name}: the elemental rules govern no layer that is there: {shown(','.join(idle))}. This LoRA "
+            f"has layers of {has} of {model.label}."
+        )
+    return [*notes, *(f"{name}: the elemental rule {shown(text)} reaches no layer." for text in idle)]
 
 
 def _named(field_name: str, written: str, text: str) -> str:
@@ -187,7 +317,7 @@ def _named(field_name: str, written: str, text: str) -> str:
 def _look_up(written: str, presets: Mapping[str, str], literal_mark: str, what: str) -> str:
     if written in presets:
         return presets[written]
-    if literal_mark in written:
+    if literal_mark in written or (literal_mark == "," and written.startswith("@")):
         return written
     hint = nearest_hint(written, presets)
     raise RecipeError(f"{what}: there is no preset {shown(written)}.{hint}")
@@ -199,10 +329,33 @@ def split_weights(text: str, what: str) -> list[str]:
     Raises:
         RecipeError: Their number is not that of a block list.
     """
-    entries = [entry.strip() for entry in text.split(",")]
-    if len(entries) not in BLOCK_IDS:
-        raise RecipeError(f"{what} has {len(entries)} block weights; a list has {counts_text()}.")
+    if text.startswith("@"):
+        check_place(text, what)
+        return []
+    entries = _entries(text)
+    if len(entries) not in BLOCK_IDS and len(entries) not in _known_counts():
+        raise _wrong_count(len(entries), what)
     return entries
+
+
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",")]
+
+
+def _wrong_count(count: int, what: str) -> RecipeError:
+    return RecipeError(f"{what} has {count} block weights; a list has {counts_text()}.")
+
+
+@cache
+def _known_counts() -> frozenset[int]:
+    """Lengths of the lists of every base model in every size."""
+    return frozenset(
+        len(entry.ids)
+        for name, record in ARCHITECTURES.items()
+        if name != "unknown"
+        for size in (None, *record.sizes)
+        for entry in block_map(name, size).lists
+    )
 
 
 def check_entry(entry: str, what: str) -> None:
@@ -230,23 +383,26 @@ def _entry(entry: str, base: float, rng: random.Random, what: str) -> float:
     return check_number(f"{what}: a block weight", entry, -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True)
 
 
-def parse_rules(text: str, ids: tuple[str, ...] | None, *, where: str) -> tuple[ElementRule, ...]:
+def parse_rules(
+    text: str, ids: tuple[str, ...] | None, *, where: str, own: tuple[str, ...] = ()
+) -> tuple[ElementRule, ...]:
     """Elemental rules from ``blocks:elements:ratio[,blocks:elements:ratio...]``.
 
     Args:
         text: The rules; line ends count as commas, empty parts are passed over.
         ids: Blocks that ranges may name; ``None`` for those of any base model.
         where: Begins each message.
+        own: Blocks of the base model, known beside those of ``ids`` or of any model.
 
     Raises:
         RecipeError: A rule without exactly two colons, an unknown block, a range
             across base models, a ratio that is no number.
     """
     parts = [part.strip() for part in re.split(r"[,\r\n]", text)]
-    return tuple(_rule(part, ids, where) for part in parts if part)
+    return tuple(_rule(part, ids, where, own) for part in parts if part)
 
 
-def _rule(text: str, ids: tuple[str, ...] | None, where: str) -> ElementRule:
+def _rule(text: str, ids: tuple[str, ...] | None, where: str, own: tuple[str, ...]) -> ElementRule:
     parts = text.split(":")
     if len(parts) != 3:
         raise RecipeError(f"{where}: an elemental rule is blocks:elements:ratio, got {shown(text)}.")
@@ -255,7 +411,7 @@ def _rule(text: str, ids: tuple[str, ...] | None, where: str) -> ElementRule:
     ratio = check_number(
         f"{where}: the ratio of {shown(text)}", parts[2], -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True
     )
-    expanded = tuple(block for token in blocks for block in _expand(token, ids, where))
+    expanded = tuple(block for token in blocks for block in _expand(token, ids, where, own))
     if ids and expanded and not not_blocks and not any(_may_hit(token, ids) for token in expanded):
         raise RecipeError(
             f"{where}: {shown(text)} picks nothing, the block weights are for {ids[0]} to {ids[-1]}."
@@ -268,9 +424,11 @@ def _tokens(text: str) -> tuple[tuple[str, ...], bool]:
     return (tokens[1:], True) if tokens[:1] == ("NOT",) else (tokens, False)
 
 
-def _expand(token: str, ids: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
+def _expand(token: str, ids: tuple[str, ...] | None, where: str, own: tuple[str, ...]) -> tuple[str, ...]:
     """One token of the blocks part: a range in either order, a block, or a part of a name."""
     lists = (SD_FULL, FLUX, OTHER) if ids is None else (ids,)
+    if own and all(end in own for end in token.split("-")):
+        lists = (own,)
     known = [block for blocks in lists for block in blocks]
     if "-" in token:
         first, _, last = token.partition("-")
@@ -283,7 +441,7 @@ def _expand(token: str, ids: tuple[str, ...] | None, where: str) -> tuple[str, .
             return tuple(found)
         unknown = next((end for end in (first, last) if end not in known), token)
         raise RecipeError(f"{where}: {shown(token)} is no range of blocks.{nearest_hint(unknown, known)}")
-    if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX + OTHER):
+    if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX + OTHER + own):
         hint = " The middle block is M00." if token.startswith("MID") else nearest_hint(token, known)
         raise RecipeError(f"{where}: there is no block {shown(token)}.{hint}")
     return (token,)

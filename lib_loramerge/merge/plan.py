@@ -62,8 +62,9 @@ def plan_merge(
     _refuse_two_spellings(sources)
     spelling = spelling_for(recipe, architecture, sources[0].style)
     _check_base(sources, base)
+    reach: list[str] = []
     plans = tuple(
-        SourcePlan(entry, source, _block_weights(entry, presets, recipe.seed, index))
+        SourcePlan(entry, source, block_weights(entry, source, presets, f"{recipe.seed}:{index}", reach))
         for index, (entry, source) in enumerate(zip(recipe.inputs, sources, strict=True))
     )
     with _base_model(base, sources) as checkpoint:
@@ -94,6 +95,7 @@ def plan_merge(
         exact_prediction=recipe.retain is None and recipe.size is None,
         warnings=(
             *found.notes,
+            *reach,
             *input_notes(plans),
             *rank_notes(plans, layers, recipe),
             *unused_rank_notes(recipe, method),
@@ -195,8 +197,20 @@ def _check_base(sources: Sequence[Source], base: Path | None) -> None:
                     )
 
 
-def _block_weights(entry: LoraInput, presets: blocks.Presets, seed: int, index: int) -> blocks.BlockWeights:
-    return blocks.resolve(entry, presets, rng=random.Random(f"{seed}:{index}"))
+def block_weights(
+    entry: LoraInput, source: Source, presets: blocks.Presets, seed: str, notes: list[str]
+) -> blocks.BlockWeights:
+    """The block weights of one input for its base model; what they do not reach is added to ``notes``.
+
+    Raises:
+        RecipeError: They make no sense, or none of them is for this base model.
+    """
+    name = source.architecture.id
+    layers = [(models.component(layer), models.block(name, layer), layer) for layer in source.layers]
+    model = models.block_map(name, source.size, [block for _, block, _ in layers])
+    found = blocks.resolve(entry, presets, rng=random.Random(seed), model=model)
+    notes += blocks.check_reach(found, layers, model, presets)
+    return found
 
 
 def _resolved(recipe: MergeRecipe, plans: Sequence[SourcePlan]) -> MergeRecipe:

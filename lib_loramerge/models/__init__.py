@@ -21,6 +21,7 @@ from .base import (
     layer_path,
     plain_path,
 )
+from .block_lists import EDGES, SD_FULL, TEXT_ENCODERS, UNET_LISTS, BlockList, BlockMap, block_map, in_ranges
 from .blocks import block, companions, is_conv, kernel, layers
 from .checkpoints import CheckpointKey, bias_place, checkpoint_keys, numbered_layers
 from .compatible import encoder_part
@@ -33,9 +34,15 @@ __all__ = [
     "COMFY",
     "COMPONENTS",
     "DIFFUSERS",
+    "EDGES",
     "GLORA_SLOTS",
     "KOHYA",
+    "SD_FULL",
+    "TEXT_ENCODERS",
+    "UNET_LISTS",
     "Architecture",
+    "BlockList",
+    "BlockMap",
     "CheckpointKey",
     "Detection",
     "Model",
@@ -43,6 +50,7 @@ __all__ = [
     "Size",
     "bias_place",
     "block",
+    "block_map",
     "canonical_path",
     "checkpoint_keys",
     "comfy_layer",
@@ -53,6 +61,7 @@ __all__ = [
     "encoder_part",
     "has_dotted_name_alone",
     "in_features",
+    "in_ranges",
     "is_conv",
     "is_old_glora",
     "kernel",

@@ -146,6 +146,9 @@ class Architecture:
         encoders: Text encoders by component.
         spelling: How its layers are written by default: ``KOHYA``, ``COMFY`` or ``DIFFUSERS``.
         opaque: Layer names are kept as the file spells them, because no second spelling is known.
+        blocks: Blocks of the block weights in order, of a diffusion transformer: ``BASE IN double_blocks:D
+            OUT``. ``root:LETTERS`` is one block for each number after a root of layer names, ``|40`` a
+            number of them that the sizes do not say, and what comes after ``+`` has no place in lists.
     """
 
     id: str
@@ -163,6 +166,7 @@ class Architecture:
     encoders: Mapping[str, TextEncoder] = field(default_factory=dict)
     spelling: str = KOHYA
     opaque: bool = False
+    blocks: str = ""
 
 
 ONE = {"te": "te", "te1": "te"}

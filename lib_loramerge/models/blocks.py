@@ -6,13 +6,12 @@ import re
 from functools import cache
 
 from .base import component, layer_path
+from .block_lists import stacks
+from .dit import dotted_path
+from .records import ARCHITECTURES
 from .text_encoders import CLIP_ATTENTION, OPEN_CLIPS, paths
 from .unet import UNETS, by_ldm, unet_layers
 
-# Flux lists: 19 double and 38 single blocks.
-_FLUX_IDS = frozenset({"chroma", "flux1"})
-_FLUX_BLOCKS = (("double_blocks_", "D", 19), ("single_blocks_", "S", 38))
-_FLUX_INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
 _UNET_BLOCK = re.compile(r"(input|output)_blocks_(\d+)_")
 _DIFFUSERS_UNET_BLOCK = re.compile(
     r"(down|up)_blocks_(\d)_(resnets|attentions|downsamplers|upsamplers)_(\d)_"
@@ -33,36 +32,48 @@ _INPUTS = (
     "ar_embedder", "mlp_t5", "pooler", "extra_embedder",
 )  # fmt: skip
 _OUTPUTS = (
-    "final_layer",
-    "proj_out",
-    "norm_out",
-    "head_",
-    "last_",
-    "final_linear",
-    "final_norm",
-    "out_layer",
-    "modF",
-)
+    "final_layer", "proj_out", "norm_out", "head_", "last_", "final_linear", "final_norm", "out_layer",
+    "modF", "audio_proj_out", "decoder_proj_out", "decoder_norm_out", "scale_shift_table",
+    "audio_scale_shift_table",
+    "decoder_scale_shift_table", "projectors_", "clf_",
+)  # fmt: skip
+# Makes the modulation of all blocks; sd-webui-lora-block-weight leaves it at 1.
+_IN_NO_BLOCK = ("distilled_guidance_layer",)
 
 
 def block(architecture_id: str, layer: str) -> str | None:
     """Block id of a layer, or None for layers that no block weight reaches.
 
-    U-Nets use the ids of the 26 list, Flux and Chroma those of the 61 list. The
-    other diffusion transformers have no list in sd-webui-lora-block-weight; for
-    them this is ours: ``B00``... for the numbered blocks, ``IN`` and ``OUT``.
+    U-Nets use the ids of the 26 list, Flux and Chroma those of the 61 list. Of the other diffusion
+    transformers the record names the numbered blocks; what stands before them is ``IN``, what comes after
+    them ``OUT``.
     """
     part = component(layer)
     path = layer_path(layer) if layer.startswith("lora_") else layer.replace(".", "_")
-    if architecture_id in _FLUX_IDS:
-        return _flux_block(part, path)
     if part != "unet":
-        return "BASE"
+        if "T5" not in ARCHITECTURES[architecture_id].blocks:
+            return "BASE"
+        return "T5" if "encoder_block_" in path or "encoder_final" in path else "CLIP"
     if architecture_id in UNETS:
         return _unet_block(path)
     if architecture_id == "unknown":
         return _unet_block(path) or _diffusers_unet_block(path) or _transformer_block(path)
-    return _transformer_block(path)
+    return _listed_block(architecture_id, path)
+
+
+def _listed_block(architecture_id: str, path: str) -> str | None:
+    """Block of a layer by the record of its model; None for layers that no table has."""
+    for stack in stacks(architecture_id):
+        root = stack.root.replace(".", "_") + "_"
+        if path.startswith(root):
+            number = path[len(root) :].partition("_")[0]
+            if number.isdigit():
+                return f"{stack.letters}{int(number):02}"
+    if path.startswith(_IN_NO_BLOCK):
+        return None
+    if path.startswith(_OUTPUTS):
+        return "OUT"
+    return "IN" if dotted_path(architecture_id, path) is not None else None
 
 
 def _unet_block(path: str) -> str | None:
@@ -85,18 +96,6 @@ def _diffusers_unet_block(path: str) -> str | None:
     if match[1] == "down":
         return f"IN{3 * level + (3 if match[3] == 'downsamplers' else 1 + number):02}"
     return f"OUT{3 * level + (2 if match[3] == 'upsamplers' else number):02}"
-
-
-def _flux_block(part: str, path: str) -> str | None:
-    if part != "unet":
-        return "T5" if "encoder_block_" in path or "encoder_final" in path else "CLIP"
-    for prefix, letter, count in _FLUX_BLOCKS:
-        if path.startswith(prefix):
-            number = int(path[len(prefix) :].partition("_")[0])
-            return f"{letter}{number:02}" if number < count else None
-    if path.startswith(_FLUX_INPUTS):
-        return "IN"
-    return "OUT" if path.startswith("final_layer") else None
 
 
 def _transformer_block(path: str) -> str | None:

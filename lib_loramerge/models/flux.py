@@ -161,17 +161,20 @@ RECORDS = (
     Architecture(
         "flux1", "Flux.1", "flux1", "flux-1-dev", _BFL, text_encoders=CLIP_AND_T5, words=("flux",),
         names=FLUX1, sizes=(Size("", _FLUX_SIZE),), encoders=_CLIP_AND_T5,
+        blocks="CLIP T5 IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
         "chroma", "Chroma", "chroma", "chroma", "https://huggingface.co/lodestones/Chroma",
         text_encoders=T5_ALONE, words=("chroma",), names=CHROMA, sizes=(Size("", _FLUX_SIZE),),
         encoders={"te1": T5_XXL},
+        blocks="CLIP T5 IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
         "longcat", "LongCat-Image", "longcat", "longcat-image",
         "https://github.com/meituan-longcat/LongCat-Image", text_encoders=SAME, words=("longcat",),
         names=LONGCAT, sizes=(Size("", {"h": 3072, "D": 10, "S": 20, "c": 3584}),),
         encoders={"te": _QWEN_7B}, spelling=COMFY,
+        blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
         "flux2", "Flux.2", "flux2", "flux-2-dev", "https://github.com/black-forest-labs/flux2",
@@ -190,18 +193,21 @@ RECORDS = (
             ),
         ),
         encoders={"te": TextEncoder("llama", "qwen3_4b", 36, 2560)},
+        blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
         "hunyuan_image", "HunyuanImage 2.1", "hunyuan-image-2.1", "hunyuan-image-2.1",
         "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1", resolution="2048x2048",
         text_encoders=SAME, words=("hunyuan-image", "hunyuanimage"), names=HUNYUAN_IMAGE,
         sizes=(Size("", {"h": 3584, "D": 20, "S": 40, "c": 3584}),), encoders={"te": replace(_QWEN_7B, dotted=True)},
+        blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
         "hunyuan_video", "HunyuanVideo", "hunyuan_video", "hunyuan-video",
         "https://github.com/Tencent-Hunyuan/HunyuanVideo", resolution="", text_encoders=SAME,
         words=("hunyuan-video", "hunyuanvideo"), names=HUNYUAN_VIDEO,
         sizes=(Size("", {"h": 3072, "D": 20, "S": 40, "c": 4096}),), encoders={"te": _LLAMA},
+        blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
         "hunyuan_video15", "HunyuanVideo 1.5", "hunyuan_video_1_5", "hunyuan-video-1.5",
@@ -212,5 +218,6 @@ RECORDS = (
         }),
         sizes=(Size("", {"h": 2048, "D": 54, "S": 0, "c": 3584}),),
         encoders={"te": _QWEN_7B}, spelling=COMFY,
+        blocks="BASE IN double_blocks:D OUT",
     ),
 )  # fmt: skip

@@ -238,22 +238,26 @@ RECORDS = (
         "https://github.com/Alpha-VLLM/Lumina-Image-2.0", text_encoders=SAME, words=("lumina",),
         names=_LUMINA2, sizes=(Size("", {"h": 2304, "L": 26}),),
         encoders={"te": TextEncoder("llama", "gemma2_2b", 26, 2304)},
+        blocks="BASE IN noise_refiner:NR context_refiner:CR layers:B OUT",
     ),
     Architecture(
         "zimage", "Z-Image", "zimage", "z-image", "https://github.com/Tongyi-MAI/Z-Image",
         text_encoders=SAME, words=("zimage", "z-image"), names=_ZIMAGE,
         sizes=(Size("", {"h": 3840, "L": 30}),), encoders={"te": TextEncoder("llama", "qwen3_4b", 36, 2560)},
+        blocks="BASE IN noise_refiner:NR context_refiner:CR layers:B OUT",
     ),
     Architecture(
         "qwen_image", "Qwen-Image", "qwen_image", "qwen-image", "https://github.com/QwenLM/Qwen-Image",
         text_encoders=SAME, words=("qwen",), names=_QWEN, sizes=(Size("", {"h": 3072}),),
         encoders={"te": _QWEN_7B},
+        blocks="BASE IN transformer_blocks:B OUT",
     ),
     Architecture(
         "qwen_image21", "Qwen-Image 2.1", "qwen_image_2_1", "qwen-image-2.1",
         "https://github.com/QwenLM/Qwen-Image", text_encoders=SAME,
         words=("qwen-image-2.1", "qwen-image-2-1", "qwen-image2.1", "qwen-image21", "qwenimage21"), names=_QWEN_21, sizes=(Size("", {"h": 4096}),),
         spelling=COMFY,
+        blocks="BASE IN transformer_blocks:B OUT",
     ),
     Architecture(
         "hidream", "HiDream", "hidream", "hidream", "https://github.com/HiDream-ai/HiDream-I1",
@@ -264,16 +268,19 @@ RECORDS = (
             "te": TextEncoder("llama", "llama", 32, 4096, dotted=True),
         },
         spelling=COMFY,
+        blocks="BASE IN double_stream_blocks:D single_stream_blocks:S OUT",
     ),
     Architecture(
         "krea2", "Krea 2", "krea2", "krea-2", "https://huggingface.co/krea", text_encoders=SAME,
         words=("krea2", "krea-2"), names=_KREA2, sizes=(Size("", {"h": 6144, "t": 2560}),),
         encoders={"te": TextEncoder("llama", "qwen3vl_4b", 36, 2560)}, spelling=COMFY,
+        blocks="BASE IN blocks:B OUT",
     ),
     Architecture(
         "ideogram4", "Ideogram 4", "ideogram4", "ideogram-4", "https://huggingface.co/ideogram-ai",
         text_encoders=SAME, words=("ideogram",), names=_IDEOGRAM4, sizes=(Size("", {"h": 4608}),),
         encoders={"te": TextEncoder("llama", "qwen3vl_8b", 36, 4096)}, spelling=COMFY,
+        blocks="BASE IN layers:B OUT",
     ),
     Architecture(
         "ernie_image", "Ernie-Image", "ernie_image", "ernie-image", "https://huggingface.co/baidu",
@@ -283,11 +290,13 @@ RECORDS = (
             Size("3072 wide", {"h": 3072, "f": 8192, "L": 24}),
         ),
         encoders={"te": TextEncoder("llama", "ministral3_3b", 26, 3072)}, spelling=COMFY,
+        blocks="BASE IN layers:B OUT",
     ),
     Architecture(
         "omnigen2", "OmniGen2", "omnigen2", "omnigen2", "https://github.com/VectorSpaceLab/OmniGen2",
         text_encoders=SAME, words=("omnigen",), names=_OMNIGEN2, sizes=(Size("", {"h": 2520}),),
         encoders={"te": TextEncoder("llama", "qwen25_3b", 36, 2048)}, spelling=COMFY,
+        blocks="BASE IN noise_refiner:NR ref_image_refiner:RR context_refiner:CR layers:B OUT",
     ),
     Architecture(
         "kandinsky5", "Kandinsky 5", "kandinsky5", "kandinsky-5",
@@ -299,5 +308,6 @@ RECORDS = (
             Size("Lite", {"h": 1792, "f": 7168, "t": 512, "T": 2, "V": 32}),
         ),
         encoders={"te": TextEncoder("llama", "qwen25_7b", 28, 3584, dotted=True)}, spelling=COMFY,
+        blocks="BASE IN text_transformer_blocks:TB visual_transformer_blocks:B OUT",
     ),
 )  # fmt: skip

@@ -165,6 +165,7 @@ RECORDS = (
         "https://github.com/Stability-AI/sd3.5", text_encoders=THREE,
         words=("sd3", "medium", "5-medium", "stable-diffusion-3"),
         names=_sd3(24), sizes=(Size("", {"h": 1536, "D": 24}),), encoders=_ALL_CLIPS,
+        blocks="BASE IN joint_blocks:B OUT",
     ),
     Architecture(
         "sd3_large", "Stable Diffusion 3.5 large", "sd3_5-large", "stable-diffusion-3-5-large",
@@ -174,27 +175,32 @@ RECORDS = (
             "stable-diffusion-3.5-large",
         ),
         names=_sd3(38), sizes=(Size("", {"h": 2432, "D": 38}),), encoders=_ALL_CLIPS,
+        blocks="BASE IN joint_blocks:B OUT",
     ),
     Architecture(
         "auraflow", "AuraFlow", "auraflow", "auraflow", "https://huggingface.co/fal/AuraFlow",
         text_encoders=T5_ALONE, words=("auraflow",), names=_AURAFLOW, sizes=(Size("", {"h": 3072}),),
         encoders={"te1": TextEncoder("t5", "pile_t5xl", 24, 2048, dotted=True)}, spelling=COMFY,
+        blocks="BASE IN double_layers:D single_layers:S OUT",
     ),
     Architecture(
         "pixart", "PixArt", "pixart", "pixart", "https://github.com/PixArt-alpha/PixArt-sigma",
         text_encoders=T5_ALONE, words=("pixart",), names=_PIXART, sizes=(Size("", {"h": 1152}),),
         encoders={"te1": T5_XXL}, spelling=COMFY,
+        blocks="BASE IN blocks:B OUT",
     ),
     Architecture(
         "hunyuan_dit", "HunyuanDiT", "hunyuan_dit", "hunyuan-dit",
         "https://github.com/Tencent-Hunyuan/HunyuanDiT", text_encoders=SAME,
         words=("hunyuan-dit", "hunyuandit"), names=_HUNYUAN_DIT, sizes=(Size("", {"h": 1408}),),
         spelling=COMFY,
+        blocks="BASE IN blocks:B OUT",
     ),
     Architecture(
         "stable_cascade", "Stable Cascade", "stable_cascade", "stable-cascade-v1-prior",
         "https://github.com/Stability-AI/StableCascade", text_encoders={"te": "te", "te1": "te", "te2": "te"},
         words=("stable-cascade",), names=_CASCADE, sizes=(Size("", {}),), encoders={"te": CLIP_G},
         spelling=COMFY,
+        blocks="BASE IN down_blocks:D|2 up_blocks:U|2 OUT",
     ),
 )  # fmt: skip

@@ -266,11 +266,13 @@ RECORDS = (
             Size("5B", {"h": 3072, "f": 14336, "B": 30}, ("wan2.2-5b", "wan2.2-ti2v", "wan-5b")),
         ),
         encoders={"te": TextEncoder("t5", "umt5xxl", 24, 4096, dotted=True)},
+        blocks="BASE IN blocks:B OUT + vace_blocks:V face_adapter.fuser_blocks:F audio_injector.injector:A audio_injector.injector_adain_layers:A",
     ),
     Architecture(
         "anima", "Anima", "anima", "anima", "https://huggingface.co/circlestone-labs/Anima",
         text_encoders=SAME, words=("anima",), names=_ANIMA, sizes=(Size("", {"h": 2048, "B": 28}),),
         encoders={"te": TextEncoder("llama", "qwen3_06b", 28, 1024)},
+        blocks="BASE IN blocks:B|40 OUT",
     ),
     Architecture(
         "cosmos_predict2", "Cosmos-Predict2", "cosmos_predict2", "cosmos-predict2",
@@ -278,11 +280,13 @@ RECORDS = (
         names=_COSMOS,
         sizes=(Size("2B", {"h": 2048, "B": 28}), Size("14B", {"h": 5120, "B": 36})),
         encoders={"te1": TextEncoder("t5", "t5xxl", 24, 1024, dotted=True)}, spelling=COMFY,
+        blocks="BASE IN blocks:B OUT",
     ),
     Architecture(
         "mochi", "Mochi", "mochi", "mochi", "https://github.com/genmoai/mochi", resolution="",
         text_encoders=T5_ALONE, words=("mochi",), names=_MOCHI, sizes=(Size("", {"h": 3072}),),
         encoders={"te1": T5_XXL}, spelling=COMFY,
+        blocks="BASE IN blocks:B OUT",
     ),
     Architecture(
         "ltx_video", "LTX-Video", "ltxv", "ltx-video", "https://github.com/Lightricks/LTX-Video", resolution="",
@@ -292,17 +296,20 @@ RECORDS = (
             Size("2B", {"h": 2048, "L": 28, "c": 4096}, ("ltxv-2b", "ltx-video-2b")),
         ),
         encoders={"te1": T5_XXL}, spelling=COMFY,
+        blocks="BASE IN transformer_blocks:B OUT",
     ),
     Architecture(
         "ltx2", "LTX-2", "ltx2", "ltx-2", "https://github.com/Lightricks/LTX-2", resolution="",
         text_encoders=SAME, words=("ltx2", "ltx-2", "ltxav"), names=_LTX2,
         sizes=(Size("", {"h": 4096, "a": 2048, "L": 48, "c": 3840}),),
         encoders={"te": TextEncoder("llama", "gemma3_12b", 48, 3840, dotted=True)}, spelling=COMFY,
+        blocks="BASE IN transformer_blocks:B OUT",
     ),
     Architecture(
         "ace_step", "ACE-Step", "ace_step", "ace-step", "https://github.com/ace-step/ACE-Step",
         resolution="", text_encoders=SAME, words=("ace-step",), names=_ACE_STEP,
         sizes=(Size("", {"h": 2560}),), spelling=COMFY,
+        blocks="BASE IN transformer_blocks:B OUT",
     ),
     Architecture(
         "ace_step15", "ACE-Step 1.5", "ace_step_1_5", "ace-step-1.5",
@@ -310,5 +317,6 @@ RECORDS = (
         words=("ace-step-1.5", "ace-step-1-5", "ace-step15", "acestep-v15"), names=_ACE_STEP_15,
         sizes=(Size("", {"h": 2048, "L": 24}),),
         encoders={"te": TextEncoder("llama", "qwen3_06b", 28, 1024, dotted=True)}, spelling=COMFY,
+        blocks="BASE IN decoder.layers:B OUT",
     ),
 )  # fmt: skip

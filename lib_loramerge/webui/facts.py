@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import blocks
 from ..errors import LoraMergeError
 from . import render, sidecar
 from .form import NO_PREVIEW, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
@@ -97,13 +95,14 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
 
 
 def _look_at_rows(reading: Reading, host: Host, draft: _Draft) -> None:
-    from ..merge import open_source  # Not at the WebUI's start, see extension.py.
+    from ..merge.plan import block_weights  # Not at the WebUI's start, see extension.py.
+    from ..merge.sources import open_source
 
     presets = host.presets()
     for row, given in zip(reading.rows, reading.inputs, strict=True):
         try:
             draft.sources[row] = open_source(host.find(given.name))
-            blocks.resolve(given, presets, rng=random.Random(0))
+            block_weights(given, draft.sources[row], presets, "0", [])
         except LoraMergeError as error:
             draft.problems[f"row{row}"] = str(error)
     first = next(iter(draft.sources.values()), None)
