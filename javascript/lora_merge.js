@@ -8,6 +8,7 @@
     const ANSWER = 4000; // ms to wait for an answer before asking again
     const POLL_ACTIVE = 400;
     const POLL_IDLE = 5000;
+    const FORGOTTEN = 60000; // ms after which a merge that the server does not know is no longer asked for
     const DRAFT = "loramerge_draft";
     const FOLLOW = "loramerge_follow";
     const OWN = "loramerge_own";
@@ -19,6 +20,7 @@
         pending: null, // of the form, as seen at the last tick
         asked: 0,
         stamp: "",
+        typed: null, // field of a list that somebody types a search into
         untaken: false, // the answer holds proposals for fields
         polled: 0,
         pollStamp: "",
@@ -157,10 +159,22 @@
     const settledText = new WeakMap(); // field of a list -> its text when the list was last closed
 
     function isSearched(element) {
-        // While a list is open its field holds a search, not a value.
-        return element === document.activeElement && Boolean(element.closest(".secondary-wrap")) &&
+        // While a list is open, what was typed since the last choice is a search, not a value. A field that is only
+        // focused holds its value: in Gradio 3 a click on a choice may focus it, and open its list, once more.
+        return element === document.activeElement && element === state.typed &&
             Boolean(root().querySelector("ul.options, ul[role=listbox]"));
     }
+
+    document.addEventListener("input", (event) => {
+        const field = event.target;
+        state.typed = field.closest && field.closest("#loramerge_form .secondary-wrap") ? field : null;
+    }, true);
+    const chosen = () => { state.typed = null; };
+    document.addEventListener("focusout", chosen, true);
+    document.addEventListener("mousedown", (event) => {
+        if (event.target.closest && event.target.closest("ul.options, ul[role=listbox]")) chosen();
+    }, true);
+    document.addEventListener("keydown", (event) => { if (event.key === "Enter") chosen(); }, true);
 
     function signatureOfForm() {
         const parts = [];
@@ -246,8 +260,10 @@
             if (jobs.dataset.follow && created >= state.followCreated) {
                 state.follow = jobs.dataset.follow;
                 state.followCreated = created;
-            } else if (jobs.dataset.follow !== state.follow) {
-                state.lastAnswer = 0;
+            } else if (state.follow && !jobs.dataset.follow && now - state.followCreated * 1000 > FORGOTTEN) {
+                state.follow = ""; // The server was started anew.
+            } else if ((jobs.dataset.follow || "") !== state.follow) {
+                state.lastAnswer = now - POLL_IDLE + POLL_ACTIVE; // Soon, not at once: that may be so for long.
             }
             keep(FOLLOW, state.follow);
             const active = jobs.dataset.state === "active";
