@@ -149,7 +149,11 @@ def _merge_parser(commands: Any, *, with_methods: bool) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
     _add_settings(parser, "merge")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="take everything from a merged file or a JSON recipe"
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="take everything from a merged file, a JSON recipe, or a "
+        ".jsonl file with a recipe on each line (the results go into the folder OUT)",
     )
     parser.add_argument(
         "--allow-changed-sources",
@@ -158,6 +162,11 @@ def _merge_parser(commands: Any, *, with_methods: bool) -> None:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and foresee the size, write nothing"
+    )
+    parser.add_argument(
+        "--each",
+        action="store_true",
+        help="every LORA alone, into the folder OUT under its own name: resizes many files in one run",
     )
     parser.add_argument(
         "--pairs",
@@ -246,6 +255,8 @@ def run_merge_command(options: argparse.Namespace) -> int:
     from .files import refuse_inputs
     from .merge.device import compute_device
 
+    if options.each or (options.recipe is not None and options.recipe.suffix.lower() == ".jsonl"):
+        return _run_many(_many_merges(options), options)
     recipe, notes = recipe_of(options)
     if options.output is None and not options.dry_run:
         raise RecipeError("Say where to write the result: -o OUT (or --dry-run to write nothing).")
@@ -271,6 +282,94 @@ def run_merge_command(options: argparse.Namespace) -> int:
         return EXIT_DONE
     _merge_all(merges, options, notes)
     return EXIT_DONE
+
+
+def _many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecipe]]:
+    """What to call each merge in messages, the name of its file, and its recipe.
+
+    Raises:
+        RecipeError: Options that do not go together, or a line that is no recipe.
+    """
+    if options.pairs or options.dry_run:
+        raise RecipeError("--pairs and --dry-run are for a single merge.")
+    fields = given_fields(options)
+    if options.each:
+        if options.recipe is not None:
+            raise RecipeError("Give either --each with LORAs or --recipe FILE, not both.")
+        inputs = parse_inputs(options.loras, skip_unsupported=bool(options.skip_unsupported))
+        return [(entry.name, _stem(entry.name), MergeRecipe((entry,), **fields)) for entry in inputs]
+    if options.loras:
+        raise RecipeError("Give either LORAs or --recipe FILE, not both.")
+    found = []
+    for number, line in enumerate(_text_of(options.recipe).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            given = json.loads(line)
+            name = given.pop("output", "") if isinstance(given, dict) else ""
+            recipe = _replaced(from_json(given), fields)
+        except (RecipeError, ValueError) as error:
+            raise RecipeError(f"{options.recipe.name}, {where}: {error}") from None
+        if not isinstance(name, str):
+            raise RecipeError(f"{options.recipe.name}, {where}: output must be the name of a file.")
+        found.append((where, _stem(name) if name else f"merge-{number:03}", recipe))
+    if not found:
+        raise RecipeError(f"{options.recipe.name} holds no recipe.")
+    return found
+
+
+def _stem(name: str) -> str:
+    """The name of a file without its folder and ending."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    base, dot, ending = last.rpartition(".")
+    return base if dot and f".{ending.lower()}" in (".safetensors", ".ckpt", ".pt") else last
+
+
+def _run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Namespace) -> int:
+    """One merge after another into a folder; one that fails is named, and the others are done.
+
+    Raises:
+        LoraMergeError: Nothing can be written there, or two results would have one name.
+    """
+    from .merge import run_merge
+
+    if options.output is None:
+        raise RecipeError("Say where to write the results: -o FOLDER.")
+    folder = Path(options.output)
+    seen: dict[str, str] = {}
+    for label, name, _ in jobs:
+        other = seen.setdefault(name.lower(), label)
+        if other is not label:
+            raise OutputError(f"{other} and {label} would both be written to {folder / name}.safetensors.")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+    reports, failures = [], []
+    for label, name, recipe in jobs:
+        path = folder / f"{name}.safetensors"
+        try:
+            _check_output(path, options.overwrite)
+            plan = _plan(options, recipe, check_hashes=not getattr(options, "allow_changed_sources", False))
+            with progress_line(sys.stderr) as show:
+                report = run_merge(
+                    plan, path, overwrite=options.overwrite, progress=show, cancel=interrupts.asked
+                )
+        except Cancelled:
+            raise
+        except LoraMergeError as error:
+            failures.append({"name": label, "error": str(error)})
+            print(f"loramerge: {label}: {one_line(str(error))}", file=sys.stderr)
+            continue
+        reports.append(report)
+        if not options.json:
+            print(f"{path}  {report.size_bytes / 1e6:,.2f} MB")
+    if options.json:
+        _print_json({"files": [report.to_json() for report in reports], "failed": failures})
+    else:
+        print(f"{len(reports)} written, {len(failures)} failed")
+    return EXIT_ERROR if failures else EXIT_DONE
 
 
 def _parts(options: argparse.Namespace, recipe: MergeRecipe) -> Mapping[str, MergeRecipe]:
@@ -360,15 +459,18 @@ def read_recipe_file(path: Path) -> MergeRecipe:
     from .metadata import read_recipe
 
     if path.suffix.lower() not in LORA_SUFFIXES:
-        try:
-            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} cannot be read as a recipe: {error}.") from error
-        return from_json(text)
+        return from_json(_text_of(path))
     recipe = read_recipe(read_header(path).metadata)
     if recipe is None:
         raise RecipeError(f"{path.name} holds no recipe: it was not made by LoRA Merge.")
     return recipe
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error}.") from error
 
 
 def output_target(output: str, lora_dir: Path | None) -> Path:
@@ -823,11 +925,15 @@ def _of_files(show: Callable[[Progress], None] | None, count: int) -> Callable[[
 
 
 def _convert_parser(commands: Any) -> None:
-    parser = _command(
-        commands, "convert", run_convert, "rewrite one file exactly: other names, other precision"
+    parser = _command(commands, "convert", run_convert, "rewrite files exactly: other names, other precision")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="file to write; for several files, or with a slash at its end, a folder",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
     _add_settings(parser, "convert")
     _add_json(parser)
@@ -838,15 +944,17 @@ def run_convert(options: argparse.Namespace) -> int:
     from .recipe import LoraInput
 
     # One LoRA at strength 1 concatenated with nothing is that LoRA, factor by factor.
-    recipe = MergeRecipe(
-        inputs=(LoraInput(str(options.file)),),
-        mode="concat",
-        **given_fields(options),
-    )
+    recipes = [
+        MergeRecipe(inputs=(LoraInput(str(file)),), mode="concat", **given_fields(options))
+        for file in options.files
+    ]
+    options.lora_dir, options.preset_file = None, []
+    if len(recipes) > 1 or options.output.endswith(("/", os.sep)):
+        jobs = [(file.name, _stem(file.name), recipe) for file, recipe in zip(options.files, recipes)]
+        return _run_many(jobs, options)
     target = output_target(options.output, None)
     _check_output(target, options.overwrite)
-    options.lora_dir, options.preset_file = None, []
-    plan = _plan(options, recipe)
+    plan = _plan(options, recipes[0])
     report = run_merge(plan, target, overwrite=options.overwrite, cancel=interrupts.asked)
     _print_report(report, options)
     return EXIT_DONE

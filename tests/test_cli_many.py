@@ -1,0 +1,82 @@
+"""Many files in one run of the command line: a bad one is named, and the rest is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lib_loramerge import cli
+from tests.fixtures import SD1_LAYERS, make_lora
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_lora(tmp_path / "a.safetensors", SD1_LAYERS, rank=4, seed=1)
+    make_lora(tmp_path / "b.v2.safetensors", SD1_LAYERS, rank=4, seed=2)
+    (tmp_path / "bad.safetensors").write_bytes(b"no header")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_resizes_every_lora_alone_and_goes_on_after_a_bad_one(folder, capsys):
+    words = ["merge", "a.safetensors", "bad.safetensors", "b.v2.safetensors"]
+    assert cli.main([*words, "--each", "--rank", "2", "-o", "small"]) == 1
+    said = capsys.readouterr()
+    assert "bad.safetensors" in said.err
+    assert "2 written, 1 failed" in said.out
+    assert sorted(path.name for path in (folder / "small").iterdir()) == ["a.safetensors", "b.v2.safetensors"]
+    assert cli.main(["merge", "a.safetensors", "--rank", "2", "-o", "./one"]) == 0
+    ours, theirs = load_file("small/a.safetensors"), load_file("one.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_files_that_exist_stay_unless_overwrite_is_given(folder, capsys):
+    words = ["merge", "a.safetensors", "b.v2.safetensors", "--each", "-o", "small"]
+    assert cli.main(words) == 0
+    before = (folder / "small" / "a.safetensors").stat()
+    assert cli.main([*words, "--rank", "1"]) == 1
+    assert (folder / "small" / "a.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+    assert cli.main([*words, "--rank", "1", "--overwrite"]) == 0
+
+
+def test_two_results_of_one_name_are_refused_before_any_work(folder, capsys):
+    make_lora(folder / "other" / "a.safetensors", SD1_LAYERS, rank=4, seed=3)
+    assert cli.main(["merge", "a.safetensors", "other/a.safetensors", "--each", "-o", "small"]) == 1
+    assert "would both be written" in capsys.readouterr().err
+    assert not (folder / "small").exists()
+
+
+def test_convert_takes_many_files(folder):
+    assert cli.main(["convert", "a.safetensors", "b.v2.safetensors", "--dtype", "float32", "-o", "wide"]) == 0
+    assert cli.main(["convert", "a.safetensors", "--dtype", "float32", "-o", "alone/"]) == 0
+    for path in ("wide/a.safetensors", "wide/b.v2.safetensors", "alone/a.safetensors"):
+        assert {str(tensor.dtype) for tensor in load_file(folder / path).values()} == {"torch.float32"}
+
+
+def test_a_list_of_recipes_is_merged_line_by_line(folder, capsys):
+    lines = [
+        {"inputs": ["a.safetensors:0.5", "b.v2.safetensors"], "output": "both"},
+        {"inputs": ["bad.safetensors"]},
+        {"inputs": ["a.safetensors"], "rank": 1},
+    ]
+    (folder / "list.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    assert cli.main(["merge", "--recipe", "list.jsonl", "-o", "out", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in said["failed"]] == ["line 3"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "both.safetensors",
+        "merge-005.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"inputs": []}', '{"inputs": ["a"], "output": 3}'])
+def test_a_list_with_a_line_that_is_no_recipe_is_refused_whole(folder, capsys, line):
+    good = json.dumps({"inputs": ["a.safetensors"]})
+    (folder / "list.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
+    assert cli.main(["merge", "--recipe", "list.jsonl", "-o", "out"]) == 1
+    assert "list.jsonl, line 2: " in capsys.readouterr().err
+    assert not (folder / "out").exists()
