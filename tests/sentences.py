@@ -18,6 +18,11 @@ from pathlib import Path
 # Their texts reach the command line, the REST pages or the console, never the tab.
 NOT_OF_THE_TAB = frozenset({
     "cli.py", "__main__.py", "demo.py",  # the command line
+    # bake, extract, subtract: the command line
+    "checkpoints/baking.py", "checkpoints/changes.py", "checkpoints/differing.py", "checkpoints/extracted.py",
+    "checkpoints/extracting.py", "checkpoints/looking.py", "checkpoints/noise.py", "checkpoints/numbers.py",
+    "checkpoints/outcome.py", "checkpoints/preparing.py", "checkpoints/reading.py",
+    "checkpoints/rewriting.py", "checkpoints/tensors.py",
     "sweep/axes.py", "sweep/running.py", "merge/simple.py",  # the command line and the library
     "webui/standalone.py",  # what it says when it starts
     "webui/api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",  # REST, whose words are English
