@@ -826,7 +826,8 @@ def run_subtract(options: argparse.Namespace) -> int:
     if not options.loras:
         raise RecipeError("Name what to take away: loramerge subtract AB B -o A")
     options.loras = [options.minuend, *options.loras]
-    options.allow_changed_sources, options.pairs = True, False
+    options.allow_changed_sources, options.pairs, options.each = True, False, False
+    options.recipe = None
     first, *others = parse_inputs(options.loras)
     names = ("te", "unet", "te1", "te2", "te3")
     taken = [replace(one, **{n: -v for n in names if (v := getattr(one, n)) is not None}) for one in others]
