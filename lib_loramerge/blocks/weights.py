@@ -269,7 +269,8 @@ def presets_text(names: list[str], most: int = 12) -> str:
     if not names:
         return " No preset fits it."
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f" Presets that fit: {', '.join(names[:most])}{more}."
+    listed = ", ".join(names[:most]) + more
+    return f" Presets that fit: {listed}."
 
 
 def check_reach(

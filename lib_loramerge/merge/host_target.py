@@ -88,7 +88,8 @@ def for_the_host(
     if not kept:
         # Where several base models fit, the names depend on which it is.
         unsure = "" if architecture.base_model_version else " Or name the base model (--base-model NAME)."
-        raise UnsupportedError(f"Nothing of this can be loaded by {host.label}. {texts[0]}{unsure}")
+        message = f"Nothing of this can be loaded by {host.label}. {texts[0]}"
+        raise UnsupportedError(message + unsure)
     if host.unplaced_limit is not None and len(embeddings) > host.unplaced_limit:
         texts.append(
             f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with more than "
