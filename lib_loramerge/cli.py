@@ -290,6 +290,8 @@ def _many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecip
     Raises:
         RecipeError: Options that do not go together, or a line that is no recipe.
     """
+    from .merge.plan import file_stem
+
     if options.pairs or options.dry_run:
         raise RecipeError("--pairs and --dry-run are for a single merge.")
     fields = given_fields(options)
@@ -297,7 +299,7 @@ def _many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecip
         if options.recipe is not None:
             raise RecipeError("Give either --each with LORAs or --recipe FILE, not both.")
         inputs = parse_inputs(options.loras, skip_unsupported=bool(options.skip_unsupported))
-        return [(entry.name, _stem(entry.name), MergeRecipe((entry,), **fields)) for entry in inputs]
+        return [(entry.name, file_stem(entry.name), MergeRecipe((entry,), **fields)) for entry in inputs]
     if options.loras:
         raise RecipeError("Give either LORAs or --recipe FILE, not both.")
     found = []
@@ -313,17 +315,10 @@ def _many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecip
             raise RecipeError(f"{options.recipe.name}, {where}: {error}") from None
         if not isinstance(name, str):
             raise RecipeError(f"{options.recipe.name}, {where}: output must be the name of a file.")
-        found.append((where, _stem(name) if name else f"merge-{number:03}", recipe))
+        found.append((where, file_stem(name) if name else f"merge-{number:03}", recipe))
     if not found:
         raise RecipeError(f"{options.recipe.name} holds no recipe.")
     return found
-
-
-def _stem(name: str) -> str:
-    """The name of a file without its folder and ending."""
-    last = name.replace("\\", "/").rpartition("/")[2]
-    base, dot, ending = last.rpartition(".")
-    return base if dot and f".{ending.lower()}" in (".safetensors", ".ckpt", ".pt") else last
 
 
 def _run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Namespace) -> int:
@@ -332,6 +327,7 @@ def _run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Na
     Raises:
         LoraMergeError: Nothing can be written there, or two results would have one name.
     """
+    from .files import make_folder
     from .merge import run_merge
 
     if options.output is None:
@@ -342,10 +338,7 @@ def _run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Na
         other = seen.setdefault(name.lower(), label)
         if other is not label:
             raise OutputError(f"{other} and {label} would both be written to {folder / name}.safetensors.")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+    make_folder(folder)
     reports, failures = [], []
     for label, name, recipe in jobs:
         path = folder / f"{name}.safetensors"
@@ -942,6 +935,7 @@ def _convert_parser(commands: Any) -> None:
 
 def run_convert(options: argparse.Namespace) -> int:
     from .merge import run_merge
+    from .merge.plan import file_stem
     from .recipe import LoraInput
 
     # One LoRA at strength 1 concatenated with nothing is that LoRA, factor by factor.
@@ -951,7 +945,7 @@ def run_convert(options: argparse.Namespace) -> int:
     ]
     options.lora_dir, options.preset_file = None, []
     if len(recipes) > 1 or options.output.endswith(("/", os.sep)):
-        jobs = [(file.name, _stem(file.name), recipe) for file, recipe in zip(options.files, recipes)]
+        jobs = [(file.name, file_stem(file.name), recipe) for file, recipe in zip(options.files, recipes)]
         return _run_many(jobs, options)
     target = output_target(options.output, None)
     _check_output(target, options.overwrite)

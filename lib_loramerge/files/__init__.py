@@ -8,7 +8,14 @@ from __future__ import annotations
 from lib_loramerge.files.folder import LoraFolder, output_path
 from lib_loramerge.files.hashes import model_hash
 from lib_loramerge.files.header import Header, TensorInfo, stamp_of
-from lib_loramerge.files.place import check_space, check_target, free_space, refuse_inputs, temporary_beside
+from lib_loramerge.files.place import (
+    check_space,
+    check_target,
+    free_space,
+    make_folder,
+    refuse_inputs,
+    temporary_beside,
+)
 from lib_loramerge.files.read import (
     LORA_SUFFIXES,
     LoraFile,
@@ -31,6 +38,7 @@ __all__ = [
     "check_space",
     "check_target",
     "free_space",
+    "make_folder",
     "model_hash",
     "open_file",
     "output_path",

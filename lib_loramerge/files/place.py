@@ -70,6 +70,18 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
                 )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, within one that exists, unless it is there.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Refuse if a folder's disk has fewer than ``needed`` free bytes.
 

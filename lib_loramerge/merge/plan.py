@@ -228,6 +228,11 @@ def plain_name(name: str) -> str:
     return path.stem if path.suffix.lower() in LORA_SUFFIXES else name
 
 
+def file_stem(name: str) -> str:
+    """The name for a file of a LoRA's own: neither its folder nor its ending."""
+    return plain_name(PureWindowsPath(name).name)
+
+
 def _plan_layers(
     plans: Sequence[SourcePlan],
     architecture: str,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lib_loramerge.errors import RecipeError
+from lib_loramerge.merge.plan import file_stem
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import SETTINGS, LoraInput, MergeRecipe, parse_inputs, parse_rank
 from lib_loramerge.recipe.check import plain, shown
@@ -215,7 +216,7 @@ def _pieces(body: str, tag: bool) -> _Pieces:
 
 
 def _label(parts: Sequence[str], index: int) -> str:
-    name = re.sub(r"\.(safetensors|ckpt|pt)$", "", re.split(r"[\\/]", parts[0].strip())[-1], flags=re.I)
+    name = file_stem(parts[0].strip())
     keyed = _KEY.fullmatch(parts[index])
     if keyed:
         return f"{name} {keyed[1]}"

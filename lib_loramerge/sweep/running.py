@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_loramerge.blocks import Presets
 from lib_loramerge.errors import LoraMergeError, OutputError
-from lib_loramerge.files import check_target, free_space, model_hash, read_header
+from lib_loramerge.files import check_target, free_space, make_folder, model_hash, read_header
 from lib_loramerge.files.place import output
 from lib_loramerge.merge import MergePlan, Progress, plan_merge, run_merge
 from lib_loramerge.metadata import read_recipe
@@ -131,8 +132,9 @@ def _existing(sweep: Sweep, resume: bool) -> frozenset[str]:
             f"{sweep.folder / taken[0]}.safetensors exists{more}. Choose another folder, or --resume to keep "
             "what was made from the same recipes."
         )
+    hash_of = cache(model_hash)  # The files of a sweep share their sources.
     for point, plan in zip(sweep.points, sweep.plans, strict=True):
-        if point.name in taken and not _same(target(sweep, point), plan):
+        if point.name in taken and not _same(target(sweep, point), plan, hash_of):
             raise OutputError(
                 f"{target(sweep, point)} exists and was made from another recipe or other files. "
                 "Move it away, or choose another folder."
@@ -140,13 +142,13 @@ def _existing(sweep: Sweep, resume: bool) -> frozenset[str]:
     return frozenset(taken)
 
 
-def _same(path: Path, plan: MergePlan) -> bool:
+def _same(path: Path, plan: MergePlan, hash_of: Callable[[Path], str]) -> bool:
     """Whether a file holds what the plan would write: the same recipe, and sources of the same contents."""
     stored = read_recipe(read_header(path).metadata)
     if stored is None:
         return False
     inputs = tuple(
-        replace(entry, hash=model_hash(source.path))
+        replace(entry, hash=hash_of(source.path))
         for entry, source in zip(plan.recipe.inputs, plan.sources, strict=True)
     )
     return stored == _plain(replace(plan.recipe, params=dict(plan.params), inputs=inputs))
@@ -189,10 +191,7 @@ def run_sweep(
     Raises:
         LoraMergeError: What stops a merge; files and tables made before stay.
     """
-    try:
-        sweep.folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder {sweep.folder} cannot be made: {error.strerror or error}.") from error
+    make_folder(sweep.folder)
     for point in sweep.points:
         if point.name not in sweep.there:
             check_target(target(sweep, point), False)
