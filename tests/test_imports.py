@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lib_loramerge"
 
 # What each top module may import, itself aside. A package counts as one module under its name.
-_GROUND = {"errors"}
+_GROUND = {"errors", "block_lists"}
 _TYPES = _GROUND | {"delta", "recipe", "models"}
 _PARTS = {"dialects", "adapters", "methods", "ranks", "blocks", "metadata", "files"}
 _RESULTS = _TYPES | _PARTS | {"report", "analysis"}
 ALLOWED = {
     "errors": set(),
+    "block_lists": set(),
     "interrupts": set(),
     "recipe": _GROUND,
     "delta": _GROUND,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lib_loramerge.models import SD_FULL, UNET_LISTS, in_ranges
+from lib_loramerge.block_lists import SD_FULL, UNET_LISTS, in_ranges
 
 FLUX = ("CLIP", "T5", "IN", *(f"D{n:02}" for n in range(19)), *(f"S{n:02}" for n in range(38)), "OUT")
 # Other transformers have no list in sd-webui-lora-block-weight; only rules can name their blocks.

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
+from lib_loramerge.block_lists import EDGES, TEXT_ENCODERS, in_ranges
 from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
 from lib_loramerge.errors import RecipeError
-from lib_loramerge.models import ARCHITECTURES, EDGES, TEXT_ENCODERS, BlockMap, block_map, in_ranges
-from lib_loramerge.models import SD_FULL as UNET_BLOCKS
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
 
 if TYPE_CHECKING:
     from lib_loramerge.blocks.presets import Presets
+    from lib_loramerge.models import BlockMap
 
 _X = re.compile(r"X(?:([+-])([0-9.]+))?")
 # A token in this spelling is meant as a block; others may be parts of layer names.
@@ -251,7 +251,7 @@ def _list_of(
             f"shorter list: {model.counts_text()}."
         )
     chosen = found[0]
-    stored = UNET_BLOCKS if chosen.rest == 0 else chosen.ids
+    stored = SD_FULL if chosen.rest == 0 else chosen.ids
     if not set(chosen.ids) & {"BASE", "IN", "OUT"} and chosen.rest:
         stored = next(entry.ids for entry in model.lists if set(chosen.ids) < set(entry.ids))
     return chosen.ids, stored, dict.fromkeys(stored, chosen.rest)
@@ -350,6 +350,8 @@ def _wrong_count(count: int, what: str) -> RecipeError:
 @cache
 def _known_counts() -> frozenset[int]:
     """Lengths of the lists of every base model in every size."""
+    from lib_loramerge.models import ARCHITECTURES, block_map  # not at a WebUI's start
+
     return frozenset(
         len(entry.ids)
         for name, record in ARCHITECTURES.items()

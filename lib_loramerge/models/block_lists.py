@@ -7,43 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from ..block_lists import EDGES, SD_FULL, TEXT_ENCODERS, UNET_LISTS, BlockList, in_ranges
 from .base import Architecture, Size
 from .records import ARCHITECTURES
 from .unet import UNETS, unet_layers
-
-_IN = tuple(f"IN{n:02}" for n in range(12))
-_OUT = tuple(f"OUT{n:02}" for n in range(12))
-# Text encoders, and what stands before and after the numbered blocks.
-TEXT_ENCODERS, EDGES = frozenset({"BASE", "CLIP", "T5"}), frozenset({"IN", "OUT"})
-SD_FULL = ("BASE", *_IN, "M00", *_OUT)
-
-
-@dataclass(frozen=True)
-class BlockList:
-    """One list of block weights.
-
-    Attributes:
-        use: What it is for, in a few words.
-        ids: The blocks that its entries belong to, in order.
-        rest: Weight of the U-Net's blocks that it leaves out; blocks of other models keep 1.
-    """
-
-    use: str
-    ids: tuple[str, ...]
-    rest: float = 1.0
-
-
-# Those of sd-webui-lora-block-weight. What 12, 17 and 20 leave out of the 26 blocks has weight 0.
-UNET_LISTS = (
-    BlockList("SDXL, attention layers", ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *_OUT[:6]), 0.0),
-    BlockList(
-        "SD1 and SD2, attention layers",
-        ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *_OUT[3:]),
-        0.0,
-    ),
-    BlockList("SDXL, all layers", ("BASE", *_IN[:9], "M00", *_OUT[:9]), 0.0),
-    BlockList("SD1 and SD2, all layers", SD_FULL, 0.0),
-)
 
 
 @dataclass(frozen=True)
@@ -199,19 +166,3 @@ def _unknown_map(label: str, blocks: list[str], deepest: Mapping[str, int]) -> B
         "OUT",
     )
     return BlockMap(label, ids, (BlockList("all blocks", ids),))
-
-
-def in_ranges(ids: Iterable[str]) -> str:
-    """``BASE IN04 IN05 IN07`` -> ``BASE IN04-IN05 IN07``."""
-    runs: list[list[str]] = []
-    for block in ids:
-        if runs and _follows(runs[-1][-1], block):
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return " ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _follows(before: str, after: str) -> bool:
-    word, number = before.rstrip("0123456789"), before[len(before.rstrip("0123456789")) :]
-    return bool(number) and after == f"{word}{int(number) + 1:0{len(number)}}"

@@ -147,12 +147,12 @@ def in_a_process(code):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-# What no page needs before something is pressed. The base models are needed: their records hold the lists of
-# blocks that presets are for.
+# What no page needs before something is pressed.
 LATER = {
     "merge",
     "analysis",
     "adapters",
+    "models",
     "cli",
     "demo",
     "dialects",
