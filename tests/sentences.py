@@ -17,7 +17,11 @@ from pathlib import Path
 
 # Their texts reach the command line, the REST pages or the console, never the tab.
 NOT_OF_THE_TAB = frozenset({
-    "cli.py", "__main__.py", "demo.py",  # the command line
+    *(f"cli/{name}.py" for name in (
+        "__init__", "bake", "convert", "demo", "extract", "lists", "look", "many", "merge", "options",
+        "output", "recipes", "sweep", "ui",
+    )),
+    "__main__.py", "demo.py",  # the command line
     # bake, extract, subtract: the command line
     "checkpoints/baking.py", "checkpoints/changes.py", "checkpoints/differing.py", "checkpoints/extracted.py",
     "checkpoints/extracting.py", "checkpoints/looking.py", "checkpoints/noise.py", "checkpoints/numbers.py",

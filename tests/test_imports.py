@@ -164,7 +164,7 @@ def test_imports_go_one_way(path):
         ("lib_loramerge/adapters/__init__.py", "from ..methods import METHODS"),
         ("lib_loramerge/methods/linear.py", "if TYPE_CHECKING:\n    from ..adapters import AdapterKind"),
         ("lib_loramerge/merge/run.py", "def f():\n    from matplotlib import pyplot"),
-        ("lib_loramerge/cli.py", "from lib_loramerge.webui.standalone import serve"),
+        ("lib_loramerge/cli/ui.py", "from lib_loramerge.webui.standalone import serve"),
         ("lib_loramerge/webui/tab.py", "import networks, scipy"),
         ("scripts/lora_merge.py", "from lib_loramerge.merge import run_merge"),
         ("lib_loramerge/webui/tab.py", "import comfy.utils"),
@@ -183,7 +183,7 @@ def test_a_forbidden_import_is_found(file, line):
     [
         ("lib_loramerge/files.py", "from . import errors\nfrom lib_loramerge import __version__"),
         ("lib_loramerge/dialects/kohya.py", "from . import registry\nfrom ..models import detect"),
-        ("lib_loramerge/cli.py", "def ui():\n    from lib_loramerge.webui.standalone import serve"),
+        ("lib_loramerge/cli/ui.py", "def ui():\n    from lib_loramerge.webui.standalone import serve"),
         ("lib_loramerge/webui/host.py", "from modules import shared\nfrom ..merge import run_merge"),
     ],
 )

@@ -1,0 +1,109 @@
+"""``loramerge extract``: a LoRA of what one checkpoint is more than another."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import interrupts
+from ..errors import RecipeError
+from .options import add_json, add_output, add_settings, command, given_fields, target_of
+from .output import EXIT_DONE, print_report, progress_line
+
+
+def add_parser(commands: Any) -> None:
+    parser = command(
+        commands, "extract", run_extract, "make a LoRA of what one checkpoint is more than another (A - B)"
+    )
+    parser.add_argument("tuned", type=Path, metavar="TUNED", help="the fine-tuned checkpoint")
+    parser.add_argument("base", type=Path, metavar="BASE", help="the checkpoint that it was trained from")
+    add_output(parser, "LoRA to write")
+    parser.add_argument(
+        "--rank",
+        type=_extract_rank,
+        metavar="N",
+        help="a number, or auto: what stands out of the files' rounding (default: 64)",
+    )
+    parser.add_argument(
+        "--conv-rank",
+        type=int,
+        metavar="N",
+        help="of k x k convolutions; 0 for none (default: at most 32)",
+    )
+    parser.add_argument("--retain", type=float, metavar="F", help="share of each layer's norm to keep")
+    parser.add_argument(
+        "--max-rank", type=int, default=128, metavar="N", help="limit of auto and retain (default: 128)"
+    )
+    parser.add_argument("--parts", metavar="P,...", help="unet, te, te1, te2, te3 (default: all)")
+    parser.add_argument(
+        "--vectors", choices=("unet", "none"), default="unet", help="write the U-Net's biases and norms"
+    )
+    parser.add_argument(
+        "--dtype",
+        dest="lora_dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float16",
+        help="precision of the LoRA (default: float16)",
+    )
+    parser.add_argument("--no-hash", action="store_true", help="do not hash the checkpoints for the metadata")
+    add_settings(parser, "extract")
+    parser.add_argument("--dry-run", action="store_true", help="read and tell everything, write nothing")
+    add_json(parser)
+
+
+def _extract_rank(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
+
+
+def run_extract(options: argparse.Namespace) -> int:
+    from ..checkpoints import extract
+
+    target = None if options.dry_run else target_of(options)
+    with progress_line(sys.stderr) as show:
+        report = extract(
+            options.tuned,
+            options.base,
+            target,
+            _extract_settings(options),
+            overwrite=options.overwrite,
+            progress=show,
+            cancel=interrupts.asked,
+        )
+    print_report(report, options)
+    return EXIT_DONE
+
+
+def _extract_settings(options: argparse.Namespace) -> Any:
+    from ..checkpoints import ExtractSettings
+    from ..checkpoints.differing import PARTS
+
+    if options.retain is not None and options.rank is not None:
+        raise RecipeError("retain and rank exclude each other: give one rule for the rank.")
+    rank = 64 if options.rank is None else options.rank
+    if rank != "auto" and not 1 <= rank <= 4096:
+        raise RecipeError(f"rank must be a whole number from 1 to 4096, or auto, got {rank}.")
+    if options.retain is not None and not 0 < options.retain <= 1:
+        raise RecipeError(f"retain must be above 0 and at most 1, got {options.retain:g}.")
+    if not 1 <= options.max_rank <= 4096 or (options.conv_rank or 0) < 0:
+        raise RecipeError("max-rank must be from 1 to 4096, and conv-rank not below 0.")
+    parts = tuple(part.strip() for part in (options.parts or "").split(",") if part.strip())
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise RecipeError(f"There is no part {unknown[0]!r}. Parts: {', '.join(PARTS)}.")
+    given = given_fields(options)
+    return ExtractSettings(
+        rank=rank,
+        conv_rank=options.conv_rank,
+        retain=options.retain,
+        max_rank=options.max_rank,
+        parts=parts,
+        vectors=options.vectors,
+        dtype=options.lora_dtype,
+        dialect=given.get("dialect", "auto"),
+        skip_unsupported=given.get("skip_unsupported", False),
+        hashed=not options.no_hash,
+    )
