@@ -274,7 +274,7 @@ def test_the_time_that_whole_layers_take_is_told_before_they_are_looked_at(folde
 
 
 def test_a_long_look_is_announced_on_the_command_line(folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr("lib_loramerge.cli.look.LONG_SECONDS", 0.0)
     files = [str(folder / "a.safetensors"), str(folder / "b.safetensors")]
     assert cli.main(["advise", *files, "--mode", "ties", "--json"]) == 0
     told = capsys.readouterr()

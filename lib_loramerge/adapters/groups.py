@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 
 from ..errors import IncompatibleError, UnsupportedError
 from .kinds import ADAPTERS, AdapterKind
@@ -86,6 +87,7 @@ def identify(slots: Collection[str], where: str) -> Group:
     return Group(kind, magnitudes[0] if magnitudes else None)
 
 
+@cache
 def _own_slots(family: str) -> frozenset[str]:
     kinds = [ADAPTERS[name] for name in _FAMILIES[family]]
     return frozenset().union(*(kind.slots for kind in kinds))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import IncompatibleError
@@ -121,7 +122,7 @@ class AdapterKind:
     scale_rank: Callable[[Shapes], int | None] = field(default=lambda shapes: None)
     scales_itself: bool = False
 
-    @property
+    @cached_property
     def slots(self) -> frozenset[str]:
         """Every slot that belongs to this kind."""
         return self.optional.union(*self.forms)

@@ -115,7 +115,8 @@ def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) ->
         )
     if "bias" in shapes or "bias_indices" in shapes:
         facts, notes = replace(facts, rank=None), (*notes, RESIDUAL)
-    return replace(facts, bias=has_bias(shapes), notes=notes)
+    bias = has_bias(shapes)
+    return replace(facts, bias=bias, notes=notes) if bias or notes else facts
 
 
 def _check_base(kind: AdapterKind, facts: LayerFacts, base: Tensor | None, where: str) -> None:

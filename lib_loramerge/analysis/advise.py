@@ -15,7 +15,7 @@ from .. import ranks
 from ..delta import Dense, Spectrum, available_cores, norm
 from ..merge.layer import Merger, open_merger
 from ..merge.layout import FileCosts, LayerPlan, MergePlan, file_costs
-from ..merge.run import Progress, for_each_layer
+from ..merge.work import Progress, Work
 from ..methods import METHODS
 from ..report import percent
 from .compare import norms_by_block
@@ -146,7 +146,7 @@ def _timed(plan: MergePlan, progress: Callable[[Progress], None] | None) -> Call
     if progress is None or not expected:
         return progress
     tell = progress
-    # In the order of work: for_each_layer begins with the largest.
+    # In the order of work: each_layer begins with the largest.
     done = list(accumulate(sorted((_work(plan, layer) for layer in plan.layers), reverse=True), initial=0.0))
     start = perf_counter()
     progress(Progress("look", 0, len(plan.layers), eta=expected))
@@ -175,7 +175,7 @@ def advise(
     """
     with open_merger(plan) as merger:
         look = partial(_look, merger)
-        looked = for_each_layer(plan, look, "look", _timed(plan, progress), cancel)
+        looked = Work(_timed(plan, progress), cancel).each_layer(plan, look, "look")
     spectra = [spectrum for spectrum, _ in looked]
     costs = file_costs(plan, spectra)
     squares = {name: np.asarray(cost.values) ** 2 for name, cost in costs.layers.items() if len(cost.values)}

@@ -18,7 +18,7 @@ from ..blocks import BLOCK_IDS
 from ..delta import Delta, Dense, conflict_of, overlaps, sampled_rows
 from ..merge.layer import open_merger
 from ..merge.layout import LayerPlan, MergePlan
-from ..merge.run import Progress, for_each_layer
+from ..merge.work import Progress, Work
 from ..report import percent
 
 # Cosines beyond which two LoRAs are called the same, agreeing, unrelated, or opposed.
@@ -161,7 +161,7 @@ def compare(
             ]
             return _look(layer, pairs, present, len(plan.sources)) if present else (None, [])
 
-        by_layer = for_each_layer(plan, look, "compare", progress, cancel)
+        by_layer = Work(progress, cancel).each_layer(plan, look, "compare")
     seen = [entry for _, entries in by_layer for entry in entries]
     sizes = [entry for entry, _ in by_layer if entry is not None]
     names = [entry.name for entry in plan.recipe.inputs]

@@ -24,7 +24,7 @@ from .numbers import FLOAT8_LARGEST, ITEM, decode_codes, encode
 if TYPE_CHECKING:
     from .changes import Change
 
-CHUNK = 1 << 20  # Numbers that are computed with at once.
+CHUNK = 1 << 18  # Numbers that are computed with at once.
 COPY = 4 << 20  # Bytes that are copied at once.
 PAGE = 4096
 WORKERS = 2  # More only wait for the disk, and each has its chunks in memory.

@@ -145,7 +145,7 @@ def _show_plan(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> No
     from ..report import histogram_text
 
     facts = plan.to_json()
-    at_most = "" if plan.exact_prediction else "at most "
+    at_most = "" if plan.ranks_known else "at most "
     print(f"Would write  {target or 'nothing (no -o)'}")
     print(f"Size         {at_most}{plan.predicted_bytes / 1e6:,.2f} MB, {plan.dtype}")
     print(f"Base model   {facts['base_model']}")

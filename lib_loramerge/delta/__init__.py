@@ -19,7 +19,7 @@ from .reach import NEAR, largest, near_one, times_two_to
 from .settings import full_precision, own_settings
 from .storing import Stored, realize, store, store_truncated, write_layer
 from .threads import available_cores, helpful_threads, parallel_map
-from .together import batch_numbers, write_layers
+from .together import write_layers
 from .types import (
     Delta,
     Dense,
@@ -51,7 +51,6 @@ __all__ = [
     "Stored",
     "as_double",
     "available_cores",
-    "batch_numbers",
     "check_same_shape",
     "conflict_of",
     "decompose",

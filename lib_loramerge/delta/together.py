@@ -34,11 +34,6 @@ from .types import Grams, LowRank, Merged, Mixed
 Choose = Callable[[Spectrum], int]
 
 
-def batch_numbers(device: torch.device) -> int:
-    """How many numbers the layers of a batch may have: the CPU has a cache, an accelerator wants work."""
-    return 1 << 19 if device.type == "cpu" else 1 << 22
-
-
 def write_layers(
     deltas: Sequence[Merged],
     dtype: torch.dtype,
@@ -108,12 +103,7 @@ def _batches(deltas: Sequence[Merged], choose: Sequence[Choose | None]) -> Itera
             groups[type(delta), parts, delta.rank, factors].append(index)
         else:
             yield [index]
-    for members in groups.values():
-        first = deltas[members[0]]
-        assert isinstance(first, LowRank | Mixed)
-        count = max(1, batch_numbers(first.up.device) // (first.up.numel() + first.down.numel()))
-        for start in range(0, len(members), count):
-            yield members[start : start + count]
+    yield from groups.values()
 
 
 @dataclass(frozen=True, eq=False)

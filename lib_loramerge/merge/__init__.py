@@ -18,9 +18,10 @@ from .sources import Source, open_source
 
 if TYPE_CHECKING:
     from .device import devices
-    from .run import Progress, run_merge
+    from .run import run_merge
+    from .work import Progress
 
-_LATER = {"Progress": "run", "run_merge": "run", "devices": "device"}
+_LATER = {"Progress": "work", "run_merge": "run", "devices": "device"}
 
 __all__ = [
     "LayerPlan",

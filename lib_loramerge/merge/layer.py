@@ -117,8 +117,6 @@ class Merger:
         self.readers = readers
         self.device = device
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
-        # The one method that means the sum and does not give it.
-        self.approximate = plan.method.name == "add"
         self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
         self.style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
 
@@ -365,7 +363,7 @@ class Merger:
         """
         layer, bias, notes = prepared.layer, prepared.bias, prepared.notes
         sum_sq = 0.0 if prepared.plain is None else norm(prepared.plain) ** 2
-        lost = sum_sq if self.approximate else _size_sq(prepared.merged)
+        lost = sum_sq if self.plan.method.adds_factors else _size_sq(prepared.merged)
         if bias is not None and bool(bias.any()):
             kept = self._whole(layer, None, bias, notes)
             error_sq, exact_sq = kept.result.error_sq + lost, kept.result.exact_sq + lost
@@ -389,7 +387,7 @@ class Merger:
         from_sum_sq = sum_sq = 0.0
         if plain is not None:
             from_sum_sq, sum_sq = relative_error(plain, moved(delta, self.device))
-        if plain is not None and self.approximate:
+        if plain is not None and self.plan.method.adds_factors:
             error_sq, exact_sq, written_sq = from_sum_sq, sum_sq, norm(delta) ** 2
         tensors: dict[str, Tensor] = {}
         for prefix, piece in self._pieces(layer, delta):

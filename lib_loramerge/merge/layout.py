@@ -140,6 +140,7 @@ class MergePlan:
         style: How slots are spelled, where the dialect does not say it.
         predicted_bytes: Size of the file foreseen; an upper bound where ranks
             depend on the singular values.
+        ranks_known: Ranks do not depend on the singular values, so ranks and size are not just upper bounds.
         left_out: Layers whose weights are all 0.
         skipped: What ``skip_unsupported`` leaves out, or what the host does not load, a sentence each.
         candidates: Labels of the base models that all files fit; one when it is sure.
@@ -158,7 +159,7 @@ class MergePlan:
     dtype: str
     base: Path | None
     predicted_bytes: int
-    exact_prediction: bool
+    ranks_known: bool
     warnings: tuple[str, ...]
     skipped: tuple[str, ...]
     candidates: tuple[str, ...] = ()
@@ -189,7 +190,7 @@ class MergePlan:
             "layers_left_out": len(self.left_out),
             "ranks": {str(rank): count for rank, count in self.rank_histogram.items()},
             "predicted_bytes": self.predicted_bytes,
-            "exact_prediction": self.exact_prediction,
+            "ranks_known": self.ranks_known,
             "needs_base": self.needs_base,
             "inputs": [source.to_json() for source in self.sources],
             "warnings": list(self.warnings),

@@ -92,7 +92,7 @@ def plan_merge(
         dtype=dtype,
         base=base,
         predicted_bytes=0,
-        exact_prediction=recipe.retain is None and recipe.size is None,
+        ranks_known=recipe.retain is None and recipe.size is None,
         warnings=(
             *found.notes,
             *reach,
@@ -390,7 +390,7 @@ def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -
         known = [rank for rank in layer.ranks if rank is not None]
         if layer.dense:
             return None
-        return max(known) if method.name == "add" else sum(known)
+        return max(known) if method.adds_factors else sum(known)
     return ranks.foreseen(
         recipe,
         most=layer.largest_rank(method),

@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import models, ranks
-from ..delta import Stored, batch_numbers, full_precision, helpful_threads, parallel_map
-from ..errors import Cancelled, IncompatibleError, OutputError
+from ..delta import Stored, full_precision
+from ..errors import IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
-from ..report import InputReport, LayerResult, MergeReport, percent, relative, worst
+from ..report import MergeReport
 from .layer import MergedLayer, Merger, open_merger
-from .layout import LayerPlan, MergePlan, SourcePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
-from .memory import peak_memory_bytes
-
-# Layers of a batch at most: many more are no quicker, and leave the other threads without work.
-LAYERS = 16
-# Layers of more numbers than this are merged on fewer threads, so that all of them together keep within the
-# room (bytes); a layer takes so many bytes for each number.
-HUGE, ROOM, PER_NUMBER = 20_000_000, 3e9, 30
-# Share of a LoRA in the file below which the report warns.
-WELL_KEPT = 0.95
-# Batches on their way to an accelerator at once: more would only wait for each other, and need its memory.
-FEEDERS = 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a merge is.
-
-    Attributes:
-        phase: ``"look"`` (singular values for a size rule), ``"merge"`` or ``"write"``.
-        done, total: Layers; tensors while writing.
-        eta: Seconds left in this phase, once that can be told.
-    """
-
-    phase: str
-    done: int
-    total: int
-    layer: str = ""
-    eta: float | None = None
+from .layout import LayerPlan, MergePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
+from .outcome import merge_report
+from .work import Progress, Work
 
 
 @dataclass
@@ -86,7 +57,7 @@ def run_merge(
     Raises:
         LoraMergeError: Anything a user can cause; nothing was written then.
     """
-    clock = _Clock()
+    clock, work = _Clock(), Work(progress, cancel, workers)
     check_target(output, overwrite)
     refuse_inputs(output, plan.files())
     check_space(output.parent, plan.predicted_bytes)
@@ -95,13 +66,13 @@ def run_merge(
         stack.enter_context(_enough_memory(merger.device))
         if merger.device.type != "cpu":
             stack.enter_context(full_precision())
-        hashes = stack.enter_context(_background_hashes(merger, cancel))
+        hashes = stack.enter_context(_background_hashes(merger, work))
         allotted = None
         if plan.recipe.size is not None:
             with clock.phase("look"):
-                allotted = _allot(plan, merger, output.stem, progress, cancel, workers)
+                allotted = _allot(plan, merger, output.stem, work)
         with clock.phase("merge"):
-            merged = _merge_layers(plan, merger, allotted, progress, cancel, workers)
+            merged = _merge_layers(plan, merger, allotted or {}, work)
         embeddings = _embeddings(plan, merger)
         source_hashes = hashes()
         merger.check_unchanged()
@@ -113,18 +84,18 @@ def run_merge(
     tensors = {key: tensor for layer in merged for key, tensor in layer.tensors.items()} | embeddings
     if needs_one_rank(plan):
         tensors = one_rank(tensors)
-    _raise_if_cancelled(cancel)
+    work.check()
     with clock.phase("write"):
         written = write_file(
             output,
             tensors,
             _metadata(plan, output, merged, source_hashes),
             overwrite=overwrite,
-            stop=partial(_raise_if_cancelled, cancel),
+            stop=work.check,
             progress=progress and (lambda done, total: progress(Progress("write", done, total))),
-            before_rename=partial(_raise_if_cancelled, cancel),
+            before_rename=work.check,
         )
-    return _report(plan, output, merged, written, source_hashes, clock, merger.device)
+    return merge_report(plan, merged, written, source_hashes, merger.device, clock.all())
 
 
 def one_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,25 +162,17 @@ def _enough_memory(device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _raise_if_cancelled(cancel: Callable[[], bool] | None) -> None:
-    if cancel is not None and cancel():
-        raise Cancelled("Stopped. Nothing was written.")
-
-
 @contextmanager
-def _background_hashes(
-    merger: Merger, cancel: Callable[[], bool] | None
-) -> Iterator[Callable[[], list[str]]]:
+def _background_hashes(merger: Merger, work: Work) -> Iterator[Callable[[], list[str]]]:
     """Hash the sources while their layers are merged; hashing releases the interpreter's lock."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="loramerge-hash")
-    stop = partial(_raise_if_cancelled, cancel)
-    futures = [pool.submit(reader.model_hash, stop) for reader in merger.readers]
+    futures = [pool.submit(reader.model_hash, work.check) for reader in merger.readers]
 
     def results() -> list[str]:
         while wait(futures, timeout=0.1).not_done:
-            _raise_if_cancelled(cancel)
+            work.check()
         return [future.result() for future in futures]
 
     try:
@@ -218,21 +181,14 @@ def _background_hashes(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _allot(
-    plan: MergePlan,
-    merger: Merger,
-    name: str,
-    progress: Callable[[Progress], None] | None,
-    cancel: Callable[[], bool] | None,
-    workers: int | None,
-) -> dict[str, int]:
+def _allot(plan: MergePlan, merger: Merger, name: str, work: Work) -> dict[str, int]:
     """Ranks for a file of limited size, from the singular values of all layers.
 
     Raises:
         OutputError: Not even the header fits.
     """
     assert plan.recipe.size is not None
-    spectra = for_each_layer(plan, merger.spectrum, "look", progress, cancel, workers)
+    spectra = work.each_layer(plan, merger.spectrum, "look")
     costs = file_costs(plan, spectra, name)
     layers = list(costs.layers.values())
     budget = int(plan.recipe.size * 1_000_000) - costs.fixed
@@ -246,106 +202,13 @@ def _allot(
 
 
 def _merge_layers(
-    plan: MergePlan,
-    merger: Merger,
-    allotted: Mapping[str, int] | None,
-    progress: Callable[[Progress], None] | None,
-    cancel: Callable[[], bool] | None,
-    workers: int | None,
+    plan: MergePlan, merger: Merger, allotted: Mapping[str, int], work: Work
 ) -> list[MergedLayer]:
-    ranks_allotted = allotted or {}
-
     def merge(batch: Sequence[LayerPlan]) -> list[MergedLayer]:
-        return merger.merge_together(batch, [ranks_allotted.get(layer.layer) for layer in batch])
+        return merger.merge_together(batch, [allotted.get(layer.layer) for layer in batch])
 
-    batches = _batches(plan, batch_numbers(merger.device))
-    if merger.device.type != "cpu":
-        workers = FEEDERS
-    merged = {
-        entry.result.layer: entry
-        for entries in _for_each(plan, batches, merge, "merge", progress, cancel, workers)
-        for entry in entries
-    }
+    merged = work.each_batch(plan, merge, "merge", merger.device)
     return _completed_groups(plan, merger, [merged[layer.layer] for layer in plan.layers])
-
-
-def _batches(plan: MergePlan, most: int) -> list[list[LayerPlan]]:
-    """Layers that are merged together: of one shape, and of at most so many numbers."""
-    batches: list[list[LayerPlan]] = []
-    shape, count = None, 0
-    for index in _by_size(plan.layers):
-        layer = plan.layers[index]
-        numbers = _numbers(plan, layer)
-        if (layer.out, layer.width) != shape or count + numbers > most or len(batches[-1]) == LAYERS:
-            batches.append([])
-            shape, count = (layer.out, layer.width), 0
-        batches[-1].append(layer)
-        count += numbers
-    return batches
-
-
-def _numbers(plan: MergePlan, layer: LayerPlan) -> int:
-    """How many numbers a layer has while it is merged: whole matrices, or factors."""
-    if layer.vector or layer.dense or plan.method.elementwise:
-        return layer.out * max(1, layer.width)
-    return sum(rank or 0 for rank in layer.ranks) * (layer.out + layer.width)
-
-
-def _by_size(layers: Sequence[LayerPlan]) -> list[int]:
-    """Order of work: large layers first, so that threads finish together, and one shape after another."""
-    return sorted(range(len(layers)), key=lambda i: (-layers[i].out * layers[i].width, layers[i].out, i))
-
-
-def _tell(
-    progress: Callable[[Progress], None] | None, phase: str, done: int, total: int, layer: str, start: float
-) -> None:
-    if progress is not None:
-        spent = time.perf_counter() - start
-        eta = spent / done * (total - done) if done >= 8 else None
-        progress(Progress(phase, done, total, layer, eta))
-
-
-def for_each_layer(
-    plan: MergePlan,
-    function: Callable[[LayerPlan], Any],
-    phase: str,
-    progress: Callable[[Progress], None] | None = None,
-    cancel: Callable[[], bool] | None = None,
-    workers: int | None = None,
-) -> list[Any]:
-    """``function`` of every layer of a plan, in the plan's order."""
-    order = _by_size(plan.layers)
-    jobs = [[plan.layers[index]] for index in order]
-    found = _for_each(plan, jobs, lambda batch: function(batch[0]), phase, progress, cancel, workers)
-    results: list[Any] = [None] * len(order)
-    for index, result in zip(order, found, strict=True):
-        results[index] = result
-    return results
-
-
-def _for_each(
-    plan: MergePlan,
-    batches: Sequence[Sequence[LayerPlan]],
-    function: Callable[[Sequence[LayerPlan]], Any],
-    phase: str,
-    progress: Callable[[Progress], None] | None,
-    cancel: Callable[[], bool] | None,
-    workers: int | None,
-) -> Iterator[Any]:
-    """``function`` of every batch, in their order."""
-    total, done = len(plan.layers), 0
-    if workers is None:
-        numbers = [_numbers(plan, layer) for layer in plan.layers]
-        workers = helpful_threads(sum(numbers) / total)
-        if max(numbers) > HUGE:
-            workers = max(1, min(workers, int(ROOM / (PER_NUMBER * max(numbers)))))
-    start = time.perf_counter()
-    for batch, result in zip(
-        batches, parallel_map(function, batches, workers=workers, cancel=cancel), strict=True
-    ):
-        yield result
-        done += len(batch)
-        _tell(progress, phase, done, total, batch[-1].layer, start)
 
 
 def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]) -> list[MergedLayer]:
@@ -382,144 +245,3 @@ def _metadata(
         conv=[(m.result.rank or 0, m.alpha or 0.0) for m in sized if m.conv],
         whole=any(m.result.rank is None for m in merged),
     )
-
-
-def _report(
-    plan: MergePlan,
-    output: Path,
-    merged: Sequence[MergedLayer],
-    written: Any,
-    hashes: Sequence[str],
-    clock: _Clock,
-    device: torch.device,
-) -> MergeReport:
-    results = [entry.result for entry in merged]
-    present = [entry for entry in merged if entry.tensors]
-    error_sq = sum(result.error_sq for result in results)
-    exact_sq = sum(result.exact_sq for result in results)
-    histogram = Counter(entry.result.rank for entry in present if entry.result.rank)
-    notes = sorted({note for entry in merged for note in entry.notes})
-    inputs = [_input_report(plan, index, hashes[index], merged) for index in range(len(plan.sources))]
-    return MergeReport(
-        output=str(output),
-        size_bytes=written.size,
-        base_model=plan.architecture.label,
-        mode=plan.method.name,
-        params=dict(plan.params),
-        dtype=plan.dtype,
-        device=str(device),
-        dialect=plan.dialect,
-        seed=plan.recipe.seed,
-        layers=len(present),
-        layers_left_out=len(plan.left_out) + len(merged) - len(present),
-        ranks=dict(sorted(histogram.items(), reverse=True)),
-        whole_layers=sum(entry.result.rank is None for entry in present),
-        error=relative(error_sq, exact_sq),
-        error_against="the exact sum"
-        if plan.method.exact or plan.method.name == "add"
-        else f"{plan.method.name}'s own result",
-        kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
-        from_sum=_from_sum(plan, results),
-        worst_layers=worst(results),
-        inputs=inputs,
-        warnings=[
-            *plan.warnings,
-            *(note for note in notes if note not in plan.warnings),
-            *_cut(plan, inputs),
-        ],
-        skipped=list(plan.skipped),
-        sshs_model_hash=written.model_hash,
-        seconds=clock.all(),
-        peak_memory_bytes=peak_memory_bytes(),
-        by_block=_by_block(plan, merged),
-    )
-
-
-def _from_sum(plan: MergePlan, results: Sequence[LayerResult]) -> float | None:
-    if plan.method.exact or plan.method.name == "add":
-        return None
-    sum_sq = sum(result.sum_sq for result in results)
-    return relative(sum(result.from_sum_sq for result in results), sum_sq) if sum_sq > 0 else None
-
-
-def _by_block(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, dict[str, float]]:
-    """Norm, error and share kept of each block."""
-    blocks = {layer.layer: layer.block or "other" for layer in plan.layers}
-    sums: dict[str, list[float]] = {}
-    for entry in merged:
-        # Zero layers that only complete a group are not in the plan, and have no norm.
-        row = sums.setdefault(blocks.get(entry.result.layer, "other"), [0.0, 0.0, 0.0])
-        for index, value in enumerate((entry.result.exact_sq, entry.result.error_sq, entry.written_sq)):
-            row[index] += value
-    return {
-        block: {
-            "norm": exact**0.5,
-            "error": relative(error, exact),
-            "kept": min(1.0, relative(written, exact)),
-        }
-        for block, (exact, error, written) in sorted(sums.items())
-        if exact > 0
-    }
-
-
-def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
-    """A warning for each LoRA of which the rank left too little; other modes change them on purpose."""
-    if not (plan.method.exact and plan.method.uses_rank):
-        return []
-    return [
-        f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file; the rank cut off "
-        "the rest. --rank full keeps all of it."
-        for entry in inputs
-        if entry.kept < WELL_KEPT
-    ]
-
-
-def _kept(plan: MergePlan, index: int, merged: Sequence[MergedLayer]) -> dict[str, float]:
-    """Share of an input that is in the file, by part of the model and, under an empty name, as a whole."""
-    sums: dict[str, list[float]] = {"": [0.0, 0.0]}
-    for entry in merged:
-        for source, lost, own in entry.lost:
-            if source == index:
-                for name in ("", models.component(entry.result.layer)):
-                    row = sums.setdefault(name, [0.0, 0.0])
-                    row[0], row[1] = row[0] + lost, row[1] + own
-    return {name: 1 - lost / own if own > 0 else 1.0 for name, (lost, own) in sorted(sums.items())}
-
-
-def _input_report(
-    plan: MergePlan, index: int, source_hash: str, merged: Sequence[MergedLayer]
-) -> InputReport:
-    entry, kept = plan.sources[index], _kept(plan, index, merged)
-    return InputReport(
-        name=entry.input.name,
-        path=str(entry.path),
-        sshs_model_hash=source_hash,
-        te=entry.input.te,
-        unet=entry.input.unet,
-        layers=len(entry.source.layers),
-        dialect=entry.source.dialect,
-        kinds=entry.source.kinds,
-        ranks=entry.source.ranks,
-        blocks=_resolved_blocks(plan, entry),
-        kept=kept.pop(""),
-        kept_in=kept,
-    )
-
-
-def _resolved_blocks(plan: MergePlan, entry: SourcePlan) -> dict[str, float]:
-    """Block to what most of its layers in one input are multiplied by, 0 included.
-
-    Text encoders with strengths of their own are told apart, ``"BASE te2"``.
-    """
-    own = any(getattr(entry.input, part) is not None for part in ("te1", "te2", "te3"))
-    counts: dict[str, Counter[float]] = {}
-    for layer in entry.source.layers:
-        component = models.component(layer)
-        block = models.block(plan.architecture.id, layer)
-        weight = entry.input.strength(component) * entry.block_weights.weight(component, block, layer)
-        name = f"{block} {component}" if own and component != "unet" else block or "other"
-        counts.setdefault(name, Counter())[weight] += 1
-    return {name: count.most_common(1)[0][0] for name, count in sorted(counts.items())}
-
-
-__all__ = ["Progress", "for_each_layer", "run_merge"]

@@ -15,7 +15,7 @@ from .plan import plan_merge
 
 if TYPE_CHECKING:
     from ..report import MergeReport
-    from .run import Progress
+    from .work import Progress
 
 
 def merge_files(

@@ -113,6 +113,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     "add",
     label="Add factors (approximate)",
     summary="Adds the factors themselves, as the original LoRA Merger did; only alike LoRAs give their sum.",
+    adds_factors=True,
     uses_rank=False,
     source="the original LoRA Merger for ComfyUI",
     formula="up = sum_i w_i sqrt(alpha_i/alpha_1) up_i, down likewise, alpha = alpha_1",
@@ -161,7 +162,8 @@ def _not_addable(deltas: Sequence[Delta], layer: str) -> str:
     ranks = ", ".join(
         str(delta.rank) if isinstance(delta, LowRank) else "none (full weights)" for delta in deltas
     )
-    modes = ", ".join(name for name, method in METHODS.items() if name != "add" and not method.experimental)
+    others = (name for name, method in METHODS.items() if not (method.adds_factors or method.experimental))
+    modes = ", ".join(others)
     return (
         f"Mode add needs equal ranks, but layer {layer or '(unnamed)'} has ranks {ranks}. "
         f"Use one of: {modes}."

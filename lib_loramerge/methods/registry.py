@@ -46,6 +46,8 @@ class MergeMethod(NamedTuple):
         merge: ``merge(deltas, weights, context, **params) -> Merged``.
         params: Its tunables.
         exact: The result before truncation is the exact weighted sum.
+        adds_factors: It adds factors and not deltas: the result has the rank of one input and is meant as the
+            sum, so its error is measured against that.
         linear: The result is linear in the weights.
         elementwise: It chooses single elements, so the result leaves the space that the inputs span and its
             rank can be any; all other results have at most the sum of the inputs' ranks.
@@ -67,6 +69,7 @@ class MergeMethod(NamedTuple):
     merge: Callable[..., Merged]
     params: tuple[Param, ...] = ()
     exact: bool = False
+    adds_factors: bool = False
     linear: bool = False
     elementwise: bool = False
     uses_rank: bool = True
@@ -79,6 +82,11 @@ class MergeMethod(NamedTuple):
     formula: str = ""
     avoid: str = ""
     vector_weights: Callable[..., Sequence[float]] | None = None
+
+    @property
+    def means_sum(self) -> bool:
+        """Whether the weighted sum is what the result is judged by."""
+        return self.exact or self.adds_factors
 
     def merge_vectors(
         self, vectors: Sequence[Tensor], weights: Sequence[float], context: LayerContext, **params: Any
@@ -118,6 +126,7 @@ def merge_method(
     summary: str,
     params: Sequence[Param] = (),
     exact: bool = False,
+    adds_factors: bool = False,
     linear: bool = False,
     elementwise: bool = False,
     uses_rank: bool = True,
@@ -137,8 +146,8 @@ def merge_method(
         if name in METHODS:
             raise ValueError(f"merge method {name!r} is registered twice")
         METHODS[name] = MergeMethod(
-            name, label, summary, merge, tuple(params), exact, linear, elementwise, uses_rank, random,
-            ordered, minimum, maximum, experimental, source, formula, avoid, vector_weights,
+            name, label, summary, merge, tuple(params), exact, adds_factors, linear, elementwise, uses_rank,
+            random, ordered, minimum, maximum, experimental, source, formula, avoid, vector_weights,
         )  # fmt: skip
         return merge
 

@@ -182,7 +182,7 @@ def plan_facts(
         expected: Seconds that the merge takes; 0 where that is not worth a word.
     """
     facts = plan.to_json()
-    upper = "" if facts["exact_prediction"] else say("at most") + " "
+    upper = "" if facts["ranks_known"] else say("at most") + " "
     rows = [
         (say("Base model"), foreign(facts["base_model"])),
         (say("LoRAs"), str(len(facts["inputs"]))),

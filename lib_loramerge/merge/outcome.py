@@ -1,0 +1,159 @@
+"""The report of a merge, from what became of its layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .. import models
+from ..files import Written
+from ..report import InputReport, LayerResult, MergeReport, percent, relative, worst
+from .layer import MergedLayer
+from .layout import MergePlan, SourcePlan
+from .memory import peak_memory_bytes
+
+# Share of a LoRA in the file below which the report warns.
+WELL_KEPT = 0.95
+
+
+def merge_report(
+    plan: MergePlan,
+    merged: Sequence[MergedLayer],
+    written: Written,
+    hashes: Sequence[str],
+    device: torch.device,
+    seconds: Mapping[str, float],
+) -> MergeReport:
+    """What was written, how exact it is, and what of each input is in it.
+
+    Args:
+        hashes: ``sshs_model_hash`` of each source.
+        seconds: Phase to the time that it took.
+    """
+    results = [entry.result for entry in merged]
+    present = [entry for entry in merged if entry.tensors]
+    error_sq = sum(result.error_sq for result in results)
+    exact_sq = sum(result.exact_sq for result in results)
+    histogram = Counter(entry.result.rank for entry in present if entry.result.rank)
+    notes = sorted({note for entry in merged for note in entry.notes})
+    inputs = [_input_report(plan, index, hashes[index], merged) for index in range(len(plan.sources))]
+    return MergeReport(
+        output=str(written.path),
+        size_bytes=written.size,
+        base_model=plan.architecture.label,
+        mode=plan.method.name,
+        params=dict(plan.params),
+        dtype=plan.dtype,
+        device=str(device),
+        dialect=plan.dialect,
+        seed=plan.recipe.seed,
+        layers=len(present),
+        layers_left_out=len(plan.left_out) + len(merged) - len(present),
+        ranks=dict(sorted(histogram.items(), reverse=True)),
+        whole_layers=sum(entry.result.rank is None for entry in present),
+        error=relative(error_sq, exact_sq),
+        error_against="the exact sum" if plan.method.means_sum else f"{plan.method.name}'s own result",
+        kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
+        from_sum=_from_sum(plan, results),
+        worst_layers=worst(results),
+        inputs=inputs,
+        warnings=[
+            *plan.warnings,
+            *(note for note in notes if note not in plan.warnings),
+            *_cut(plan, inputs),
+        ],
+        skipped=list(plan.skipped),
+        sshs_model_hash=written.model_hash,
+        seconds=dict(seconds),
+        peak_memory_bytes=peak_memory_bytes(),
+        by_block=_by_block(plan, merged),
+    )
+
+
+def _from_sum(plan: MergePlan, results: Sequence[LayerResult]) -> float | None:
+    if plan.method.means_sum:
+        return None
+    sum_sq = sum(result.sum_sq for result in results)
+    return relative(sum(result.from_sum_sq for result in results), sum_sq) if sum_sq > 0 else None
+
+
+def _by_block(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, dict[str, float]]:
+    """Norm, error and share kept of each block."""
+    blocks = {layer.layer: layer.block or "other" for layer in plan.layers}
+    sums: dict[str, list[float]] = {}
+    for entry in merged:
+        # Zero layers that only complete a group are not in the plan, and have no norm.
+        row = sums.setdefault(blocks.get(entry.result.layer, "other"), [0.0, 0.0, 0.0])
+        for index, value in enumerate((entry.result.exact_sq, entry.result.error_sq, entry.written_sq)):
+            row[index] += value
+    return {
+        block: {
+            "norm": exact**0.5,
+            "error": relative(error, exact),
+            "kept": min(1.0, relative(written, exact)),
+        }
+        for block, (exact, error, written) in sorted(sums.items())
+        if exact > 0
+    }
+
+
+def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
+    """A warning for each LoRA of which the rank left too little; other modes change them on purpose."""
+    if not (plan.method.exact and plan.method.uses_rank):
+        return []
+    return [
+        f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file; the rank cut off "
+        "the rest. --rank full keeps all of it."
+        for entry in inputs
+        if entry.kept < WELL_KEPT
+    ]
+
+
+def _kept(plan: MergePlan, index: int, merged: Sequence[MergedLayer]) -> dict[str, float]:
+    """Share of an input that is in the file, by part of the model and, under an empty name, as a whole."""
+    sums: dict[str, list[float]] = {"": [0.0, 0.0]}
+    for entry in merged:
+        for source, lost, own in entry.lost:
+            if source == index:
+                for name in ("", models.component(entry.result.layer)):
+                    row = sums.setdefault(name, [0.0, 0.0])
+                    row[0], row[1] = row[0] + lost, row[1] + own
+    return {name: 1 - lost / own if own > 0 else 1.0 for name, (lost, own) in sorted(sums.items())}
+
+
+def _input_report(
+    plan: MergePlan, index: int, source_hash: str, merged: Sequence[MergedLayer]
+) -> InputReport:
+    entry, kept = plan.sources[index], _kept(plan, index, merged)
+    return InputReport(
+        name=entry.input.name,
+        path=str(entry.path),
+        sshs_model_hash=source_hash,
+        te=entry.input.te,
+        unet=entry.input.unet,
+        layers=len(entry.source.layers),
+        dialect=entry.source.dialect,
+        kinds=entry.source.kinds,
+        ranks=entry.source.ranks,
+        blocks=_resolved_blocks(plan, entry),
+        kept=kept.pop(""),
+        kept_in=kept,
+    )
+
+
+def _resolved_blocks(plan: MergePlan, entry: SourcePlan) -> dict[str, float]:
+    """Block to what most of its layers in one input are multiplied by, 0 included.
+
+    Text encoders with strengths of their own are told apart, ``"BASE te2"``.
+    """
+    own = any(getattr(entry.input, part) is not None for part in ("te1", "te2", "te3"))
+    counts: dict[str, Counter[float]] = {}
+    for layer in entry.source.layers:
+        component = models.component(layer)
+        block = models.block(plan.architecture.id, layer)
+        weight = entry.input.strength(component) * entry.block_weights.weight(component, block, layer)
+        name = f"{block} {component}" if own and component != "unet" else block or "other"
+        counts.setdefault(name, Counter())[weight] += 1
+    return {name: count.most_common(1)[0][0] for name, count in sorted(counts.items())}
