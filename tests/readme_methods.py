@@ -1,16 +1,20 @@
-"""The READMEs' notes on merge methods, made by ``python -m tests.readme_methods``."""
+"""What the READMEs and docs/METHODS.md say of each method, made by ``python -m tests.readme_methods``."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib_loramerge.methods import METHODS
+from lib_loramerge.methods import METHODS, MergeMethod
+from lib_loramerge.recipe import Param
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "METHODS.md"
 MARKERS = "<!-- method-notes -->", "<!-- /method-notes -->"
+_A_CITATION = 90  # Letters of a source that only names a paper and a section.
 _ADDRESS = re.compile(r"https?://[^\s,;)]+")
 
 
@@ -33,7 +37,7 @@ def notes(words: Mapping[str, str] | None = None) -> str:
         )
         if words is None:
             parts = [f"{label}." if not method.experimental else f"{label}, experimental."]
-            parts += [f"Better not {avoid}."] if avoid else []
+            parts += [f"Avoid it {avoid}."] if avoid else []
         else:
             parts = [f"{label}。" if not method.experimental else f"{label}（実験的）。", summary]
             parts += [f"不向き: {avoid}。"] if avoid else []
@@ -42,12 +46,70 @@ def notes(words: Mapping[str, str] | None = None) -> str:
     return "".join(lines)
 
 
+def sections() -> str:
+    """docs/METHODS.md's part on each method: from the registry, and from its function's docstring."""
+    return "\n".join(_section(method) for method in METHODS.values())
+
+
+def _section(method: MergeMethod) -> str:
+    kinds = {
+        "exact sum": method.exact,
+        "whole matrices": method.elementwise,
+        "keeps all ranks": not method.uses_rank,
+        "random, by the seed": method.random,
+        "the order of the LoRAs counts": method.ordered,
+        "experimental": method.experimental,
+    }
+    facts = [name for name, holds in kinds.items() if holds]
+    params = (f"- `{p.name}` = {_plain(p.default)}{_limits(p)}: {p.help}" for p in method.params)
+    lines = [
+        f"### {method.name}: {method.label}",
+        "",
+        method.summary + (f" ({', '.join(facts)})" if facts else ""),
+        "",
+        f"    {method.formula}",
+        "",
+        *params,
+        f"- Source: {_linked(method.source)}",
+        *([f"- Avoid it {method.avoid}."] if method.avoid else []),
+    ]
+    for paragraph in _told(method):
+        lines += ["", paragraph]
+    return "\n".join(lines) + "\n"
+
+
+def _told(method: MergeMethod) -> list[str]:
+    """The paragraphs of a method's docstring beside its arguments, as Markdown."""
+    whole = re.sub(r":\w+:", "", inspect.getdoc(method.merge) or "").replace("``", "`")
+    before, _, rest = whole.partition("\nArgs:")
+    _, _, source = rest.partition("\nSource:")
+    paragraphs = [*before.strip().split("\n\n"), inspect.cleandoc(source)]
+    told = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    # A source that only repeats the registry's says nothing more.
+    return [_linked(text) for text in told if text and (text in told[:-1] or len(text) > _A_CITATION)]
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _limits(param: Param) -> str:
+    if param.choices:
+        return f" ({', '.join(param.choices)})"
+    if param.minimum is None and param.maximum is None:
+        return ""
+    return f" ({param.minimum:g} to {param.maximum:g})"
+
+
 def _linked(source: str) -> str:
     return _ADDRESS.sub(lambda found: f"<{found.group()}>", source)
 
 
-def regenerated(text: str, words: Mapping[str, str] | None = None) -> str:
-    """A README with its notes made anew.
+def regenerated(text: str, words: Mapping[str, str] | None = None, made: str | None = None) -> str:
+    """A page with its notes made anew.
+
+    Args:
+        made: What is put between the markers, if it is not the notes.
 
     Raises:
         ValueError: A marker is missing.
@@ -56,14 +118,16 @@ def regenerated(text: str, words: Mapping[str, str] | None = None) -> str:
     before, found, rest = text.partition(start)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise ValueError(f"The README has no {start} ... {end}.")
-    return f"{before}{start}\n{notes(words)}{end}{after}"
+        raise ValueError(f"The page has no {start} ... {end}.")
+    return f"{before}{start}\n{notes(words) if made is None else made}{end}{after}"
 
 
 def main() -> None:
     for name, words in (("README.md", None), ("README.ja.md", japanese())):
         path = ROOT / name
         path.write_text(regenerated(path.read_text(encoding="utf-8"), words), encoding="utf-8", newline="\n")
+    page = regenerated(PAGE.read_text(encoding="utf-8"), made=sections())
+    PAGE.write_text(page, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

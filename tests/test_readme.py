@@ -146,6 +146,13 @@ def test_notes_on_methods_are_those_of_the_registry(name, words):
     assert text == readme_methods.regenerated(text, words), "run: python -m tests.readme_methods"
 
 
+def test_the_page_on_methods_is_that_of_the_registry():
+    text = readme_methods.PAGE.read_text(encoding="utf-8")
+    assert text == readme_methods.regenerated(text, made=readme_methods.sections()), (
+        "run: python -m tests.readme_methods"
+    )
+
+
 def test_both_languages_say_the_same():
     english, japanese = (_GENERATED.sub("", text_of(name)) for name in READMES)
     for pattern in (r"^(#+) ", r"^```(\w*)$", r"^(\d\. |- )"):

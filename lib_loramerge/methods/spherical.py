@@ -79,8 +79,8 @@ def average(deltas: Sequence[Delta], weights: Sequence[float], context: LayerCon
     source="Shoemake 1985, Animating rotation with quaternion curves, https://doi.org/10.1145/325334.325242",
     formula="sin((1-t) a)/sin(a) delta_1 + sin(t a)/sin(a) delta_2, a = angle between the deltas",
     avoid=(
-        "to have both LoRAs in full: halfway between unrelated LoRAs each is at 0.71, more than in an "
-        "average and less than in a sum"
+        "where both LoRAs are needed in full: halfway between unrelated LoRAs each is at 0.71, more than in "
+        "an average and less than in a sum"
     ),
     vector_weights=shares_at,
 )
@@ -115,7 +115,7 @@ def slerp(
     summary="The mean of any number of LoRAs on the sphere, so that the result does not get weaker.",
     source="Karcher 1977, Riemannian center of mass, https://doi.org/10.1002/cpa.3160300502",
     formula="(sum_i a_i |delta_i|) argmin_u sum_i a_i angle(u, delta_i)^2, a_i = |w_i| / sum_j |w_j|",
-    avoid="to have all LoRAs in full; and for opposite LoRAs, which have no middle",
+    avoid="where all LoRAs are needed in full, and for opposite LoRAs, which have no middle",
     vector_weights=shares,
 )
 def karcher(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:

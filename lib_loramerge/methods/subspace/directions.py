@@ -211,7 +211,7 @@ def _pseudo_inverse(square: Tensor) -> Tensor:
     experimental=True,
     source="Wei et al. 2026, SSR-Merge, https://arxiv.org/abs/2606.10617 (without calibration data: ours)",
     formula="(sum_i w_i delta_i P_i) (sum_i P_i)^+ with a ridge, P_i the projector on LoRA i's input space",
-    avoid="to strengthen an effect with two LoRAs of the same kind: what they share is averaged, not added",
+    avoid="for strengthening an effect with two LoRAs of one kind: what they share is averaged, not added",
 )
 def ssr(
     deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext, *, ridge: float = 0.01

@@ -375,7 +375,7 @@ def mode_text(mode: str) -> str:
     method = METHODS[mode]
     parts = [render.say(method.summary)]
     if method.avoid:
-        parts.append(f'<span class="lm-quiet">{render.say("Better not")} {render.say(method.avoid)}</span>')
+        parts.append(f'<span class="lm-quiet">{render.say("Avoid it")} {render.say(method.avoid)}</span>')
     if method.experimental:
         parts.append(f'<em class="lm-badge">{render.say("Experimental")}</em>')
     return f'<div class="lm-mode">{" ".join(parts)}</div>'
