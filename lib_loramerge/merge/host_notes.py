@@ -40,6 +40,11 @@ def host_notes(
     """
     dialect = spelling.dialect
     if host is not None:
+        if architecture.id == "unknown":
+            return [
+                f"The base model is not known, so neither is what {HOSTS[host].label} reads of this file. "
+                "Names are kept as they are."
+            ]
         beside = sum(layer.bias for layer in layers if layer.rank is not None and not bias_alone(layer))
         if host == "a1111" and beside:
             return [f"A bias (diff_b) changes too in {_layers(beside)}: A1111 ignores it."]

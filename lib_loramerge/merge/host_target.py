@@ -41,18 +41,16 @@ def spelling_for(recipe: MergeRecipe, architecture: Architecture, style: str) ->
         UnsupportedError: The host has no such base model.
     """
     kept = style if architecture.opaque else None
-    if recipe.host is None:
+    if recipe.host is None or architecture.id == "unknown":
         return Spelling(recipe.dialect, kept)
     host = HOSTS[recipe.host]
-    if architecture.id == "unknown":
-        raise UnsupportedError(
-            f"The base model is not known, so what {host.label} reads of it is not either. Leave out --for: "
-            "names are then kept as they are."
-        )
     if architecture.id not in host.base_models:
         others = [other.label for other in HOSTS.values() if architecture.id in other.base_models]
         known = f"These load it: {', '.join(others)}." if others else "No program is known to load it."
-        raise UnsupportedError(f"{host.label} has no {architecture.label}. {known}")
+        raise UnsupportedError(
+            f"{host.label} has no {architecture.label}. {known} "
+            "Write the file for another program, or for any."
+        )
     dialect = host.dialect(architecture.id) if recipe.dialect == "auto" else recipe.dialect
     if dialect == "diffusers" and architecture.id in host.kohya_endings:
         kept = KOHYA_STYLE
@@ -71,7 +69,7 @@ def for_the_host(
     Raises:
         UnsupportedError: It would load nothing of the file.
     """
-    if name is None:
+    if name is None or architecture.id == "unknown":
         return tuple(layers), embeddings, []
     host, kept = HOSTS[name], []
     dropped: dict[str, list[str]] = {}

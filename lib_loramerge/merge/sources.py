@@ -83,6 +83,12 @@ class Source:
         return f"{label} {self.size.label}" if self.size is not None and self.size.label else label
 
     @property
+    def fitting(self) -> tuple[str, ...]:
+        """Labels of all base models that the file fits: one when it is sure, none when it is unknown."""
+        names = dict.fromkeys(name for name, _ in self.candidates) or {self.architecture.id: None}
+        return tuple(models.ARCHITECTURES[name].label for name in names if name != "unknown")
+
+    @property
     def needs_base(self) -> bool:
         return any(part.facts.needs_base for parts in self.layers.values() for part in parts)
 

@@ -238,6 +238,13 @@ class MergeRecipe:
         "precision of the file; same is the widest of the inputs",
         words=DTYPES,
         commands=("merge", "convert", "advise", "subtract"),
+        label="Precision",
+        labels={
+            "same": "Same as the inputs",
+            "float16": "float16 (half)",
+            "bfloat16": "bfloat16",
+            "float32": "float32 (full)",
+        },
     )
     device: str = setting(
         "auto",
@@ -249,9 +256,11 @@ class MergeRecipe:
     dialect: str = setting(
         "auto",
         lambda value: check_choice("dialect", value, DIALECTS),
-        "spelling of the tensor names",
+        "how layers are named in the file; auto is right for all WebUIs",
         words=DIALECTS,
         commands=("merge", "convert", "extract", "subtract"),
+        label="Names in the file",
+        labels={"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"},
     )
     host: str | None = setting(
         None,
@@ -260,6 +269,17 @@ class MergeRecipe:
         words=HOSTS,
         commands=("merge", "convert"),
         option="for",
+        label="For",
+        labels={
+            "": "Any program",
+            "a1111": "A1111",
+            "forge": "Forge",
+            "reforge": "reForge",
+            "neo": "Forge Neo",
+            "sdnext": "SD.Next",
+            "comfyui": "ComfyUI",
+            "diffusers": "diffusers",
+        },
     )
     base_model: str | None = setting(
         None,
@@ -267,6 +287,7 @@ class MergeRecipe:
         "base model that the LoRAs are for, where their layers leave it open",
         metavar="NAME",
         commands=("merge", "convert", "inspect", "compare", "advise"),
+        label="Base model",
     )
     skip_unsupported: bool = setting(
         False,
@@ -274,6 +295,7 @@ class MergeRecipe:
         "leave out what cannot be merged, and list it",
         kind=bool,
         commands=("merge", "bake", "convert", "extract", "subtract"),
+        label="Leave out what cannot be merged",
     )
 
     def __post_init__(self) -> None:

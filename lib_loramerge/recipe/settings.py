@@ -37,6 +37,8 @@ class Setting:
         minimum: Smallest whole number allowed, for the schema.
         commands: The commands of ``loramerge`` that take it.
         option: Its option without dashes, where that is not its name.
+        label: Above its control in the tab; empty where the tab makes that control by itself.
+        labels: Each of ``words`` as the tab shows it; the empty word is the optional field left open.
     """
 
     name: str
@@ -49,6 +51,29 @@ class Setting:
     minimum: int | None
     commands: tuple[str, ...]
     option: str = ""
+    label: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def hint(self) -> str:
+        """Its help as a sentence."""
+        return f"{self.help[0].upper()}{self.help[1:]}."
+
+    def shown(self, value: Any) -> Any:
+        """What its control holds for a value."""
+        return self.labels.get(value or "", "" if value is None else value)
+
+    def read(self, shown: Any) -> Any:
+        """The value that its control means.
+
+        Raises:
+            RecipeError: Text that it does not take; the message names the control.
+        """
+        if self.kind is bool:
+            return bool(shown)
+        text = str(shown or "").strip()
+        text = next((word for word, label in self.labels.items() if label == text), text)
+        return self.check(text) if text else self.default
 
     @property
     def flag(self) -> str:
@@ -86,9 +111,13 @@ def setting(
     minimum: int | None = None,
     commands: tuple[str, ...],
     option: str = "",
+    label: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its :class:`Setting`, whose name is that of the field."""
-    entry = Setting("", default, check, help, kind, words, metavar, minimum, commands, option)
+    entry = Setting(
+        "", default, check, help, kind, words, metavar, minimum, commands, option, label, labels or {}
+    )
     return field(default=default, metadata={"setting": entry})
 
 

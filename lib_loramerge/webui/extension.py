@@ -22,7 +22,7 @@ from typing import Any
 from ..methods import METHODS
 from . import settings
 from .access import LOOPBACK, Names, allowed_hosts
-from .form import PRECISIONS
+from .form import PLAIN
 from .host import Host, host_of_this_process
 from .jobs import JobQueue
 from .trial import remove_stale_folders
@@ -59,7 +59,7 @@ def add_settings() -> None:
 
     host, _ = services()
     modes = tuple((method.label, name) for name, method in METHODS.items())
-    dtypes = tuple((label, name) for name, label in PRECISIONS.items())
+    dtypes = tuple((label, name) for name, label in PLAIN["dtype"].labels.items())
     settings.add_to_host(shared, settings.rows(modes, dtypes, tuple(host.devices())))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ class Facts:
         activation_text: The union of the inputs' activation texts.
         previews: Names of inputs that have a preview picture.
         needs_base: Whether some input needs the base checkpoint.
+        base_models: Labels to choose the base model from, where the LoRAs leave it open.
         random: Whether the seed matters.
         ready: Whether Merge would be accepted.
     """
@@ -49,6 +50,7 @@ class Facts:
     activation_text: str = ""
     previews: tuple[str, ...] = (NO_PREVIEW,)
     needs_base: bool = False
+    base_models: tuple[str, ...] = ()
     random: bool = False
     ready: bool = False
 
@@ -73,7 +75,7 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
     reading = read_form(form, host, methods)
     draft = _Draft(problems=dict(reading.problems), overwrite=may_overwrite(form, host.loras()))
     _check_base(form, host, draft)
-    _look_at_rows(reading, host, draft)
+    _look_at_rows(reading, host, draft, _chosen_model(form, draft))
     plan = _plan(reading, host, draft)
     paths = [source.path for source in draft.sources.values()]
     proposed = host.propose_name(reading.inputs) if reading.inputs else ""
@@ -89,25 +91,50 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
         activation_text=sidecar.union(paths).activation_text,
         previews=(NO_PREVIEW, *_with_preview(reading, draft)),
         needs_base=any(source.needs_base for source in draft.sources.values()) or bool(form.get("base")),
+        base_models=_base_models(draft.sources.values()),
         random=is_random(reading, methods, mode_name(form.get("mode"), methods), host.presets().weights),
         ready=reading.recipe is not None and not draft.problems and not draft.taken,
     )
 
 
-def _look_at_rows(reading: Reading, host: Host, draft: _Draft) -> None:
+def _chosen_model(form: Mapping[str, Any], draft: _Draft) -> str | None:
+    """Id of the base model that the form names; None where it leaves that to the files."""
+    from ..merge.base_model import model_id  # Not at the WebUI's start, see extension.py.
+
+    name = str(form.get("base_model") or "").strip()
+    try:
+        return model_id(name) if name else None
+    except LoraMergeError as error:
+        draft.problems["base_model"] = str(error)
+        return None
+
+
+def _base_models(sources: Iterable[Source]) -> tuple[str, ...]:
+    """What the files fit, where one does not decide or two of them differ; all, where it is unknown."""
+    from ..models import ARCHITECTURES
+
+    fitting = [source.fitting for source in sources]
+    if len(set(fitting)) < 2 and all(len(labels) == 1 for labels in fitting):
+        return ()
+    if all(fitting):
+        return tuple(dict.fromkeys(label for labels in fitting for label in labels))
+    return tuple(record.label for name, record in ARCHITECTURES.items() if name != "unknown")
+
+
+def _look_at_rows(reading: Reading, host: Host, draft: _Draft, chosen: str | None) -> None:
     from ..merge.plan import block_weights  # Not at the WebUI's start, see extension.py.
     from ..merge.sources import open_source
 
     presets = host.presets()
     for row, given in zip(reading.rows, reading.inputs, strict=True):
         try:
-            draft.sources[row] = open_source(host.find(given.name))
+            draft.sources[row] = open_source(host.find(given.name), chosen)
             block_weights(given, draft.sources[row], presets, "0", [])
         except LoraMergeError as error:
             draft.problems[f"row{row}"] = str(error)
     first = next(iter(draft.sources.values()), None)
     for row, source in draft.sources.items():
-        fits = first is None or source.architecture.id == first.architecture.id
+        fits = first is None or not first.fitting or not set(first.fitting).isdisjoint(source.fitting)
         draft.rows[row] = render.row_facts(source, fits, _thumbnail(source.path, host))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraMergeError, RecipeError
-from ..recipe import LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
+from ..recipe import SETTINGS, LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
 from ..recipe.check import check_number, check_whole
 from ..recipe.model import MAX_RANK, MAX_SEED, MAX_SIZE, STRENGTH_LIMIT
 from .labels import is_label
@@ -61,14 +61,8 @@ RANK_RULES = {
     "retain": "Keep a share",
     "size": "Fit a size",
 }
-PRECISIONS = {
-    "same": "Same as the inputs",
-    "float16": "float16 (half)",
-    "bfloat16": "bfloat16",
-    "float32": "float32 (full)",
-}
-SPELLINGS = {"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"}
-NO_SUBFOLDER = ""
+# Settings of a recipe whose controls are made from the recipe's own table.
+PLAIN = {name: entry for name, entry in SETTINGS.items() if entry.label}
 _HASH = re.compile("[0-9a-f]{8,64}")
 
 
@@ -282,12 +276,14 @@ def _read_how(
     method = methods.get(mode)
     settings: dict[str, Any] = {
         "mode": mode,
-        "dtype": key_of(PRECISIONS, form.get("dtype")) or "same",
-        "dialect": key_of(SPELLINGS, form.get("dialect")) or "auto",
         "device": _device(form.get("device"), host),
         "base": str(form.get("base") or "").strip() or None,
-        "skip_unsupported": bool(form.get("skip_unsupported")),
     }
+    for name, entry in PLAIN.items():
+        try:
+            settings[name] = entry.read(form.get(name))
+        except LoraMergeError as error:
+            problems[name] = str(error)
     if method is None or method.uses_rank:
         try:
             settings |= _read_rank(form)
@@ -404,11 +400,9 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
         "mode": method.label,
         "rank_rule": RANK_RULES[rule],
         "conv_rank": recipe.conv_rank,
-        "dtype": PRECISIONS[recipe.dtype],
-        "dialect": SPELLINGS[recipe.dialect],
         "base": recipe.base or "",
         "seed": recipe.seed,
-        "skip_unsupported": recipe.skip_unsupported,
+        **{name: entry.shown(getattr(recipe, name)) for name, entry in PLAIN.items()},
     }
     if isinstance(recipe.rank, int):
         values["rank"] = recipe.rank

@@ -159,8 +159,9 @@ def row_facts(source: Source, fits: bool = True, picture: str = "") -> str:
         fits: Whether its base model is that of the first row.
         picture: Address of a small picture of it.
     """
+    base = " / ".join(source.fitting) or source.architecture.label
     parts = [
-        f'<b class="lm-base{"" if fits else " lm-other"}">{foreign(source.architecture.label)}</b>',
+        f'<b class="lm-base{"" if fits else " lm-other"}">{foreign(base)}</b>',
         foreign(", ".join(source.kinds)),
         f"{say('rank')} {foreign(ranks_text(source.ranks))}" if source.ranks else "",
         f"{len(source.layers)} {say('layers')}",

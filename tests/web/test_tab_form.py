@@ -67,8 +67,6 @@ def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field()
     assert filled <= known
     # The rows; the parameters' own controls; the two buttons; REST's own; the tab's own; the command line's.
     without = {
-        "recipe.host",
-        "recipe.base_model",
         "recipe.inputs",
         "recipe.params",
         "request.recipe",
@@ -401,7 +399,8 @@ def shown_words(components: list[dict]) -> set[str]:
             words.add(component["value"])
     for path in WEBUI.rglob("*.py"):
         words |= set(said(path))
-    words |= {*form.RANK_RULES.values(), *form.PRECISIONS.values(), *form.SPELLINGS.values(), form.NO_PREVIEW}
+    words |= {*form.RANK_RULES.values(), form.NO_PREVIEW}
+    words |= {label for entry in form.PLAIN.values() for label in entry.labels.values()}
     words |= {*render.STATES.values(), *render.PHASES.values(), *layout.PRESET_KINDS, *layout.PRESET_LAYOUTS}
     words |= set(render.CONTROL_OF_FLAG.values())
     words |= {"LoRAs", "How", "Result", "What will come out", "Block presets", "Experimental"}
@@ -420,3 +419,41 @@ def test_the_japanese_file_translates_every_string_that_the_tab_shows(components
     missing = sorted(shown_words(components) - set(translations) - {"1,0.5,R,U,X,X+0.1 …"})
     assert missing == []
     assert all(isinstance(text, str) and text.strip() for text in translations.values())
+
+
+def test_a_base_model_that_the_layers_leave_open_can_be_chosen(host: StandaloneHost, tmp_path: Path) -> None:
+    # One matrix of a double block: Flux.1, Chroma and others have it alike.
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file(
+        {f"{name}.lora_down.weight": torch.zeros(4, 3072), f"{name}.lora_up.weight": torch.zeros(3072, 4)},
+        tmp_path / "open.safetensors",
+    )
+    host.refresh()
+    found = facts.gather(default_form(row0__lora="open"), host, METHODS)
+    assert {"Flux.1", "Chroma"} <= set(found.base_models)
+    assert all(label in found.rows[0] for label in ("Flux.1", "Chroma"))
+    chosen = default_form(row0__lora="open", base_model="Chroma")
+    assert form.read_form(chosen, host, METHODS).check().base_model == "Chroma"
+    named = facts.gather(chosen, host, METHODS)
+    assert not named.base_models
+    assert "Chroma" in named.rows[0]
+    assert "Flux.1" not in named.rows[0]
+    wrong = facts.gather(default_form(row0__lora="open", base_model="Chrome"), host, METHODS)
+    assert "There is no base model 'Chrome'" in wrong.problems["base_model"]
+
+
+def test_a_file_is_written_for_the_webui_that_the_page_is_in_unless_another_is_chosen(
+    host: StandaloneHost,
+) -> None:
+    read = {entry: form.read_form(default_form(row0__lora="style", host=entry), host, METHODS) for entry in
+            ("Any program", "Forge Neo", "")}  # fmt: skip
+    assert [reading.check().host for reading in read.values()] == [None, "neo", None]
+
+    class InForge(StandaloneHost):
+        record = "forge"
+
+    inside = InForge([host.write_dir()])
+    page = tab.build_tab(inside, JobQueue(inside))
+    (shown,) = (b for b in page.blocks.values() if getattr(b, "elem_id", None) == "loramerge_host")
+    inside.close()
+    assert shown.value == "Forge"

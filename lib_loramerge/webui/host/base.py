@@ -78,6 +78,8 @@ class Host:
 
     is_webui = False
     name = ""
+    # Its record in lib_loramerge.hosts; None where the page is not in one.
+    record: str | None = None
     # elem_id of the prompts that a LoRA may go into: the first one in view, else the first.
     prompts: tuple[str, ...] = ()
     can_try = False

@@ -14,6 +14,7 @@ class Known(NamedTuple):
 
     Attributes:
         name: As its users, the README and ``inspect`` call it.
+        record: Its id in :mod:`lib_loramerge.hosts` and in recipes.
         marks: Modules that it alone has imported by the time it loads extensions.
         networks: Module with the LoRA list; in ``extensions-builtin`` where it has no dot.
         network: Module with the class ``NetworkOnDisk`` of the list's entries.
@@ -25,6 +26,7 @@ class Known(NamedTuple):
     """
 
     name: str
+    record: str
     marks: tuple[str, ...] = ()
     networks: str = "networks"
     network: str = "network"
@@ -35,16 +37,19 @@ class Known(NamedTuple):
     user_files: tuple[str, ...] = ()
 
 
-A1111 = Known("A1111", lora_dirs=("lora_dir", "lyco_dir_backcompat"))
+A1111 = Known("A1111", "a1111", lora_dirs=("lora_dir", "lyco_dir_backcompat"))
 FORGE_NEO = Known(
-    "Forge Neo", ("modules_forge.packages.comfy", "modules_forge"), lora_dirs=("lora_dir", "lora_dirs")
+    "Forge Neo", "neo", ("modules_forge.packages.comfy", "modules_forge"), lora_dirs=("lora_dir", "lora_dirs")
 )
-REFORGE = Known("reForge", ("ldm_patched", "modules_forge"), lora_dirs=("lora_dir", "lyco_dir_backcompat"))
-FORGE = Known("Forge", ("modules_forge",), lora_dirs=("lora_dir", "lyco_dir_backcompat"))
+REFORGE = Known(
+    "reForge", "reforge", ("ldm_patched", "modules_forge"), lora_dirs=("lora_dir", "lyco_dir_backcompat")
+)
+FORGE = Known("Forge", "forge", ("modules_forge",), lora_dirs=("lora_dir", "lyco_dir_backcompat"))
 # Its ModernUI, which is the default, shows our tab beside one of the pages that make pictures; the page of
 # the logo, "control", is the one that it opens with.
 SDNEXT = Known(
     "SD.Next",
+    "sdnext",
     ("modules.scripts_manager", "modules.modeldata"),
     networks="modules.lora.lora_load",
     network="modules.lora.network",

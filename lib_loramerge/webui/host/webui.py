@@ -37,6 +37,7 @@ class WebuiHost(Host):
         super().__init__()
         self._known = known or recognise()
         self.name = self._known.name
+        self.record = self._known.record
         self.prompts = self._known.prompts
         self._trials: dict[str, Path] = {}
         # Not while the WebUI starts; see extension.warm_up().

@@ -1,7 +1,7 @@
 """Every control of the tab, once: its widget, its words, and what it fills.
 
-Layout, handlers, hints, translations and tests read these tables. A new field
-of the recipe needs a row here and a line in :mod:`lib_loramerge.webui.form`.
+Layout, handlers, hints, translations and tests read these tables. A new setting
+of the recipe that has a label there needs a line in ``CONTROLS``, for its place.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..form import NO_PREVIEW, PRECISIONS, RANK_RULES, SPELLINGS
+from ..form import NO_PREVIEW, PLAIN, RANK_RULES
 
 if TYPE_CHECKING:
     from ...recipe import Param
@@ -34,6 +34,16 @@ class Control(NamedTuple):
     hint: str = ""
     fills: tuple[str, ...] = ()
     hidden: bool = False
+
+
+def _plain(name: str, **options: Any) -> Control:
+    """The control of a setting, made from the recipe's own table."""
+    entry = PLAIN[name]
+    kind = "Checkbox" if entry.kind is bool else "Dropdown"
+    options = {"label": entry.label, "value": entry.shown(entry.default), **options}
+    if kind == "Dropdown":
+        options |= {"choices": list(entry.labels.values()), "allow_custom_value": not entry.words}
+    return Control(name, kind, options, entry.hint, (f"recipe.{name}",))
 
 
 ROW_CONTROLS = (
@@ -195,19 +205,7 @@ CONTROLS = (
         "The best file that is no larger than this.",
         ("recipe.size",),
     ),
-    Control(
-        "dtype",
-        "Dropdown",
-        {
-            "label": "Precision",
-            "choices": list(PRECISIONS.values()),
-            "value": PRECISIONS["same"],
-            "scale": 2,
-            "min_width": 190,
-        },
-        "How numbers are stored. float16 is half the size of float32 and exact enough.",
-        ("recipe.dtype",),
-    ),
+    _plain("dtype", scale=2, min_width=190),
     Control(
         "device",
         "Dropdown",
@@ -247,26 +245,10 @@ CONTROLS = (
         "Empty is the rule above. Convolutions often need less rank than the rest.",
         ("recipe.conv_rank",),
     ),
-    Control(
-        "dialect",
-        "Dropdown",
-        {
-            "label": "Names in the file",
-            "choices": list(SPELLINGS.values()),
-            "value": SPELLINGS["auto"],
-            "scale": 2,
-            "min_width": 160,
-        },
-        "How the layers are called in the file. Automatic is right for all WebUIs.",
-        ("recipe.dialect",),
-    ),
-    Control(
-        "skip_unsupported",
-        "Checkbox",
-        {"label": "Leave out what cannot be merged", "value": False, "scale": 2, "min_width": 200},
-        "Otherwise a file with such parts is refused. What was left out is listed in the report.",
-        ("recipe.skip_unsupported",),
-    ),
+    _plain("base_model", scale=2, min_width=190, visible=False),
+    _plain("host", scale=2, min_width=160),
+    _plain("dialect", scale=2, min_width=160),
+    _plain("skip_unsupported", scale=2, min_width=200),
     # Result
     Control(
         "name",

@@ -357,6 +357,7 @@ class _Wiring:
                 "proposed",
                 "preview",
                 "base",
+                "base_model",
                 "seed",
                 "draft",
                 "button.merge",
@@ -399,7 +400,7 @@ class _Wiring:
         changes: Changes = {f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)}
         how = [
             self.host.shown(found.problems[name])
-            for name in ("how", "mode", "rank_rule", "seed", "base")
+            for name in ("how", "mode", "rank_rule", "seed", "base", *form.PLAIN)
             if name in found.problems
         ]
         # The stamp tells the page's script that its question was answered.
@@ -418,6 +419,10 @@ class _Wiring:
         gone = {} if values["preview"] in found.previews else {"value": form.NO_PREVIEW}
         changes["preview"] = update(choices=list(found.previews), **gone)
         changes["base"] = update(visible=found.needs_base)
+        named = str(values["base_model"] or "")
+        changes["base_model"] = update(
+            visible=bool(found.base_models or named), choices=["", *found.base_models]
+        )
         changes["seed"] = update(visible=found.random)
         changes["rows_message"] = update()
         changes["draft"] = json.dumps(

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ...blocks import BLOCK_IDS
 from ...methods import METHODS
 from .. import compat, render
-from ..form import MAX_ROWS, PRECISIONS, RANK_RULES, START_ROWS, row_of
+from ..form import MAX_ROWS, PLAIN, RANK_RULES, START_ROWS, row_of
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
 
 if TYPE_CHECKING:
     from ..host import Host
 
-HOW = ("mode", "rank_rule", "rank", "retain", "size", "dtype", "device", "base", "seed")
 HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
-RESULT = ("name", "subfolder", "overwrite")
 RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 # Kept for the page's script and for the handlers alone.
 SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused")
@@ -187,20 +185,20 @@ class _Layout:
                 )
                 self.control(self._controls["retain"])
                 self.control(self._controls["size"])
-                self.control(
-                    self._controls["dtype"], value=PRECISIONS.get(settings.dtype, PRECISIONS["same"])
-                )
+                self.control(self._controls["dtype"], value=PLAIN["dtype"].shown(settings.dtype))
                 device = next((label for label, key in devices if key == settings.device), devices[0][0])
                 self.control(self._controls["device"], choices=[label for label, _ in devices], value=device)
             self.place("mode_text", mode_text(method.name))
             self._params(method.name)
             with compat.make("Row", elem_id="loramerge_needed_line"):
+                self.control(self._controls["base_model"])
                 self.control(self._controls["base"])
                 self.control(self._controls["seed"])
             with (
                 compat.make("Accordion", label="More", open=False, elem_id="loramerge_how_more"),
                 compat.make("Row"),
             ):
+                self.control(self._controls["host"], value=PLAIN["host"].shown(self.host.record))
                 for name in HOW_MORE:
                     self.control(self._controls[name])
             self.place("how_message")
