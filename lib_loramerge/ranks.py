@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from .recipe import MergeRecipe
 
 
-def asked(recipe: MergeRecipe, *, same: int | None, conv: bool = False) -> int | None:
+def asked(recipe: MergeRecipe, *, same: int | None, conv: bool = False, bounded: bool = True) -> int | None:
     """The number that a recipe's rule states for a layer, whatever its singular values are.
 
     Args:
         recipe: Its rank, conv_rank, retain and size are read.
         same: Largest rank of the inputs in this layer; None where one of them is stored whole.
         conv: The layer is a k x k convolution, to which ``conv_rank`` applies.
+        bounded: The inputs' ranks bound that of the layer's result, so that ``auto`` can keep all of it.
 
     Returns:
         None where all ranks are kept, or the singular values decide (``retain``, ``size``).
@@ -30,36 +31,42 @@ def asked(recipe: MergeRecipe, *, same: int | None, conv: bool = False) -> int |
         return recipe.conv_rank
     if recipe.retain is not None or recipe.size is not None or recipe.rank == "full":
         return None
+    if recipe.rank == "auto":
+        return None if bounded else same
     return same if recipe.rank == "same" else int(recipe.rank)
 
 
-def foreseen(recipe: MergeRecipe, *, most: int, same: int | None, conv: bool, dense: bool) -> int | None:
+def foreseen(
+    recipe: MergeRecipe, *, most: int, same: int | None, conv: bool, dense: bool, bounded: bool
+) -> int | None:
     """The largest rank that :func:`choose` can give a layer; None where the layer will be written whole.
 
     Args:
         most: The rank that holds all of the layer's result.
-        same, conv: As for :func:`asked`.
+        same, conv, bounded: As for :func:`asked`.
         dense: Some input is not a low-rank product.
     """
-    rank = asked(recipe, same=same, conv=conv)
+    rank = asked(recipe, same=same, conv=conv, bounded=bounded)
     if rank is not None:
         return min(rank, most)
     return None if dense and recipe.retain is None and recipe.size is None else most
 
 
-def choose(recipe: MergeRecipe, spectrum: Spectrum, *, same: int | None, conv: bool = False) -> int:
+def choose(
+    recipe: MergeRecipe, spectrum: Spectrum, *, same: int | None, conv: bool = False, bounded: bool = True
+) -> int:
     """Rank to keep in one layer by the recipe's rule. Not for ``size``, which looks at all layers at once.
 
     Args:
         spectrum: The layer's singular values.
-        same, conv: As for :func:`asked`.
+        same, conv, bounded: As for :func:`asked`.
 
     Returns:
         At most the numerical rank; 0 when nothing is left of the layer.
     """
     if recipe.retain is not None:
         return retaining(spectrum, recipe.retain)
-    rank = asked(recipe, same=same, conv=conv)
+    rank = asked(recipe, same=same, conv=conv, bounded=bounded)
     return spectrum.rank if rank is None else min(rank, spectrum.rank)
 
 

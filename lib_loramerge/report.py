@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WORST_LAYERS = 5
+EXACT_SUM = "the exact sum"
+# Share of a LoRA in the file below which the report warns, and above which nothing was cut off.
+WELL_KEPT, WHOLE = 0.95, 0.999
 # Relative error of one number that is rounded to a dtype; a product of rounded factors has about 0.6 of it.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -59,6 +62,7 @@ class InputReport:
             of all inputs. 1 where nothing was cut off; modes that mean something else than the sum give less,
             or more.
         kept_in: The same by part of the model: ``"unet"``, ``"te"``, ``"te1"`` ...
+        worst_block: The ``block`` of which least is kept, and what is ``kept`` of it; None where all is.
     """
 
     name: str
@@ -73,6 +77,7 @@ class InputReport:
     blocks: Mapping[str, float]
     kept: float = 1.0
     kept_in: Mapping[str, float] = field(default_factory=dict)
+    worst_block: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,16 @@ class MergeReport:
         ranks: Rank to number of layers with it.
         whole_layers: Layers written whole (``diff``, norms), which have no rank.
         error: Relative Frobenius error of the written file against ``error_against``.
-        kept: Share of the exact result's Frobenius norm that the file holds.
+        kept: Share of the exact result's Frobenius norm that the file holds. Rounding aside
+            ``kept^2 + error^2 = 1``, so an error of 19 % is a share of 98.2 %.
         from_sum: Relative distance of the file from the plain weighted sum, for methods that mean
             something else; None where ``error`` says it already.
         seconds: Phase to wall seconds; ``total`` is the whole.
         peak_memory_bytes: Largest resident size of the process, mapped input
             pages included; None where the system does not tell.
+        smaller: What a file of the largest input's rank would be, where this one keeps clearly more:
+            ``rank``, ``size_bytes`` and, where it is known, ``error``, and the share ``kept`` of the LoRA of
+            which least is left, ``weakest``.
     """
 
     output: str
@@ -120,6 +129,7 @@ class MergeReport:
     seconds: Mapping[str, float]
     peak_memory_bytes: int | None = None
     by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    smaller: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only; infinities and NaN never appear."""
@@ -129,18 +139,14 @@ class MergeReport:
         """The report as a table for a terminal."""
         rows = [
             ("Written", self.output),
-            ("Size", f"{self.size_bytes / 1e6:,.2f} MB, {self.dtype}"),
+            ("Size", f"{self.size_bytes / 1e6:,.2f} MB, {self.dtype}{smaller_text(self.smaller)}"),
             ("Base model", self.base_model),
             ("Mode", " ".join([self.mode, *(f"{k}={v}" for k, v in self.params.items())])),
             ("Layers", _layers_text(self)),
             ("Ranks", histogram_text(self.ranks) or "none"),
-            (
-                "Error",
-                f"{percent(self.error)} of {self.error_against}; {percent(self.kept)} of its norm kept",
-            ),
+            ("Error", self._error_text()),
             *([] if self.from_sum is None else [("", f"{percent(self.from_sum)} away from the plain sum")]),
-            ("Worst layers", ""),
-            *(("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst_layers),
+            *self._worst_rows(),
             ("Inputs", ""),
             *(("", line) for entry in self.inputs for line in _input_lines(entry)),
             ("Hash", self.sshs_model_hash),
@@ -151,6 +157,27 @@ class MergeReport:
         rows += [("Skipped", text) for text in self.skipped]
         rows += [("Warning", text) for text in self.warnings]
         return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+
+    def _error_text(self) -> str:
+        """The error with what it is the error of; one of rounding alone is said to be that."""
+        if self.rounding_alone:
+            return f"none but the rounding to {self.dtype} ({percent(self.error)} of {self.error_against})"
+        return f"{percent(self.error)} of {self.error_against}: the norm of what the file lacks of it"
+
+    @property
+    def rounding_alone(self) -> bool:
+        """Whether the file holds the exact sum, of every LoRA, but for the rounding of its numbers."""
+        return not lossy(self.error, self.dtype) and not self.cuts_off(WHOLE)
+
+    def cuts_off(self, share: float = WELL_KEPT) -> bool:
+        """Whether less than this share of some LoRA is in the file, in modes that mean the sum."""
+        return self.error_against == EXACT_SUM and any(entry.kept < share for entry in self.inputs)
+
+    def _worst_rows(self) -> list[tuple[str, str]]:
+        if self.rounding_alone:
+            return []
+        rows = [("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst_layers]
+        return [("Worst layers", ""), *rows]
 
 
 def _finite(value: Any) -> Any:
@@ -182,6 +209,29 @@ def lossy(error: float | None, dtype: str) -> bool:
     return error is None or error > ROUNDING.get(dtype, 0.0)
 
 
+def _parts_text(entry: InputReport) -> str:
+    """Where a LoRA that was cut off lost most, in brackets."""
+    if entry.kept >= WHOLE or entry.worst_block is None:
+        return ""
+    names = {"unet": "denoiser", "te": "text encoder"}
+    parts = [(names.get(part, part), kept) for part, kept in entry.kept_in.items()]
+    parts = [*(parts if len(parts) > 1 else []), (entry.worst_block["block"], entry.worst_block["kept"])]
+    return f" ({', '.join(f'{name} {percent(max(0.0, kept))}' for name, kept in parts)})"
+
+
+def smaller_text(smaller: Mapping[str, Any] | None) -> str:
+    """What a smaller file would be, to go on with after this one's size."""
+    if smaller is None:
+        return ""
+    text = f"; at rank {smaller['rank']}: {smaller['size_bytes'] / 1e6:,.2f} MB"
+    if "error" not in smaller:
+        return f"{text} (`loramerge advise` tells its error)"
+    text += f", error about {percent(smaller['error'])}"
+    if "kept" in smaller:
+        text += f", weakest LoRA keeps {percent(max(0.0, smaller['kept']))} ({smaller['weakest']})"
+    return text
+
+
 def histogram_text(ranks: Mapping[int, int], limit: int = 8) -> str:
     """``{8: 3, 4: 1}`` as ``"8 (3 layers), 4 (1 layer)"``, largest rank first."""
     ordered = sorted(ranks.items(), reverse=True)
@@ -206,7 +256,7 @@ def _input_lines(entry: InputReport) -> list[str]:
     lines = [
         f"{entry.name}: text encoder {entry.te:g}, denoiser {entry.unet:g}; "
         f"{entry.layers} layers ({kinds}), rank {histogram_text(entry.ranks) or 'none'}; "
-        f"{percent(max(0.0, entry.kept))} of it in the file"
+        f"{percent(max(0.0, entry.kept))} of it in the file{_parts_text(entry)}"
     ]
     if len(set(entry.blocks.values())) > 1:
         lines.append("  " + " ".join(f"{block}={weight:g}" for block, weight in entry.blocks.items()))

@@ -309,7 +309,7 @@ def carried_out(
         source = data
     base = folder / "base.safetensors" if recipe.base else None
     output = folder / "out.safetensors"
-    plan = ff.plan(source, *recipe.inputs, base=base, **recipe.fields)
+    plan = ff.plan(source, *recipe.inputs, base=base, **{"rank": "same", **recipe.fields})
     report = run_merge(plan, output, overwrite=True, workers=workers).to_json()
     for name in ("output", "size_bytes", "seconds", "peak_memory_bytes", "sshs_model_hash"):
         report.pop(name)

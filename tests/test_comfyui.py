@@ -180,7 +180,8 @@ def test_rank_rules_and_parameters_reach_the_recipe(comfyui):
         assert {name: getattr(merged.plan.recipe, name) for name in expected} == expected
     merged = comfyui.run(two(mode="ties", density=0.4, normalize=False, gamma=0.3))["3"][0]
     assert merged.plan.params == {"density": 0.4, "normalize": False, "lambda": 1.0}
-    assert merged.plan.recipe.rank == "same"
+    assert merged.plan.recipe.rank == "auto"
+    assert list(merged.report.ranks) == [4]
 
 
 def test_every_parameter_of_every_mode_has_a_widget_of_its_limits(comfyui):

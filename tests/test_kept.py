@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_loramerge.merge import run_merge
 from lib_loramerge.methods import METHODS
 from tests import format_files as ff
 from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, sample_data, weighted_sum
@@ -87,3 +88,62 @@ def test_the_weaker_of_two_real_loras(tmp_path, rank, share):
     report = run_merge(plan, tmp_path / "out.safetensors")
     assert min(entry.kept for entry in report.inputs) == pytest.approx(share, abs=0.006)
     assert torch.isfinite(torch.tensor([entry.kept for entry in report.inputs])).all()
+
+
+def test_the_default_keeps_everything_and_says_what_a_smaller_file_would(folder):
+    for name in ("out", "small"):
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+    plan = ff.plan(folder, "a:1", "b:-0.4", "c:0.05", dtype="float32")
+    report = run_merge(plan, folder / "out.safetensors")
+    assert report.error < 1e-6
+    assert [entry.kept for entry in report.inputs] == pytest.approx([1] * 3, abs=1e-6)
+    smaller = report.smaller
+    assert smaller["rank"] == 5
+    assert "none but the rounding" in report.to_text()
+    small = ff.merge(folder, "a:1", "b:-0.4", "c:0.05", rank=5, out="small")
+    weakest = min(small.inputs, key=lambda entry: entry.kept)
+    assert (smaller["weakest"], smaller["kept"]) == (weakest.name, pytest.approx(weakest.kept, abs=1e-6))
+    assert smaller["error"] == pytest.approx(small.error, rel=1e-5)
+    assert small.size_bytes <= smaller["size_bytes"] == plan.to_json()["smaller"]["size_bytes"]
+    assert small.size_bytes > 0.9 * smaller["size_bytes"]
+    assert small.smaller is None
+
+
+def test_modes_that_choose_elements_keep_the_rank_of_the_inputs(folder):
+    plan = ff.plan(folder, "a:1", "b:-0.4", mode="ties", dtype="float32")
+    assert plan.rank_histogram == {4: len(plan.layers)}
+    assert plan.to_json()["smaller"] is None
+
+
+def test_the_same_lora_twice_is_judged_as_one(folder):
+    for name in ("out", "one"):
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+    one = ff.merge(folder, "c:0.05", "a:1", rank=2, out="one")
+    twice = ff.merge(folder, "c:0.2", "c:-0.15", "a:1", rank=2)
+    assert one.inputs[0].kept < 0.5
+    assert [entry.kept for entry in twice.inputs] == pytest.approx(
+        [one.inputs[0].kept] * 2 + [one.inputs[1].kept], abs=1e-6
+    )
+    assert sum(text.startswith("c: only") for text in twice.warnings) == 1
+
+
+def test_the_block_of_which_least_is_kept_is_named(folder):
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    report = ff.merge(folder, "a:1", "c:0.05", rank=2)
+    worst = report.inputs[1].worst_block
+    plan = ff.plan(folder, "a:1", "c:0.05")
+    spelt = {
+        part.part.spelling: layer for layer, parts in plan.sources[1].source.layers.items() for part in parts
+    }
+    block = {layer.layer: layer.block for layer in plan.layers}
+    got = dense_deltas(folder / "out.safetensors")
+    total = weighted_sum([(folder / "a.safetensors", 1.0), (folder / "c.safetensors", 0.05)])
+    blocks = {}
+    for name, delta in dense_deltas(folder / "c.safetensors").items():
+        row = blocks.setdefault(block[spelt[name]], [0.0, 0.0])
+        row[0] += float(((total[name] - got[name]) * 0.05 * delta).sum())
+        row[1] += float((0.05 * delta).square().sum())
+    least = min(blocks, key=lambda block: 1 - blocks[block][0] / blocks[block][1])
+    assert worst["block"] == least
+    assert worst["kept"] == pytest.approx(1 - blocks[least][0] / blocks[least][1], abs=2e-6)
+    assert f"of its block {least}" in next(text for text in report.warnings if text.startswith("c: only"))

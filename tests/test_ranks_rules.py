@@ -24,11 +24,18 @@ def recipe(**rule):
 EIGHT = spectrum([8.0, 7, 6, 5, 4, 3, 2, 1])
 
 
+def test_the_default_keeps_all_where_the_rank_is_bounded_and_that_of_the_inputs_elsewhere():
+    assert ranks.choose(recipe(), EIGHT, same=4, bounded=True) == 8
+    assert ranks.choose(recipe(), EIGHT, same=4, bounded=False) == 4
+    assert ranks.choose(recipe(rank="full"), EIGHT, same=4, bounded=False) == 8
+
+
 @pytest.mark.parametrize(
     ("rule", "same", "conv", "wanted"),
     [
-        ({}, 4, False, 4),
-        ({}, 32, False, 8),
+        ({}, 4, False, 8),
+        ({"rank": "same"}, 4, False, 4),
+        ({"rank": "same"}, 32, False, 8),
         ({"rank": 3}, 4, False, 3),
         ({"rank": 320}, 4, True, 8),
         ({"rank": "full"}, 4, False, 8),

@@ -376,3 +376,10 @@ def test_only_settings_that_differ_from_the_default_are_in_the_command():
         "--shift=-1",
         "a:1",
     ]
+
+
+def test_a_stored_recipe_without_a_rank_means_what_it_meant_then():
+    assert from_json({"version": 1, "inputs": ["a"]}).rank == "same"
+    assert from_json({"inputs": ["a"]}).rank == "auto"
+    assert from_json(to_json(MergeRecipe((LoraInput("a"),)))).rank == "auto"
+    assert from_json({"version": 1, "inputs": ["a"], "retain": 0.9}).retain == 0.9

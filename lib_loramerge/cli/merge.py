@@ -142,12 +142,13 @@ def _plan_json(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> di
 
 
 def _show_plan(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> None:
-    from ..report import histogram_text
+    from ..report import histogram_text, smaller_text
 
     facts = plan.to_json()
     at_most = "" if plan.ranks_known else "at most "
     print(f"Would write  {target or 'nothing (no -o)'}")
-    print(f"Size         {at_most}{plan.predicted_bytes / 1e6:,.2f} MB, {plan.dtype}")
+    size = f"{plan.predicted_bytes / 1e6:,.2f} MB, {plan.dtype}"
+    print(f"Size         {at_most}{size}{smaller_text(facts['smaller'])}")
     print(f"Base model   {facts['base_model']}")
     print(f"Layers       {facts['layers']} ({facts['layers_left_out']} left out)")
     print(f"Ranks        {at_most}{histogram_text(plan.rank_histogram) or 'none'}")
@@ -179,4 +180,6 @@ def run_subtract(options: argparse.Namespace) -> int:
     names = ("te", "unet", "te1", "te2", "te3")
     taken = [replace(one, **{n: -v for n in names if (v := getattr(one, n)) is not None}) for one in others]
     options.inputs = (first, *taken)
+    # All ranks of a difference would be the rounding of the file that is taken apart.
+    options.rank = options.rank or "same"
     return run_merges(options)

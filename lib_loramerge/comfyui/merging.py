@@ -21,7 +21,6 @@ from ..errors import Cancelled, IncompatibleError
 from ..files import LoraFolder, open_file, output_path, write_again
 from ..merge import MergePlan, Progress, plan_merge, run_merge
 from ..metadata import renamed
-from ..methods import METHODS
 from ..recipe import LoraInput, MergeRecipe
 from ..report import MergeReport
 
@@ -94,10 +93,10 @@ def presets() -> Presets:
     return load_presets([preset_file()])
 
 
-def rank_fields(rule: str, mode: str, rank: int, retain: float, size: float) -> dict[str, Any]:
+def rank_fields(rule: str, rank: int, retain: float, size: float) -> dict[str, Any]:
     """Fields of :class:`MergeRecipe` for a choice of :data:`RANK_RULES`."""
     if rule == "automatic":
-        return {"rank": "same" if METHODS[mode].elementwise else "full"}
+        return {"rank": "auto"}
     rules: dict[str, dict[str, Any]] = {
         "same as the inputs": {"rank": "same"},
         "a number": {"rank": rank},

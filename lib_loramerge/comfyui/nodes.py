@@ -193,7 +193,7 @@ class MergeLoras:
         params = {name: more[name] for name in own if more.get(name, OF_MODE) != OF_MODE}
         merged = merging.merge(
             inputs, device, None if base == NONE else base, mode=mode, dtype=precision, seed=random_seed,
-            params=params, **merging.rank_fields(rank_rule, mode, rank, retain, size),
+            params=params, **merging.rank_fields(rank_rule, rank, retain, size),
         )  # fmt: skip
         return (merged,)
 

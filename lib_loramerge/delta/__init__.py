@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .core import NOISE, Spectrum, as_double, decompose, gram, grams, truncate
+from .core import NOISE, Spectrum, as_double, decompose, gram, grams, lost_by, truncate
 from .dense import decompose_dense
 from .measure import (
     Overlaps,
@@ -62,6 +62,7 @@ __all__ = [
     "inner",
     "inner_products",
     "largest",
+    "lost_by",
     "lost_of_inputs",
     "moved",
     "near_one",

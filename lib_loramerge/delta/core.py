@@ -218,6 +218,14 @@ def lost_of_parts(
     return torch.stack([torch.stack(lost, -1), torch.stack(own, -1)], -1)
 
 
+def lost_by(spectrum: Spectrum, rank: int) -> Tensor | None:
+    """:func:`lost_of_parts` of the cut to a rank; None where the spectrum does not tell it."""
+    source, small = spectrum.source, spectrum.small
+    if spectrum.mixing is None or small is None or not isinstance(source, LowRank):
+        return None
+    return lost_of_parts(small, source.component_gains(), source.parts, *spectrum.mixing(rank))
+
+
 def cancelled(energy: float, size: float) -> bool:
     """Whether so little of the inputs is left in their sum that Gram matrices do not tell it well."""
     return size > 0 and energy <= (CANCELLED * size) ** 2

@@ -18,6 +18,7 @@ from .core import (
     gram,
     grams,
     in_float32,
+    lost_by,
     lost_of_parts,
     sizes,
     truncate,
@@ -144,15 +145,8 @@ def store_truncated(
             _plain(spectrum.source), replace(best, up=up, down=down)
         )
     _check_finite(error_sq, best.alpha, dtype)
-    lost = _lost(spectrum, rank)
+    lost = lost_by(spectrum, rank)
     return _unless_lost(Stored(up, down, best.alpha, best.kernel, error_sq, spectrum.energy, lost))
-
-
-def _lost(spectrum: Spectrum, rank: int) -> Tensor | None:
-    source, small = spectrum.source, spectrum.small
-    if spectrum.mixing is None or small is None or not isinstance(source, LowRank):
-        return None
-    return lost_of_parts(small, source.component_gains(), source.parts, *spectrum.mixing(rank))
 
 
 def doubtless(spectrum: Spectrum, error_sq: float) -> bool:

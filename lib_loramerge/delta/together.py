@@ -190,7 +190,9 @@ class _Solved:
 
         values, size = self.values[row, : self.counts[row]], self.size[row]
         doubt = (self.values.shape[1] - self.counts[row]) * (NOISE * size) ** 2
-        return Spectrum(values, self.energy[row], size, self.deltas[place], mixing, doubt=doubt)
+        several = len(self.deltas[place].parts) > 1
+        own = Grams(self.small.up[place], self.small.down[place]) if several else None
+        return Spectrum(values, self.energy[row], size, self.deltas[place], mixing, doubt=doubt, small=own)
 
     def mixings(self, places: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
         rows = [self.row[place] for place in places]

@@ -21,6 +21,7 @@ from ..delta import (
     Stored,
     decompose,
     decompose_dense,
+    lost_by,
     lost_of_inputs,
     moved,
     near_one,
@@ -35,7 +36,7 @@ from ..methods import LayerContext
 from ..report import LayerResult
 from .base import BaseCheckpoint
 from .device import compute_device
-from .layout import LayerPlan, MergePlan, output_names
+from .layout import LayerPlan, MergePlan, output_names, smaller
 from .read import SourceReader, total
 
 # For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
@@ -45,7 +46,12 @@ Lost = Sequence[tuple[int, float, float]]
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """One layer's tensors as they will be written, by key, and how exact they are."""
+    """One layer's tensors as they will be written, by key, and how exact they are.
+
+    Attributes:
+        cut: Squared error and what is lost of each input at the rank of a smaller file; None where that
+            needs another look, or where the layer would be the same.
+    """
 
     tensors: Mapping[str, Tensor]
     result: LayerResult
@@ -54,6 +60,7 @@ class MergedLayer:
     notes: tuple[str, ...]
     written_sq: float
     lost: Lost = ()
+    cut: tuple[float, Lost | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,9 @@ class Merger:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
         self.style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
+        self.smaller = (smaller(plan) or {}).get("rank")
+        # Layer to squared error and what its parts lose at that rank; each layer is cut by one thread.
+        self._cuts: dict[str, tuple[float, Tensor | None]] = {}
 
     def check_unchanged(self) -> None:
         """Refuse the work if another program wrote to any of the files meanwhile.
@@ -247,7 +257,19 @@ class Merger:
             if stored is None:
                 return replace(self._absent(prepared), lost=self._lost(prepared, None))
             merged = self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
-            return replace(merged, lost=self._lost(prepared, stored))
+            return replace(merged, lost=self._lost(prepared, stored), cut=self._cut(prepared, stored))
+
+    def _cut(self, prepared: Prepared, stored: Stored) -> tuple[float, Lost | None] | None:
+        """What a file of the smaller rank would lose of a layer."""
+        if prepared.layer.layer not in self._cuts:
+            return None
+        error_sq, rows = self._cuts.pop(prepared.layer.layer)
+        sources = [prepared.layer.inputs[entry.place][0] for entry in prepared.given]
+        if self.plan.method.exact and len(sources) == 1:
+            return error_sq, [(sources[0], error_sq, stored.exact_sq)]
+        if not self.plan.method.exact or rows is None or len(rows) != len(sources):
+            return error_sq, None
+        return error_sq, [(source, *row) for source, row in zip(sources, rows.tolist(), strict=True)]
 
     def _lost(self, prepared: Prepared, written: Stored | Delta | None) -> Lost:
         """What of each input is not in the file."""
@@ -286,9 +308,17 @@ class Merger:
             return None
         if allotted is not None:
             return lambda spectrum: min(allotted, spectrum.rank)
-        return lambda spectrum: ranks.choose(
-            self.plan.recipe, spectrum, same=layer.same_rank, conv=bool(layer.kernel)
-        )
+        bounded = layer.bounded(self.plan.method)
+
+        def choose(spectrum: Spectrum) -> int:
+            if self.smaller:
+                rank = min(self.smaller, spectrum.rank)
+                self._cuts[layer.layer] = spectrum.tail(rank), lost_by(spectrum, rank)
+            return ranks.choose(
+                self.plan.recipe, spectrum, same=layer.same_rank, conv=bool(layer.kernel), bounded=bounded
+            )
+
+        return choose
 
     def _most(self, layer: LayerPlan, allotted: int | None) -> int | None:
         """The largest rank that the rank rule can give, where that is known before the singular values."""

@@ -103,10 +103,14 @@ class LayerPlan:
         known = [rank for rank in self.ranks if rank is not None]
         return max(known) if len(known) == len(self.ranks) else None
 
+    def bounded(self, method: MergeMethod) -> bool:
+        """Whether the inputs' ranks bound that of the layer's result."""
+        return not (self.dense or method.elementwise)
+
     def largest_rank(self, method: MergeMethod) -> int:
         """A rank that certainly holds all of the layer's result; often a lower one does, too."""
         limit = min(self.out, self.width)
-        if self.dense or method.elementwise:
+        if not self.bounded(method):
             return limit
         return min(limit, sum(rank for rank in self.ranks if rank is not None))
 
@@ -191,6 +195,7 @@ class MergePlan:
             "ranks": {str(rank): count for rank, count in self.rank_histogram.items()},
             "predicted_bytes": self.predicted_bytes,
             "ranks_known": self.ranks_known,
+            "smaller": smaller(self),
             "needs_base": self.needs_base,
             "inputs": [source.to_json() for source in self.sources],
             "warnings": list(self.warnings),
@@ -215,6 +220,27 @@ def predicted_bytes(plan: MergePlan) -> int:
     tensors = sum(layer.bytes(item) + entries_bytes(plan, layer) for layer in layers)
     total = metadata_bytes(plan) + embeddings_bytes(plan) + tensors
     return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
+
+
+# A file that saves less than this part is not worth a word.
+_WORTH = 0.1
+
+
+def smaller(plan: MergePlan) -> dict[str, int] | None:
+    """Rank of the largest input and the bytes of a file of that rank, where the plan keeps clearly more."""
+    recipe = plan.recipe
+    if recipe.rank not in ("auto", "full") or not plan.method.uses_rank or not plan.ranks_known:
+        return None
+    ranked = [layer for layer in plan.layers if layer.rank and not layer.vector]
+    rank = max((layer.same_rank or 0 for layer in ranked), default=0)
+    if not 0 < rank < max((layer.rank or 0 for layer in ranked), default=0):
+        return None
+    layers = tuple(
+        replace(layer, rank=min(layer.rank, rank)) if layer.rank and not layer.vector else layer
+        for layer in plan.layers
+    )
+    size = predicted_bytes(replace(plan, layers=layers))
+    return {"rank": rank, "size_bytes": size} if size < (1 - _WORTH) * plan.predicted_bytes else None
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from .. import models
 from ..files import Written
-from ..report import InputReport, LayerResult, MergeReport, percent, relative, worst
-from .layer import MergedLayer
-from .layout import MergePlan, SourcePlan
+from ..report import (
+    EXACT_SUM,
+    WELL_KEPT,
+    WHOLE,
+    InputReport,
+    LayerResult,
+    MergeReport,
+    percent,
+    relative,
+    worst,
+)
+from .layer import Lost, MergedLayer
+from .layout import MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
-
-# Share of a LoRA in the file below which the report warns.
-WELL_KEPT = 0.95
 
 
 def merge_report(
@@ -54,7 +62,7 @@ def merge_report(
         ranks=dict(sorted(histogram.items(), reverse=True)),
         whole_layers=sum(entry.result.rank is None for entry in present),
         error=relative(error_sq, exact_sq),
-        error_against="the exact sum" if plan.method.means_sum else f"{plan.method.name}'s own result",
+        error_against=EXACT_SUM if plan.method.means_sum else f"{plan.method.name}'s own result",
         kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
         from_sum=_from_sum(plan, results),
         worst_layers=worst(results),
@@ -69,6 +77,7 @@ def merge_report(
         seconds=dict(seconds),
         peak_memory_bytes=peak_memory_bytes(),
         by_block=_by_block(plan, merged),
+        smaller=_smaller(plan, merged),
     )
 
 
@@ -103,30 +112,82 @@ def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
     """A warning for each LoRA of which the rank left too little; other modes change them on purpose."""
     if not (plan.method.exact and plan.method.uses_rank):
         return []
-    return [
-        f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file; the rank cut off "
-        "the rest. --rank full keeps all of it."
+    texts = [
+        f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file, of its block "
+        f"{entry.worst_block['block']} {percent(max(0.0, entry.worst_block['kept']))}; the rank cut off the "
+        "rest. --rank full keeps all of it."
         for entry in inputs
-        if entry.kept < WELL_KEPT
+        if entry.kept < WELL_KEPT and entry.worst_block is not None
     ]
+    return list(dict.fromkeys(texts))  # one LoRA given twice is one
 
 
-def _kept(plan: MergePlan, index: int, merged: Sequence[MergedLayer]) -> dict[str, float]:
-    """Share of an input that is in the file, by part of the model and, under an empty name, as a whole."""
+def _smaller(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, Any] | None:
+    """What a file of the largest input's rank would cost and lose, rounding aside, where it is known."""
+    found: dict[str, Any] | None = smaller(plan)
+    if found is None:
+        return None
+    cuts = [
+        entry.cut or ((entry.result.error_sq, entry.lost) if not entry.result.rank else None)
+        for entry in merged
+    ]
+    known = [cut for cut in cuts if cut is not None]
+    if len(known) < len(cuts):
+        return found
+    exact_sq = sum(entry.result.exact_sq for entry in merged)
+    found["error"] = relative(sum(error for error, _ in known), exact_sq)
+    lost = [rows for _, rows in known if rows is not None]
+    if len(lost) == len(cuts):
+        rows = [(entry.result.layer, own) for entry, own in zip(merged, lost)]
+        kept = [_kept(plan, index, rows, models.component)[""] for index in range(len(plan.sources))]
+        found["kept"] = min(kept)
+        found["weakest"] = plan.sources[kept.index(min(kept))].path.stem
+    return found
+
+
+def _kept(
+    plan: MergePlan, index: int, merged: Sequence[tuple[str, Lost]], part_of: Callable[[str], str]
+) -> dict[str, float]:
+    """Share of an input that is in the file, by part of it and, under an empty name, as a whole.
+
+    A LoRA that was given several times is judged as one, at the sum of its strengths.
+
+    Args:
+        merged: Layers, and what each lacks of its inputs.
+        part_of: Part of a layer.
+    """
+    chosen = plan.sources[index]
+    same = {
+        place
+        for place, entry in enumerate(plan.sources)
+        if (entry.path, entry.input.dyn) == (chosen.path, chosen.input.dyn)
+    }
+    negative = {
+        (layer.layer, source)
+        for layer in plan.layers
+        for (source, _, _), weight in zip(layer.inputs, layer.weights, strict=True)
+        if weight < 0 and source in same
+    }
     sums: dict[str, list[float]] = {"": [0.0, 0.0]}
-    for entry in merged:
-        for source, lost, own in entry.lost:
-            if source == index:
-                for name in ("", models.component(entry.result.layer)):
-                    row = sums.setdefault(name, [0.0, 0.0])
-                    row[0], row[1] = row[0] + lost, row[1] + own
+    for layer, rows in merged:
+        own = [row for row in rows if row[0] in same]
+        lost = sum(row[1] for row in own)
+        root = sum(max(0.0, row[2]) ** 0.5 * (-1 if (layer, row[0]) in negative else 1) for row in own)
+        for name in ("", part_of(layer)) if own else ():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0], total[1] = total[0] + lost, total[1] + root**2
     return {name: 1 - lost / own if own > 0 else 1.0 for name, (lost, own) in sorted(sums.items())}
 
 
 def _input_report(
     plan: MergePlan, index: int, source_hash: str, merged: Sequence[MergedLayer]
 ) -> InputReport:
-    entry, kept = plan.sources[index], _kept(plan, index, merged)
+    entry, rows = plan.sources[index], [(layer.result.layer, layer.lost) for layer in merged]
+    kept = _kept(plan, index, rows, models.component)
+    blocks = {layer.layer: layer.block or "other" for layer in plan.layers}
+    by_block = _kept(plan, index, rows, lambda layer: blocks.get(layer, "other"))
+    whole = by_block.pop("")
+    worst = min(by_block, key=by_block.__getitem__, default=None) if whole < WHOLE else None
     return InputReport(
         name=entry.input.name,
         path=str(entry.path),
@@ -140,6 +201,7 @@ def _input_report(
         blocks=_resolved_blocks(plan, entry),
         kept=kept.pop(""),
         kept_in=kept,
+        worst_block=None if worst is None else {"block": worst, "kept": by_block[worst]},
     )
 
 

@@ -397,6 +397,7 @@ def _foreseen_rank(layer: LayerPlan, recipe: MergeRecipe, method: MergeMethod) -
         same=layer.same_rank,
         conv=bool(layer.kernel),
         dense=layer.dense,
+        bounded=layer.bounded(method),
     )
 
 

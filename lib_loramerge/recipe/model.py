@@ -21,7 +21,7 @@ from lib_loramerge.recipe.settings import Setting, setting
 DTYPES = ("same", "float32", "float16", "bfloat16")
 DIALECTS = ("auto", "kohya", "diffusers")
 HOSTS = ("a1111", "forge", "reforge", "neo", "sdnext", "comfyui", "diffusers")
-RANK_WORDS = ("same", "full")
+RANK_WORDS = ("auto", "same", "full")
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 
 MAX_INPUTS = 100
@@ -38,7 +38,7 @@ _HASH = re.compile(r"[0-9a-f]{8,64}")
 
 
 def parse_rank(value: object) -> int | str:
-    """A rank as people write it: ``32``, ``"32"``, ``"same"`` or ``"full"``.
+    """A rank as people write it: ``32``, ``"32"``, ``"auto"``, ``"same"`` or ``"full"``.
 
     Raises:
         RecipeError: For anything else.
@@ -48,17 +48,20 @@ def parse_rank(value: object) -> int | str:
     try:
         return check_whole("rank", value, 1, MAX_RANK, text=True)
     except RecipeError:
-        raise RecipeError(
-            f"rank must be a whole number from 1 to {MAX_RANK}, same or full, got {shown(value)}."
-        ) from None
+        raise _no_rank(value) from None
+
+
+def _no_rank(value: object) -> RecipeError:
+    words = ", ".join(RANK_WORDS[:-1])
+    return RecipeError(
+        f"rank must be a whole number from 1 to {MAX_RANK}, {words} or {RANK_WORDS[-1]}, got {shown(value)}."
+    )
 
 
 def _check_rank(value: object) -> int | str:
     # Text is the command line's; a recipe holds a number or one of the words.
     if isinstance(value, str) and value not in RANK_WORDS:
-        raise RecipeError(
-            f"rank must be a whole number from 1 to {MAX_RANK}, same or full, got {shown(value)}."
-        )
+        raise _no_rank(value)
     return parse_rank(value)
 
 
@@ -183,9 +186,10 @@ class MergeRecipe:
     )
     params: Mapping[str, float | int | str | bool] = field(default_factory=dict, hash=False)
     rank: int | str = setting(
-        "same",
+        "auto",
         _check_rank,
-        "a number, same (the largest of the inputs) or full (lossless)",
+        "a number, same (the largest of the inputs), full (lossless), or auto: full where the result has a "
+        "bounded rank, same in modes that choose single elements",
         metavar="N",
         words=RANK_WORDS,
         minimum=1,
@@ -334,7 +338,7 @@ class MergeRecipe:
     def _check_one_rank_rule(self) -> None:
         """``retain`` and ``size`` choose every rank themselves; nothing else may."""
         rules = [n for n in ("retain", "size") if getattr(self, n) is not None]
-        if rules and self.rank != "same":
+        if rules and self.rank not in ("auto", "same"):
             rules.append("rank")
         if rules and self.conv_rank is not None:
             rules.append("conv_rank")

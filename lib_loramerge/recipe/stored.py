@@ -19,6 +19,7 @@ from lib_loramerge.recipe.model import (
 from lib_loramerge.recipe.text import parse_input, parse_inputs
 
 VERSION = 1
+STORED_RANK = "same"  # what a stored recipe without a rank was made with
 LONGEST_JSON = 4_000_000  # characters; a full recipe of 100 LoRAs with block weights is far below
 
 
@@ -49,7 +50,8 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
 
     ``inputs`` is a list of objects with the fields of :class:`LoraInput`, or of
     recipe strings (``"a:0.8"``), or one prompt text with its tags. Fields not
-    given have their defaults; ``unet`` without a value follows ``te``, as in a prompt.
+    given have their defaults (a stored recipe, which states its version, has the rank
+    that was the default then); ``unet`` without a value follows ``te``, as in a prompt.
 
     Raises:
         RecipeError: No JSON, unknown or doubled fields, wrong types, values out of
@@ -63,6 +65,8 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
     if isinstance(version, bool) or version != VERSION:
         raise RecipeError(f"This recipe has version {shown(version)}; version {VERSION} is what can be read.")
     _refuse_unknown("A recipe", given, RECIPE_FIELDS)
+    if "version" in fields:
+        given.setdefault("rank", STORED_RANK)
     if "inputs" not in given:
         raise RecipeError("A recipe needs inputs, the list of its LoRAs.")
     given["inputs"] = _inputs_from_json(given["inputs"])

@@ -15,9 +15,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..delta import available_cores
-from ..merge.layout import predicted_bytes
+from ..merge.layout import predicted_bytes, smaller
 from ..report import percent
-from .render import time_text
+from .render import size_text, time_text
 
 if TYPE_CHECKING:
     from ..merge import MergePlan
@@ -117,6 +117,10 @@ def _layer(layer: LayerPlan, rank: int | None) -> float:
 def notes(plan: MergePlan) -> list[str]:
     """Sentences on what the rank rule may lose, and on a time that another rule makes far shorter."""
     found = [_loss(plan)]
+    less = smaller(plan) if plan.recipe.rank == "auto" else None
+    if less is not None:
+        size = size_text(less["size_bytes"])
+        found.append(f"At rank {less['rank']} the file would have {size}. Press Analyse for what that loses.")
     expected = seconds(plan)
     if expected > LONG and plan.method.uses_rank:
         quick = seconds(plan, QUICK_RANK)

@@ -55,6 +55,7 @@ NO_RESULT: Mapping[str, Any] = {
     "preview": NO_PREVIEW,
 }
 RANK_RULES = {
+    "auto": "Automatic",
     "same": "Same as the inputs",
     "number": "A number",
     "full": "Keep everything",
@@ -305,7 +306,7 @@ def _read_how(
 
 
 def _read_rank(form: Mapping[str, Any]) -> dict[str, Any]:
-    rule = key_of(RANK_RULES, form.get("rank_rule")) or "same"
+    rule = key_of(RANK_RULES, form.get("rank_rule")) or "auto"
     if rule == "retain":
         return {"retain": number(form.get("retain"), "The share to keep", SMALLEST, 100) / 100}
     if rule == "size":

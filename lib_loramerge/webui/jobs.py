@@ -439,7 +439,8 @@ class JobQueue:
         from ..report import lossy  # Not at the WebUI's start, see extension.py.
 
         exact = keeping_everything(request.recipe)
-        if exact == request.recipe or not plan.method.uses_rank or not lossy(report.error, report.dtype):
+        lost = lossy(report.error, report.dtype) or report.cuts_off()
+        if exact == request.recipe or not plan.method.uses_rank or not lost:
             return None
         try:
             return self.host.plan(exact, request.strict).predicted_bytes

@@ -72,7 +72,7 @@ def _flag() -> re.Pattern[str]:
     # A word in capitals stands for a value in general and means nothing on the page.
     return re.compile(
         rf"(?<![\w-])(`?)--({names})(?![\w-])"
-        r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|full|same|kohya|diffusers)\b)?\1"
+        r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|full|same|auto|kohya|diffusers)\b)?\1"
     )
 
 
@@ -332,7 +332,9 @@ def report_table(report: Mapping[str, Any]) -> str:
         (say("Base model"), foreign(report["base_model"])),
         (say("Layers"), _layers(report)),
         (say("Rank"), foreign(ranks_text(ranks))),
-        (say("Error"), f'<b class="lm-error-value">{error_value(report["error"], report["dtype"])}</b>'),
+        (say("Error"), f'<b class="lm-error-value">{_error(report)}</b>'),
+        (say("Kept of each LoRA"), _shares(report["inputs"])),
+        *([] if not report.get("smaller") else [(say("A smaller file"), _smaller(report["smaller"]))]),
         (say("Time"), time_text(report["seconds"].get("total", 0.0))),
         (say("Hash"), f"<code>{foreign(report['sshs_model_hash'][:12])}</code>"),
     ]
@@ -347,6 +349,41 @@ def report_table(report: Mapping[str, Any]) -> str:
     if lossy(report["error"], report["dtype"]):
         details = note_box([ERROR_MEANS]) + details
     return _table(rows) + details
+
+
+def _error(report: Mapping[str, Any]) -> str:
+    """The error of the file; that of rounding alone only where no LoRA was cut off either."""
+    from ..report import EXACT_SUM, WHOLE, percent  # Not at the WebUI's start, see extension.py.
+
+    cut = report["error_against"] == EXACT_SUM and any(entry["kept"] < WHOLE for entry in report["inputs"])
+    if cut and report["error"] is not None:
+        return foreign(percent(report["error"]))
+    return error_value(report["error"], report["dtype"])
+
+
+def _shares(inputs: Sequence[Mapping[str, Any]]) -> str:
+    """What of each LoRA is in the file."""
+    from ..report import percent  # Not at the WebUI's start, see extension.py.
+
+    parts = []
+    for entry in inputs:
+        worst = entry.get("worst_block")
+        where = f" ({foreign(worst['block'])} {percent(max(0.0, worst['kept']))})" if worst else ""
+        parts.append(f"{foreign(entry['name'])} {percent(max(0.0, entry['kept']))}{where}")
+    return _dots(parts)
+
+
+def _smaller(smaller: Mapping[str, Any]) -> str:
+    """What a file of the inputs' rank would cost and lose."""
+    from ..report import percent  # Not at the WebUI's start, see extension.py.
+
+    parts = [f"{say('rank')} {smaller['rank']}", size_text(smaller["size_bytes"])]
+    if "error" in smaller:
+        parts.append(f"{say('Error')} {say('about')} {percent(smaller['error'])}")
+    if "kept" in smaller:
+        kept = percent(max(0.0, smaller["kept"]))
+        parts.append(f"{say('least kept of')} {foreign(smaller['weakest'])}: {kept}")
+    return _dots(parts)
 
 
 def _details(title: str, body: str) -> str:

@@ -16,7 +16,7 @@ class Settings(NamedTuple):
         mode: Merge method of a fresh form.
         dtype: Precision of a fresh form.
         device: Device of a fresh form.
-        rank: ``same``, ``full`` or a number, as text.
+        rank: ``auto``, ``same``, ``full`` or a number, as text.
         queue_lock: Whether a merge waits for pictures in the making, and they for it.
         keep_trials_hours: How long an unsaved merge is kept; 0 means until the host ends.
     """
@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     mode: str = "svd"
     dtype: str = "same"
     device: str = "cpu"
-    rank: str = "same"
+    rank: str = "auto"
     queue_lock: bool = False
     keep_trials_hours: float = 0.0
 
@@ -54,6 +54,7 @@ class SettingRow(NamedTuple):
 
 Choices = tuple[str | tuple[str, str], ...]
 _RANKS: Choices = (
+    ("Automatic", "auto"),
     ("Same as the inputs", "same"),
     ("Keep everything", "full"),
     *((rank, rank) for rank in ("8", "16", "32", "64", "128")),

@@ -32,7 +32,8 @@ def planned(folder: Path, side: int = 64, count: int = 1, loras: int = 2, **sett
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "Rank 4 of up to 8: the sum may need more"),
+        ({}, "At rank 4 the file would have"),
+        ({"rank": "same"}, "Rank 4 of up to 8: the sum may need more"),
         ({"rank": 5}, "Rank 5 of up to 8: the sum may need more"),
         ({"rank": 8}, None),
         ({"rank": "full"}, None),

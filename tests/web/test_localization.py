@@ -211,8 +211,8 @@ def test_analyses_are_told_in_japanese(japanese: Tab) -> None:
 def test_choices_are_read_in_japanese_and_stay_what_the_server_knows(japanese: Tab) -> None:
     tab = japanese
     place = tab.page.locator("#loramerge_rank_rule [data-shown]")
-    expect(place).to_have_attribute("data-shown", "入力と同じ", timeout=PATIENCE)
-    assert tab.value("rank_rule") == "Same as the inputs"
+    expect(place).to_have_attribute("data-shown", "自動", timeout=PATIENCE)
+    assert tab.value("rank_rule") == "Automatic"
     tab.fill("row0_strength", 1)
     assert tab.page.locator("[id$=_lora] [data-shown], [id$=_blocks] [data-shown]").count() == 0
 

@@ -215,10 +215,12 @@ def test_all_that_stops_a_merge_is_told_at_once_and_goes_with_its_cause(tab: Tab
 def test_what_the_rank_may_lose_is_told_before_and_made_good_by_a_button(tab: Tab, host: FakeHost) -> None:
     tab.row(0, "style")
     tab.row(1, "subject")
+    tab.wait_for_facts("At rank 4 the file would have")
+    tab.choose("rank_rule", "Same as the inputs")
     tab.wait_for_facts("Rank 4 of up to 8: the sum may need more. Press Analyse for the error.")
     result = tab.merge("lossy")
     assert re.search("Error [0-9.]+ %", result)
-    assert "Kept" not in result
+    assert re.search(r"Kept of each LoRA style [0-9.]+ % \([A-Z0-9]+ [0-9.]+ %\)", result)
     assert "distance of the file from the exact result" in result
     before = tab.shown_job()
     lossy = (host.lora_dir / "lossy.safetensors").read_bytes()

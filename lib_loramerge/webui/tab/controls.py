@@ -170,11 +170,11 @@ CONTROLS = (
         {
             "label": "Rank",
             "choices": list(RANK_RULES.values()),
-            "value": RANK_RULES["same"],
+            "value": RANK_RULES["auto"],
             "scale": 2,
             "min_width": 190,
         },
-        "How large the result may be. A higher rank keeps more and makes a larger file.",
+        "Automatic keeps everything, except in modes that choose elements. A number makes a smaller file.",
         ("recipe.rank", "recipe.retain", "recipe.size"),
     ),
     Control(

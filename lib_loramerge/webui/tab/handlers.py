@@ -376,7 +376,7 @@ class _Wiring:
         """What is seen depends on the mode and on the rank rule."""
         mode = form.mode_name(values.get("mode"), METHODS)
         method = METHODS.get(mode)
-        rule = form.key_of(form.RANK_RULES, values.get("rank_rule") or form.RANK_RULES["same"])
+        rule = form.key_of(form.RANK_RULES, values.get("rank_rule") or form.RANK_RULES["auto"])
         ranked = method is None or method.uses_rank
         changes: Changes = {
             "rank_rule": update(visible=ranked),

@@ -363,7 +363,7 @@ def _block_data() -> str:
 
 def _rank_setting(rank: str) -> tuple[str, int]:
     """Label of the rank rule and the number that a setting means."""
-    if rank in ("same", "full"):
+    if rank in ("auto", "same", "full"):
         return RANK_RULES[rank], 32
     return RANK_RULES["number"], int(rank) if rank.isdigit() else 32
 
