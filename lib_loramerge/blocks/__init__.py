@@ -15,7 +15,7 @@ from lib_loramerge.blocks.presets import (
     load_presets,
     save_preset,
 )
-from lib_loramerge.blocks.weights import BlockWeights, ElementRule, check_reach, parse_rules, resolve
+from lib_loramerge.blocks.weights import BlockWeights, ElementRule, check_reach, fitting, parse_rules, resolve
 
 __all__ = [
     "BLOCK_IDS",
@@ -26,6 +26,7 @@ __all__ = [
     "bundled_preset_path",
     "check_reach",
     "delete_preset",
+    "fitting",
     "load_presets",
     "parse_rules",
     "resolve",

@@ -197,6 +197,12 @@ def _check_base(sources: Sequence[Source], base: Path | None) -> None:
                     )
 
 
+def block_map_of(source: Source) -> models.BlockMap:
+    """The blocks and block lists of a file's base model."""
+    name = source.architecture.id
+    return models.block_map(name, source.size, [models.block(name, layer) for layer in source.layers])
+
+
 def block_weights(
     entry: LoraInput, source: Source, presets: blocks.Presets, seed: str, notes: list[str]
 ) -> blocks.BlockWeights:
@@ -207,7 +213,7 @@ def block_weights(
     """
     name = source.architecture.id
     layers = [(models.component(layer), models.block(name, layer), layer) for layer in source.layers]
-    model = models.block_map(name, source.size, [block for _, block, _ in layers])
+    model = block_map_of(source)
     found = blocks.resolve(entry, presets, rng=random.Random(seed), model=model)
     notes += blocks.check_reach(found, layers, model, presets)
     return found

@@ -33,6 +33,7 @@ class Facts:
         overwrite: Whether Overwrite is ticked, and was ticked for these LoRAs.
         name: A free name for the result.
         activation_text: The union of the inputs' activation texts.
+        presets: Row number to the presets of block weights that fit its base model.
         previews: Names of inputs that have a preview picture.
         needs_base: Whether some input needs the base checkpoint.
         base_models: Labels to choose the base model from, where the LoRAs leave it open.
@@ -48,6 +49,7 @@ class Facts:
     overwrite: bool = False
     name: str = ""
     activation_text: str = ""
+    presets: Mapping[int, list[str]] = field(default_factory=dict)
     previews: tuple[str, ...] = (NO_PREVIEW,)
     needs_base: bool = False
     base_models: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
         overwrite=draft.overwrite,
         name=proposed,
         activation_text=sidecar.union(paths).activation_text,
+        presets=_presets(draft.sources, host),
         previews=(NO_PREVIEW, *_with_preview(reading, draft)),
         needs_base=any(source.needs_base for source in draft.sources.values()) or bool(form.get("base")),
         base_models=_base_models(draft.sources.values()),
@@ -119,6 +122,14 @@ def _base_models(sources: Iterable[Source]) -> tuple[str, ...]:
     if all(fitting):
         return tuple(dict.fromkeys(label for labels in fitting for label in labels))
     return tuple(record.label for name, record in ARCHITECTURES.items() if name != "unknown")
+
+
+def _presets(sources: Mapping[int, Source], host: Host) -> dict[int, list[str]]:
+    from ..blocks import fitting
+    from ..merge.plan import block_map_of
+
+    known = host.presets()
+    return {row: fitting(known, block_map_of(source)) for row, source in sources.items()}
 
 
 def _look_at_rows(reading: Reading, host: Host, draft: _Draft, chosen: str | None) -> None:

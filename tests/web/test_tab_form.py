@@ -457,3 +457,23 @@ def test_a_file_is_written_for_the_webui_that_the_page_is_in_unless_another_is_c
     (shown,) = (b for b in page.blocks.values() if getattr(b, "elem_id", None) == "loramerge_host")
     inside.close()
     assert shown.value == "Forge"
+
+
+def test_a_row_offers_the_presets_that_fit_its_base_model(host: StandaloneHost, tmp_path: Path) -> None:
+    layers = {f"layers.{index}.attention.qkv": (11520, 3840) for index in range(30)}
+    tensors = {}
+    for path, (rows, columns) in layers.items():
+        tensors[f"diffusion_model.{path}.lora_A.weight"] = torch.zeros(1, columns)
+        tensors[f"diffusion_model.{path}.lora_B.weight"] = torch.zeros(rows, 1)
+    save_file(tensors, tmp_path / "z.safetensors")
+    host.refresh()
+    found = facts.gather(default_form(row0__lora="style", row1__lora="z"), host, METHODS)
+    assert "MIDD" in found.presets[0]
+    assert "MIDD" not in found.presets[1]
+    assert any(text.startswith("@") for text in map(host.presets().weights.get, found.presets[1]))
+
+    page = tab.handlers._Wiring({}, host, JobQueue(host))
+    shown = page.preset_lists(default_form(row0__lora="style", row1__lora="z", fitted=""), found.presets)
+    assert shown["row1.blocks"]["choices"] == ["", *found.presets[1]]
+    again = page.preset_lists(default_form(fitted=shown["fitted"]), found.presets)
+    assert set(again) == {"fitted"}, "a list that fits already is not sent again"

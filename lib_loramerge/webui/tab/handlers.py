@@ -155,7 +155,7 @@ class _Wiring:
             f"row{index}.remove",
             lambda values: self.remove_row(values, index),
             ("rows", *ROW_NAMES),
-            ("rows", *ROW_NAMES, *ROW_PLACES),
+            ("rows", *ROW_NAMES, *ROW_PLACES, "fitted"),
             message="rows_message",
         )
 
@@ -168,7 +168,7 @@ class _Wiring:
     def show_rows(self, values: Form, changed: Iterable[int] = range(form.MAX_ROWS)) -> Changes:
         """Row values with their lists, and which rows are seen."""
         count = form.row_count(values)
-        changes: Changes = {"rows": count}
+        changes: Changes = {"rows": count, "fitted": ""}
         names, weights, elements = self._choices()
         for row in changed:
             shown = row < count
@@ -189,7 +189,7 @@ class _Wiring:
         return [entry.label for entry in self.host.loras()], ["", *known.weights], ["", *known.elements]
 
     def _connect_rows(self) -> None:
-        every_row = ("rows", *ROW_NAMES, *ROW_PLACES)
+        every_row = ("rows", *ROW_NAMES, *ROW_PLACES, "fitted")
         self.button("add", self.add_row, ("rows", *ROW_NAMES), every_row, message="rows_message")
         self.button(
             "clear",
@@ -207,7 +207,7 @@ class _Wiring:
                 outputs,
                 message="rows_message",
             )
-        everything = (*FORM_NAMES, *ROW_PLACES, *_shown_by_choice())
+        everything = (*FORM_NAMES, *ROW_PLACES, "fitted", *_shown_by_choice())
         self.button("fill_text", self.fill_from_text, ("fill_text",), everything, message="rows_message")
         self.button(
             "paste_prompt",
@@ -248,7 +248,7 @@ class _Wiring:
         if look:
             self.host.refresh()
         names, weights, elements = self._choices()
-        changes: Changes = {}
+        changes: Changes = {"fitted": ""}
         for row in range(form.row_count(values)):
             # Lists alone, no values: those may have changed since the question was asked.
             for field, choices in (("lora", names), ("blocks", weights), ("elements", elements)):
@@ -348,9 +348,10 @@ class _Wiring:
         self.button(
             "ask",
             self.ask,
-            (*FORM_NAMES, "refused", "preset_row"),
+            (*FORM_NAMES, "refused", "preset_row", "fitted"),
             (
-                *(f"row{row}.facts" for row in range(form.MAX_ROWS)),
+                *(f"row{row}.{place}" for row in range(form.MAX_ROWS) for place in ("facts", "blocks")),
+                "fitted",
                 "facts",
                 "how_message",
                 "name_message",
@@ -398,6 +399,7 @@ class _Wiring:
 
         found = facts.gather(values, self.host, METHODS)
         changes: Changes = {f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)}
+        changes |= self.preset_lists(values, found.presets)
         how = [
             self.host.shown(found.problems[name])
             for name in ("how", "mode", "rank_rule", "seed", "base", *form.PLAIN)
@@ -432,6 +434,22 @@ class _Wiring:
             # Why a merge was refused is told as long as it is so.
             changes |= self.refusal(found.reasons(values["refused"] == "trial"), values["refused"])
         return changes
+
+    def preset_lists(self, values: Form, fitting: Mapping[int, list[str]]) -> Changes:
+        """Rows whose list of presets is not that of their base model get it; a list in use is left alone."""
+        try:
+            fitted = dict(json.loads(values["fitted"] or "{}"))
+        except (TypeError, ValueError):
+            fitted = {}
+        changes: Changes = {}
+        everything = list(self.host.presets().weights)
+        for row in range(form.row_count(values)):
+            names = fitting.get(row, everything)
+            stamp = len(names) if names == everything else ",".join(names)
+            if fitted.get(str(row), len(everything)) != stamp:
+                changes[f"row{row}.blocks"] = listed(["", *names], values[f"row{row}.blocks"])
+            fitted[str(row)] = stamp
+        return {**changes, "fitted": json.dumps(fitted)}
 
     def refusal(self, reasons: Iterable[str], what: str) -> Changes:
         """Why nothing was begun, all of it, and for :meth:`ask` that and what was refused; or none of it."""

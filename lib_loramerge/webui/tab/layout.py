@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
 RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 # Kept for the page's script and for the handlers alone.
-SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused")
+SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted")
 PRESET_KINDS = ("Block weights", "Elemental weights")
 
 

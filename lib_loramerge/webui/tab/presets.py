@@ -89,7 +89,8 @@ def connect(wiring: Any) -> None:
 
     def lists(values: Mapping[str, Any], picked: str) -> dict[str, Any]:
         known = host.presets()
-        changes: dict[str, Any] = {"preset_pick": update(choices=["", *_known(host, values)], value=picked)}
+        picks = update(choices=["", *_known(host, values)], value=picked)
+        changes: dict[str, Any] = {"preset_pick": picks, "fitted": ""}
         for row in range(form.MAX_ROWS):
             current = form.row_values(values, row)
             changes[f"row{row}.blocks"] = update(choices=["", *known.weights], value=current["blocks"])
@@ -114,7 +115,7 @@ def connect(wiring: Any) -> None:
     shown = ("preset_pick", "preset_text", "preset_name", "preset_layout")
     wiring.on(widgets["preset_pick"].input, pick, ("preset_kind", "preset_pick"), shown, message=place)
     wiring.on(widgets["preset_kind"].input, change_kind, ("preset_kind", "preset_pick"), shown, message=place)
-    wiring.button("preset_save", save, (*own, *fields), ("preset_pick", *fields), message=place)
-    wiring.button("preset_delete", delete, (*own, *fields), ("preset_pick", *fields), message=place)
-    wiring.button("preset_reload", reload, (*own, *fields), ("preset_pick", *fields), message=place)
+    wiring.button("preset_save", save, (*own, *fields), ("preset_pick", "fitted", *fields), message=place)
+    wiring.button("preset_delete", delete, (*own, *fields), ("preset_pick", "fitted", *fields), message=place)
+    wiring.button("preset_reload", reload, (*own, *fields), ("preset_pick", "fitted", *fields), message=place)
     wiring.button("preset_use", use, (*own, *fields), fields, message=place)
