@@ -34,7 +34,7 @@ def listen() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     last = _caught[-1][1] if _caught else -AGAIN_SECONDS
     _caught.append((number, time.monotonic()))
-    # Shells and supervisors send a signal to a process and to its group: one wish, told twice.
+    # Shells and supervisors send a signal to a process and to its group: one wish, reported twice.
     if _caught[-1][1] - last >= AGAIN_SECONDS:
         raise KeyboardInterrupt
 

@@ -70,7 +70,7 @@ def build_metadata(
         architecture: Base model of all sources.
         sources: The parents, in the order of the recipe's inputs.
         recipe: Resolved: what it says makes the same tensors again.
-        ranks: Of each linear layer; one number is told if they are equal.
+        ranks: Of each linear layer; one number if they are equal.
         alphas: Of each linear layer.
         conv_ranks: Of each convolution.
         conv_alphas: Of each convolution.

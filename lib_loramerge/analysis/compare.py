@@ -316,7 +316,7 @@ def _lowering(fighting: Sequence[str], blocks: Iterable[str], architecture: str)
 
 
 def _loudness(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Relation]) -> list[str]:
-    """Who drowns whom: as a whole, else in some blocks."""
+    """Which LoRA dominates, overall or per block."""
     for side in (0, 1):
         if _drowns(whole, side):
             return [f"{names[side]} is more than three times as strong as the other at these strengths."]

@@ -115,7 +115,7 @@ def run_advise(options: argparse.Namespace) -> int:
     expected = expected_seconds(plan)
     if expected >= LONG_SECONDS:
         sys.stderr.write(
-            f"note: Mode {plan.method.name} gives whole layers, and all of their singular values are needed: "
+            f"note: Mode {plan.method.name} produces full-rank layers; computing all singular values takes "
             f"about {expected / 60:.0f} min on this machine. Ctrl-C stops.\n"
         )
     with progress_line(sys.stderr) as progress:

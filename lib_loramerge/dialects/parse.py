@@ -215,7 +215,7 @@ class _Reading:
         return self._strangers.setdefault(layer, {})
 
     def drop_plain_weights(self) -> None:
-        """Move tensors that are no adapter's to the unknown ones: weights and biases of a model."""
+        """Report plain model weights and biases as unknown keys."""
         for strangers in self._strangers.values():
             self.unknown.extend(strangers.values())
         for spelling in list(self.layers):

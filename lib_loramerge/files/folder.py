@@ -50,7 +50,7 @@ class LoraFolder:
         """Name the folders.
 
         Args:
-            folders: The first one wins nothing: two files of one name are an error. A folder
+            folders: Their order is irrelevant: two files of one name are an error. A folder
                 that does not exist holds nothing.
             allow_paths: Let :meth:`find` take paths to files anywhere. For the command line,
                 never for a name that came over the network.
@@ -130,7 +130,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """LoRA files in a folder and below, in a fixed order.
 
     Links to folders are followed, each folder is entered once, hidden ones not at all, as
-    in the hosts. What vanishes or may not be read meanwhile is passed over.
+    in the hosts. What vanishes or may not be read meanwhile is skipped.
     """
     entered: set[str] = set()
     for place, subfolders, names in os.walk(folder, followlinks=True):

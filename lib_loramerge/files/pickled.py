@@ -201,7 +201,7 @@ def _from_old(file: BinaryIO, size: int) -> tuple[Any, Starts]:
 
 
 def _check_storages(path: Path, starts: Starts, size: int) -> None:
-    """Nothing is larger than what is there, whatever is declared."""
+    """Nothing is larger than the file, whatever is declared."""
     for storage, start, held in starts.values():
         declared = storage.count * WIDTHS.get(storage.dtype, 1)
         if declared > held or held < 0 or start + held > size:
@@ -287,7 +287,7 @@ def _check_start(path: Path, file: BinaryIO, size: int) -> None:
     what = describe_bytes(head, size)
     if what is None and head[8:9] == b"{":
         file.seek(0)
-        header_bytes(file, size, path)  # A damaged one is told as such.
+        header_bytes(file, size, path)  # A damaged one is reported as such.
         raise FileError(f"{path.name} is a safetensors file with the wrong name; rename it to .safetensors.")
     if what is not None and not what.endswith(RENAME):
         raise FileError(f"{path.name} {what}")

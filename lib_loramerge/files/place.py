@@ -71,7 +71,7 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, within one that exists, unless it is there.
+    """Make a folder, within one that exists, unless it exists too.
 
     Raises:
         OutputError: It cannot be made.

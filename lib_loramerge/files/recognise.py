@@ -186,7 +186,7 @@ OTHER_KINDS: tuple[OtherKind, ...] = (
         _any(r"(?:model\.\d+\.(?:sub\.|weight$)|RRDB_trunk\.|conv_first\.|body\.0\.rdb1)"),
     ),
 )
-"""What is taken for a LoRA, by key names; the first row that fits is told."""
+"""What is taken for a LoRA, by key names; the first row that fits counts."""
 
 
 def refuse_non_lora(header: Header, path: Path) -> None:

@@ -81,7 +81,7 @@ def write_file(
         tensors: Key to tensor of any shape, on any device, in the dtype to be stored. Each
             is taken from the mapping twice: for its shape, and to be written.
         metadata: Texts for the header.
-        overwrite: Replace a file that is there. Without it one that appears while this one
+        overwrite: Replace an existing file. Without it one that appears while this one
             is written is kept as well.
         stop: Called before each tensor, and often while the disk is waited for; what it raises stops the
             writing, and nothing is left.

@@ -72,9 +72,7 @@ def plan_merge(
     layers, nameless = _with_names(layers, architecture.id, recipe, spelling.dialect)
     skipped += nameless
     if not layers:
-        raise RecipeError(
-            "Nothing would be left: every layer has weight 0. Give at least one LoRA a strength."
-        )
+        raise RecipeError("Every layer has weight 0, so there is nothing to merge. Set a non-zero strength.")
     dtype, notes = _output_dtype(recipe, sources)
     embeddings, clashes = _embeddings(plans)
     layers, embeddings, dropped = for_the_host(recipe.host, spelling, architecture, layers, embeddings)

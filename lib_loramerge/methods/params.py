@@ -1,4 +1,4 @@
-"""The parameters that several merge methods share, each told once."""
+"""The parameters that several merge methods share, each defined once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which base model a file was made for, told from its layers, their shapes and its metadata.
+"""Which base model a file was made for, found from its layers, their shapes and its metadata.
 
 A U-Net shows itself by a few places. For transformers every base model is tried: it fits a file as far as
 it has the file's layers, that many blocks, and their widths. Where several fit equally, the metadata

@@ -123,7 +123,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Param:
-    """One tunable of a merge method, told once; the tab, CLI and REST read it.
+    """One tunable of a merge method, defined once; the tab, CLI and REST read it.
 
     Attributes:
         name: The field's name, ``lower_case``; ``--lower-case`` on the command line.

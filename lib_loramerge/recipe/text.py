@@ -22,7 +22,7 @@ from lib_loramerge.recipe.model import MAX_INPUTS, MAX_RANK, STRENGTH_LIMIT, Lor
 
 LONGEST_TEXT = 1_000_000  # characters of one prompt
 
-# As the WebUI finds them; other networks (<hypernet:...>) and prompt text are passed over.
+# As the WebUI finds them; other networks (<hypernet:...>) and prompt text are skipped.
 _TAG = re.compile(r"<(?:lora|lyco):")
 # A name that is a path keeps its colons: the Windows drive, and all up to a known suffix.
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -46,7 +46,7 @@ def parse_prompt(
     """Every ``<lora:...>`` and ``<lyco:...>`` tag of a prompt, in order.
 
     Args:
-        text: A prompt; all that is not such a tag is passed over.
+        text: A prompt; all that is not such a tag is skipped.
         skip_unsupported: Leave ``start=``, ``stop=``, ``step=`` and ``@`` schedules out
             instead of refusing them.
         notes: What was left out is appended here, one sentence each.

@@ -75,7 +75,7 @@ class Look:
     Attributes:
         state: ``waiting``, ``running``, ``done``, ``failed`` or ``cancelled``.
         stage: A kind, or ``draw``.
-        eta: Seconds left in this stage, where that can be told.
+        eta: Seconds left in this stage, where that can be estimated.
         error: What went wrong, once ``failed``.
     """
 
@@ -231,7 +231,7 @@ def limit_for(plan: MergePlan) -> float:
 
 
 def kinds_for(plan: MergePlan) -> tuple[str, ...]:
-    """Everything that can be told of a plan; one LoRA alone has nothing to be compared with."""
+    """All analyses of a plan; one LoRA alone has nothing to be compared with."""
     return KINDS if 2 <= len(plan.sources) <= MAX_COMPARED else ("inspect", "advise")
 
 
@@ -312,9 +312,9 @@ def identity(plan: MergePlan, kind: str) -> Hashable:
     """Equal for two plans of which this kind of look finds the same."""
     recipe = to_json(plan.recipe)
     recipe.pop("device", None)
-    told = {"inspect": None, "compare": recipe["inputs"], "advise": recipe}[kind]
+    subject = {"inspect": None, "compare": recipe["inputs"], "advise": recipe}[kind]
     files = stamps((*(entry.path for entry in plan.sources), plan.base))
-    return (kind, files, json.dumps(told, sort_keys=True, default=str))
+    return (kind, files, json.dumps(subject, sort_keys=True, default=str))
 
 
 def stamps(paths: Iterable[Path | None]) -> Hashable:

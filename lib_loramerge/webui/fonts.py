@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-# Families with the letters of Chinese, Japanese and Korean, by system; the first that is there is used.
+# Families with the letters of Chinese, Japanese and Korean, by system; the first that exists is used.
 FAMILIES = (
     *(
         "Noto Sans CJK JP",

@@ -1,6 +1,6 @@
 """What a merge will cost and lose, as far as headers tell. Knows no Gradio.
 
-The time is told where layers are formed whole; all else takes seconds. It is an estimate: it begins with the
+The time is shown where layers are formed whole; all else takes seconds. It is an estimate: it begins with the
 speed of this processor, and learns from the merges of this process.
 """
 
@@ -46,7 +46,7 @@ class _Pace:
             return self._learned if self._learned is not None else _processor() * _crowd()
 
     def learn(self, expected: float, took: float) -> None:
-        """Remember how long a merge took whose time was told."""
+        """Remember how long a merge took whose time was foretold."""
         if expected < 1.0 or took <= 0:
             return
         with self._lock:

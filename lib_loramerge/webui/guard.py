@@ -53,7 +53,7 @@ class Guard:
     Args:
         app: What it protects.
         names: The names of this server.
-        port: It listens on; cookies are not told apart by port, so it is in their name.
+        port: It listens on; cookies do not differ by port, so it is in their name.
         token: The secret of the terminal.
         password: What others type to come in; None where nobody else is let in.
     """

@@ -72,7 +72,7 @@ class Job:
     """One request on its way. Everything but :attr:`id` and :attr:`request` changes while it runs.
 
     Attributes:
-        prompt_name: What a prompt calls the result, once it is there.
+        prompt_name: What a prompt calls the result, once it exists.
         by_rest: No page asked for it.
         closed: It was cancelled by nobody: the WebUI reloaded its interface, or ended.
         exact_bytes: Size at most of a file that keeps everything, where this one does not.
@@ -138,7 +138,7 @@ class Job:
         return self.progress.eta if self.progress is not None and self.state == RUNNING else None
 
     def to_json(self, folder: Path | None = None) -> dict[str, Any]:
-        """Plain JSON types. Paths are told as names below ``folder``, never whole."""
+        """Plain JSON types. Paths are names below ``folder``, never whole."""
         progress = self.progress
         return {
             "id": self.id,
@@ -184,7 +184,7 @@ def _below(path: Path | None, folder: Path | None) -> str | None:
 
 
 class _Merged(NamedTuple):
-    """A file that was written, and what is to be told of it.
+    """A file that was written, and what is reported of it.
 
     Attributes:
         replaced: Whether it took the place of another.
@@ -348,7 +348,7 @@ class JobQueue:
                 if isinstance(error, RuntimeError) and "interpreter shutdown" in str(error):
                     self._end(job, CANCELLED, "")  # The host was ended in the middle of the merge.
                     return
-                # A bug of ours: told to the console, and the queue goes on.
+                # A bug of ours: the console shows it, and the queue goes on.
                 self.host.log("a merge failed unexpectedly", error)
                 text = f"Unexpected error ({type(error).__name__}: {error}). The console tells more."
                 self._end(job, FAILED, text)
@@ -386,7 +386,7 @@ class JobQueue:
             job.report, job.output, job.prompt_name = merged.report, merged.output, merged.output.stem
             job.notes = tuple(notes)
             if job.progress is not None:
-                # Each step is told before it is done; who reads the numbers later is to see all of it done.
+                # Each step is reported before it is done; who reads the numbers later sees all of it done.
                 job.progress = replace(job.progress, done=job.progress.total)
             self._finish(job, DONE)
 
@@ -481,7 +481,7 @@ class JobQueue:
             sidecar.write(output, request.user_metadata, self._preview(request), request.overwrite)
         except LoraMergeError as error:
             notes.append(str(error))
-        except Exception as error:  # The file is there, whatever went wrong beside it.
+        except Exception as error:  # The file exists, whatever went wrong beside it.
             self.host.log("what belongs beside the merged file could not be written", error)
             notes.append(f"{output.stem}.json or .png could not be written; the console tells why.")
         try:

@@ -77,7 +77,7 @@ def scan(folders: Sequence[Path], hidden: bool = True) -> Listing:
     """Lists the LoRA files of several folders, the first folder first.
 
     Links are followed as the hosts do, each folder once. Whatever cannot be read, or vanishes meanwhile,
-    is passed over.
+    is skipped.
 
     Args:
         hidden: Whether to look into folders whose name starts with a dot.

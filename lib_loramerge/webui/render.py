@@ -225,8 +225,8 @@ def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels: str 
     state = "active" if active else "idle"
     body = "".join(_job(job) for job in active)
     follow = f' data-follow="{foreign(followed.id)}" data-created="{followed.created}"' if followed else ""
-    told = f'data-state="{state}" data-stamp="{foreign(stamp)}" data-labels="{labels}"'
-    return f'<div class="lm-jobs" {told}{follow}>{body}</div>'
+    marks = f'data-state="{state}" data-stamp="{foreign(stamp)}" data-labels="{labels}"'
+    return f'<div class="lm-jobs" {marks}{follow}>{body}</div>'
 
 
 def _job(job: Job) -> str:

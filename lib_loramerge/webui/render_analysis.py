@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PAIRS_OPEN = 4
 NO_ERROR = 1e-6
-SOON = 5.0  # Seconds; a shorter rest is not told.
+SOON = 5.0  # Seconds; a shorter rest is not shown.
 STAGES = {
     "inspect": "Measuring each file",
     "compare": "Comparing the LoRAs",

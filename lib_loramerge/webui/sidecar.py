@@ -141,7 +141,7 @@ def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite
         The files written.
 
     Raises:
-        OutputError: A file is there already and ``overwrite`` is off, or it cannot be written.
+        OutputError: A file exists already and ``overwrite`` is off, or it cannot be written.
     """
     existing = taken(lora, data, preview)
     if existing and not overwrite:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Gradio asks the net for its version and fonts unless told otherwise; this page is for this machine alone.
+# Gradio asks the net for its version and fonts unless it is forbidden; this page is for this machine alone.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr

@@ -146,7 +146,7 @@ WRONG_FORMS = {
         "no checkpoint called nowhere",
     ),
     "a part that is not understood": (row(lora="odd"), "facts", "Leave out what cannot be merged"),
-    "nothing would be left": (row(strength=0), "facts", "Nothing would be left"),
+    "nothing would be left": (row(strength=0), "facts", "nothing to merge"),
     "rank 0": (
         row() | {"rank_rule": "A number", "rank": 0},
         "how_message",

@@ -31,7 +31,7 @@ TEMPORARY = Path(tempfile.gettempdir())
 
 
 class ConflictError(OutputError):
-    """What is asked for collides with a file or a job that is there already."""
+    """What is asked for collides with a file or a job that exists already."""
 
 
 class UnknownNameError(FileError):
@@ -151,7 +151,7 @@ class Host:
             strict: Refuse links that lead out of the LoRA folders, as for requests from elsewhere.
 
         Raises:
-            UnknownNameError: No LoRA has that name; the nearest names are told.
+            UnknownNameError: No LoRA has that name; the message has the nearest names.
             IncompatibleError: Several LoRAs have it.
             FileError: The file is a link to somewhere else, and ``strict`` is on.
         """

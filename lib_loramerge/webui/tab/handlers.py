@@ -431,7 +431,7 @@ class _Wiring:
             {name: values[name] for name in FORM_NAMES if worth_keeping(name, values[name])}
         )
         if values["refused"]:
-            # Why a merge was refused is told as long as it is so.
+            # The reasons of a refusal stay as long as they hold.
             changes |= self.refusal(found.reasons(values["refused"] == "trial"), values["refused"])
         return changes
 
