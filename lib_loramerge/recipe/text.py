@@ -30,7 +30,7 @@ _FILE = re.compile(r".*?\.(?:safetensors|ckpt|pt)(?=:|$)", re.IGNORECASE | re.DO
 _KEYED = re.compile(r"\s*([A-Za-z][A-Za-z0-9_]*)\s*=(.*)", re.DOTALL)
 # What was meant as a number, well or badly; anything else in its place is the name of a preset.
 # 26-MIDD is a name all the same.
-_NUMERIC = re.compile(
+NUMERIC = re.compile(
     r"\s*((?![0-9]+-[A-Za-z])[+\-.0-9].*|nan|inf|infinity|true|false|none|null)?\s*", re.I | re.DOTALL
 )
 
@@ -65,17 +65,22 @@ def parse_prompt(
 
 
 def tag_bodies(text: str) -> list[str]:
-    """What stands between the brackets of every closed tag, in time linear in the text."""
-    bodies = []
+    """What stands between the brackets of every closed tag."""
+    return [text[start:end] for _, start, end in tag_places(text)]
+
+
+def tag_places(text: str) -> list[tuple[int, int, int]]:
+    """Where every closed tag begins, and where its body begins and ends, in time linear in the text."""
+    places = []
     tag = _TAG.search(text)
     while tag:
         end = text.find(">", tag.end())
         if end < 0:
             break
         if end > tag.end():
-            bodies.append(text[tag.end() : end])
+            places.append((tag.start(), tag.end(), end))
         tag = _TAG.search(text, end)
-    return bodies
+    return places
 
 
 def parse_input(text: str, *, skip_unsupported: bool = False, notes: list[str] | None = None) -> LoraInput:
@@ -121,7 +126,7 @@ def _parse(body: str, skip: bool, notes: list[str] | None, *, tag: bool = False)
     name, rest = split_name(body if tag else body.strip())
     name = name if tag and name.strip() else name.strip()
     try:
-        positions, keyed = _split_fields(rest)
+        positions, keyed = split_fields(rest)
         left_out = _leave_out_steps(positions, keyed, skip)
         values = _keyed_values(keyed)
         _add_positions(values, positions)
@@ -149,7 +154,7 @@ def split_name(body: str) -> tuple[str, str | None]:
     return name, rest
 
 
-def _split_fields(rest: str | None) -> tuple[list[str], dict[str, str]]:
+def split_fields(rest: str | None) -> tuple[list[str], dict[str, str]]:
     """Fields in positions, and fields with a key, both as written."""
     positions: list[str] = []
     keyed: dict[str, str] = {}
@@ -187,7 +192,7 @@ def _end_of_rules(parts: list[str], start: int, positions: int) -> int:
     end = start
     while end < len(parts) and not _KEYED.fullmatch(parts[end]):
         end += 1
-    spelled_out = end - start >= 2 and (positions >= 2 or not _NUMERIC.fullmatch(parts[start]))
+    spelled_out = end - start >= 2 and (positions >= 2 or not NUMERIC.fullmatch(parts[start]))
     if end - start >= 2 and not parts[start].strip():
         spelled_out = True  # blocks::ratio, a rule for every element
     return end if spelled_out else start
@@ -240,10 +245,10 @@ def _add_positions(values: dict[str, Any], positions: list[str]) -> None:
         given = shown(":".join(positions))
         raise RecipeError(f"NAME:TE:UNET:DYN has at most 3 numbers, got {len(positions)}: {given}.")
     for name, value in zip(("te", "unet"), positions):
-        if name == "unet" and ("," in value or not _NUMERIC.fullmatch(value)):
+        if name == "unet" and ("," in value or not NUMERIC.fullmatch(value)):
             _add_block_positions(values, positions[1:])
             return
-        if name == "te" and not _NUMERIC.fullmatch(value):
+        if name == "te" and not NUMERIC.fullmatch(value):
             limits = f"{plain(-STRENGTH_LIMIT)} to {plain(STRENGTH_LIMIT)}"
             raise RecipeError(
                 f"te must be a number from {limits}, got {shown(value)}. Block weights are written lbw=NAME."
@@ -258,7 +263,7 @@ def _add_block_positions(values: dict[str, Any], positions: list[str]) -> None:
         raise RecipeError(f"block weights are given twice: {shown(positions[0])} and lbw={values['lbw']}.")
     values["lbw"] = positions[0]
     if len(positions) > 1:
-        name = "x" if _NUMERIC.fullmatch(positions[1]) else "lbwe"
+        name = "x" if NUMERIC.fullmatch(positions[1]) else "lbwe"
         if name in values:
             raise RecipeError(f"{name} is given twice: {shown(positions[1])} and {name}={values[name]}.")
         values[name] = _number("x", positions[1]) if name == "x" else positions[1]

@@ -26,12 +26,15 @@ from .form import PLAIN
 from .host import Host, host_of_this_process
 from .jobs import JobQueue
 from .trial import remove_stale_folders
+from .xyz.plot import Plot
+from .xyz.register import add_axes, script_class
 
 TITLE = "LoRA Merge"
 IDENT = "loramerge"
 
 _LOADED = time.time()
 _services: tuple[Host, JobQueue] | None = None
+_plot: Plot | None = None
 _warming: threading.Thread | None = None
 
 
@@ -44,10 +47,27 @@ def services() -> tuple[Host, JobQueue]:
     return _services
 
 
+def plot() -> Plot:
+    """What the axes of the X/Y/Z plot share; it outlives a reload of the UI, too."""
+    global _plot
+    if _plot is None:
+        _plot = Plot(services()[0])
+    return _plot
+
+
+def axes_script() -> type:
+    """The script that the host is to find in the module of ``scripts/``."""
+    from modules import scripts  # noqa: F401 - the host has it, under a name of its own perhaps
+
+    return script_class(plot)
+
+
 def register() -> None:
     """Tells the host what we have; called while it loads its extensions."""
     from modules import script_callbacks
 
+    # By then the host has loaded its X/Y/Z plot.
+    script_callbacks.on_before_ui(lambda: add_axes(plot()))
     script_callbacks.on_ui_settings(add_settings)
     script_callbacks.on_ui_tabs(make_tabs)
     script_callbacks.on_app_started(add_routes)
@@ -126,6 +146,8 @@ def let_go() -> None:
         _warming.join(30)  # Or it would start other threads, and import old code beside the new.
     host, jobs = services()
     jobs.close()
+    if _plot is not None:
+        _plot.end()
     host.close()
     if _changed_on_disk():
         # The extension was updated: the host is about to run the new script, which must find the new code.

@@ -22,7 +22,7 @@ def fake_modules(data_dir: Path, *flags: str, forge: bool = False) -> Iterator[S
     sys.path[:0] = [str(FAKE / "extensions-builtin" / "Lora"), str(FAKE)]
     try:
         sdnext = "--sdnext" in flags
-        names = ("shared", "call_queue", "errors", "paths", "script_callbacks")
+        names = ("shared", "call_queue", "errors", "paths", "script_callbacks", "processing")
         names += ("sd_checkpoint", "scripts_manager") if sdnext else ("sd_models",)
         loaded = {name: importlib.import_module(f"modules.{name}") for name in names}
         loaded["sd_checkpoint" if sdnext else "sd_models"].list_models()

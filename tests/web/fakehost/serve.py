@@ -131,7 +131,29 @@ def set_up_middleware(app) -> None:
 
 def add_controls(app) -> None:
     """For tests: what a person would do with the WebUI itself."""
+    from fastapi import Body
     from modules import call_queue, errors
+
+    @app.post("/fake/plot")
+    def plot(body: dict = Body(...)):  # noqa: B008 - as FastAPI wants it
+        """X/Y/Z plot: a prompt, and the label and values of its axes."""
+        from modules import processing, scripts
+
+        runner = scripts.scripts_txt2img
+        grid = next(script for script in runner.selectable_scripts if script.title() == "X/Y/Z plot")
+        labels = [option.label for option in grid.current_axis_options]
+        values = [0, "", []] * 3 + [True]
+        for index, (label, text) in enumerate(body["axes"]):
+            values[3 * index : 3 * index + 2] = labels.index(label), text
+        args = [None] * len(runner.inputs)
+        args[0] = runner.selectable_scripts.index(grid) + 1
+        args[grid.args_from : grid.args_to] = values
+        p = processing.StableDiffusionProcessingTxt2Img(body["prompt"], runner, args)
+        with call_queue.queue_lock:
+            try:
+                return {"cells": runner.run(p, *args).cells}
+            finally:
+                p.close()
 
     @app.post("/fake/{command}")
     def control(command: str, seconds: float = 1.0, batches: int = 1):

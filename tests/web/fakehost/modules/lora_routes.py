@@ -1,10 +1,7 @@
 """REST of the LoRA list, and what a picture would be made with."""
 
-import re
-
 from modules import call_queue
-
-TAG = re.compile(r"<lora:([^:>]+)(?::([-0-9.]+))?[^>]*>")
+from modules.processing import TAG
 
 
 def add_to(app, networks):

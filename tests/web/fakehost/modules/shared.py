@@ -4,7 +4,7 @@ import os
 from modules.options import OptionInfo, Options
 from modules.shared_cmd_options import cmd_opts
 
-__all__ = ["OptionInfo", "Options", "cmd_opts", "demo", "opts", "walk_files"]
+__all__ = ["OptionInfo", "Options", "cmd_opts", "demo", "opts", "prompt_styles", "state", "walk_files"]
 
 opts = Options(
     {
@@ -17,6 +17,34 @@ opts = Options(
     json.loads(cmd_opts.options),
 )
 demo = None
+
+
+class State:
+    """Of the picture in the making."""
+
+    interrupted = False
+    job = ""
+
+
+class StyleDatabase:
+    """Styles that bring a LoRA each: what they make of the prompt, and of the negative prompt."""
+
+    styles = {  # noqa: RUF012
+        "with b": ("{prompt} <lora:b:0.5>", "blurred"),
+        "with xl": ("{prompt} <lora:xl:0.5>", ""),
+    }
+
+    def apply_styles_to_prompt(self, prompt, styles):
+        for name in styles:
+            prompt = self.styles[name][0].replace("{prompt}", prompt)
+        return prompt
+
+    def apply_negative_styles_to_prompt(self, prompt, styles):
+        return ", ".join([*([prompt] if prompt else []), *(self.styles[name][1] for name in styles)])
+
+
+state = State()
+prompt_styles = StyleDatabase()
 
 
 def walk_files(path, allowed_extensions=None):

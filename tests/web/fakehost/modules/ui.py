@@ -1,6 +1,6 @@
 import gradio as gr
 
-from modules import script_callbacks, shared
+from modules import call_queue, processing, script_callbacks, scripts, shared
 from modules.shared_cmd_options import cmd_opts
 
 
@@ -9,11 +9,14 @@ def create_ui():
     for kind in script_callbacks.callbacks["ui_settings"]:
         kind[1]()
     with gr.Blocks(analytics_enabled=False) as txt2img:
-        gr.Textbox(
+        prompt = gr.Textbox(
             label="Prompt", elem_id="txt2img_prompt", show_label=False, lines=3, elem_classes=["prompt"]
         )
         gr.Textbox(label="Negative prompt", elem_id="txt2img_neg_prompt", show_label=False, lines=3)
-        gr.Button("Generate", elem_id="txt2img_generate")
+        generate = gr.Button("Generate", elem_id="txt2img_generate")
+        pictures = gr.Textbox(label="Pictures", elem_id="txt2img_pictures", lines=9)
+        inputs = scripts.scripts_txt2img.setup_ui()
+        generate.click(fn=txt2img, inputs=[prompt, *inputs], outputs=[pictures])
         # The real page is longer than a window, too.
         gr.HTML('<div style="height: 1500px"></div>')
     with gr.Blocks(analytics_enabled=False) as settings:
@@ -37,6 +40,19 @@ def create_ui():
     if not cmd_opts.no_gradio_queue:
         demo.queue(64)
     return demo
+
+
+def txt2img(prompt, *args):
+    """The prompts and infotexts of the pictures; what a script raises is said in their place."""
+    p = processing.StableDiffusionProcessingTxt2Img(prompt, scripts.scripts_txt2img, args)
+    with call_queue.queue_lock:
+        try:
+            processed = p.scripts.run(p, *args) or processing.process_images(p)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            p.close()
+    return "\n\n".join(str(text) for text in processed.infotexts)
 
 
 def _setting(key, info):

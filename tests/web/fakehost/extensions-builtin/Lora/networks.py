@@ -50,8 +50,11 @@ def list_available_networks():
 
 
 def _digest(filename):
+    """Of the tensors alone, as a picture knows nothing of names and metadata."""
     with open(filename, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
+        content = file.read()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return hashlib.sha256(content[start:] if start < len(content) else content).hexdigest()[:16]
 
 
 def picture(tags):
