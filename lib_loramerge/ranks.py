@@ -76,7 +76,8 @@ def retaining(spectrum: Spectrum, fraction: float) -> int:
     if fraction >= 1 or not len(squares):
         return len(squares)
     kept = np.cumsum(squares)
-    return min(len(squares), int(np.searchsorted(kept, fraction**2 * kept[-1] * (1 - 1e-12))) + 1)
+    wanted = fraction**2 * (kept[-1] + spectrum.beyond)
+    return min(len(squares), int(np.searchsorted(kept, wanted * (1 - 1e-12))) + 1)
 
 
 @dataclass(frozen=True)

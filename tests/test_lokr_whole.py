@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_loramerge import ranks
 from lib_loramerge.adapters import build
-from lib_loramerge.delta import decompose, norm, stack, write_layer
+from lib_loramerge.delta import all_values, counted, decompose, norm, stack, write_layer
+from lib_loramerge.recipe import LoraInput, MergeRecipe
 from tests.delta_cases import low_rank, size
 
 SIDE, WIDE = 512, 560  # as many components as the code calls many
@@ -85,3 +87,39 @@ def test_at_full_rank_nothing_is_cut_and_the_rounding_is_told(dtype, shape, scal
     assert stored.rank == SIDE
     assert distance <= torch.finfo(dtype).eps * size(total) + noise
     assert distance == pytest.approx(stored.error_sq**0.5, rel=0.02, abs=noise)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """Layers of this size are counted, as larger ones are."""
+    monkeypatch.setattr(counted, "_LARGE", 256)
+
+
+@pytest.mark.parametrize("shape", [(SIDE, WIDE), (WIDE, SIDE)])
+@pytest.mark.parametrize(("weight", "strength"), [(0.8, 0.5), (-1.5, 6.0), (1.0, 1e-4)])
+def test_all_values_of_a_sum_are_counted_and_its_norm_is_exact(shape, weight, strength, counting):
+    delta, whole = whole_lokr(*shape)
+    loras = [low_rank(*shape, 16, seed=seed, scale=0.5, decay=0.5) for seed in (1, 2)]
+    found = all_values(stack([delta, *loras], [weight, strength, -strength]))
+    exact = torch.linalg.svdvals(weight * whole + strength * loras[0].dense() - strength * loras[1].dense())
+    assert found.mixing is None
+    assert found.energy == pytest.approx(float(exact.square().sum()), rel=1e-6)
+    assert float(found.values.square().sum()) == pytest.approx(found.energy, rel=1e-9)
+    assert torch.allclose(found.values[:100], exact[:100], rtol=3e-3)
+    kept = slice(0, int((exact > 0.03 * exact[0]).sum()))
+    assert torch.allclose(found.values[kept], exact[kept], rtol=0.03)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.8])
+def test_retain_keeps_the_share_it_promises_without_all_singular_values(fraction, counting):
+    delta, whole = whole_lokr()
+    lora = low_rank(SIDE, WIDE, 16, seed=3, scale=0.5)
+    total = whole + 0.5 * lora.dense()
+    recipe = MergeRecipe(inputs=(LoraInput("a"),), retain=fraction)
+    stored = write_layer(
+        stack([delta, lora], [1.0, 0.5]), torch.float32, lambda s: ranks.choose(recipe, s, same=None)
+    )
+    squares = torch.linalg.svdvals(total).square()
+    least = int((squares.cumsum(0) < fraction**2 * squares.sum()).sum()) + 1
+    assert least <= stored.rank <= least + 1
+    assert size(stored.delta().dense()) >= fraction * size(total) * (1 - 1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .core import NOISE, Spectrum, as_double, decompose, gram, grams, lost_by, truncate
+from .counted import all_values
 from .dense import decompose_dense
 from .measure import (
     Overlaps,
@@ -49,6 +50,7 @@ __all__ = [
     "Overlaps",
     "Spectrum",
     "Stored",
+    "all_values",
     "as_double",
     "available_cores",
     "check_same_shape",

@@ -14,6 +14,7 @@ from .core import Grams, grams
 from .types import Delta, Dense, LowRank, stack
 
 _EXACT_BELOW = 1e-8  # Squared relative distance under which the Gram form would lose digits to cancellation.
+_MANY = 512  # Rows that are looked at for being orthogonal already, as those of a whole-matrix LoKr are.
 
 
 def norm(delta: Delta) -> float:
@@ -192,6 +193,8 @@ def _shared(square: Tensor, places: Sequence[slice]) -> Tensor:
 
 def _whitener(square: Tensor) -> Tensor:
     """(r, k) matrix that makes rows with this Gram matrix orthonormal; directions of no size are left out."""
+    if square.shape[0] >= _MANY and not bool(square.triu(1).any()):
+        return torch.diag(square.diagonal().clamp(min=1e-300).rsqrt())
     low, info = torch.linalg.cholesky_ex(square)
     if int(info) == 0 and bool((low.diagonal() > 1e-5 * square.diagonal().sqrt()).all()):
         eye = torch.eye(square.shape[0], dtype=square.dtype)

@@ -23,11 +23,13 @@ from .core import (
     sizes,
     truncate,
 )
+from .counted import all_values, is_counted
 from .dense import decompose_dense, decompose_large
 from .measure import squared_distance
 from .types import Dense, Grams, LowRank, Merged, Mixed
 
 _LARGE = 512  # Components from which on Gram matrices and their eigenvectors cost too much.
+_SPARE = 1.02  # Ranks found beside those that counted singular values ask for, which are not exact.
 _TELLS = 1e-3  # Part of the squared error from which on what may have been lost as noise is measured.
 _ALPHA = 120  # Alpha is written as float32: a power of two that it has room for, either way.
 _SUBNORMAL = 8  # Factors whose mean size is below this many times the least normal number are scaled up.
@@ -86,6 +88,9 @@ def write_layer(
     """
     if choose is None and isinstance(delta, LowRank):
         return store(delta, dtype, fixed_alpha=fixed_alpha)
+    if choose is not None and most is None and is_counted(delta):
+        # The rule needs all singular values, the file only the largest.
+        most = max(1, math.ceil(_SPARE * choose(all_values(delta))))
     if isinstance(delta, LowRank) and most and _is_large(delta):
         if most >= min(delta.out, delta.in_):
             return _store_square(delta, dtype, fixed_alpha)

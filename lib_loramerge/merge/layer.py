@@ -19,7 +19,7 @@ from ..delta import (
     Mixed,
     Spectrum,
     Stored,
-    decompose,
+    all_values,
     decompose_dense,
     lost_by,
     lost_of_inputs,
@@ -216,7 +216,7 @@ class Merger:
         with _named(layer):
             if isinstance(merged, Dense):
                 return decompose_dense(merged, vectors=False)
-            return decompose(merged, vectors=False)
+            return all_values(merged)
 
     def merge_together(
         self, layers: Sequence[LayerPlan], allotted: Sequence[int | None]
@@ -468,4 +468,4 @@ def _size_sq(delta: Merged | None) -> float:
     """Squared norm of a delta that is not written."""
     if delta is None:
         return 0.0
-    return norm(delta) ** 2 if isinstance(delta, Dense) else decompose(delta, vectors=False).energy
+    return norm(delta) ** 2 if isinstance(delta, Dense) else all_values(delta).energy
