@@ -14,13 +14,13 @@ OUT, IN = 32, 16
 MODELS = [record.id for record in ARCHITECTURES.values() if record.names is not None]
 
 
-def dokr(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
+def dokr(name: str, seed: int = 3, out: int = OUT) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         f"{name}.lokr_w1": torch.randn(4, 4, generator=generator) * 0.2,
-        f"{name}.lokr_w2": torch.randn(OUT // 4, IN // 4, generator=generator) * 0.2,
+        f"{name}.lokr_w2": torch.randn(out // 4, IN // 4, generator=generator) * 0.2,
         f"{name}.alpha": torch.tensor(1.0),
-        f"{name}.dora_scale": torch.rand(OUT, 1, generator=generator) + 0.5,
+        f"{name}.dora_scale": torch.rand(out, 1, generator=generator) + 0.5,
     }
 
 
@@ -76,16 +76,74 @@ def test_dora_on_lokr_is_made_exact_from_the_base_of_every_model(model, tmp_path
     assert torch.linalg.norm(written(tmp_path / "out.safetensors") - true) < 1e-6 * torch.linalg.norm(true)
 
 
-def test_a_layer_that_is_in_no_table_is_looked_up_by_its_own_name(tmp_path):
+@pytest.mark.parametrize("joined", [True, False])
+def test_dora_on_projections_that_diffusers_fuses_is_split_as_the_checkpoint_has_them(joined, tmp_path):
     name = "lycoris_text_fusion_layerwise_blocks_0_attn_to_qkv"
+    tensors = dokr(name, out=48)
+    weight = torch.randn(48, IN, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, tmp_path / "a.safetensors")
+    third, stem = 16, "text_fusion.layerwise_blocks.0.attn"
+    base = {f"{stem}.to_qkv.weight": weight}
+    if not joined:
+        base = {f"{stem}.to_{x}.weight": weight[n * third :][:third].clone() for n, x in enumerate("qkv")}
+    save_file(base, tmp_path / "base.safetensors")
+    merge(tmp_path, "a:1", base=tmp_path / "base.safetensors", base_model="krea2")
+    true = exact(tensors, name, weight)
+    result = load_file(tmp_path / "out.safetensors")
+    for n, x in enumerate("qkv"):
+        change = result[f"diffusion_model.txtfusion.layerwise_blocks.0.attn.w{x}.diff"].double()
+        want = true[n * third :][:third]
+        assert torch.linalg.norm(change - want) < 1e-6 * torch.linalg.norm(true)
+
+
+# Models whose diffusers pipeline has q, k and v apart, and how many rows each has beside the others.
+FUSED = {
+    "flux1": ("transformer_blocks.0.attn", (1, 1, 1)), "sd3": ("transformer_blocks.0.attn", (1, 1, 1)),
+    "krea2": ("transformer_blocks.0.attn", (4, 1, 1)), "qwen_image": ("transformer_blocks.0.attn", (1, 1, 1)),
+    "lumina2": ("layers.0.attn", (3, 1, 1)), "zimage": ("layers.0.attention", (1, 1, 1)),
+    "wan": ("blocks.0.attn1", (1, 1, 1)), "ideogram4": ("layers.0.attention", (1, 1, 1)),
+    "hunyuan_video": ("transformer_blocks.0.attn", (1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", FUSED)
+def test_projections_that_diffusers_fused_meet_the_split_ones(model, tmp_path):
+    stem, units = FUSED[model]
+    rows = [4 * count for count in units]
+    generator = torch.Generator().manual_seed(2)
+    up, down = torch.randn(sum(rows), 3, generator=generator), torch.randn(3, IN, generator=generator)
+    one, two = torch.randn(rows[1], 2, generator=generator), torch.randn(2, IN, generator=generator)
+    name = f"transformer.{stem}"
+    save_file(
+        {f"{name}.to_qkv.lora_B.weight": up, f"{name}.to_qkv.lora_A.weight": down},
+        tmp_path / "a.safetensors",
+    )
+    save_file(
+        {f"{name}.to_k.lora_B.weight": one, f"{name}.to_k.lora_A.weight": two}, tmp_path / "b.safetensors"
+    )
+    merge(tmp_path, "a:1", "b:1", base_model=model, dialect="diffusers", rank="full", dtype="float32")
+    result = load_file(tmp_path / "out.safetensors")
+    whole = up.double() @ down.double()
+    whole[rows[0] : rows[0] + rows[1]] += one.double() @ two.double()
+    start = 0
+    for leaf, count in zip(("to_q", "to_k", "to_v"), rows, strict=True):
+        key = f"{name}.{leaf}"
+        change = result[f"{key}.lora_B.weight"].double() @ result[f"{key}.lora_A.weight"].double()
+        assert torch.linalg.norm(change - whole[start : start + count]) < 1e-6 * torch.linalg.norm(whole)
+        start += count
+    assert not any("qkv" in key for key in result)
+
+
+def test_a_layer_that_is_in_no_table_is_looked_up_by_its_own_name(tmp_path):
+    name = "lycoris_text_fusion_layerwise_blocks_0_attn_to_other"
     tensors = dokr(name)
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
     save_file(tensors, tmp_path / "a.safetensors")
-    key = "text_fusion.layerwise_blocks.0.attn.to_qkv.weight"
+    key = "text_fusion.layerwise_blocks.0.attn.to_other.weight"
     save_file({key: weight}, tmp_path / "base.safetensors")
     save_file({key.replace(".0.", ".1."): weight}, tmp_path / "other.safetensors")
     merge(tmp_path, "a:1", base=tmp_path / "base.safetensors")
     true = exact(tensors, name, weight)
     assert torch.linalg.norm(written(tmp_path / "out.safetensors") - true) < 1e-6 * torch.linalg.norm(true)
-    with pytest.raises(IncompatibleError, match=r"other\.safetensors has no layer of the name .*_to_qkv"):
+    with pytest.raises(IncompatibleError, match=r"other\.safetensors has no layer of the name .*_to_other"):
         merge(tmp_path, "a:1", out="second", base=tmp_path / "other.safetensors")

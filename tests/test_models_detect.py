@@ -73,7 +73,7 @@ def square(*names: str, width: int = 640) -> dict[str, dict[str, tuple[int, ...]
         (["input_blocks_7_1_transformer_blocks_9_attn1_to_q"], {}, "sdxl"),
         (["middle_block_1_transformer_blocks_2_attn1_to_q"], {}, "sdxl"),
         (["middle_block_1_transformer_blocks_2_attn1_to_q", "input_blocks_10_0_emb_layers_1"], {}, "sdxl_refiner"),
-        (["label_emb_0_0"], {}, "unknown"),
+        (["label_emb_0_0"], {}, "sdxl"),
         (["label_emb_0_0", "input_blocks_1_0_emb_layers_1"], {}, "sdxl"),
         (["up_blocks_0_attentions_0_proj_in"], {}, "sdxl"),
         (["output_blocks_0_1_proj_in"], {}, "sdxl"),
@@ -82,7 +82,7 @@ def square(*names: str, width: int = 640) -> dict[str, dict[str, tuple[int, ...]
         (["output_blocks_9_1_transformer_blocks_0_attn1_to_q"], {"ss_v2": "True"}, "sd2"),
         (["down_blocks_0_attentions_0_proj_in"], {}, "sd2"),
         (["down_blocks_3_resnets_0_time_emb_proj"], {}, "sd1"),
-        (["down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"], {}, "unknown"),
+        (["down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"], {}, "sd1"),
         (["down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"], {"ss_base_model_version": "sd_v1"}, "sd1"),
         (
             ["down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"],
@@ -94,6 +94,24 @@ def square(*names: str, width: int = 640) -> dict[str, dict[str, tuple[int, ...]
 )  # fmt: skip
 def test_a_unet_without_cross_attention_is_told_by_its_levels_and_depth(names, metadata, expected):
     assert detect(square(*names), metadata).architecture.id == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "candidates"),
+    [
+        ("down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 640, ["sd1", "sd2", "sdxl"]),
+        ("input_blocks_4_1_transformer_blocks_0_attn1_to_q", 768, ["sdxl_refiner"]),
+        ("input_blocks_4_1_transformer_blocks_1_attn1_to_q", 640, ["sdxl"]),
+        ("middle_block_1_transformer_blocks_0_attn1_to_q", 1280, ["sd1", "sd2", "sdxl"]),
+        ("up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 1280, ["sd1", "sd2"]),
+        ("up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 640, ["sdxl"]),
+        ("time_embedding_linear_1", 1280, ["sd1", "sd2", "sdxl"]),
+    ],
+)
+def test_a_small_file_fits_every_unet_that_has_its_layers_in_their_widths(name, width, candidates):
+    found = detect(square(name, width=width), {})
+    assert [model for model, _ in found.candidates] == candidates
+    assert found.reason.endswith("alike") == (len(candidates) > 1)
 
 
 def test_a_convolution_in_proj_in_tells_version_1_from_2():

@@ -15,29 +15,6 @@ from ..models import (
 )
 from .slots import KOHYA_STYLE, PEFT_STYLE, ending_for, writes_alpha
 
-# Base models whose hosts expect the U-Net by its diffusers names under kohya's prefix.
-_DIFFUSERS_UNDER_KOHYA = frozenset({"sd1", "sd2"})
-
-# Layers that hosts know by another name than the base model's usual form gives: A1111 has the last norm of
-# a U-Net by the checkpoint's path alone, and nobody knows the projection of a text encoder without a number.
-_OWN_NAMES = {
-    ("sd1", "lora_unet_out_0"): "lora_unet_out_0",
-    ("sd2", "lora_unet_out_0"): "lora_unet_out_0",
-    ("sd1", "lora_te_text_projection"): "lora_te1_text_projection",
-    ("sdxl_refiner", "lora_te_text_projection"): "lora_te2_text_projection",
-}
-
-# Where a diffusers pipeline keeps a component, by base model.
-_FIRST_AND_SECOND = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
-_PIPELINE: dict[str, dict[str, str]] = {
-    "sd1": {"unet": "unet", "te": "text_encoder"},
-    "sd2": {"unet": "unet", "te": "text_encoder"},
-    "sdxl": {"unet": "unet", **_FIRST_AND_SECOND},
-    "sdxl_refiner": {"unet": "unet", "te": "text_encoder_2"},
-    "flux1": {"unet": "transformer", "te1": "text_encoder", "te3": "text_encoder_2"},
-}
-_DEFAULT_PIPELINE = {"unet": "transformer", "te": "text_encoder", **_FIRST_AND_SECOND}
-
 
 def spelling_of(architecture_id: str, dialect: str = "auto") -> str:
     """How the layers of a base model are spelled in a dialect: ``KOHYA``, ``COMFY`` or ``DIFFUSERS``."""
@@ -75,9 +52,10 @@ def output_parts(
     if spelling == COMFY or has_dotted_name_alone(architecture_id, layer):
         # A layer that is in no table keeps the name that it came with.
         return ((comfy_layer(architecture_id, layer) or layer, None),)
-    if (architecture_id, layer) in _OWN_NAMES:
-        return ((_OWN_NAMES[architecture_id, layer], None),)
-    if architecture_id in _DIFFUSERS_UNDER_KOHYA and component(layer) == "unet":
+    record = ARCHITECTURES[architecture_id]
+    if layer in record.own_names:
+        return ((record.own_names[layer], None),)
+    if record.diffusers_under_kohya and component(layer) == "unet":
         return tuple(
             (f"lora_unet_{name.replace('.', '_')}", rows)
             for name, rows in diffusers_layers(architecture_id, layer)
@@ -87,7 +65,7 @@ def output_parts(
 
 def _diffusers(architecture_id: str, layer: str) -> tuple[tuple[str, Rows | None], ...]:
     members = diffusers_layers(architecture_id, layer)
-    prefix = _PIPELINE.get(architecture_id, _DEFAULT_PIPELINE).get(component(layer))
+    prefix = ARCHITECTURES[architecture_id].place_in_pipeline(component(layer))
     if not members or prefix is None:
         raise UnsupportedError(
             f"The diffusers dialect has no name for the layer {layer} of "

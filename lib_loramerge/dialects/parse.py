@@ -18,6 +18,7 @@ from ..models import (
     canonical_path,
     detect,
     encoder_part,
+    fused,
     layer_name,
 )
 from .cloneofsimo import number_layers
@@ -37,12 +38,16 @@ class Part:
         rows: The rows of the layer, when the file splits what the checkpoint fuses; None for all.
         slots: Our slot to the tensor's key in the file.
         spelling: The file's own name of the layer, for messages.
+        take: The rows of what the file has that are this layer, where it joins several; None for all.
+        joined: The layers that it joins, in order, each with the rows of it that are meant.
     """
 
     layer: str
     rows: Rows | None
     slots: Mapping[str, str]
     spelling: str
+    take: Rows | None = None
+    joined: tuple[tuple[str, Rows | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,10 @@ def parse_file(
     for spelling, raw in layers.items():
         if raw.slots.keys() == {"alpha"}:
             orphans.append(raw.slots["alpha"])
+            continue
+        joined = _joined(detection.architecture, raw, spelling)
+        if joined:
+            parts.extend(joined)
             continue
         place = _place(detection.architecture, raw, spelling)
         if place is None and _may_stay(detection.architecture, raw, spelling):
@@ -282,6 +291,18 @@ def _place(architecture: Architecture, raw: RawLayer, spelling: str) -> tuple[st
     found = canonical_path(architecture.id, part, raw.path)
     found = found or canonical_path(architecture.id, part, raw.path.lower())
     return (layer_name(part, found[0]), found[1]) if found is not None else None
+
+
+def _joined(architecture: Architecture, raw: RawLayer, spelling: str) -> list[Part]:
+    """The layers that one name of a file joins, as diffusers does when it fuses projections."""
+    if not raw.part.endswith("unet"):
+        return []
+    found = fused(architecture.id, raw.path)
+    layers = tuple((layer_name("unet", path), rows) for path, rows, _ in found)
+    return [
+        Part(name, rows, raw.slots, spelling, take, layers)
+        for (name, rows), (_, _, take) in zip(layers, found, strict=True)
+    ]
 
 
 # Names that hosts look for whatever the layer is, as long as the model has it.

@@ -79,9 +79,12 @@ def decide(sources: Sequence[Source], chosen: str | None, dialect: str) -> BaseM
     names = list(dict.fromkeys(name for name, _ in fits))
     sizes = [size for name, size in fits if name == first.architecture.id]
     architecture = _sized(first.architecture, sizes[0] if len(sizes) == 1 else None)
-    if len(names) < 2 or architecture.names is None:
+    if len(names) < 2:
         return BaseModel(architecture, tuple(sources), (first.base_model,), dialect, ())
     labels = tuple(ARCHITECTURES[name].label for name in names)
+    if architecture.unet is not None:
+        # Every host looks for both spellings of a U-Net's layers, so the names of one will do for all.
+        return BaseModel(_unnamed(architecture), tuple(sources), labels, dialect, (_unsaid(_listed(labels)),))
     return _undecided(sources, names, labels, dialect)
 
 
@@ -155,10 +158,10 @@ def _undecided(
     sources: Sequence[Source], names: Sequence[str], labels: tuple[str, ...], dialect: str
 ) -> BaseModel:
     """Write names that are right for every model that fits, and claim none of them."""
-    listed = ", ".join(labels[:-1]) + f" and {labels[-1]}"
+    listed = _listed(labels)
     readings = {name: [open_source(source.path, name) for source in sources] for name in names}
     own = readings[sources[0].architecture.id]
-    note = f"The layers fit {listed} alike, so the file does not say which. --base-model NAME says it."
+    note = _unsaid(listed)
     spelling = dialects.spelling_of(own[0].architecture.id, dialect)
     if len({_written(readings[name], name, spelling) for name in names}) == 1:
         return BaseModel(_unnamed(own[0].architecture), tuple(own), labels, dialect, (note,))
@@ -182,6 +185,14 @@ def _undecided(
     )
     chosen = readings[least]
     return BaseModel(_unnamed(chosen[0].architecture), tuple(chosen), labels, models.DIFFUSERS, (note,))
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:-1]) + f" and {labels[-1]}"
+
+
+def _unsaid(listed: str) -> str:
+    return f"The layers fit {listed} alike, so the file does not say which. --base-model NAME says it."
 
 
 def _written(sources: Sequence[Source], name: str, dialect: str) -> frozenset[str]:

@@ -95,7 +95,10 @@ def _close(first: Tensor, other: Tensor | None) -> bool:
 def _change(file: LoraFile, path: Path, part: SourcePart) -> tuple[Delta | None, Tensor | None]:
     slots = {slot: file.read(key) for slot, key in part.part.slots.items()}
     built = adapters.build(slots, where=f"{path.name}: {part.part.spelling}", kernel=part.kernel)
-    return built.weight, built.bias
+    if part.taken is None or built.weight is None:
+        return built.weight, built.bias
+    bias = None if built.bias is None else torch.cat([built.bias[a:b] for a, b in part.taken])
+    return take_rows(built.weight, part.taken), bias
 
 
 def _equal(weights: Sequence[Delta | None], first: Sequence[SourcePart], other: SourcePart) -> bool:

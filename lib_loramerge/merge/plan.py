@@ -358,7 +358,7 @@ def _check_base_weight(base: BaseCheckpoint, architecture: str, layer: str, sour
             continue
         where = f"{source.path.name}: {part.part.spelling}"
         shape = base.check_readable(architecture, layer)
-        if part.spans is None:
+        if part.spans is None and part.taken is None:
             adapters.check_base_shape(part.facts, shape, where)
         else:
             adapters.check_base_shape(replace(part.facts, out=part.out), shape, where)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import adapters
-from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack
+from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack, take_rows
 from ..files import LoraFile, changed_meanwhile, open_file
+from ..models import Rows
 from .sources import Source, SourcePart
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ class SourceReader:
             base=self._base_weight(part) if part.facts.needs_base else None,
             dyn=dyn,
         )
+        if part.taken is not None:
+            built = LayerDelta(
+                None if built.weight is None else take_rows(built.weight, part.taken),
+                None if built.bias is None else torch.cat([built.bias[a:b] for a, b in part.taken]),
+                built.notes,
+            )
         if part.spans is None or part.out is None:
             return built
         weight = None if built.weight is None else place_rows(built.weight, part.spans, part.out)
@@ -84,10 +91,17 @@ class SourceReader:
     def _base_weight(self, part: SourcePart) -> Tensor | None:
         if self.base is None:
             return None
-        whole = self.base.weight(self.source.architecture.id, part.part.layer)
-        if part.spans is None:
+        name = self.source.architecture.id
+        if part.part.joined:
+            return torch.cat([self._base_rows(name, layer, rows) for layer, rows in part.part.joined])
+        return self._base_rows(name, part.part.layer, part.part.rows)
+
+    def _base_rows(self, architecture: str, layer: str, rows: Rows | None) -> Tensor:
+        assert self.base is not None
+        whole = self.base.weight(architecture, layer)
+        if rows is None:
             return whole
-        return torch.cat([whole[start:stop] for start, stop in part.spans])
+        return torch.cat([whole[start:stop] for start, stop in rows.cut(whole.shape[0])])
 
 
 def _placed_bias(bias: Tensor, spans: Sequence[tuple[int, int]], total: int) -> Tensor:

@@ -35,6 +35,7 @@ class SourcePart:
         spans: Row ranges of the whole layer that this part fills, in order;
             None when the part is the whole layer.
         out: Rows of the whole layer; None when only the base weight tells.
+        taken: Row ranges of what the file has that are this part, where it joins several layers.
         kernel: What the base model is known to have here, for formats that do not say.
     """
 
@@ -43,6 +44,7 @@ class SourcePart:
     spans: tuple[tuple[int, int], ...] | None
     out: int | None
     kernel: tuple[int, int] | None = None
+    taken: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -312,15 +314,19 @@ def _describe(
     facts = adapters.describe(slots, where=where, kernel=kernel)
     if facts.empty:
         return None
-    if part.rows is None:
+    if part.rows is None and part.take is None:
         return SourcePart(part, facts, None, facts.out, kernel)
     if facts.out is None:
         raise UnsupportedError(f"{where}: {facts.kind} on one part of a fused layer cannot be placed in it.")
     try:
-        spans, total = part.rows.spans(facts.out)
+        taken = part.take.cut(facts.out) if part.take is not None else None
+        out = sum(stop - start for start, stop in taken) if taken is not None else facts.out
+        if part.rows is None:
+            return SourcePart(part, facts, None, out, kernel, taken)
+        spans, total = part.rows.spans(out)
     except IncompatibleError as error:
         raise IncompatibleError(f"{where}: {error}") from error
-    return SourcePart(part, facts, spans, total, kernel)
+    return SourcePart(part, facts, spans, total, kernel, taken)
 
 
 def _check_parts(path: Path, layer: str, parts: list[SourcePart]) -> None:

@@ -26,6 +26,7 @@ from .blocks import block, companions, is_conv, kernel, layers
 from .checkpoints import CheckpointKey, bias_place, checkpoint_keys, numbered_layers
 from .compatible import encoder_part
 from .detect import GLORA_SLOTS, Detection, Model, detect, in_features, is_old_glora, out_features
+from .dit import fused
 from .names import canonical_path, comfy_layer, diffusers_layers, has_dotted_name_alone
 from .records import ARCHITECTURES
 
@@ -59,6 +60,7 @@ __all__ = [
     "detect",
     "diffusers_layers",
     "encoder_part",
+    "fused",
     "has_dotted_name_alone",
     "in_features",
     "in_ranges",

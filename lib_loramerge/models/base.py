@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import IncompatibleError
 
@@ -86,6 +86,29 @@ class Names:
 
 
 @dataclass(frozen=True)
+class UNet:
+    """What distinguishes one U-Net of Stable Diffusion's family from another.
+
+    Attributes:
+        widths: Channel multiplier of each level, from the full resolution down.
+        depths: Transformer blocks per attention of each level; 0 for no attention.
+        middle: Transformer blocks of the middle attention.
+        context: Channels that cross-attention reads.
+        channels: Of the full resolution.
+        convolution: ``proj_in`` and ``proj_out`` are 1 x 1 convolutions, not linear.
+        labels: Has a ``label_emb`` (size and crop conditioning).
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    middle: int
+    context: int
+    channels: int = 320
+    convolution: bool = False
+    labels: bool = False
+
+
+@dataclass(frozen=True)
 class Size:
     """One size of a base model; LoRAs of two sizes do not fit together.
 
@@ -113,6 +136,8 @@ class TextEncoder:
         layers: Number of layers.
         width: Width that its attention reads.
         dotted: Hosts know its layers only by dotted names.
+        places: What stands before its layers' names in checkpoints, in Hugging Face's layout.
+        open_clip: The same in OpenCLIP's layout; A1111 holds such an encoder in it, too.
     """
 
     kind: str
@@ -120,6 +145,8 @@ class TextEncoder:
     layers: int
     width: int
     dotted: bool = False
+    places: tuple[str, ...] = ("text_encoder.",)
+    open_clip: tuple[str, ...] = ()
 
 
 KOHYA, COMFY, DIFFUSERS = "kohya", "comfy", "diffusers"
@@ -142,9 +169,13 @@ class Architecture:
         words: How ``ss_base_model_version`` and ``modelspec.architecture`` begin that name it;
             underscores count as hyphens.
         names: Of the denoiser's layers, for diffusion transformers.
+        unet: The denoiser's form, for the U-Nets of Stable Diffusion.
         sizes: Sizes of the denoiser; the first is the most usual.
         encoders: Text encoders by component.
         spelling: How its layers are written by default: ``KOHYA``, ``COMFY`` or ``DIFFUSERS``.
+        pipeline: Where a diffusers pipeline keeps a component, where that is not the usual place.
+        diffusers_under_kohya: Hosts expect the denoiser by its diffusers names under kohya's prefix.
+        own_names: Canonical layer to the name that hosts know, where that is not the usual form.
         opaque: Layer names are kept as the file spells them, because no second spelling is known.
         blocks: Blocks of the block weights in order, of a diffusion transformer: ``BASE IN double_blocks:D
             OUT``. ``root:LETTERS`` is one block for each number after a root of layer names, ``|40`` a
@@ -162,12 +193,26 @@ class Architecture:
     text_encoders: Mapping[str, str] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     names: Names | None = None
+    unet: UNet | None = None
     sizes: tuple[Size, ...] = ()
     encoders: Mapping[str, TextEncoder] = field(default_factory=dict)
     spelling: str = KOHYA
+    pipeline: Mapping[str, str] = field(default_factory=dict)
+    diffusers_under_kohya: bool = False
+    own_names: Mapping[str, str] = field(default_factory=dict)
     opaque: bool = False
     blocks: str = ""
 
+    def place_in_pipeline(self, part: str) -> str | None:
+        """Name of a component in a diffusers pipeline; None where it has none."""
+        return self.pipeline.get(part) or _PIPELINE.get(part)
+
+
+# Where a diffusers pipeline keeps a component.
+_PIPELINE = {
+    "unet": "transformer", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}  # fmt: skip
 
 ONE = {"te": "te", "te1": "te"}
 TWO = {"te": "te1", "te1": "te1", "te2": "te2"}
@@ -178,6 +223,7 @@ SAME = {"te": "te", "te1": "te", "te2": "te2", "te3": "te3"}
 
 CLIP_L = TextEncoder("clip", "clip_l", 12, 768)
 CLIP_G = TextEncoder("clip", "clip_g", 32, 1280)
+SECOND_CLIP_G = replace(CLIP_G, places=("text_encoder_2.",))
 T5_XXL = TextEncoder("t5", "t5xxl", 24, 4096)
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from .base import Rows, component, layer_name, layer_path
-from .dit import diffusers_members, dotted_paths, flatten, is_parameter
+from .dit import diffusers_members, dotted_paths, flatten, is_parameter, joined_names
 from .records import ARCHITECTURES
-from .text_encoders import CLIP_EDGES, CLIP_LEAVES, OPEN_CLIPS, paths
+from .text_encoders import CLIP_EDGES, CLIP_LEAVES, paths
 from .unet import UNETS, by_ldm
 
 
@@ -36,23 +36,6 @@ Source = tuple[CheckpointKey, ...]
 
 # Where a checkpoint keeps the denoiser; a file of the denoiser alone has no prefix.
 _DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
-# Where it keeps a text encoder in Hugging Face's layout, by base model and component.
-_HUGGING_FACE: dict[tuple[str, str], tuple[str, ...]] = {
-    ("sd1", "te"): ("cond_stage_model.transformer.", "cond_stage_model.", "text_encoder."),
-    ("sd2", "te"): ("text_encoder.",),
-    ("sdxl", "te1"): ("conditioner.embedders.0.transformer.", "text_encoder."),
-    ("sdxl", "te2"): ("text_encoder_2.",),
-    ("sdxl_refiner", "te"): ("text_encoder_2.",),
-    ("sd3", "te2"): ("text_encoder_2.",),
-    ("sd3", "te3"): ("text_encoder_3.",),
-    ("flux1", "te3"): ("text_encoder_2.",),
-}
-# The same for OpenCLIP's layout.
-_OPEN_CLIP: dict[str, tuple[str, ...]] = {
-    "sd2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),  # The second is SD-Turbo's.
-    "sdxl": ("conditioner.embedders.1.model.",),
-    "sdxl_refiner": ("conditioner.embedders.0.model.",),
-}
 _IN_PROJ = {f"self_attn.{name}_proj": Rows(((n, n + 1),), 3) for n, name in enumerate("qkv")}
 
 
@@ -104,20 +87,20 @@ def _transformer(architecture_id: str, path: str) -> Iterator[Source]:
     if members:
         for prefix in ("", "transformer."):
             yield tuple(CheckpointKey(f"{prefix}{member}.weight", rows) for member, rows in members)
+    for joined, take in joined_names(architecture_id, path):
+        for prefix in ("", "transformer."):
+            yield (CheckpointKey(f"{prefix}{joined}.weight", take=take),)
 
 
 def _text_encoder(architecture_id: str, part: str, path: str) -> Iterator[Source]:
     dotted = paths(architecture_id).get(part, {}).get(path)
     if dotted is None:
         return
-    if OPEN_CLIPS.get(architecture_id) == part:
-        for prefix in _OPEN_CLIP[architecture_id]:
-            yield from _open_clip(prefix, dotted)
-    family = "sd3" if architecture_id == "sd3_large" else architecture_id
     encoder = ARCHITECTURES[architecture_id].encoders[part]
+    for prefix in encoder.open_clip:
+        yield from _open_clip(prefix, dotted)
     model = "model." if encoder.kind == "llama" else ""
-    places = _HUGGING_FACE.get((family, part), ("text_encoder.",))
-    for prefix in (f"text_encoders.{encoder.comfy}.transformer.{model}", *places, model, ""):
+    for prefix in (f"text_encoders.{encoder.comfy}.transformer.{model}", *encoder.places, model, ""):
         yield (CheckpointKey(f"{prefix}{dotted}.weight"),)
         if dotted.startswith("text_model."):
             yield (CheckpointKey(f"{prefix}{dotted.removeprefix('text_model.')}.weight"),)

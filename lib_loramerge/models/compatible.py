@@ -166,6 +166,8 @@ def _has_block(record: Architecture, size: Size, entry: Spelled, number: int) ->
 
 @cache
 def _shape(architecture_id: str, label: str, entry: Spelled) -> tuple[int | None, ...]:
+    if entry.fused:
+        return ()
     record = ARCHITECTURES[architecture_id]
     size = next(size for size in record.sizes if size.label == label)
     text = record.names.shapes.get(entry.path) if record.names is not None else None

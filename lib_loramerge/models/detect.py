@@ -1,7 +1,7 @@
 """Which base model a file was made for, found from its layers, their shapes and its metadata.
 
-A U-Net shows itself by a few places. For transformers every base model is tried: it fits a file as far as
-it has the file's layers, that many blocks, and their widths. Where several fit equally, the metadata
+Every base model is tried: it fits a file as far as it has the file's layers, that many blocks, and their
+widths. Where several fit equally, the metadata
 choose among them, and never beyond them, because they are often wrong or copied.
 """
 
@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from .base import Architecture, Size, component
+from .base import Architecture, Size, UNet, component
 from .compatible import fitting, groups_of, with_encoders
 from .records import ARCHITECTURES
+from .unet import UNETS, UNetLayer, by_any_name, widths
 
 Shape = tuple[int, ...]
 Slots = Mapping[str, Shape]
@@ -120,21 +121,9 @@ class Layers:
         """Some denoiser layer's name contains one of the texts."""
         return any(needle in self._text for needle in needles)
 
-    def search(self, pattern: str) -> bool:
-        """Some denoiser layer's name matches."""
-        return re.search(pattern, self._text, re.MULTILINE) is not None
-
-    def highest(self, root: str) -> int:
-        """Highest block number after ``root``; -1 if there is none."""
-        return max((int(n) for n in re.findall(rf"unet_{root}_(\d+)_", self._text)), default=-1)
-
     def width(self, pattern: str, measure: Callable[[Slots], int | None] = in_features) -> int | None:
         """Width of the first denoiser layer that matches and whose tensors tell it."""
         return _first_width(self.slots, self.denoiser, pattern, measure)
-
-    def encoder_width(self, pattern: str) -> int | None:
-        """Input width of the first matching text encoder layer."""
-        return _first_width(self.slots, self.encoders, pattern, in_features)
 
 
 def _first_width(
@@ -148,92 +137,41 @@ def _first_width(
     return None
 
 
-_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
-_UNET_ROOTS = (
-    "unet_input_blocks_", "unet_output_blocks_", "unet_middle_block_", "unet_down_blocks_", "unet_up_blocks_",
-    "unet_mid_block_",
-)  # fmt: skip
-_UNET_EDGES = (
-    "unet_conv_in",
-    "unet_conv_out",
-    "unet_time_embed",
-    "unet_label_emb",
-    "unet_add_embedding",
-    "unet_out_",
-)
+_CONTEXT = {unet.context: name for name, unet in UNETS.items()}
 
 
-def _unet(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    if not layers.has(*_UNET_ROOTS):
-        return None
+def _context(layers: Layers) -> tuple[Architecture, str] | None:
+    """The U-Net whose cross-attention reads as many channels."""
     context = layers.width(r"_attn2_to_[kv]$")
-    if context in _CONTEXT:
-        return _CONTEXT[context], f"cross-attention keys read {context} channels"
-    if context is not None:
+    if context not in _CONTEXT:
         return None
-    return _unet_without_context(layers, metadata)
+    return ARCHITECTURES[_CONTEXT[context]], f"cross-attention keys read {context} channels"
 
 
-# Places that some of these U-Nets have and others do not.
-_FOUR_LEVELS = r"(?:input|output)_blocks_(?:9|10|11)_|(?:down|up)_blocks_3_"
-_ATTENTION_AT_FULL_RESOLUTION = (
-    r"down_blocks_0_attentions_|up_blocks_3_attentions_|input_blocks_[12]_1_|output_blocks_(?:9|10|11)_1_"
-)
-_ATTENTION_AT_THE_LOWEST = r"up_blocks_0_attentions_|output_blocks_[012]_1_(?:proj|norm|transformer)"
+def _fitting_unets(layers: Layers) -> list[Architecture]:
+    """The U-Nets that have most of the layers, at least half, and contradict the fewest of their widths."""
+    paths = {_denoiser_path(name): layers.slots[name] for name in layers.denoiser}
+    found: dict[str, tuple[int, int]] = {}
+    for name, unet in UNETS.items():
+        known = by_any_name(name)
+        members = [(known[path], slots) for path, slots in paths.items() if path in known]
+        found[name] = -len(members), sum(_contradicts(unet, entry, slots) for entry, slots in members)
+    best = min(found.values())
+    if -best[0] * 2 < max(1, len(paths)):
+        return []
+    return [ARCHITECTURES[name] for name, fit in found.items() if fit == best]
 
 
-def _unet_without_context(layers: Layers, metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    if layers.search(_ATTENTION_AT_FULL_RESOLUTION):
-        return _sd1_or_sd2(layers, metadata, "attention at the full resolution")
-    if layers.search(_ATTENTION_AT_THE_LOWEST) or layers.search(r"transformer_blocks_[4-9]_"):
-        return "sdxl", "attention where only this U-Net has it"
-    four = layers.search(_FOUR_LEVELS)
-    if layers.search(r"transformer_blocks_[1-3]_") or layers.has("label_emb", "add_embedding"):
-        return (
-            "sdxl_refiner" if four else "sdxl"
-        ), f"{'four' if four else 'three'} levels with deep attention"
-    if four:
-        return _sd1_or_sd2(layers, metadata, "four levels of resolution")
-    encoder = _by_encoders(layers, ("sd1", "sd2", "sdxl", "sdxl_refiner"))
-    if encoder is not None:
-        return encoder
-    said = _from_metadata(metadata)
-    if said is not None and said[0] in _CONTEXT.values():
-        return said
-    return None
-
-
-_EITHER = ("attention at the full resolution", "four levels of resolution")
-
-
-def _by_encoders(layers: Layers, among: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first of some base models that has the file's text encoders."""
-    for record in with_encoders(_reading_widths(layers)):
-        if record.id in among:
-            return record.id, f"its text encoders are those of {record.label}"
-    return None
-
-
-def _sd1_or_sd2(layers: Layers, metadata: Mapping[str, str], reason: str) -> tuple[str, str]:
-    """Version 1 or 2; the metadata decides only where no tensor does."""
-    encoder = _by_encoders(layers, ("sd1", "sd2"))
-    if encoder is not None:
-        return encoder[0], f"{reason}, and {encoder[1]}"
-    for name in layers.denoiser:
-        down = layers.slots[name].get("down")
-        if down is not None and re.search(r"(?<!attn)_proj_(?:in|out)$", name):
-            kind = ("sd1", "a convolution") if len(down) == 4 else ("sd2", "linear")
-            return kind[0], f"{reason}, and {name[10:]} is {kind[1]}"
-    said = _from_metadata(metadata)
-    if said is not None and said[0] in ("sd1", "sd2"):
-        return said[0], f"{reason}, and {said[1]}"
-    return "sd1", reason
-
-
-def _from_metadata(metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Base model that the metadata name, and the sentence that says so."""
-    said = _said(metadata)
-    return (said[0], said[2]) if said is not None else None
+def _contradicts(unet: UNet, entry: UNetLayer, slots: Slots) -> int:
+    """How much of a layer's shape a U-Net does not have: its widths, and whether it is a convolution."""
+    wanted, given = widths(unet, entry), (out_features(slots), in_features(slots))
+    wrong = sum(
+        ours is not None and theirs is not None and ours != theirs for ours, theirs in zip(wanted, given)
+    )
+    down = slots.get("down")
+    if down is not None and len(down) > 1 and entry.ldm.endswith(("proj_in", "proj_out")):
+        wrong += (len(down) == 4) != unet.convolution
+    return wrong
 
 
 def _said(metadata: Mapping[str, str]) -> tuple[str, str, str] | None:
@@ -290,15 +228,21 @@ def detect(
 
 def _as_unet(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
     """The U-Nets come first because most files are for one, and nothing else has their names."""
-    if layers.has("lora_prior_unet_"):
+    if not layers.denoiser or layers.has("lora_prior_unet_"):
         return None
-    found = _unet(layers, metadata)
-    if found is None:
+    fits = _fitting_unets(layers)
+    if not fits:
         return None
-    names = [found[0]]
-    if found[0] == "sd1" and found[1] in _EITHER:
-        names.append("sd2")
-    return Detection(ARCHITECTURES[found[0]], found[1], candidates=tuple((name, "") for name in names))
+    by_context = _context(layers)
+    if by_context is not None:
+        record, reason = by_context
+        return Detection(record, reason, candidates=((record.id, ""),))
+    if layers.width(r"_attn2_to_[kv]$"):
+        return None
+    encoders = with_encoders(_reading_widths(layers))
+    fits = [record for record in fits if record in encoders] or fits
+    reason = f"its layers and their widths are those of {fits[0].label}"
+    return _chosen([(record, None) for record in fits], reason, metadata)
 
 
 def _widths(layers: Layers) -> dict[str, tuple[int | None, int | None]]:
@@ -387,8 +331,7 @@ def _as_said(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
     said = _said(metadata)
     if said is None:
         return None
-    is_unet = layers.has(*_UNET_EDGES, *_UNET_ROOTS)
-    if layers.denoiser and not (is_unet and said[0] in _CONTEXT.values()):
+    if layers.denoiser:
         return None
     return Detection(ARCHITECTURES[said[0]], said[2], candidates=((said[0], ""),))
 

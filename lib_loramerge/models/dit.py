@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 from .base import Members, Names, Rows
 from .records import ARCHITECTURES
+from .table import measure
 
 NAMES: dict[str, Names] = {
     record.id: record.names for record in ARCHITECTURES.values() if record.names is not None
@@ -16,6 +19,16 @@ NAMES: dict[str, Names] = {
 
 # A flattened path with a block number: what stands before it, the number and the leaf.
 _NUMBER = re.compile(r"(?<=_)\d+(?=_|$)")
+
+
+# Flattened path of a layer, the rows of it, and the rows of the joined layer that go there.
+Fused = tuple[str, "Rows | None", Rows]
+
+# What diffusers joins when it fuses projections, by the ending that all of them share a stem with.
+_JOINED = {
+    "to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,11 +39,14 @@ class Spelled:
         path: Dotted checkpoint path, with ``{}`` for a block's number.
         flat: The same flattened.
         rows: Which rows of the layer; None for all.
+        fused: Of a spelling that joins several layers, each one's flattened path, the rows of it, and which
+            rows of the joined layer these are; ``path`` is then the first one's.
     """
 
     path: str
     flat: str
     rows: Rows | None
+    fused: tuple[Fused, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class _Tables:
     members: Mapping[str, Members]
     aliases: Mapping[str, tuple[str, ...]]
     apart: frozenset[str]
+    joins: Mapping[str, tuple[tuple[str, Rows], ...]]
 
 
 def flatten(path: str) -> str:
@@ -62,6 +79,12 @@ def _tables(architecture_id: str) -> _Tables | None:
     for path, members in names.layers.items():
         for member, rows in members:
             spellings[flatten(member)] = Spelled(path, flatten(path), rows)
+    joins: dict[str, list[tuple[str, Rows]]] = {}
+    for joined, entry in _joined(architecture_id, names):
+        spellings.setdefault(flatten(joined), entry)
+        for path, rows, take in entry.fused:
+            if rows is None:
+                joins.setdefault(path, []).append((joined, take))
     for path in names.layers:
         spellings[flatten(path)] = Spelled(path, flatten(path), None)
     return _Tables(
@@ -69,7 +92,38 @@ def _tables(architecture_id: str) -> _Tables | None:
         {flatten(path): members for path, members in names.layers.items()},
         {target: tuple(paths) for target, paths in others.items()},
         frozenset(one_number(name)[0] for name in spellings if "{}" not in name),
+        {path: tuple(names) for path, names in joins.items()},
     )
+
+
+def _joined(architecture_id: str, names: Names) -> Iterator[tuple[str, Spelled]]:
+    """The projections that diffusers can fuse, under the name that it gives them."""
+    places = {member: (path, rows) for path, members in names.layers.items() for member, rows in members}
+    for member in places:
+        stem, _, leaf = member.rpartition(".")
+        for name, leaves in _JOINED.items():
+            members = [places.get(f"{stem}.{each}") for each in leaves]
+            if leaf != leaves[0] or None in members:
+                continue
+            known = [place for place in members if place is not None]
+            counts = [_row_count(architecture_id, names, *place) for place in known]
+            if None in counts:
+                continue
+            least = math.gcd(*(count or 0 for count in counts))
+            ends = list(accumulate((count or 0) // least for count in counts))
+            fused = tuple(
+                (flatten(path), rows, Rows(((start, stop),), ends[-1]))
+                for (path, rows), start, stop in zip(known, [0, *ends], ends)
+            )
+            yield f"{stem}.{name}", Spelled(known[0][0], flatten(known[0][0]), None, fused)
+
+
+def _row_count(architecture_id: str, names: Names, path: str, rows: Rows | None) -> int | None:
+    """Rows of a layer, or of a part of it, in the first size of a model; None where it is not known."""
+    if path not in names.shapes:
+        return None
+    count = measure(names.shapes[path], ARCHITECTURES[architecture_id].sizes[0].dims)[0]
+    return count if rows is None or count is None else count * rows.units // rows.of
 
 
 def templates(flat: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -114,7 +168,17 @@ def look_up(architecture_id: str, flat: str) -> tuple[Spelled, tuple[str, ...]] 
 def resolve(architecture_id: str, flat: str) -> tuple[str, Rows | None] | None:
     """Flattened checkpoint path, and rows of it, for any flattened spelling; None for no known layer."""
     found = look_up(architecture_id, flat)
-    return (found[0].flat.format(*found[1]), found[0].rows) if found is not None else None
+    if found is None or found[0].fused:
+        return None
+    return found[0].flat.format(*found[1]), found[0].rows
+
+
+def fused(architecture_id: str, flat: str) -> tuple[Fused, ...]:
+    """The layers that a flattened spelling joins, in order; () where it names one layer or none."""
+    found = look_up(architecture_id, flat)
+    if found is None:
+        return ()
+    return tuple((path.format(*found[1]), rows, take) for path, rows, take in found[0].fused)
 
 
 def _of_path(architecture_id: str, flat: str) -> tuple[Spelled, tuple[str, ...]] | None:
@@ -150,3 +214,11 @@ def diffusers_members(architecture_id: str, flat: str) -> Members:
     if found is None or tables is None:
         return ()
     return tuple((path.format(*found[1]), rows) for path, rows in tables.members.get(found[0].flat, ()))
+
+
+def joined_names(architecture_id: str, flat: str) -> tuple[tuple[str, Rows], ...]:
+    """Dotted diffusers names of fused projections that hold a layer, each with its rows there."""
+    found, tables = _of_path(architecture_id, flat), _tables(architecture_id)
+    if found is None or tables is None:
+        return ()
+    return tuple((name.format(*found[1]), take) for name, take in tables.joins.get(found[0].flat, ()))

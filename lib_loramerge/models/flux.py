@@ -153,7 +153,7 @@ cond_type_embedding 3,h > cond_type_embed
 """+ _BYT5, *_OWN)  # fmt: skip
 
 _FLUX_SIZE = {"h": 3072, "D": 19, "S": 38, "c": 4096}
-_CLIP_AND_T5 = {"te1": CLIP_L, "te3": T5_XXL}
+_CLIP_AND_T5 = {"te1": CLIP_L, "te3": replace(T5_XXL, places=("text_encoder_2.",))}
 _LLAMA = TextEncoder("llama", "llama", 32, 4096, dotted=True)
 _QWEN_7B = TextEncoder("llama", "qwen25_7b", 28, 3584)
 
@@ -161,6 +161,7 @@ RECORDS = (
     Architecture(
         "flux1", "Flux.1", "flux1", "flux-1-dev", _BFL, text_encoders=CLIP_AND_T5, words=("flux",),
         names=FLUX1, sizes=(Size("", _FLUX_SIZE),), encoders=_CLIP_AND_T5,
+        pipeline={"te3": "text_encoder_2"},
         blocks="CLIP T5 IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(

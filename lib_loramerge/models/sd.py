@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .base import (
     CLIP_G,
     CLIP_L,
     COMFY,
     ONE,
     SAME,
+    SECOND_CLIP_G,
     T5_ALONE,
     T5_XXL,
     THREE,
@@ -16,6 +19,7 @@ from .base import (
     Names,
     Size,
     TextEncoder,
+    UNet,
 )
 from .table import parse_table
 
@@ -136,29 +140,56 @@ down_downscalers.1.1.blocks.0 *
 up_upscalers.0.1.blocks.1 *
 """)  # fmt: skip
 
-_ALL_CLIPS = {"te1": CLIP_L, "te2": CLIP_G, "te3": T5_XXL}
+_ALL_CLIPS = {"te1": CLIP_L, "te2": SECOND_CLIP_G, "te3": replace(T5_XXL, places=("text_encoder_3.",))}
+# A1111 has the last norm of a U-Net by the checkpoint's path alone.
+_LAST_NORM = {"lora_unet_out_0": "lora_unet_out_0"}
 
 RECORDS = (
     Architecture(
         "sd1", "Stable Diffusion 1", "sd_v1", "stable-diffusion-v1",
         "https://github.com/CompVis/stable-diffusion", resolution="512x512", prediction_type="epsilon",
-        text_encoders=ONE, words=("sd-v1", "stable-diffusion-v1"), encoders={"te": CLIP_L},
+        text_encoders=ONE, words=("sd-v1", "stable-diffusion-v1"),
+        unet=UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, 768, convolution=True),
+        encoders={
+            "te": replace(
+                CLIP_L, places=("cond_stage_model.transformer.", "cond_stage_model.", "text_encoder.")
+            ),
+        },
+        pipeline={"unet": "unet"}, diffusers_under_kohya=True,
+        own_names={**_LAST_NORM, "lora_te_text_projection": "lora_te1_text_projection"},
     ),
     Architecture(
         "sd2", "Stable Diffusion 2", "sd_v2", "stable-diffusion-v2-512",
         "https://github.com/Stability-AI/stablediffusion", v2=True, resolution="512x512",
         prediction_type="epsilon", text_encoders=ONE, words=("sd-v2", "stable-diffusion-v2"),
-        encoders={"te": TextEncoder("clip", "clip_h", 23, 1024)},
+        unet=UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, 1024),
+        encoders={
+            "te": TextEncoder(
+                "clip", "clip_h", 23, 1024,
+                # The second is SD-Turbo's.
+                open_clip=("cond_stage_model.model.", "conditioner.embedders.0.model."),
+            ),
+        },
+        pipeline={"unet": "unet"}, diffusers_under_kohya=True, own_names=_LAST_NORM,
     ),
     Architecture(
         "sdxl", "Stable Diffusion XL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", _SGM,
         prediction_type="epsilon", text_encoders=TWO, words=("sdxl", "stable-diffusion-xl"),
-        encoders={"te1": CLIP_L, "te2": CLIP_G},
+        unet=UNet((1, 2, 4), (0, 2, 10), 10, 2048, labels=True),
+        encoders={
+            "te1": replace(CLIP_L, places=("conditioner.embedders.0.transformer.", "text_encoder.")),
+            "te2": replace(SECOND_CLIP_G, open_clip=("conditioner.embedders.1.model.",)),
+        },
+        pipeline={"unet": "unet"},
     ),
     Architecture(
         "sdxl_refiner", "Stable Diffusion XL refiner", "sdxl_refiner_v1-0", "stable-diffusion-xl-v1-refiner",
         _SGM, prediction_type="epsilon", text_encoders={"te": "te", "te1": "te", "te2": "te"},
-        words=("sdxl-refiner", "stable-diffusion-xl-v1-refiner"), encoders={"te": CLIP_G},
+        words=("sdxl-refiner", "stable-diffusion-xl-v1-refiner"),
+        unet=UNet((1, 2, 4, 4), (0, 4, 4, 0), 4, 1280, channels=384, labels=True),
+        encoders={"te": replace(SECOND_CLIP_G, open_clip=("conditioner.embedders.0.model.",))},
+        pipeline={"unet": "unet", "te": "text_encoder_2"},
+        own_names={"lora_te_text_projection": "lora_te2_text_projection"},
     ),
     Architecture(
         "sd3", "Stable Diffusion 3 / 3.5 medium", "sd3_medium", "stable-diffusion-3-medium",

@@ -38,7 +38,12 @@ T5_LEAVES = (
 )  # fmt: skip
 
 # The encoders that A1111 and the checkpoints hold in OpenCLIP's layout.
-OPEN_CLIPS: dict[str, str] = {"sd2": "te", "sdxl": "te2", "sdxl_refiner": "te"}
+OPEN_CLIPS: dict[str, str] = {
+    record.id: part
+    for record in ARCHITECTURES.values()
+    for part, encoder in record.encoders.items()
+    if encoder.open_clip
+}
 LLAMA_LEAVES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
     "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",

@@ -10,31 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-
-@dataclass(frozen=True)
-class UNet:
-    """What distinguishes one U-Net of this family from another.
-
-    Attributes:
-        widths: Channel multiplier of each level, from the full resolution down.
-        depths: Transformer blocks per attention of each level; 0 for no attention.
-        middle: Transformer blocks of the middle attention.
-        convolution: ``proj_in`` and ``proj_out`` are 1 x 1 convolutions, not linear.
-        labels: There is a ``label_emb`` (size and crop conditioning).
-    """
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    middle: int
-    convolution: bool = False
-    labels: bool = False
-
+from .base import UNet
+from .records import ARCHITECTURES
 
 UNETS: dict[str, UNet] = {
-    "sd1": UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, convolution=True),
-    "sd2": UNet((1, 2, 4, 4), (1, 1, 1, 0), 1),
-    "sdxl": UNet((1, 2, 4), (0, 2, 10), 10, labels=True),
-    "sdxl_refiner": UNet((1, 2, 4, 4), (0, 4, 4, 0), 4, labels=True),
+    record.id: record.unet for record in ARCHITECTURES.values() if record.unet is not None
 }
 
 
@@ -178,3 +158,21 @@ def by_any_name(architecture_id: str) -> Mapping[str, UNetLayer]:
         for number in (1, 2):
             table[f"class_embedding_linear_{number}"] = table[f"add_embedding_linear_{number}"]
     return table
+
+
+def widths(unet: UNet, layer: UNetLayer) -> tuple[int | None, int | None]:
+    """(out, in) channels of a layer of a U-Net; None for those that need more than its level."""
+    where, _, rest = layer.diffusers.partition(".")
+    if where not in ("down_blocks", "mid_block", "up_blocks"):
+        return (4 * unet.channels, None) if where.endswith("embedding") else (None, None)
+    number, _, leaf = rest.partition(".")
+    levels = unet.widths if where == "down_blocks" else unet.widths[::-1]
+    wide = unet.channels * (unet.widths[-1] if where == "mid_block" else levels[int(number)])
+    reads: dict[str, tuple[int, int | None]] = {
+        "time_emb_proj": (wide, 4 * unet.channels), "conv1": (wide, None), "conv_shortcut": (wide, None),
+        "attn2.to_k": (wide, unet.context), "attn2.to_v": (wide, unet.context),
+        "ff.net.0.proj": (8 * wide, wide), "ff.net.2": (wide, 4 * wide),
+    }  # fmt: skip
+    if ".norm" in leaf:
+        return None, None
+    return next((reads[end] for end in reads if leaf.endswith(end)), (wide, wide))
