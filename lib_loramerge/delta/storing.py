@@ -88,7 +88,7 @@ def write_layer(
     """
     if choose is None and isinstance(delta, LowRank):
         return store(delta, dtype, fixed_alpha=fixed_alpha)
-    if choose is not None and most is None and is_counted(delta):
+    if choose and most is None and isinstance(delta, LowRank) and is_counted(delta):
         # The rule needs all singular values, the file only the largest.
         most = max(1, math.ceil(_SPARE * choose(all_values(delta))))
     if isinstance(delta, LowRank) and most and _is_large(delta):

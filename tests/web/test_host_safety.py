@@ -67,11 +67,17 @@ def test_a_page_that_others_may_use_takes_names_only(data, tmp_path, flags, rest
         assert host.paths_allowed() is not restricted
         assert host.base_path("base.safetensors").name == "base.safetensors"
         assert host.base_path("base").name == "base.safetensors", "short names of the host work too"
+        inside = outside.rename(data / "models" / "Stable-diffusion" / "unlisted.safetensors")
+        outside.write_bytes(b"x")
+        with pytest.raises(UnknownNameError):
+            host.base_path(str(outside))
+        with pytest.raises(UnknownNameError):
+            host.base_path(str(inside.parent / ".." / ".." / ".." / outside.name))
         if restricted:
             with pytest.raises(UnknownNameError):
-                host.base_path(str(outside))
+                host.base_path(str(inside))
         else:
-            assert host.base_path(str(outside)) == outside
+            assert host.base_path(str(inside)) == inside
         with pytest.raises(UnknownNameError):
             host.find(str(outside))
         host.close()

@@ -230,12 +230,15 @@ class Host:
 
     # Checkpoints
 
+    # What the host is started with to have one more folder of checkpoints.
+    folder_option = "--ckpt-dir"
+
     def checkpoints(self) -> list[str]:
         """Titles of the checkpoints that a merge may take as base."""
         return []
 
     def base_path(self, text: str | None, strict: bool = False) -> Path | None:
-        """The checkpoint file that a title, or a path where those are allowed, means.
+        """The checkpoint file that a title means, or a path into the host's folders where paths are allowed.
 
         Args:
             strict: Only what is in the host's list.
@@ -251,12 +254,26 @@ class Host:
         if self.paths_allowed() and not strict:
             path = Path(text.strip()).expanduser()
             if path.is_file():
+                self._check_base_folder(path)
                 return path
         close = nearest(text, self.checkpoints())
         raise UnknownNameError(
             f"There is no checkpoint called {text}."
             + (f" Did you mean {' or '.join(close)}?" if close else "")
         )
+
+    def base_folders(self) -> list[Path]:
+        """Folders whose files, subfolders included, may be named as base by their path."""
+        listed = (self._listed_checkpoint(title) for title in self.checkpoints())
+        return [*self.lora_dirs(), *dict.fromkeys(path.parent for path in listed if path is not None)]
+
+    def _check_base_folder(self, path: Path) -> None:
+        whole = path.resolve()
+        if not any(whole.is_relative_to(folder.resolve()) for folder in self.base_folders()):
+            option = self.folder_option
+            raise UnknownNameError(
+                f"{path.name} is in no folder of checkpoints; start the page with {option} FOLDER."
+            )
 
     def _listed_checkpoint(self, title: str) -> Path | None:
         return None

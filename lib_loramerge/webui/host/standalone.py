@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from ...recipe import LoraInput
 from ..listing import natural_key
-from .base import Host, UnknownNameError
+from .base import Host
 
 FILES = "loramerge/file/"
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
@@ -59,16 +59,10 @@ class StandaloneHost(Host):
     def restricted(self) -> bool:
         return self._shared
 
-    def base_path(self, text: str | None, strict: bool = False) -> Path | None:
-        """As of every host, but a path only of a file in the folders that were given."""
-        path = super().base_path(text, strict)
-        if path is not None and path.resolve().parent not in {
-            folder.resolve() for folder in (*self._base_dirs, *self._lora_dirs)
-        }:
-            raise UnknownNameError(
-                f"{path.name} is in no folder of checkpoints; start the page with --base-dir FOLDER."
-            )
-        return path
+    folder_option = "--base-dir"
+
+    def base_folders(self) -> list[Path]:
+        return [*self._base_dirs, *self._lora_dirs]
 
     def checkpoints(self) -> list[str]:
         return list(self._checkpoint_files())
