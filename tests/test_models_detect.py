@@ -5,7 +5,21 @@ from __future__ import annotations
 
 import pytest
 
-from lib_loramerge.models import detect, in_features, out_features
+from lib_loramerge import models
+from lib_loramerge.adapters import measured
+
+
+def detect(layers, metadata, base_model=None):
+    return models.detect({name: measured(slots) for name, slots in layers.items()}, metadata, base_model)
+
+
+def in_features(slots):
+    return measured(slots).in_
+
+
+def out_features(slots):
+    return measured(slots).out
+
 
 K = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 K_DIFFUSERS = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -44,7 +58,7 @@ def test_oft_tells_the_output_width_only():
         None,
         320,
     )
-    assert out_features({"oft_blocks": (3, 10, 32, 32)}) == 320
+    assert out_features({"oft_blocks": (3, 12, 32, 32)}) == 384
 
 
 @pytest.mark.parametrize("kind", KINDS)

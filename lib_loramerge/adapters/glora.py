@@ -8,12 +8,26 @@ import torch
 from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank
-from ..models import GLORA_SLOTS, is_old_glora
 from .kinds import AdapterKind, Layer, LayerFacts, Shape, Shapes, matrix, register, require, split_kernel
 from .scaling import wide
 
 ALPHA_DIFFERS = "The scale of GLoRA is alpha / rank, as in Forge and SD.Next; A1111 ignores its alpha."
 TUCKER_DIFFERS = "The Tucker core of GLoRA is applied as LyCORIS trains it; the WebUIs ignore it."
+
+GLORA_SLOTS = ("a1", "a2", "b1", "b2")
+
+
+def is_old_glora(slots: Shapes) -> bool:
+    """Whether the factors of a GLoRA layer lie in the order of LyCORIS before version 2.
+
+    Old: a1, b1 (rank, in), a2 (in, rank), b2 (out, rank). New: a1 (in, rank),
+    b1 (out, rank), a2, b2 (rank, in). For a square layer both readings fit, and
+    the rank is the smaller number, which is what Forge's rule amounts to.
+    """
+    a1, a2, b1, b2 = (slots[slot] for slot in GLORA_SLOTS)
+    old = b2[1] == b1[0] == a1[0] == a2[1]
+    new = b2[0] == b1[1] == a1[1] == a2[0]
+    return old and (not new or a2[0] >= a2[1])
 
 
 def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
@@ -92,6 +106,7 @@ GLORA = register(
         label="GLoRA",
         forms=(frozenset(GLORA_SLOTS),),
         optional=frozenset({"bm"}),
+        family="GLoRA",
         needs_base=True,
         exact_low_rank=True,
         keys="`a1` `a2` `b1` `b2`, in the old and the new order",
@@ -100,5 +115,6 @@ GLORA = register(
         describe=_describe,
         build=_build,
         scale_rank=_scale_rank,
+        endings={slot: (f"{slot}.weight",) for slot in (*GLORA_SLOTS, "bm")},
     )
 )

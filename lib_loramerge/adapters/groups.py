@@ -32,17 +32,35 @@ REFUSED = {
     "ia3_l": "is PEFT's (IA)^3, which no WebUI here loads",
 }
 
-# The families that share slots: one algebra each, told apart by what is there.
-_FAMILIES: dict[str, tuple[str, ...]] = {
-    "LoRA": ("tucker", "lora"),
-    "LoHa": ("loha_tucker", "loha"),
-    "LoKr": ("lokr",),
-    "full difference": ("full",),
-    "normalisation": ("norm",),
-    "GLoRA": ("glora",),
-    "(IA)^3": ("ia3",),
-    "OFT": ("oft", "boft", "oft_diag"),
+# How keys spell what comes along with any kind, or is refused, where that is not its name.
+_ENDINGS = {
+    "alpha": ("alpha", "network_alpha"),
+    "magnitude": ("magnitude", "lora_magnitude_vector", "lora_magnitude_vector.weight"),
 }
+# Slots of the table above that keys can spell; the others have dialects' own refusals.
+_REFUSED_SLOTS = ("set_weight", "reshape_weight")
+
+
+def endings() -> dict[str, tuple[str, ...]]:
+    """Every slot to the endings of keys that spell it, the one that is written first."""
+    slots = COMPANIONS | MAGNITUDES | {*_REFUSED_SLOTS}.union(*(kind.slots for kind in ADAPTERS.values()))
+    spelled = dict(_ENDINGS)
+    for kind in ADAPTERS.values():
+        spelled |= kind.endings
+    return {slot: spelled.get(slot, (slot,)) for slot in sorted(slots)}
+
+
+@cache
+def _families() -> dict[str, tuple[tuple[AdapterKind, ...], frozenset[str]]]:
+    """Kinds that share slots, told apart by what there is of them, and those slots."""
+    found: dict[str, list[AdapterKind]] = {}
+    for kind in ADAPTERS.values():
+        if kind.family:
+            found.setdefault(kind.family, []).append(kind)
+    return {
+        name: (tuple(kinds), frozenset().union(*(kind.slots for kind in kinds)))
+        for name, kinds in found.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,7 @@ def identify(slots: Collection[str], where: str) -> Group:
     present = frozenset(slots)
     for slot in sorted(present & REFUSED.keys()):
         raise UnsupportedError(f"{where}: {slot} cannot be merged: it {REFUSED[slot]}.")
-    families = [family for family in _FAMILIES if present & _own_slots(family)]
+    families = [name for name, (_, slots) in _families().items() if present & slots]
     if len(families) > 1:
         raise UnsupportedError(
             f"{where}: this layer holds {' and '.join(families)} at once, and the WebUIs disagree which of "
@@ -87,15 +105,9 @@ def identify(slots: Collection[str], where: str) -> Group:
     return Group(kind, magnitudes[0] if magnitudes else None)
 
 
-@cache
-def _own_slots(family: str) -> frozenset[str]:
-    kinds = [ADAPTERS[name] for name in _FAMILIES[family]]
-    return frozenset().union(*(kind.slots for kind in kinds))
-
-
 def _complete_kind(family: str, present: frozenset[str], where: str) -> AdapterKind:
-    kinds = [ADAPTERS[name] for name in _FAMILIES[family]]
-    own = present & _own_slots(family)
+    kinds, slots = _families()[family]
+    own = present & slots
     for kind in kinds:
         if own <= kind.slots and any(form <= own for form in kind.forms):
             return kind

@@ -39,6 +39,7 @@ IA3 = register(
         name="ia3",
         label="(IA)^3",
         forms=(frozenset({"ia3_weight", "on_input"}),),
+        family="(IA)^3",
         needs_base=True,
         exact_low_rank=False,
         keys="`weight` `on_input`",
@@ -46,5 +47,6 @@ IA3 = register(
         source="Liu et al. 2022, https://arxiv.org/abs/2205.05638",
         describe=_describe,
         build=_build,
+        endings={"ia3_weight": ("weight",)},
     )
 )

@@ -106,6 +106,9 @@ class AdapterKind:
         scale_rank: Rank that alpha is divided by; None where alpha is no scale.
         scales_itself: ``build`` applies the scale too, because its result is not
             linear in it.
+        endings: Slot to the endings of keys that spell it, the one that is written first; a slot that is
+            not here is spelled as it is called.
+        family: Kinds that share slots; a layer holds one family. Empty for what comes with other slots.
     """
 
     name: str
@@ -121,6 +124,8 @@ class AdapterKind:
     optional: frozenset[str] = frozenset()
     scale_rank: Callable[[Shapes], int | None] = field(default=lambda shapes: None)
     scales_itself: bool = False
+    endings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    family: str = ""
 
     @cached_property
     def slots(self) -> frozenset[str]:

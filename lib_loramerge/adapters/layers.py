@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 
 from ..delta import Delta, LayerDelta, LowRank, times_two_to
-from ..errors import IncompatibleError, UnsupportedError
+from ..errors import IncompatibleError, LoraMergeError, UnsupportedError
+from ..models import Measured
 from .biases import bias_delta, check_biases, has_bias
 from .groups import Group, identify
 from .kinds import ADAPTERS, ORPHAN, AdapterKind, Layer, LayerFacts, Shape, Shapes, shapes_of
@@ -41,6 +43,22 @@ def describe(slots: Mapping[str, Shape], *, where: str, kernel: Shape | None = N
         IncompatibleError: Parts are missing or contradict each other.
     """
     return _describe(identify(slots, where), slots, where, kernel)
+
+
+@lru_cache(maxsize=4096)
+def _widths(slots: tuple[tuple[str, Shape], ...]) -> tuple[int | None, int | None]:
+    try:
+        facts = describe(dict(slots), where="")
+    except LoraMergeError:
+        return None, None
+    return facts.out, facts.in_
+
+
+def measured(slots: Mapping[str, Shape]) -> Measured:
+    """What the tensors of a layer tell of its shape, before the base model is known."""
+    out, in_ = _widths(tuple(sorted(slots.items())))
+    down = slots.get("down", ())
+    return Measured(out, in_, len(down) == 4 if len(down) > 1 else None)
 
 
 def build(

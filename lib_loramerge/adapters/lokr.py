@@ -154,6 +154,7 @@ LOKR = register(
         label="LoKr",
         forms=tuple(w1 | w2 for w1 in _W1 for w2 in _W2),
         optional=frozenset({"lokr_t1"}),
+        family="LoKr",
         needs_base=False,
         exact_low_rank=True,
         keys="`lokr_w1` or `lokr_w1_a` `lokr_w1_b`; `lokr_w2` or `lokr_w2_a` `lokr_w2_b`, `lokr_t2`",

@@ -58,6 +58,19 @@ def _down_rank(shapes: Shapes) -> int:
 
 
 _BIASES = frozenset({"up_bias", "down_bias"})
+# As kohya, PEFT, diffusers' processors and early diffusers spell them.
+_ENDINGS = {
+    "up": ("lora_up.weight", "lora_B.weight", "lora_B", "lora.up.weight", "lora_linear_layer.up.weight"),
+    "down": (
+        "lora_down.weight",
+        "lora_A.weight",
+        "lora_A",
+        "lora.down.weight",
+        "lora_linear_layer.down.weight",
+    ),
+    "up_bias": ("lora_up.bias", "lora_B.bias", "lora.up.bias"),
+    "down_bias": ("lora_down.bias", "lora_A.bias", "lora.down.bias"),
+}
 
 LORA = register(
     AdapterKind(
@@ -65,6 +78,7 @@ LORA = register(
         label="LoRA, LoCon",
         forms=(frozenset({"up", "down"}),),
         optional=_BIASES,
+        family="LoRA",
         needs_base=False,
         exact_low_rank=True,
         keys="`lora_up` `lora_down` (`lora_B` `lora_A`), linear, 1 x 1 and k x k",
@@ -73,6 +87,7 @@ LORA = register(
         describe=_describe_lora,
         build=_build_lora,
         scale_rank=_down_rank,
+        endings=_ENDINGS,
     )
 )
 
@@ -82,6 +97,7 @@ TUCKER = register(
         label="Tucker LoCon",
         forms=(frozenset({"up", "mid", "down"}),),
         optional=_BIASES,
+        family="LoRA",
         needs_base=False,
         exact_low_rank=True,
         keys="`lora_up` `lora_mid` `lora_down`",
@@ -90,5 +106,6 @@ TUCKER = register(
         describe=_describe_tucker,
         build=_build_tucker,
         scale_rank=_down_rank,
+        endings={**_ENDINGS, "mid": ("lora_mid.weight",)},
     )
 )

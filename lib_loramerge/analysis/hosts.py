@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..adapters import GLORA_SLOTS, is_old_glora
 from ..dialects import split_key
 from ..hosts import HOSTS, Host
 from ..merge.sources import Source, SourcePart
-from ..models import companions, component, is_old_glora
+from ..models import companions, component
 
 _FLATTENED = ("lora_unet_", "lora_te", "oft_unet_")
-_SD3 = ("sd3", "sd3_large")
 _ADAPTER_NAME = re.compile(r"lora_[AB]\.([^.]+)\.weight")
 
 
@@ -77,9 +77,9 @@ def _finds(host: Host, source: Source, part: SourcePart) -> bool:
         return False
     if not host.whole_layers and part.facts.kind in ("full", "norm", "bias"):
         return False
-    if _is_control(source) and host.id not in ("a1111", "sdnext", "diffusers"):
+    if _is_control(source) and host.control_adapters:
         return True
-    if host.id == "a1111" and any(
+    if host.attention_as_one and any(
         layer not in source.layers for layer in companions(architecture, part.part.layer)
     ):
         return False
@@ -128,43 +128,42 @@ def _refuses(host: Host, source: Source, unplaced: int) -> str | None:
     if host.unplaced_limit is not None and unplaced > host.unplaced_limit:
         limit = host.unplaced_limit
         return f"it refuses a file with more than {limit} tensors it cannot place, here are {unplaced}"
-    if host.id == "neo" and unplaced * 2 > len(source.header.tensors):
+    if host.placed_share and unplaced > (1 - host.placed_share) * len(source.header.tensors):
         return "it refuses a file if it cannot place half of its tensors"
-    if host.id == "diffusers" and source.embeddings:
+    if source.embeddings and not host.embeddings:
         return f"it refuses a file with embeddings in it ({sorted(source.embeddings.values())[0]})"
-    if host.id == "a1111":
-        return _a1111_refuses(source)
-    return _sdnext_refuses(source) if host.id == "sdnext" else None
+    return _wrong_spelling(host, source) or _wrong_parts(host, source)
 
 
-def _a1111_refuses(source: Source) -> str | None:
-    dotted = [_key(part) for part in _parts(source) if not part.part.spelling.startswith(_FLATTENED)]
-    if source.architecture.id in _SD3:
+def _wrong_spelling(host: Host, source: Source) -> str | None:
+    name = source.architecture.id
+    kohya = [part for part in _parts(source) if part.part.spelling.startswith("lora_unet_")]
+    if name in host.without_alpha:
         if any(key.endswith(".alpha") for key in source.header.tensors):
             return "it takes SD3 only in the diffusers spelling without alpha"
-    elif dotted:
+        return None
+    dotted = [_key(part) for part in _parts(source) if not part.part.spelling.startswith(_FLATTENED)]
+    if host.flattened_alone and dotted:
         return f"it takes names only in kohya's spelling (lora_unet_...), not {dotted[0]}"
-    if source.orphans:
+    if name in host.diffusers_alone and kohya:
+        return "it takes SD3 only in the diffusers spelling"
+    bare = [part for part in kohya if "alpha" not in part.part.slots]
+    if name in host.alpha_needed and bare:
+        return f"it takes this spelling only with an alpha in each layer, and {_key(bare[0])} has none"
+    if name in host.denoiser_alone and kohya and any(component(layer) != "unet" for layer in source.layers):
+        return f"it loads no {source.architecture.label} LoRA that changes a text encoder too"
+    return None
+
+
+def _wrong_parts(host: Host, source: Source) -> str | None:
+    if source.orphans and not host.lone_alphas:
         return f"it refuses a file in which an alpha stands alone ({source.orphans[0]})"
     for part in _parts(source):
-        if part.facts.kind == "bias":
+        if part.facts.kind == "bias" and not host.lone_biases:
             return f"it refuses a file in which a bias stands alone ({part.part.slots['diff_b']})"
-        if part.facts.kind == "norm" and "b_norm" not in part.part.slots:
+        if part.facts.kind == "norm" and "b_norm" not in part.part.slots and not host.lone_norms:
             return f"it refuses a file with w_norm but no b_norm ({part.part.slots['w_norm']})"
-    return _NEW_GLORA if _new_glora(source) else None
-
-
-def _sdnext_refuses(source: Source) -> str | None:
-    kohya = [part for part in _parts(source) if part.part.spelling.startswith("lora_unet_")]
-    if source.architecture.id in _SD3 and kohya:
-        return "it takes SD3 only in the diffusers spelling"
-    if source.architecture.id == "flux1" and kohya:
-        bare = [part for part in kohya if "alpha" not in part.part.slots]
-        if bare:
-            return f"it takes this spelling only with an alpha in each layer, and {_key(bare[0])} has none"
-        if any(component(layer) != "unet" for layer in source.layers):
-            return "it loads no Flux.1 LoRA that changes a text encoder too"
-    return _NEW_GLORA if _new_glora(source) else None
+    return _NEW_GLORA if not host.new_glora and _new_glora(source) else None
 
 
 _NEW_GLORA = "it computes only GLoRA of the old order of factors"
@@ -175,7 +174,7 @@ def _new_glora(source: Source) -> bool:
     for part in _parts(source):
         slots = part.part.slots
         if part.facts.kind == "glora":
-            shapes = {slot: source.header.tensors[slots[slot]].shape for slot in ("a1", "a2", "b1", "b2")}
+            shapes = {slot: source.header.tensors[slots[slot]].shape for slot in GLORA_SLOTS}
             if not is_old_glora(shapes):
                 return True
     return False
@@ -183,10 +182,4 @@ def _new_glora(source: Source) -> bool:
 
 def _remarks(host: Host, source: Source) -> list[str]:
     """What else is worth knowing of a file that a host loads."""
-    if "dora" not in source.kinds:
-        return []
-    texts = {
-        "a1111": "its DoRA scales input columns, whatever the file was trained with",
-        "forge": "its DoRA takes the norm of the unchanged weight",
-    }
-    return [texts[host.id]] if host.id in texts else []
+    return [host.dora] if host.dora and "dora" in source.kinds else []

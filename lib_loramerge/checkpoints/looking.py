@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
+from ..dialects import is_adapters
 from ..errors import LoraMergeError
 from ..files import read_header
-from ..files.recognise import ADAPTER_KEY
 from .outcome import BAKE_KEY
 from .reading import EMA, Checkpoint
 
@@ -75,7 +75,7 @@ def is_checkpoint(path: Path) -> bool:
         keys = read_header(path).tensors.keys()
     except LoraMergeError:
         return False
-    if not keys or any(map(ADAPTER_KEY.search, keys)):
+    if not keys or any(map(is_adapters, keys)):
         return False
     try:
         with Checkpoint(path):

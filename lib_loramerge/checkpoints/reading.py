@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import models
+from ..dialects import is_adapters
 from ..errors import FileError, IncompatibleError, UnsupportedError
 from ..files import LoraFile, TensorInfo, open_file
 from ..files.decode import decode
 from ..files.header import reading
 from ..files.pickled import PICKLE_SUFFIXES
-from ..files.recognise import ADAPTER_KEY
 from ..merge.base import BaseCheckpoint
 from ..models import CheckpointKey
 from .numbers import ITEM
@@ -203,14 +203,15 @@ class Checkpoint(BaseCheckpoint):
 
     def _recognised(self) -> tuple[models.Architecture, str]:
         prefix = next((p for p in DENOISERS if any(key.startswith(p) for key in self._keys)), "")
-        layers: dict[str, dict[str, tuple[int, ...]]] = {}
+        layers: dict[str, models.Measured] = {}
         for key in self._keys:
             shape = self._info(key).shape
             name = key.removeprefix(prefix).removesuffix(".weight")
             if not key.startswith(prefix) or len(shape) < 2 or not key.endswith(".weight"):
                 continue
             if prefix or not _ELSEWHERE.match(key):
-                layers["lora_unet_" + name.replace(".", "_").replace("-", "_")] = {"diff": shape}
+                measured = models.Measured(shape[0], shape[1], len(shape) == 4)
+                layers["lora_unet_" + name.replace(".", "_").replace("-", "_")] = measured
         found = models.detect(layers, {}) if layers else None
         if found is None or found.architecture.id == "unknown":
             raise UnsupportedError(
@@ -311,7 +312,7 @@ def _refuse_other_formats(path: Path, role: str) -> None:
 
 def _refuse_lora(path: Path, keys: Iterable[str], role: str) -> None:
     names = list(keys)
-    adapters = sum(ADAPTER_KEY.search(key) is not None for key in names)
+    adapters = sum(is_adapters(key) for key in names)
     if not names:
         raise FileError(f"{path.name} holds no tensors.")
     if 2 * adapters > len(names):

@@ -12,7 +12,7 @@ from .output import has_alpha, output_key, output_parts, output_style, spelling_
 from .parse import ParsedFile, Part, overlap, parse_file
 from .refusals import Refusal, refusals
 from .registry import DIALECTS, Dialect
-from .slots import SLOTS, split_key
+from .slots import SLOTS, is_adapters, split_key
 
 __all__ = [
     "DIALECTS",
@@ -22,6 +22,7 @@ __all__ = [
     "Part",
     "Refusal",
     "has_alpha",
+    "is_adapters",
     "output_key",
     "output_parts",
     "output_style",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ..adapters import measured
 from ..errors import UnsupportedError
-from ..models import in_features, out_features
 from .registry import RawLayer
 
 Shape = tuple[int, ...]
@@ -92,7 +92,7 @@ def number_layers(
             spelling = f"{prefix}:{number}"
             slots = dict(numbered[spelling])
             shapes = {slot: tensors[key] for slot, key in slots.items()}
-            if not _fits(path, width, out_features(shapes), in_features(shapes)):
+            if not _fits(path, width, *measured(shapes)[:2]):
                 raise UnsupportedError(
                     f"{start}{spelling} should be {path} by its number, but its shapes are "
                     f"{', '.join(f'{slot} {shape}' for slot, shape in sorted(shapes.items()))}."

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..adapters import measured
 from ..errors import IncompatibleError, UnsupportedError
 from ..models import (
     COMFY,
@@ -154,6 +155,7 @@ def parse_file(
 
 _COMPILED = re.compile(r"_orig_mod[._]|(?:^|(?<=\.))module\.")
 _EMBEDDING = "bundle_emb."
+_NAKED = "bare"
 _PROCESSOR = re.compile(r"(?<!blocks)\.processor(?=\.)")
 _XLABS = re.compile(r"(?:double|single)_blocks[._]\d+[._]processor[._]")
 
@@ -209,7 +211,7 @@ class _Reading:
         """Slots of a layer that is met for the first time."""
         for index, dialect in enumerate(self._recent):
             found = dialect.locate(layer)
-            if found is None:
+            if found is None or (dialect.name == _NAKED and _begins_otherwise(layer)):
                 continue
             if index:
                 # The next layer of a file is nearly always of the same dialect.
@@ -257,15 +259,20 @@ def _detect(
     base_model: str | None,
 ) -> Detection:
     shapes = {
-        layer_name(raw.part, raw.path): {slot: tensors[key] for slot, key in raw.slots.items()}
+        layer_name(raw.part, raw.path): measured({slot: tensors[key] for slot, key in raw.slots.items()})
         for raw in layers.values()
     }
     detection = detect(shapes, metadata, base_model)
     if detection.architecture.id == "unknown":
         # Some tool may have changed the case of the names; no two layers differ in that alone.
-        lower = {name.lower(): slots for name, slots in shapes.items()}
+        lower = {name.lower(): shape for name, shape in shapes.items()}
         detection = detect(lower, metadata, base_model)
     return detection
+
+
+def _begins_otherwise(layer: str) -> bool:
+    """Whether a name that could stand without a prefix has the prefix of some other dialect."""
+    return any(entry.locate(layer) is not None for name, entry in DIALECTS.items() if name != _NAKED)
 
 
 def _without_processor(layer: str) -> str:

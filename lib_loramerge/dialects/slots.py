@@ -1,7 +1,6 @@
 """The end of a key: which tensor of a layer it is.
 
-The tables hold every trainer's spelling of our slots. Adding a spelling is one
-entry; nothing else in the package knows how slots are spelled.
+The adapter kinds say how their slots are spelled; a new spelling is one entry there.
 """
 
 from __future__ import annotations
@@ -10,39 +9,18 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ..adapters import endings
+
+_ENDINGS = endings()
+
 # What we write for a slot; these spellings are also read.
-WRITTEN: dict[str, str] = {
-    "up": "lora_up.weight",
-    "down": "lora_down.weight",
-    "mid": "lora_mid.weight",
-    "alpha": "alpha",
-    "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b",
-    "hada_t1": "hada_t1", "hada_t2": "hada_t2",
-    "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b", "lokr_w2": "lokr_w2",
-    "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b", "lokr_t1": "lokr_t1", "lokr_t2": "lokr_t2",
-    "diff": "diff", "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm",
-    "a1": "a1.weight", "a2": "a2.weight", "b1": "b1.weight", "b2": "b2.weight", "bm": "bm.weight",
-    "ia3_weight": "weight", "on_input": "on_input",
-    "oft_blocks": "oft_blocks", "oft_diag": "oft_diag", "rescale": "rescale",
-    "dora_scale": "dora_scale", "magnitude": "magnitude",
-    "up_bias": "lora_up.bias", "down_bias": "lora_down.bias",
-    "bias": "bias", "bias_indices": "bias_indices", "bias_values": "bias_values", "bias_size": "bias_size",
-    "scale": "scale", "scalar": "scalar", "set_weight": "set_weight", "reshape_weight": "reshape_weight",
-}  # fmt: skip
+WRITTEN: dict[str, str] = {slot: spelled[0] for slot, spelled in _ENDINGS.items()}
 
 # Everything that is read: ending of the key, after a dot, to our slot.
 SLOTS: dict[str, str] = {
-    **{ending: slot for slot, ending in WRITTEN.items()},
-    "lora_B.weight": "up", "lora_A.weight": "down",
-    "lora_B": "up", "lora_A": "down",
-    "lora_B.bias": "up_bias", "lora_A.bias": "down_bias",
-    "lora.up.weight": "up", "lora.down.weight": "down",
-    "lora.up.bias": "up_bias", "lora.down.bias": "down_bias",
-    "lora_linear_layer.up.weight": "up", "lora_linear_layer.down.weight": "down",
-    "network_alpha": "alpha",
-    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+    **{ending: slot for slot, spelled in _ENDINGS.items() for ending in spelled},
     "diff_m": "diff_m",
-}  # fmt: skip
+}
 
 # Slots that every host leaves out with a line in its log: trainers wrote them for modulations.
 DROPPED = frozenset({"diff_m"})
@@ -114,6 +92,16 @@ def _split_named(key: str) -> SplitKey | None:
         if slot is not None:
             return SplitKey(".".join(parts[:-2]), slot, ".".join(parts[-2:]))
     return None
+
+
+# Slots whose endings tensors of whole models have, too.
+_ANYBODYS = frozenset({"ia3_weight", "bias", "scale"})
+
+
+def is_adapters(key: str) -> bool:
+    """Whether a key ends as only those of adapters do."""
+    split = split_key(key)
+    return split is not None and split.slot not in _ANYBODYS
 
 
 # --- Writing ------------------------------------------------------------------------------

@@ -189,10 +189,13 @@ OTHER_KINDS: tuple[OtherKind, ...] = (
 """What is taken for a LoRA, by key names; the first row that fits counts."""
 
 
-def refuse_non_lora(header: Header, path: Path) -> None:
+def refuse_non_lora(header: Header, path: Path, known: Callable[[str], bool] = lambda key: False) -> None:
     """Stop at a file that is something else than an adapter, by the names of its tensors.
 
     Files that no row of the table knows pass; their keys are judged by the dialects.
+
+    Args:
+        known: Whether a key is an adapter's besides those of :data:`ADAPTER_KEY`.
 
     Raises:
         FileError: If the file holds no tensor at all.
@@ -202,7 +205,7 @@ def refuse_non_lora(header: Header, path: Path) -> None:
     if not keys:
         what = "metadata but no tensors" if header.metadata else "no tensors"
         raise FileError(f"{path.name} holds {what}; there is nothing to merge.")
-    is_adapter = any(map(ADAPTER_KEY.search, keys))
+    is_adapter = any(map(ADAPTER_KEY.search, keys)) or any(map(known, keys))
     for kind in OTHER_KINDS:
         if (kind.adapter or not is_adapter) and kind.found(keys):
             raise UnsupportedError(

@@ -20,8 +20,9 @@ from .host_target import Spelling, bias_alone
 if TYPE_CHECKING:
     from .layout import LayerPlan
 
-# Base models of A1111, the host that has nothing for dotted names.
-_FLATTENED = frozenset({"sd1", "sd2", "sdxl", "sdxl_refiner"})
+# Base models whose names A1111 takes in kohya's spelling alone.
+_A1111 = HOSTS["a1111"]
+_FLATTENED = _A1111.base_models - _A1111.without_alpha
 
 
 def host_notes(
@@ -100,10 +101,11 @@ def _spelling(architecture: Architecture, dialect: str, layers: Sequence[LayerPl
                 "this one."
             )
     components = {layer.component for layer in layers}
-    if architecture.id == "flux1" and "unet" in components and len(components) > 1:
+    alone = [host.label for host in HOSTS.values() if architecture.id in host.denoiser_alone]
+    if alone and "unet" in components and len(components) > 1:
         notes.append(
-            "SD.Next does not load a Flux.1 LoRA that changes a text encoder too; for it, merge once more "
-            "with a text encoder strength of 0."
+            f"{', '.join(alone)} does not load a {architecture.label} LoRA that changes a text encoder too; "
+            "for it, merge once more with a text encoder strength of 0."
         )
     return notes
 

@@ -73,11 +73,11 @@ def for_the_host(
         return tuple(layers), embeddings, []
     host, kept = HOSTS[name], []
     dropped: dict[str, list[str]] = {}
-    alone = host.id == "sdnext" and architecture.id == "flux1" and any(x.component == "unet" for x in layers)
+    alone = architecture.id in host.denoiser_alone and any(x.component == "unet" for x in layers)
     for layer in layers:
         why = _why_not(host, spelling, architecture.id, layer)
         if alone and layer.component != "unet":
-            why = f"{host.label} loads no Flux.1 LoRA that changes a text encoder too"
+            why = f"{host.label} loads no {architecture.label} LoRA that changes a text encoder too"
         if why is None:
             kept.append(layer)
         else:
@@ -94,7 +94,7 @@ def for_the_host(
             f"{host.unplaced_limit} tensors that it does not know."
         )
         embeddings = {}
-    if embeddings and host.id == "diffusers":
+    if embeddings and not host.embeddings:
         texts.append(
             f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with embeddings."
         )

@@ -242,7 +242,7 @@ def open_source(path: Path, base_model: str | None = None) -> Source:
 
 
 def _understand(path: Path, header: Header, base_model: str | None) -> Source:
-    refuse_non_lora(header, path)
+    refuse_non_lora(header, path, dialects.is_adapters)
     shapes = {key: info.shape for key, info in header.tensors.items()}
     try:
         parsed = dialects.parse_file(shapes, header.metadata, base_model=base_model)

@@ -25,7 +25,7 @@ from .block_lists import EDGES, SD_FULL, TEXT_ENCODERS, UNET_LISTS, BlockList, B
 from .blocks import block, companions, is_conv, kernel, layers
 from .checkpoints import CheckpointKey, bias_place, checkpoint_keys, numbered_layers
 from .compatible import encoder_part
-from .detect import GLORA_SLOTS, Detection, Model, detect, in_features, is_old_glora, out_features
+from .detect import Detection, Measured, Model, detect
 from .dit import fused
 from .names import canonical_path, comfy_layer, diffusers_layers, has_dotted_name_alone
 from .records import ARCHITECTURES
@@ -36,7 +36,6 @@ __all__ = [
     "COMPONENTS",
     "DIFFUSERS",
     "EDGES",
-    "GLORA_SLOTS",
     "KOHYA",
     "SD_FULL",
     "TEXT_ENCODERS",
@@ -46,6 +45,7 @@ __all__ = [
     "BlockMap",
     "CheckpointKey",
     "Detection",
+    "Measured",
     "Model",
     "Rows",
     "Size",
@@ -62,15 +62,12 @@ __all__ = [
     "encoder_part",
     "fused",
     "has_dotted_name_alone",
-    "in_features",
     "in_ranges",
     "is_conv",
-    "is_old_glora",
     "kernel",
     "layer_name",
     "layer_path",
     "layers",
     "numbered_layers",
-    "out_features",
     "plain_path",
 ]

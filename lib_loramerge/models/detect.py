@@ -8,17 +8,27 @@ choose among them, and never beyond them, because they are often wrong or copied
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from .base import Architecture, Size, UNet, component
 from .compatible import fitting, groups_of, with_encoders
 from .records import ARCHITECTURES
 from .unet import UNETS, UNetLayer, by_any_name, widths
 
-Shape = tuple[int, ...]
-Slots = Mapping[str, Shape]
+
+class Measured(NamedTuple):
+    """What the tensors of a layer tell of its shape; None for what they do not tell.
+
+    Attributes:
+        convolution: Its down factor has the axes of a kernel.
+    """
+
+    out: int | None
+    in_: int | None
+    convolution: bool | None = None
 
 
 # A base model and one of its sizes; the size's label is empty where there is but one.
@@ -42,75 +52,14 @@ class Detection:
     candidates: tuple[Model, ...] = ()
 
 
-def in_features(slots: Slots) -> int | None:
-    """Input width of a linear layer, from an adapter of any kind; None if its tensors do not tell."""
-    width = _width(slots, "down", 1) or _width(slots, "hada_w1_b", 1) or _width(slots, "diff", 1)
-    if width:
-        return width
-    outer = _width(slots, "lokr_w1", 1) or _width(slots, "lokr_w1_b", 1)
-    inner = _width(slots, "lokr_w2", 1) or _width(slots, "lokr_w2_b", 1)
-    if outer and inner:
-        return outer * inner
-    return _glora_widths(slots)[1]
-
-
-def out_features(slots: Slots) -> int | None:
-    """Output width of a layer, like :func:`in_features`."""
-    width = (
-        _width(slots, "up", 0)
-        or _width(slots, "hada_w1_a", 1 if "hada_t1" in slots else 0)
-        or _width(slots, "diff", 0)
-    )
-    if width:
-        return width
-    outer = _width(slots, "lokr_w1", 0) or _width(slots, "lokr_w1_a", 0)
-    inner = _width(slots, "lokr_w2", 0) or _width(slots, "lokr_w2_a", 1 if "lokr_t2" in slots else 0)
-    if outer and inner:
-        return outer * inner
-    blocks = slots.get("oft_blocks") or slots.get("oft_diag")
-    if blocks and len(blocks) >= 3:
-        return blocks[-3] * blocks[-2]
-    return _glora_widths(slots)[0]
-
-
-def _width(slots: Slots, slot: str, axis: int) -> int | None:
-    shape = slots.get(slot)
-    return shape[axis] if shape is not None and len(shape) > axis else None
-
-
-def _glora_widths(slots: Slots) -> tuple[int | None, int | None]:
-    """(out, in) of a GLoRA layer."""
-    shapes = [slots.get(name, ()) for name in GLORA_SLOTS]
-    if any(len(shape) < 2 for shape in shapes):
-        return None, None
-    a1, _, b1, b2 = shapes
-    return (b2[0], b1[1]) if is_old_glora(slots) else (b1[0], a1[0])
-
-
-GLORA_SLOTS = ("a1", "a2", "b1", "b2")
-
-
-def is_old_glora(slots: Slots) -> bool:
-    """Whether the factors of a GLoRA layer lie in the order of LyCORIS before version 2.
-
-    Old: a1, b1 (rank, in), a2 (in, rank), b2 (out, rank). New: a1 (in, rank),
-    b1 (out, rank), a2, b2 (rank, in). For a square layer both readings fit, and
-    the rank is the smaller number, which is what Forge's rule amounts to.
-    """
-    a1, a2, b1, b2 = (slots[slot] for slot in GLORA_SLOTS)
-    old = b2[1] == b1[0] == a1[0] == a2[1]
-    new = b2[0] == b1[1] == a1[1] == a2[0]
-    return old and (not new or a2[0] >= a2[1])
-
-
 class Layers:
     """The layers of one file, prepared for the tests below.
 
-    Names may be spelled in any flattened way; slots may be of any adapter kind.
+    Names may be spelled in any flattened way.
     """
 
-    def __init__(self, layers: Mapping[str, Slots]):
-        self.slots = layers
+    def __init__(self, layers: Mapping[str, Measured]):
+        self.shapes = layers
         self.denoiser: list[str] = []
         self.encoders: list[str] = []
         for name in layers:
@@ -121,20 +70,10 @@ class Layers:
         """Some denoiser layer's name contains one of the texts."""
         return any(needle in self._text for needle in needles)
 
-    def width(self, pattern: str, measure: Callable[[Slots], int | None] = in_features) -> int | None:
-        """Width of the first denoiser layer that matches and whose tensors tell it."""
-        return _first_width(self.slots, self.denoiser, pattern, measure)
-
-
-def _first_width(
-    slots: Mapping[str, Slots], names: Iterable[str], pattern: str, measure: Callable[[Slots], int | None]
-) -> int | None:
-    for name in names:
-        if re.search(pattern, name):
-            width = measure(slots[name])
-            if width:
-                return width
-    return None
+    def reads(self, pattern: str) -> int | None:
+        """Input width of the first denoiser layer that matches and whose tensors tell it."""
+        widths = (self.shapes[name].in_ for name in self.denoiser if re.search(pattern, name))
+        return next((width for width in widths if width), None)
 
 
 _CONTEXT = {unet.context: name for name, unet in UNETS.items()}
@@ -142,7 +81,7 @@ _CONTEXT = {unet.context: name for name, unet in UNETS.items()}
 
 def _context(layers: Layers) -> tuple[Architecture, str] | None:
     """The U-Net whose cross-attention reads as many channels."""
-    context = layers.width(r"_attn2_to_[kv]$")
+    context = layers.reads(r"_attn2_to_[kv]$")
     if context not in _CONTEXT:
         return None
     return ARCHITECTURES[_CONTEXT[context]], f"cross-attention keys read {context} channels"
@@ -150,27 +89,24 @@ def _context(layers: Layers) -> tuple[Architecture, str] | None:
 
 def _fitting_unets(layers: Layers) -> list[Architecture]:
     """The U-Nets that have most of the layers, at least half, and contradict the fewest of their widths."""
-    paths = {_denoiser_path(name): layers.slots[name] for name in layers.denoiser}
+    paths = {_denoiser_path(name): layers.shapes[name] for name in layers.denoiser}
     found: dict[str, tuple[int, int]] = {}
     for name, unet in UNETS.items():
         known = by_any_name(name)
-        members = [(known[path], slots) for path, slots in paths.items() if path in known]
-        found[name] = -len(members), sum(_contradicts(unet, entry, slots) for entry, slots in members)
+        members = [(known[path], shape) for path, shape in paths.items() if path in known]
+        found[name] = -len(members), sum(_contradicts(unet, entry, shape) for entry, shape in members)
     best = min(found.values())
     if -best[0] * 2 < max(1, len(paths)):
         return []
     return [ARCHITECTURES[name] for name, fit in found.items() if fit == best]
 
 
-def _contradicts(unet: UNet, entry: UNetLayer, slots: Slots) -> int:
+def _contradicts(unet: UNet, entry: UNetLayer, shape: Measured) -> int:
     """How much of a layer's shape a U-Net does not have: its widths, and whether it is a convolution."""
-    wanted, given = widths(unet, entry), (out_features(slots), in_features(slots))
-    wrong = sum(
-        ours is not None and theirs is not None and ours != theirs for ours, theirs in zip(wanted, given)
-    )
-    down = slots.get("down")
-    if down is not None and len(down) > 1 and entry.ldm.endswith(("proj_in", "proj_out")):
-        wrong += (len(down) == 4) != unet.convolution
+    pairs = zip(widths(unet, entry), shape[:2])
+    wrong = sum(ours is not None and theirs is not None and ours != theirs for ours, theirs in pairs)
+    if shape.convolution is not None and entry.ldm.endswith(("proj_in", "proj_out")):
+        wrong += shape.convolution != unet.convolution
     return wrong
 
 
@@ -200,13 +136,13 @@ def _by_start() -> tuple[tuple[str, str, str], ...]:
 
 
 def detect(
-    layers: Mapping[str, Slots], metadata: Mapping[str, str] | None = None, base_model: str | None = None
+    layers: Mapping[str, Measured], metadata: Mapping[str, str] | None = None, base_model: str | None = None
 ) -> Detection:
     """Recognise the base model of a file.
 
     Args:
         layers: Flattened layer name, in any spelling and with a ``lora_unet_`` or
-            ``lora_te..._`` prefix, to the shapes of its slots.
+            ``lora_te..._`` prefix, to what its tensors tell of its shape.
         metadata: The file's metadata, asked when names and shapes leave it open.
         base_model: A base model's id that overrules all of this.
 
@@ -237,7 +173,7 @@ def _as_unet(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
     if by_context is not None:
         record, reason = by_context
         return Detection(record, reason, candidates=((record.id, ""),))
-    if layers.width(r"_attn2_to_[kv]$"):
+    if layers.reads(r"_attn2_to_[kv]$"):
         return None
     encoders = with_encoders(_reading_widths(layers))
     fits = [record for record in fits if record in encoders] or fits
@@ -246,10 +182,7 @@ def _as_unet(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
 
 
 def _widths(layers: Layers) -> dict[str, tuple[int | None, int | None]]:
-    return {
-        _denoiser_path(name): (out_features(layers.slots[name]), in_features(layers.slots[name]))
-        for name in layers.denoiser
-    }
+    return {_denoiser_path(name): layers.shapes[name][:2] for name in layers.denoiser}
 
 
 def _denoiser_path(name: str) -> str:
@@ -257,10 +190,7 @@ def _denoiser_path(name: str) -> str:
 
 
 def _reading_widths(layers: Layers) -> dict[str, int | None]:
-    return {
-        name.replace("lora_prior_te_", "lora_te_"): in_features(layers.slots[name])
-        for name in layers.encoders
-    }
+    return {name.replace("lora_prior_te_", "lora_te_"): layers.shapes[name].in_ for name in layers.encoders}
 
 
 def _as_transformer(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:

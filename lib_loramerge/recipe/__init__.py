@@ -13,6 +13,7 @@ from lib_loramerge.recipe.command import to_command
 from lib_loramerge.recipe.model import (
     DIALECTS,
     DTYPES,
+    HOSTS,
     MAX_INPUTS,
     RANK_WORDS,
     RECIPE_FIELDS,
@@ -29,6 +30,7 @@ from lib_loramerge.recipe.text import format_input, format_prompt, parse_input, 
 __all__ = [
     "DIALECTS",
     "DTYPES",
+    "HOSTS",
     "MAX_INPUTS",
     "RANK_WORDS",
     "RECIPE_FIELDS",

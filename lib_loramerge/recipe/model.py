@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe.check import (
@@ -20,7 +21,16 @@ from lib_loramerge.recipe.settings import Setting, setting
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
 DIALECTS = ("auto", "kohya", "diffusers")
-HOSTS = ("a1111", "forge", "reforge", "neo", "sdnext", "comfyui", "diffusers")
+# Each has a module in ``hosts``, which is not imported for its name: a WebUI's start needs no base model.
+_FIRST = ("a1111", "forge", "reforge", "neo", "sdnext", "comfyui", "diffusers")
+HOSTS = (
+    *_FIRST,
+    *sorted(
+        path.stem
+        for path in (Path(__file__).parents[1] / "hosts").glob("[a-z]*.py")
+        if path.stem not in _FIRST
+    ),
+)
 RANK_WORDS = ("auto", "same", "full")
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 

@@ -1,0 +1,58 @@
+"""ComfyUI, as its own code loads LoRAs."""
+
+from __future__ import annotations
+
+from ._base import (
+    ALIAS,
+    ALIASES,
+    ALL,
+    BARE,
+    BARE_OWN,
+    CHECKPOINT,
+    COMFY,
+    COMFY_DIFFUSERS,
+    COMFY_ENCODERS,
+    COMFY_IGNORES,
+    DIFFUSERS,
+    FLUX_FAMILY,
+    KOHYA,
+    LYCORIS,
+    LYCORIS_OWN,
+    NO_FORMULA,
+    ONETRAINER,
+    PEFT,
+    PEFT_OWN,
+    PIPELINE,
+    PIPELINE_OWN,
+    SD3,
+    UNETS,
+    Host,
+    some,
+    under,
+)
+
+HOST = Host(
+    "comfyui", "ComfyUI", "0.29.0", "4f874c5e", ALL,
+    under(
+        {KOHYA: ALL, COMFY: ALL}, UNETS,
+        {("lora_prior_unet_", CHECKPOINT): some("stable_cascade")},
+        dict.fromkeys((PIPELINE, LYCORIS, ONETRAINER, BARE), FLUX_FAMILY),
+        dict.fromkeys((PIPELINE, PEFT, ONETRAINER, LYCORIS), SD3),
+        {PEFT: some("ace_step15")},
+        {PIPELINE: some("auraflow", "pixart"), PEFT: some("pixart")},
+        {PEFT_OWN: some("hunyuan_dit", "ace_step15")},
+        {BARE_OWN: some("mochi", "ace_step", "omnigen2", "qwen_image", "kandinsky5", "ltx_video",
+                            "ltx2")},
+        {PIPELINE_OWN: some("hidream", "qwen_image", "ernie_image", "kandinsky5", "hunyuan_video",
+                                "hunyuan_video15")},
+        {LYCORIS_OWN: some("hidream", "qwen_image", "ace_step15")},
+        dict.fromkeys((COMFY_DIFFUSERS, PIPELINE, LYCORIS, BARE), some("zimage", "krea2")),
+        dict.fromkeys(ALIASES, some("krea2")),
+        {("diffusion_model.", ALIAS): FLUX_FAMILY | {"hunyuan_video", "hunyuan_video15"}},
+        {("transformer.", ALIAS): some("hunyuan_video", "hunyuan_video15")},
+        {("unet.base_model.model.", DIFFUSERS): some("pixart")},
+        dict.fromkeys([(prefix, ALIAS) for prefix in ("base_model.model.", "lycoris_")],
+                      some("ace_step15")),
+    ),
+    COMFY_ENCODERS, some("*"), kinds_missing=NO_FORMULA, ignores=COMFY_IGNORES,
+)  # fmt: skip
