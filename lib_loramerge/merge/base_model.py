@@ -83,6 +83,8 @@ def decide(sources: Sequence[Source], chosen: str | None, dialect: str) -> BaseM
         return BaseModel(architecture, tuple(sources), (first.base_model,), dialect, ())
     labels = tuple(ARCHITECTURES[name].label for name in names)
     if architecture.unet is not None:
+        if not any(models.component(layer) == "unet" for source in sources for layer in source.layers):
+            return BaseModel(architecture, tuple(sources), (first.base_model,), dialect, ())
         # Every host looks for both spellings of a U-Net's layers, so the names of one will do for all.
         return BaseModel(_unnamed(architecture), tuple(sources), labels, dialect, (_unsaid(_listed(labels)),))
     return _undecided(sources, names, labels, dialect)
