@@ -1,4 +1,4 @@
-"""What the READMEs and docs/METHODS.md say of each method, made by ``python -m tests.readme_methods``."""
+"""What docs/METHODS.md and README.ja.md say of each method, made by ``python -m tests.readme_methods``."""
 
 from __future__ import annotations
 
@@ -23,24 +23,19 @@ def japanese() -> Mapping[str, str]:
     return json.loads((ROOT / "localizations" / "ja_JP.json").read_text(encoding="utf-8"))
 
 
-def notes(words: Mapping[str, str] | None = None) -> str:
-    """One list item per method: label, what it is not for, formula, source.
+def notes(words: Mapping[str, str]) -> str:
+    """README.ja.md's list of methods: label, summary, what it is not for, formula, source.
 
     Args:
-        words: English to another language; the summary is told too then, because the table of
-            the English README, which tells it, is not beside this list.
+        words: English to Japanese.
     """
     lines = []
     for method in METHODS.values():
         label, summary, avoid = (
-            (words or {}).get(text, text) for text in (method.label, method.summary, method.avoid)
+            words.get(text, text) for text in (method.label, method.summary, method.avoid)
         )
-        if words is None:
-            parts = [f"{label}." if not method.experimental else f"{label}, experimental."]
-            parts += [f"Avoid it {avoid}."] if avoid else []
-        else:
-            parts = [f"{label}。" if not method.experimental else f"{label}（実験的）。", summary]
-            parts += [f"不向き: {avoid}。"] if avoid else []
+        parts = [f"{label}。" if not method.experimental else f"{label}（実験的）。", summary]
+        parts += [f"不向き: {avoid}。"] if avoid else []
         parts += [f"`{method.formula}`", f"({_linked(method.source)})"]
         lines.append(f"- **{method.name}**: {' '.join(parts)}\n")
     return "".join(lines)
@@ -105,11 +100,8 @@ def _linked(source: str) -> str:
     return _ADDRESS.sub(lambda found: f"<{found.group()}>", source)
 
 
-def regenerated(text: str, words: Mapping[str, str] | None = None, made: str | None = None) -> str:
-    """A page with its notes made anew.
-
-    Args:
-        made: What is put between the markers, if it is not the notes.
+def regenerated(text: str, made: str) -> str:
+    """A page with what is between its markers made anew.
 
     Raises:
         ValueError: A marker is missing.
@@ -119,15 +111,18 @@ def regenerated(text: str, words: Mapping[str, str] | None = None, made: str | N
     _, ended, after = rest.partition(end)
     if not found or not ended:
         raise ValueError(f"The page has no {start} ... {end}.")
-    return f"{before}{start}\n{notes(words) if made is None else made}{end}{after}"
+    return f"{before}{start}\n{made}{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Each page with such a part, and what the part is."""
+    return {ROOT / "README.ja.md": notes(japanese()), PAGE: sections()}
 
 
 def main() -> None:
-    for name, words in (("README.md", None), ("README.ja.md", japanese())):
-        path = ROOT / name
-        path.write_text(regenerated(path.read_text(encoding="utf-8"), words), encoding="utf-8", newline="\n")
-    page = regenerated(PAGE.read_text(encoding="utf-8"), made=sections())
-    PAGE.write_text(page, encoding="utf-8", newline="\n")
+    for path, made in pages().items():
+        text = regenerated(path.read_text(encoding="utf-8"), made)
+        path.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -139,18 +139,11 @@ def _between(word: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("README.md", None), ("README.ja.md", readme_methods.japanese())]
+    ("page", "made"), readme_methods.pages().items(), ids=lambda value: getattr(value, "name", "")
 )
-def test_notes_on_methods_are_those_of_the_registry(name, words):
-    text = text_of(name)
-    assert text == readme_methods.regenerated(text, words), "run: python -m tests.readme_methods"
-
-
-def test_the_page_on_methods_is_that_of_the_registry():
-    text = readme_methods.PAGE.read_text(encoding="utf-8")
-    assert text == readme_methods.regenerated(text, made=readme_methods.sections()), (
-        "run: python -m tests.readme_methods"
-    )
+def test_notes_on_methods_are_those_of_the_registry(page, made):
+    text = page.read_text(encoding="utf-8")
+    assert text == readme_methods.regenerated(text, made), "run: python -m tests.readme_methods"
 
 
 def test_both_languages_say_the_same():
