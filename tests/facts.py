@@ -193,7 +193,11 @@ def _host(host: Host) -> str:
         for name, parts in host.encoders.items()
         for part, starts in parts.items()
     )
-    lost = ((_labels({name}), f"`{pattern.pattern}`") for name, pattern in host.lost.items())
+    lost = (
+        (record.label, f"`{host.lost[name].pattern}`")
+        for name, record in ARCHITECTURES.items()
+        if name in host.lost
+    )
     parts = [
         f"## {host.label}\n\nRead from: {host.read_from}.\n\nBase models: {_labels(host.base_models)}.\n",
         table(("Names begin", "Path", "Base models"), names),
