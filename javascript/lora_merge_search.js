@@ -63,21 +63,41 @@
         field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
     }
 
-    // Through Gradio's own list, which alone knows how to choose.
     function choose(name) {
         const { field, place } = found;
         found.list.remove();
         found = null;
+        pick(field, name, () => place.classList.remove("lm-searching"));
+    }
+
+    // Through Gradio's own list, which alone knows how to choose; a text that is not in it is left as typed.
+    function pick(field, name, done) {
         type(field, name);
+        const place = field.closest(".secondary-wrap").parentElement.parentElement;
         let tries = 0;
         const timer = setInterval(() => {
-            const items = [...place.parentElement.querySelectorAll("ul.options li, ul[role=listbox] li")];
+            const items = [...place.querySelectorAll("ul.options li, ul[role=listbox] li")];
             const item = items.find((one) => one.textContent.replace(/^[\s✓]+/, "").trim() === name);
             if (item) item.dispatchEvent(new MouseEvent("mousedown", { bubbles: true, cancelable: true }));
             if (!item && ++tries < TRIES) return;
             clearInterval(timer);
-            place.classList.remove("lm-searching");
+            done();
         }, 50);
+    }
+
+    // A file dropped onto a row is the listed LoRA of its name; else the file at its path, where the browser tells it.
+    function dropped(transfer) {
+        const line = transfer.getData("text/uri-list").split(/[\r\n]+/).find((one) => one.startsWith("file:"));
+        const path = line ? decodeURIComponent(new URL(line).pathname).replace(/^\/(?=[A-Za-z]:)/, "") : "";
+        const file = path ? path.split("/").pop() : transfer.files.length ? transfer.files[0].name : "";
+        const stem = file.replace(/\.(safetensors|pt|ckpt|bin)$/i, "");
+        const known = names().find((name) => name.split(" · ")[0].split("/").pop() === stem);
+        return known || path || stem;
+    }
+
+    function rowField(event) {
+        const row = event.target.closest && event.target.closest("#loramerge_form [id^=loramerge_row][id$=_line]");
+        return row && row.querySelector("[id$=_lora] input");
     }
 
     function move(step) {
@@ -102,6 +122,17 @@
         else if (event.key === "Escape") close();
         else choose(found.list.querySelector("[aria-selected=true]").dataset.name);
     }, true);
+    document.addEventListener("dragover", (event) => {
+        if (rowField(event)) event.preventDefault();
+    });
+    document.addEventListener("drop", (event) => {
+        const field = rowField(event);
+        const name = field && event.dataTransfer ? dropped(event.dataTransfer) : "";
+        if (!name) return;
+        event.preventDefault();
+        field.focus();
+        pick(field, name, () => field.blur());
+    });
     document.addEventListener("focusout", (event) => {
         if (found && event.target === found.field) close();
     });

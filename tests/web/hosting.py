@@ -88,8 +88,11 @@ class FakeHost:
     def stop(self) -> None:
         """Ends the process as a user who presses Ctrl+C would; by force if it does not."""
         if self._process.poll() is None:
-            with contextlib.suppress(OSError):
-                self.post("/fake/stop")
+            if self.url:
+                with contextlib.suppress(OSError):
+                    self.post("/fake/stop")
+            else:
+                self._process.kill()
             try:
                 self._process.wait(10)
             except subprocess.TimeoutExpired:

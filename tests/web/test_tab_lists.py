@@ -69,6 +69,33 @@ def test_every_word_may_stand_anywhere_in_name_folder_base_model_or_rank(tab: Ta
     search(tab, "SDXL", "styles/ghibli xl · SDXL · rank 4")
 
 
+def drop(tab: Tab, row: int, kind: str, text: str) -> None:
+    """A file let go over a row, as Chromium (a file) or Firefox on Linux (an address, too) hand it over."""
+    tab.page.evaluate(
+        """([row, kind, text]) => {
+            const transfer = new DataTransfer();
+            if (kind === "file") transfer.items.add(new File(["x"], text));
+            else transfer.setData("text/uri-list", text);
+            const line = document.querySelector(`#loramerge_row${row}_line`);
+            for (const name of ["dragover", "drop"]) {
+                const how = { dataTransfer: transfer, bubbles: true, cancelable: true };
+                line.dispatchEvent(new DragEvent(name, how));
+            }
+        }""",
+        [row, kind, text],
+    )
+
+
+def test_a_file_dropped_onto_a_row_is_the_lora_of_its_name(tab: Tab) -> None:
+    drop(tab, 0, "file", "ghibli.safetensors")
+    tab.expect_value("row0_lora", "styles/ghibli · SD 1 · rank 8")
+    drop(tab, 1, "address", "file:///somewhere/else/face.safetensors")
+    tab.expect_value("row1_lora", "people/face · SD 1 · rank 4")
+    tab.wait_for_facts("2")
+    drop(tab, 1, "file", "stranger.safetensors")
+    tab.expect_text("row1_facts", "There is no LoRA called stranger")
+
+
 def test_what_several_words_found_is_chosen_by_mouse_and_by_keyboard(tab: Tab) -> None:
     search(tab, "ghibli sdxl", "styles/ghibli xl · SDXL · rank 4")
     tab.page.locator(OPTIONS).first.click()

@@ -16,7 +16,7 @@ def create_ui():
         generate = gr.Button("Generate", elem_id="txt2img_generate")
         pictures = gr.Textbox(label="Pictures", elem_id="txt2img_pictures", lines=9)
         inputs = scripts.scripts_txt2img.setup_ui()
-        generate.click(fn=txt2img, inputs=[prompt, *inputs], outputs=[pictures])
+        generate.click(fn=make_pictures, inputs=[prompt, *inputs], outputs=[pictures])
         # The real page is longer than a window, too.
         gr.HTML('<div style="height: 1500px"></div>')
     with gr.Blocks(analytics_enabled=False) as settings:
@@ -42,7 +42,7 @@ def create_ui():
     return demo
 
 
-def txt2img(prompt, *args):
+def make_pictures(prompt, *args):
     """The prompts and infotexts of the pictures; what a script raises is said in their place."""
     p = processing.StableDiffusionProcessingTxt2Img(prompt, scripts.scripts_txt2img, args)
     with call_queue.queue_lock:
