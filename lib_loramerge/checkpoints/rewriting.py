@@ -281,7 +281,10 @@ def _sum(source: LoraFile, job: _Job, wide: torch.dtype) -> tuple[Tensor, Tensor
 
 def _measured(entry: Entry, written: Tensor, new: Tensor, before: Tensor, delta: Tensor | None) -> Sums:
     title = entry.title or entry.key
-    error = (written.to(new.dtype) - new).reshape(-1)
+    changed = delta is None or not torch.equal(written.to(before.dtype), before)
+    # In its own memory, unless that is the one to be written.
+    error = written.to(new.dtype)
+    error = (error - new if entry.dtype in ("F32", "F64") else error.sub_(new)).reshape(-1)
     flat = before.reshape(-1)
     size = float(torch.dot(flat, flat))
     lost = float(torch.dot(error, error))
@@ -295,14 +298,14 @@ def _measured(entry: Entry, written: Tensor, new: Tensor, before: Tensor, delta:
             f"{title}: the sum is too large for {entry.dtype}. Lower the strength, or write another --dtype."
         )
     if delta is None:
-        return Sums(0.0, 0.0, 0.0, 0.0, True)
+        return Sums(changed=changed)
     change = delta.reshape(-1)
     return Sums(
         float(torch.dot(change, change)),
         lost,
         float(torch.dot(error, change)),
         size,
-        not torch.equal(written.to(before.dtype), before),
+        changed,
     )
 
 
