@@ -23,9 +23,12 @@ QUICK = {
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave the other files out where only quick tests are asked for: importing them takes longest."""
-    other = collection_path.name.startswith("test_") and collection_path.stem not in QUICK
-    return True if config.option.markexpr == "quick" and other else None
+    """Leave everything else out where only quick tests are asked for: importing it takes longest."""
+    if config.option.markexpr != "quick":
+        return None
+    other_file = collection_path.name.startswith("test_") and collection_path.stem not in QUICK
+    other_folder = collection_path.parent == Path(__file__).parent and collection_path.is_dir()
+    return True if other_file or other_folder else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_loramerge.delta import Dense, decompose_dense, truncate, write_layer
+from lib_loramerge.delta import Dense, cut_layer, decompose_dense, truncate
 from tests.delta_cases import dense, low_rank, optimum, size
 
 
@@ -62,7 +62,7 @@ def test_the_result_is_the_same_each_time_and_leaves_the_random_state_alone():
 
 def test_a_written_dense_layer_tells_what_the_rank_costs():
     weight = trimmed(300, 260, 6, 0.0)
-    stored = write_layer(Dense(weight), torch.float16, lambda spectrum: 6, most=6)
+    stored = cut_layer(Dense(weight), torch.float16, lambda spectrum: 6, most=6)
     error = size(stored.delta().dense() - weight)
     assert stored.error_sq**0.5 == pytest.approx(error, rel=1e-4)
-    assert write_layer(Dense(torch.zeros(8, 9)), torch.float16, lambda spectrum: spectrum.rank) is None
+    assert cut_layer(Dense(torch.zeros(8, 9)), torch.float16, lambda spectrum: spectrum.rank) is None

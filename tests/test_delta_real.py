@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lib_loramerge.delta import LowRank, decompose, stack, store_truncated, truncate
+from lib_loramerge.delta import LowRank, decompose, round_cut, stack, truncate
 from tests.delta_cases import dense, dense_sum, optimum, size
 from tests.fixtures import sample_data
 
@@ -45,7 +45,7 @@ def test_a_sum_of_real_layers_is_cut_as_well_as_a_dense_decomposition_cuts_it(la
     for rank in (4, 16):
         best, least = optimum(whole, rank)
         assert size(dense(truncate(spectrum, rank)) - whole) <= least * (1 + 1e-8)
-        stored = store_truncated(spectrum, rank, torch.float16)
+        stored = round_cut(spectrum, rank, torch.float16)
         assert size(stored.delta().dense() - best) <= 4e-4 * size(best)
         assert stored.error_sq**0.5 == pytest.approx(size(stored.delta().dense() - whole), rel=1e-4)
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_loramerge.delta import LowRank, decompose, stack, store, store_truncated, truncate, write_layer
-from lib_loramerge.delta.storing import orthogonal_rounding_error
+from lib_loramerge.delta import Grams, LowRank, cut_layer, decompose, round_cut, round_uncut, stack, truncate
+from lib_loramerge.delta.rounding import rounding_error
 from lib_loramerge.errors import OutputError
 from tests.delta_cases import dense, dense_sum, low_rank, optimum, size
 
@@ -37,7 +37,7 @@ def test_the_told_error_is_that_of_the_written_tensors(dtype, rank, decay):
         low_rank(70, 90, 12, seed=2, alpha=6.0),
     ]
     whole = dense_sum(deltas, [0.7, -0.6])
-    stored = store_truncated(decompose(stack(deltas, [0.7, -0.6])), rank, dtype)
+    stored = round_cut(decompose(stack(deltas, [0.7, -0.6])), rank, dtype)
     assert stored.up.dtype == dtype
     error = size(written(stored) - whole)
     assert stored.error_sq**0.5 == pytest.approx(error, rel=2e-3 if rank == 24 else 1e-6)
@@ -48,7 +48,7 @@ def test_the_told_error_is_that_of_the_written_tensors(dtype, rank, decay):
 def test_the_written_product_is_as_near_to_the_optimum_as_the_dtype_allows(dtype):
     deltas = [low_rank(200, 300, 16, seed=1, dtype=torch.float16), low_rank(200, 300, 16, seed=2, decay=1.0)]
     whole = dense_sum(deltas, [1.0, 0.8])
-    stored = store_truncated(decompose(stack(deltas, [1.0, 0.8])), 16, dtype)
+    stored = round_cut(decompose(stack(deltas, [1.0, 0.8])), 16, dtype)
     best, _ = optimum(whole, 16)
     assert size(written(stored) - best) <= BOUND[dtype] * size(best)
 
@@ -56,7 +56,7 @@ def test_the_written_product_is_as_near_to_the_optimum_as_the_dtype_allows(dtype
 def test_an_error_of_a_hundred_millionth_is_still_told_right():
     deltas = [low_rank(80, 60, 8, seed=1), low_rank(80, 60, 8, seed=2)]
     whole = dense_sum(deltas, [1.0, 1.0])
-    stored = write_layer(stack(deltas, [1.0, 1.0]), torch.float32, lambda spectrum: spectrum.rank)
+    stored = cut_layer(stack(deltas, [1.0, 1.0]), torch.float32, lambda spectrum: spectrum.rank)
     error = size(written(stored) - whole)
     assert 1e-9 < error / size(whole) < 1e-7
     assert stored.error_sq**0.5 == pytest.approx(error, rel=0.05)
@@ -89,7 +89,7 @@ def test_a_damaged_factor_shows_in_the_error(side, damage):
 
     up = harm(up, True) if side != "down" else up
     down = harm(down, False) if side != "up" else down
-    told = orthogonal_rounding_error(exact, up, down, spectrum.values) ** 0.5
+    told = rounding_error(exact, up, down, Grams(spectrum.values, spectrum.values)) ** 0.5
     true = size(up.double() @ down.double() - dense(exact))
     assert told == pytest.approx(true, rel=0.03)
 
@@ -98,7 +98,7 @@ def test_a_damaged_factor_shows_in_the_error(side, damage):
 def test_concatenation_tells_its_rounding_and_keeps_the_first_alpha(dtype):
     deltas = [low_rank(70, 90, 12, seed=1, alpha=6.0), low_rank(70, 90, 4, seed=2, alpha=1.0)]
     whole = dense_sum(deltas, [0.7, -0.6])
-    stored = write_layer(stack(deltas, [0.7, -0.6]), dtype)
+    stored = cut_layer(stack(deltas, [0.7, -0.6]), dtype)
     assert stored.rank == 16
     assert stored.alpha == 6.0
     error = size(written(stored) - whole)
@@ -109,8 +109,8 @@ def test_concatenation_tells_its_rounding_and_keeps_the_first_alpha(dtype):
 
 def test_a_layer_of_nothing_is_absent():
     a = low_rank(20, 30, 4)
-    assert write_layer(stack([a], [0.0]), torch.float16) is None
-    assert write_layer(stack([a, a], [1.0, -1.0]), torch.float16, lambda spectrum: spectrum.rank) is None
+    assert cut_layer(stack([a], [0.0]), torch.float16) is None
+    assert cut_layer(stack([a, a], [1.0, -1.0]), torch.float16, lambda spectrum: spectrum.rank) is None
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e-4, 1.0, 1e4, 1e8])
@@ -119,10 +119,10 @@ def test_very_small_and_very_large_layers_lose_no_digits(scale, dtype):
     a = low_rank(40, 50, 6, seed=1)
     a = replace(a, alpha=6.0 * scale)
     for stored in (
-        write_layer(stack([a], [1.0]), dtype, lambda spectrum: spectrum.rank),
-        write_layer(stack([a], [1.0]), dtype),
-        store(replace(a, up=a.up * scale, alpha=6.0), dtype),
-        store(replace(a, up=a.up * 1e5, down=a.down * 1e-5), dtype),
+        cut_layer(stack([a], [1.0]), dtype, lambda spectrum: spectrum.rank),
+        cut_layer(stack([a], [1.0]), dtype),
+        round_uncut(replace(a, up=a.up * scale, alpha=6.0), dtype),
+        round_uncut(replace(a, up=a.up * 1e5, down=a.down * 1e-5), dtype),
     ):
         exact = dense(a)
         if abs(stored.exact_sq**0.5 / size(exact) - 1) > 1e-6:
@@ -134,11 +134,11 @@ def test_very_small_and_very_large_layers_lose_no_digits(scale, dtype):
 def test_alpha_is_the_rank_unless_the_factors_would_leave_the_range_of_the_dtype():
     a = low_rank(40, 50, 6, seed=1)
     rule = lambda spectrum: spectrum.rank  # noqa: E731
-    assert write_layer(stack([a], [1.0]), torch.float16, rule).alpha == 6.0
-    tiny = write_layer(stack([a], [1e-9]), torch.float16, rule)
+    assert cut_layer(stack([a], [1.0]), torch.float16, rule).alpha == 6.0
+    tiny = cut_layer(stack([a], [1e-9]), torch.float16, rule)
     assert tiny.alpha / 6.0 < 1
     assert torch.tensor(tiny.alpha / 6.0).log2().frac() == 0
-    assert write_layer(stack([a], [1e-9]), torch.float32, rule).alpha == 6.0
+    assert cut_layer(stack([a], [1e-9]), torch.float32, rule).alpha == 6.0
 
 
 def test_what_no_scale_can_hold_is_refused_with_the_way_out():
@@ -146,7 +146,7 @@ def test_what_no_scale_can_hold_is_refused_with_the_way_out():
     wide = torch.diag(torch.tensor([1e-14, 1e14], dtype=torch.float64))
     huge = LowRank(torch.cat([a.up, a.up]) @ wide, a.down, 1e38)
     with pytest.raises(OutputError, match="Save as float32"):
-        store(replace(huge, down=huge.down * 1e30), torch.float16)
+        round_uncut(replace(huge, down=huge.down * 1e30), torch.float16)
 
 
 @settings(max_examples=40, deadline=None)
@@ -164,7 +164,7 @@ def test_any_written_layer_tells_its_error(out, in_, ranks, weights, dtype, keep
     deltas = [low_rank(out, in_, rank, seed=seed + i, decay=decay) for i, rank in enumerate(ranks)]
     weights = weights[: len(deltas)]
     whole = dense_sum(deltas, weights)
-    stored = write_layer(stack(deltas, weights), dtype, lambda spectrum: min(keep, spectrum.rank))
+    stored = cut_layer(stack(deltas, weights), dtype, lambda spectrum: min(keep, spectrum.rank))
     error = size(written(stored) - whole)
     assert error <= optimum(whole, keep)[1] + 2 * BOUND[dtype] * size(whole)
     assert stored.error_sq**0.5 == pytest.approx(error, rel=0.2, abs=1e-8 * size(whole))
@@ -176,8 +176,8 @@ def test_without_alpha_tensors_the_scale_stays_in_the_factors(rule):
     a = low_rank(40, 50, 6, seed=1)
     for scale in (1.0, 1e-3):
         uneven = LowRank(a.up * 1e4, a.down * 1e-4 * scale, 6.0)
-        stored = write_layer(stack([uneven], [1.0]), torch.float16, rule, fixed_alpha=True)
+        stored = cut_layer(stack([uneven], [1.0]), torch.float16, rule, fixed_alpha=True)
         assert stored.alpha == 6.0
         assert size(written(stored) - scale * dense(a)) <= 4e-4 * scale * size(dense(a)) * 1.5
     with pytest.raises(OutputError):
-        write_layer(stack([a], [1e14]), torch.float16, rule, fixed_alpha=True)
+        cut_layer(stack([a], [1e14]), torch.float16, rule, fixed_alpha=True)

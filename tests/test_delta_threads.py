@@ -12,12 +12,12 @@ import torch
 
 from lib_loramerge.delta import (
     LowRank,
+    cut_layer,
+    cut_layers,
     full_precision,
     own_settings,
     parallel_map,
     stack,
-    write_layer,
-    write_layers,
 )
 from lib_loramerge.errors import Cancelled
 from tests.delta_cases import low_rank
@@ -32,7 +32,7 @@ def layers():
 
 
 def write(delta):
-    return write_layer(delta, torch.float16, lambda spectrum: min(16, spectrum.rank))
+    return cut_layer(delta, torch.float16, lambda spectrum: min(16, spectrum.rank))
 
 
 def same(a, b):
@@ -144,8 +144,8 @@ def test_layers_taken_together_come_out_as_one_by_one():
     jobs.append(LowRank(tiny.up * 1e-9, tiny.down, 32.0))
     rules = [lambda spectrum, most=8 + i % 2: min(most, spectrum.rank) for i in range(len(jobs))]
     for dtype in (torch.float16, torch.float32):
-        for one, delta, rule in zip(write_layers(jobs, dtype, rules), jobs, rules, strict=True):
-            other = write_layer(delta, dtype, rule)
+        for one, delta, rule in zip(cut_layers(jobs, dtype, rules), jobs, rules, strict=True):
+            other = cut_layer(delta, dtype, rule)
             if other is None:
                 assert one is None
                 continue
@@ -213,7 +213,7 @@ def test_work_on_the_cpu_leaves_the_host_its_settings_for_graphics_cards(turn_on
     try:
         wanted = precisions()
         seen = list(parallel_map(lambda _: precisions(), range(3), workers=2))
-        write_layers(layers()[:1], torch.float16, [lambda spectrum: seen.append(precisions()) or 4])
+        cut_layers(layers()[:1], torch.float16, [lambda spectrum: seen.append(precisions()) or 4])
         assert [*seen, precisions()] == [wanted] * 5
     finally:
         torch.set_float32_matmul_precision("highest")

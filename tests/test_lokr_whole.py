@@ -7,7 +7,7 @@ import torch
 
 from lib_loramerge import ranks
 from lib_loramerge.adapters import build
-from lib_loramerge.delta import all_values, counted, decompose, norm, stack, write_layer
+from lib_loramerge.delta import all_values, counted, cut_layer, decompose, norm, stack
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from tests.delta_cases import low_rank, size
 
@@ -44,7 +44,7 @@ def test_its_singular_values_are_the_products_of_the_factors(scale):
 @pytest.mark.parametrize("weight", [0.8, -1.5])
 def test_it_alone_is_cut_as_well_as_by_a_dense_decomposition(rank, dtype, weight):
     delta, whole = whole_lokr()
-    stored = write_layer(stack([delta], [weight]), dtype, lambda s: min(rank, s.rank), most=rank)
+    stored = cut_layer(stack([delta], [weight]), dtype, lambda s: min(rank, s.rank), most=rank)
     least = float(torch.linalg.svdvals(weight * whole)[rank:].norm())
     distance = size(stored.delta().dense() - weight * whole)
     assert distance == pytest.approx(stored.error_sq**0.5, rel=1e-3)
@@ -57,7 +57,7 @@ def test_a_sum_with_loras_is_cut_to_within_a_hundred_thousandth_of_the_least_err
     delta, whole = whole_lokr()
     loras = [low_rank(SIDE, WIDE, 16, seed=seed, scale=0.5, decay=0.5) for seed in range(1, 1 + count)]
     total = 0.8 * whole + sum(0.5 * lora.dense() for lora in loras)
-    stored = write_layer(
+    stored = cut_layer(
         stack([delta, *loras], [0.8] + [0.5] * count), torch.float32, lambda s: min(rank, s.rank), most=rank
     )
     distance = size(stored.delta().dense() - total)
@@ -67,7 +67,7 @@ def test_a_sum_with_loras_is_cut_to_within_a_hundred_thousandth_of_the_least_err
 
 def test_two_of_them_are_cut_as_well():
     (a, dense_a), (b, dense_b) = whole_lokr(seed=1), whole_lokr(seed=2)
-    stored = write_layer(stack([a, b], [1.0, -0.5]), torch.float32, lambda s: min(16, s.rank), most=16)
+    stored = cut_layer(stack([a, b], [1.0, -0.5]), torch.float32, lambda s: min(16, s.rank), most=16)
     total = dense_a - 0.5 * dense_b
     distance = size(stored.delta().dense() - total)
     assert distance <= float(torch.linalg.svdvals(total)[16:].norm()) * (1 + 1e-5)
@@ -81,7 +81,7 @@ def test_at_full_rank_nothing_is_cut_and_the_rounding_is_told(dtype, shape, scal
     delta, whole = whole_lokr(*shape, alpha=scale)
     lora = low_rank(*shape, 16, seed=5, scale=0.5 * scale**0.5)
     total = whole + 0.5 * lora.dense()
-    stored = write_layer(stack([delta, lora], [1.0, 0.5]), dtype, lambda s: s.rank, most=SIDE)
+    stored = cut_layer(stack([delta, lora], [1.0, 0.5]), dtype, lambda s: s.rank, most=SIDE)
     distance = size(stored.delta().dense() - total)
     noise = 1e-7 * size(total)  # factors of so many components are float32 before they are rounded
     assert stored.rank == SIDE
@@ -116,7 +116,7 @@ def test_retain_keeps_the_share_it_promises_without_all_singular_values(fraction
     lora = low_rank(SIDE, WIDE, 16, seed=3, scale=0.5)
     total = whole + 0.5 * lora.dense()
     recipe = MergeRecipe(inputs=(LoraInput("a"),), retain=fraction)
-    stored = write_layer(
+    stored = cut_layer(
         stack([delta, lora], [1.0, 0.5]), torch.float32, lambda s: ranks.choose(recipe, s, same=None)
     )
     squares = torch.linalg.svdvals(total).square()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_loramerge.delta import LowRank, stack, together, write_layer, write_layers
+from lib_loramerge.delta import LowRank, cut_layer, cut_layers, stack, storing
 from lib_loramerge.errors import OutputError
 from lib_loramerge.merge import run_merge
 from tests import format_files as ff
@@ -41,13 +41,13 @@ def sums() -> list[LowRank]:
 def batches(monkeypatch) -> list[int]:
     """How many deltas went together, each time."""
     counts: list[int] = []
-    original = together._Batch.of
+    original = storing.decompose_all
 
     def counting(deltas: list[LowRank]) -> object:
         counts.append(len(deltas))
         return original(deltas)
 
-    monkeypatch.setattr(together._Batch, "of", counting)
+    monkeypatch.setattr(storing, "decompose_all", counting)
     return counts
 
 
@@ -56,10 +56,10 @@ def batches(monkeypatch) -> list[int]:
 def test_a_batch_gives_what_single_layers_give(batches, dtype, rank):
     deltas = sums()
     rules = [lambda spectrum: min(rank, spectrum.rank)] * len(deltas)
-    found = write_layers(deltas, dtype, rules)
+    found = cut_layers(deltas, dtype, rules)
     assert batches == [len(deltas)]
     for name, delta, one in zip(cases(), deltas, found, strict=True):
-        other = write_layer(delta, dtype, rules[0])
+        other = cut_layer(delta, dtype, rules[0])
         if other is None:
             assert one is None, name
             continue
@@ -73,7 +73,7 @@ def test_a_batch_gives_what_single_layers_give(batches, dtype, rank):
 @pytest.mark.parametrize("name", ["ordinary", "another", "one twice", "unbalanced"])
 def test_a_layer_of_a_batch_is_the_best_approximation_and_its_error_is_the_distance(name):
     """By the singular value decomposition of the whole matrix."""
-    found = write_layers(sums(), torch.float32, [lambda s: min(5, s.rank)] * len(cases()))
+    found = cut_layers(sums(), torch.float32, [lambda s: min(5, s.rank)] * len(cases()))
     stored = found[list(cases()).index(name)]
     whole = dense_sum(*cases()[name])
     distance = size(stored.delta().dense() - whole)
@@ -83,7 +83,7 @@ def test_a_layer_of_a_batch_is_the_best_approximation_and_its_error_is_the_dista
 
 def test_each_layer_of_a_batch_keeps_the_rank_of_its_own_rule(batches):
     deltas = sums()[:3]
-    found = write_layers(deltas, torch.float16, [lambda s: 3, lambda s: 7, lambda s: 0])
+    found = cut_layers(deltas, torch.float16, [lambda s: 3, lambda s: 7, lambda s: 0])
     assert batches == [3]
     assert [stored and stored.rank for stored in found] == [3, 7, None]
 
@@ -92,8 +92,8 @@ def test_a_layer_that_is_too_large_is_named(batches):
     a, b = low_rank(64, 96, 8, seed=1), low_rank(64, 96, 8, seed=2)
     deltas = [stack([a, b], [1.0, 1.0]), stack([LowRank(a.up * 1e30, a.down, a.alpha), b], [1e30, 1.0])]
     with pytest.raises(OutputError, match=r"^second: .*too large to be saved as float16"):
-        write_layers(deltas, torch.float16, [lambda s: 16] * 2, names=["first", "second"], fixed_alpha=True)
-    assert batches == [2]
+        cut_layers(deltas, torch.float16, [lambda s: 16] * 2, names=["first", "second"], fixed_alpha=True)
+    assert batches == [2, 1, 1]
 
 
 @pytest.mark.parametrize("workers", [2, 5])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_loramerge.delta import Dense, LowRank, write_layer
+from lib_loramerge.delta import Dense, LowRank, cut_layer
 from lib_loramerge.errors import IncompatibleError
 from lib_loramerge.methods import METHODS, LayerContext, merge_method
 from tests.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
@@ -23,7 +23,7 @@ def run(name, deltas, weights, dtype=torch.float32, rank=None):
     params = {param.name: param.default for param in method.params}
     result = method.merge(deltas, weights, CONTEXT, **params)
     rule = (lambda spectrum: min(rank or spectrum.rank, spectrum.rank)) if method.uses_rank else None
-    return write_layer(result, dtype, rule)
+    return cut_layer(result, dtype, rule)
 
 
 def product(stored):
@@ -101,7 +101,7 @@ def test_a_dense_input_joins_the_sum(name):
         low_rank(40, 60, 8, seed=1),
         Dense(0.1 * torch.randn(40, 60, generator=torch.Generator().manual_seed(2))),
     )
-    stored = write_layer(METHODS[name].merge([a, b], [1.0, -0.5], CONTEXT), torch.float32, lambda s: s.rank)
+    stored = cut_layer(METHODS[name].merge([a, b], [1.0, -0.5], CONTEXT), torch.float32, lambda s: s.rank)
     assert size(product(stored) - (dense(a) - 0.5 * b.weight.double())) <= 2e-7 * size(dense(a))
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lib_loramerge.delta import Dense, LowRank, write_layer
+from lib_loramerge.delta import Dense, LowRank, cut_layer
 from lib_loramerge.methods import METHODS, LayerContext
 from lib_loramerge.methods.subspace import RULES, aligned, join
 from tests.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
@@ -64,7 +64,7 @@ def test_inputs_that_cancel_leave_nothing(name):
     if name == "np":  # the first one keeps its say
         assert size(result.dense()) > 0.1 * size(dense(a))
     else:
-        assert write_layer(result, torch.float32, lambda spectrum: spectrum.rank) is None
+        assert cut_layer(result, torch.float32, lambda spectrum: spectrum.rank) is None
 
 
 @pytest.mark.parametrize("name", SUBSPACE)
@@ -114,12 +114,12 @@ def test_what_is_stored_is_the_best_of_its_rank_and_its_error_is_told_right(name
     for deltas in ([a, near], [with_gauge(a, 3), with_gauge(near, 4)]):
         result = METHODS[name].merge(deltas, [0.8, -0.6], LayerContext("a.layer"), **params)
         exact = result.dense()
-        stored = write_layer(result, dtype, lambda spectrum: rank)
+        stored = cut_layer(result, dtype, lambda spectrum: rank)
         assert stored.exact_sq == pytest.approx(size(exact) ** 2, rel=1e-7)
         error = size(exact - dense(stored.delta())) ** 2
         assert stored.error_sq == pytest.approx(error, rel=1e-6, abs=1e-12 * stored.exact_sq)
         least = float(torch.linalg.svdvals(exact)[rank:].square().sum())
-        precise = write_layer(result, torch.float64, lambda spectrum: rank)
+        precise = cut_layer(result, torch.float64, lambda spectrum: rank)
         assert precise.error_sq == pytest.approx(least, rel=1e-8, abs=1e-14 * precise.exact_sq)
 
 
@@ -220,7 +220,7 @@ def test_np_takes_all_but_nothing_where_earlier_loras_read_everything(mu):
             rows = torch.cat([rows, delta.down.double()])
         params = {"mu": mu, "energy": 1.0}
         result = METHODS["np"].merge(deltas, [1.0] * len(deltas), LayerContext("a.layer"), **params)
-        stored = write_layer(result, torch.float64, lambda spectrum: spectrum.rank)
+        stored = cut_layer(result, torch.float64, lambda spectrum: spectrum.rank)
         same(dense(stored.delta()), expected, 1e-7)
 
 

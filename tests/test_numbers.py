@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib_loramerge.delta import LowRank, decompose, stack, store_truncated, write_layer
+from lib_loramerge.delta import LowRank, cut_layer, decompose, round_cut, stack
 from lib_loramerge.errors import LoraMergeError
 from tests import format_files as ff
 from tests import golden
@@ -120,7 +120,7 @@ def test_what_cannot_be_told_from_noise_counts_as_error():
     size = float(torch.linalg.matrix_norm(delta.dense()))
     assert spectrum.rank == 0
     assert spectrum.tail(0) ** 0.5 == pytest.approx(size, rel=1e-6)
-    assert write_layer(delta, torch.float32) is None
+    assert cut_layer(delta, torch.float32) is None
 
 
 @pytest.mark.parametrize("alpha", [1e-30, 1e-20, 1e25, 1e30])
@@ -141,7 +141,7 @@ def test_factors_brought_into_range_have_their_true_rounding_error(shape):
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(shape[0], 6, generator=generator), torch.randn(6, shape[1], generator=generator)
     delta = LowRank(up * 1e-9, down * 1e-6, 6.0)
-    stored = store_truncated(decompose(delta), 6, torch.float16)
+    stored = round_cut(decompose(delta), 6, torch.float16)
     distance = float(torch.linalg.matrix_norm(stored.delta().dense() - delta.dense()))
     assert stored.error_sq**0.5 == pytest.approx(distance, rel=0.01)
 

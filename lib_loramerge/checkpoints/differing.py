@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dialects, models
 from ..delta import Spectrum, Stored
 from ..delta.krylov import leading
-from ..delta.storing import store_truncated
+from ..delta.storing import round_cut
 from ..errors import IncompatibleError
 from ..ranks import retaining
 from .noise import CLEAR, ROUNDING_ONLY, coarser, edge, variance
@@ -202,7 +202,7 @@ def measure(pair: Pair, name: str) -> Found:
         layer.lost = float((layer.whole.double() - difference.reshape(shape).double()).square().sum())
         return layer
     fixed = not dialects.has_alpha(pair.identity, settings.dialect)
-    layer.stored = store_truncated(spectrum, rank, getattr(torch, settings.dtype), fixed_alpha=fixed)
+    layer.stored = round_cut(spectrum, rank, getattr(torch, settings.dtype), fixed_alpha=fixed)
     if layer.stored is not None:
         layer.rank, layer.alpha, layer.lost = layer.stored.rank, layer.stored.alpha, layer.stored.error_sq
     return layer

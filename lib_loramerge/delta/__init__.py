@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .core import NOISE, Spectrum, as_double, decompose, gram, grams, lost_by, truncate
+from .core import NOISE, Spectrum, decompose, lost_by, truncate
 from .counted import all_values
 from .dense import decompose_dense
 from .measure import (
@@ -17,10 +17,11 @@ from .measure import (
     sampled_rows,
 )
 from .reach import NEAR, largest, near_one, times_two_to
+from .rounding import realize
 from .settings import full_precision, own_settings
-from .storing import Stored, realize, store, store_truncated, write_layer
+from .small import as_double, gram, grams
+from .storing import Stored, cut_layer, cut_layers, round_cut, round_uncut
 from .threads import available_cores, helpful_threads, parallel_map
-from .together import write_layers
 from .types import (
     Delta,
     Dense,
@@ -35,6 +36,7 @@ from .types import (
     scaled,
     stack,
     take_rows,
+    weighted_sum,
 )
 
 __all__ = [
@@ -55,6 +57,8 @@ __all__ = [
     "available_cores",
     "check_same_shape",
     "conflict_of",
+    "cut_layer",
+    "cut_layers",
     "decompose",
     "decompose_dense",
     "full_precision",
@@ -75,14 +79,13 @@ __all__ = [
     "place_rows",
     "realize",
     "relative_error",
+    "round_cut",
+    "round_uncut",
     "sampled_rows",
     "scaled",
     "stack",
-    "store",
-    "store_truncated",
     "take_rows",
     "times_two_to",
     "truncate",
-    "write_layer",
-    "write_layers",
+    "weighted_sum",
 ]

@@ -20,26 +20,23 @@ Source: the singular value decomposition of a product by way of its small factor
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import OutputError
+from .small import cholesky, gram, grams, grams_of_all, joined, lost_of_parts, root_of_dependent, sizes
 from .types import Grams, LowRank, Mixed
 
 NOISE = 1e-7  # A singular value below this part of the inputs' size is the rounding noise of a cancellation.
 CANCELLED = 1e-2  # A sum this much smaller than its inputs is computed by a way that keeps more digits.
-_CHUNK = 1 << 19  # Numbers turned to float64 at a time: they stay in the processor's cache.
-_BLOCK = 64  # Rows of a Gram matrix made by one product.
-SINGULAR = 1e-5  # Least pivot, relative to the length of its row, with which Cholesky is trusted.
 _LEAST = 1e-24  # What mixes factors beyond this, or beyond its inverse, is not brought to float32.
 _LOSS = 64.0  # Products whose terms are this much larger than their sum are made in float64.
 _LAST = 1e-14  # Part of the inputs' size to which a sum multiplied out in float64 is known.
-_NULL = 1e-14  # Part of the largest eigenvalue of GY (rows of length 1) below which a direction is not there.
 
 Mixing = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -61,6 +58,7 @@ class Spectrum:
             it matters, the error has to be measured on the factors.
         small: The Gram matrices of a source that is a sum of parts.
         ordered: The components of the source are the singular vectors, so a cut takes the first ones.
+        solved: The problems that were solved together with this one, which is their ``row``.
     """
 
     values: Tensor
@@ -72,6 +70,8 @@ class Spectrum:
     doubt: float = 0.0
     small: Grams | None = None
     ordered: bool = False
+    solved: Solved | None = None
+    row: int = 0
 
     @property
     def rank(self) -> int:
@@ -82,53 +82,39 @@ class Spectrum:
         return float(self.values[rank:].square().sum()) + self.beyond
 
 
-def gram(rows: Tensor) -> Tensor:
-    """``rows @ rows^T`` in float64, (..., R, R), of rows (..., R, n) in any float dtype."""
-    rank, length = rows.shape[-2:]
-    chunk = max(_CHUNK // max(rank, 1), 64)
-    total = None
-    for start in range(0, length, chunk):
-        product = _lower(as_double(rows[..., start : start + chunk]))
-        total = product if total is None else total.add_(product)
-    if total is None:
-        return rows.new_zeros((*rows.shape[:-1], rank), dtype=torch.float64)
-    for top in range(_BLOCK, rank, _BLOCK):
-        total[..., :top, top : top + _BLOCK] = total[..., top : top + _BLOCK, :top].mT
-    return total
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """The eigenproblems of n deltas of one shape; see the first lines of this file.
 
+    Attributes:
+        ups, downs: (n, out, R) and (n, R, in), on the deltas' device.
+        values: (n, R) float64, falling.
+        low, weighted, q: (n, R, R) float64 on the CPU: L, g L and Q.
+        outer: (n, r, R) and (n, s, R), which mixed deltas put before their mixings.
+    """
 
-def _lower(piece: Tensor) -> Tensor:
-    """``piece @ piece^T``, the blocks above the diagonal left as they happen to be."""
-    rank = piece.shape[-2]
-    if rank <= _BLOCK:
-        return piece @ piece.mT
-    product = piece.new_zeros((*piece.shape[:-1], rank))
-    for top in range(0, rank, _BLOCK):
-        end = min(top + _BLOCK, rank)
-        product[..., top:end, :end] = piece[..., top:end, :] @ piece[..., :end, :].mT
-    return product
+    ups: Tensor
+    downs: Tensor
+    values: Tensor
+    low: Tensor
+    weighted: Tensor
+    q: Tensor
+    outer: tuple[Tensor, Tensor] | None = None
 
+    def mixings(self, rows: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+        """(m, R, rank) float64 each: best approximations are ``ups @ left`` and ``right^T @ downs``."""
+        chosen = list(rows)
+        first = self.q[chosen, :, self.q.shape[-1] - rank :].flip(-1)
+        root = self.values[chosen, None, :rank].sqrt()
+        left = self.weighted[chosen] @ (first / root)
+        right = torch.linalg.solve_triangular(self.low[chosen].mT, first.mul_(root), upper=True)
+        if self.outer is None:
+            return left, right
+        return self.outer[0][chosen] @ left, self.outer[1][chosen] @ right
 
-def grams(delta: LowRank) -> Grams:
-    """The Gram matrices of a delta's factors, without its gains."""
-    if any(part is not None for part in delta.spectra):
-        return Grams(_gram_of_parts(delta.up.mT, delta), _gram_of_parts(delta.down, delta))
-    return Grams(gram(delta.up.mT).cpu(), gram(delta.down).cpu())
-
-
-def _gram_of_parts(rows: Tensor, delta: LowRank) -> Tensor:
-    """:func:`gram` of rows of which some parts are known to be orthogonal."""
-    parts = delta.parts or (delta.rank,)
-    edges = list(itertools.pairwise(itertools.accumulate(parts, initial=0)))
-    square = torch.zeros((delta.rank, delta.rank), dtype=torch.float64)
-    for place, ((start, stop), values) in enumerate(zip(edges, delta.spectra, strict=True)):
-        own = rows[start:stop]
-        square[start:stop, start:stop] = gram(own).cpu() if values is None else torch.diag(values.cpu())
-        for other, end in edges[:place]:
-            both = (as_double(own) @ as_double(rows[other:end]).mT).cpu()
-            square[start:stop, other:end] = both
-            square[other:end, start:stop] = both.mT
-    return square
+    def mixing(self, row: int, rank: int) -> tuple[Tensor, Tensor]:
+        left, right = self.mixings([row], rank)
+        return left[0], right[0]
 
 
 def decompose(
@@ -141,47 +127,118 @@ def decompose(
         size: Size of the inputs that noise is judged against; by default that of ``delta.parts``.
         vectors: False when only the values are needed.
         small: The delta's Gram matrices where they are known already.
+
+    Raises:
+        OutputError: The delta is larger than float64 can square.
     """
-    parts: Sequence[int] = ()
-    if isinstance(delta, LowRank) and len(delta.spectra) == 1 and delta.spectra[0] is not None:
-        return _known(delta, delta.spectra[0])
-    if isinstance(delta, Mixed):
-        small, gains = delta.small, torch.ones(delta.rank, dtype=torch.float64)
-    elif min(delta.out, delta.in_) < delta.rank:
-        return _decompose_short(delta, size, vectors)
-    else:
-        small, gains, parts = small or grams(delta), delta.component_gains(), delta.parts
-    energy, inputs = sizes(small, gains, parts)
-    _checked(energy)
-    size = inputs if size is None else size
-    if isinstance(delta, LowRank) and cancelled(energy, size):
-        return _decompose_by_qr(delta, size, vectors)
-    terms = _terms(delta.lengths[1], delta.right) if isinstance(delta, Mixed) else None
-    low, solve = _root(small.down, terms)
-    weighted = (gains[:, None] * low).contiguous()  # row-major: other products crawl
+    return decompose_all([delta], size, vectors=vectors, small=small)[0]
+
+
+def alike(delta: LowRank | Mixed) -> tuple[object, ...]:
+    """What deltas have in common that :func:`decompose_all` takes together."""
+    parts: tuple[object, ...] = ()
+    if isinstance(delta, LowRank):
+        parts = delta.parts, tuple(part is not None for part in delta.spectra)
+    return type(delta), parts, delta.rank, delta.up.shape, delta.up.dtype, delta.down.shape, delta.down.dtype
+
+
+def decompose_all(
+    deltas: Sequence[LowRank | Mixed],
+    size: float | None = None,
+    *,
+    vectors: bool = True,
+    small: Grams | None = None,
+) -> list[Spectrum]:
+    """:func:`decompose` of several deltas that are :func:`alike`, in as many operations as one takes."""
+    first = deltas[0]
+    if isinstance(first, LowRank):
+        if len(first.spectra) == 1 and first.spectra[0] is not None:
+            return [_known(one) for one in deltas if isinstance(one, LowRank)]
+        if min(first.out, first.in_) < first.rank:
+            return [_decompose_short(one, size, vectors) for one in deltas if isinstance(one, LowRank)]
+    ups, downs = (joined([getattr(one, name) for one in deltas]) for name in ("up", "down"))
+    own = grams_of_all(deltas, ups, downs) if small is None else Grams(small.up[None], small.down[None])
+    gains = torch.stack([_gains(one) for one in deltas])
+    parts = first.parts if isinstance(first, LowRank) else ()
+    energies, inputs = (found.tolist() for found in sizes(own, gains, parts))
+    inputs = inputs if size is None else [size] * len(deltas)
+    lengths = own.down.diagonal(dim1=-2, dim2=-1).sqrt()
+    outer = None
+    if isinstance(first, Mixed):
+        mixed = [one for one in deltas if isinstance(one, Mixed)]
+        outer = torch.stack([one.left for one in mixed]), torch.stack([one.right for one in mixed])
+        lengths = torch.stack([_terms(one.lengths[1], one.right) for one in mixed])
+    low, sound = cholesky(own.down, lengths)
+    alone = [cancelled(_checked(energy), input) and outer is None for energy, input in zip(energies, inputs)]
+    rows = [row for row, (holds, single) in enumerate(zip(sound.tolist(), alone)) if holds and not single]
+    found = [Spectrum(lengths[:0], energy, input) for energy, input in zip(energies, inputs)]
+    if rows:
+        chosen = slice(None) if len(rows) == len(deltas) else rows
+        weighted = (gains[chosen, :, None] * low[chosen]).contiguous()  # row-major: other products crawl
+        core = weighted.mT @ own.up[chosen] @ weighted
+        squares, q = torch.linalg.eigh(core) if vectors else (torch.linalg.eigvalsh(core), core)
+        mixed_by = outer and (outer[0][chosen], outer[1][chosen])
+        solved = Solved(ups[chosen], downs[chosen], _roots(squares), low[chosen], weighted, q, mixed_by)
+        for row, place in enumerate(rows):
+            one = _judged(solved.values[row], energies[place], inputs[place], NOISE * inputs[place])
+            found[place] = _with_vectors(one, deltas[place], solved, row) if vectors else one
+    for place in set(range(len(deltas))).difference(rows):
+        delta, square = deltas[place], Grams(own.up[place], own.down[place])
+        if alone[place] and isinstance(delta, LowRank):
+            found[place] = _decompose_by_qr(delta, inputs[place], vectors)
+        else:
+            found[place] = _decompose_dependent(delta, square, lengths[place], found[place], vectors)
+    if not vectors or len(parts) < 2:
+        return found
+    return [
+        replace(one, small=Grams(own.up[place], own.down[place])) if one.source is deltas[place] else one
+        for place, one in enumerate(found)
+    ]
+
+
+def _gains(delta: LowRank | Mixed) -> Tensor:
+    if isinstance(delta, LowRank):
+        return delta.component_gains()
+    return torch.ones(delta.rank, dtype=torch.float64)
+
+
+def _with_vectors(found: Spectrum, delta: LowRank | Mixed, solved: Solved, row: int) -> Spectrum:
+    return replace(found, source=delta, mixing=partial(solved.mixing, row), solved=solved, row=row)
+
+
+def _decompose_dependent(
+    delta: LowRank | Mixed, small: Grams, lengths: Tensor, like: Spectrum, vectors: bool
+) -> Spectrum:
+    """:func:`decompose` where rows depend on each other (the same LoRA twice, a zero row).
+
+    Args:
+        lengths: (R,) what the rows are sums of, where that is more than they are: a row that is the small
+            rest of a cancellation is known only to the digits that its terms have left.
+        like: Its energy and size.
+    """
+    low, solve = root_of_dependent(small.down, lengths)
+    weighted = (_gains(delta)[:, None] * low).contiguous()  # row-major: other products crawl
     core = weighted.mT @ small.up @ weighted
-    noise = NOISE * size
+    squares, q = torch.linalg.eigh(core) if vectors else (torch.linalg.eigvalsh(core), core)
+    values = _roots(squares)
+    found = _judged(values, like.energy, like.size, NOISE * like.size)
     if not vectors:
-        return _judged(torch.linalg.eigvalsh(core), energy, size, noise)
-    squares, q = torch.linalg.eigh(core)
-    found = _judged(squares, energy, size, noise)
-    values = found.values
+        return found
 
     def mixing(rank: int) -> tuple[Tensor, Tensor]:
         first = q[:, q.shape[1] - rank :].flip(1)
         root = values[:rank].sqrt()
-        left = weighted @ (first / root)
-        first *= root
-        right = solve(first)
+        left, right = weighted @ (first / root), solve(first * root)
         return (delta.left @ left, delta.right @ right) if isinstance(delta, Mixed) else (left, right)
 
-    return replace(found, source=delta, mixing=mixing, small=small if len(parts) > 1 else None)
+    return replace(found, source=delta, mixing=mixing)
 
 
-def _known(delta: LowRank, values: Tensor) -> Spectrum:
+def _known(delta: LowRank) -> Spectrum:
     """:func:`decompose` of a delta whose components are its singular vectors."""
-    gains = delta.component_gains()
-    values = values.cpu() * abs(float(gains[0]))  # of one piece: all its components count the same
+    gains, (known,) = delta.component_gains(), delta.spectra
+    assert known is not None
+    values = known.cpu() * abs(float(gains[0]))  # of one piece: all its components count the same
     energy = _checked(float(values.square().sum()))
     kept = int((values > NOISE * energy**0.5).sum())
 
@@ -193,37 +250,27 @@ def _known(delta: LowRank, values: Tensor) -> Spectrum:
     return Spectrum(values[:kept], energy, energy**0.5, delta, mixing, beyond, ordered=True)
 
 
-def lost_of_parts(
-    small: Grams, gains: Tensor, parts: Sequence[int], left: Tensor | None, right: Tensor | None
-) -> Tensor:
-    """What a cut of a sum takes from each of its parts.
-
-    Args:
-        small: Gram matrices of the sum's factors, (..., R, R).
-        gains: (..., R) what each component counts.
-        parts: Ranks of the parts, in order.
-        left, right: (..., R, k) the mixings of the cut; None where nothing is cut.
-
-    Returns:
-        (..., n, 2) for each part its inner product with what is left out, and its squared norm. One minus
-        their ratio is the share of the part that is kept.
-    """
-    product = gains[..., :, None] * small.up * small.down * gains[..., None, :]
-    rest = torch.zeros_like(gains)
-    if left is not None and right is not None:
-        rest = product.sum(-1) - gains * ((small.up @ left) * (small.down @ right)).sum(-1)
-    edges = list(itertools.pairwise(itertools.accumulate(parts, initial=0)))
-    lost = [rest[..., start:stop].sum(-1) for start, stop in edges]
-    own = [product[..., start:stop, start:stop].sum((-2, -1)) for start, stop in edges]
-    return torch.stack([torch.stack(lost, -1), torch.stack(own, -1)], -1)
-
-
 def lost_by(spectrum: Spectrum, rank: int) -> Tensor | None:
-    """:func:`lost_of_parts` of the cut to a rank; None where the spectrum does not tell it."""
-    source, small = spectrum.source, spectrum.small
-    if spectrum.mixing is None or small is None or not isinstance(source, LowRank):
+    """``lost_of_parts`` of the cut to a rank; None where the spectrum does not tell it."""
+    if spectrum.mixing is None:
         return None
-    return lost_of_parts(small, source.component_gains(), source.parts, *spectrum.mixing(rank))
+    left, right = spectrum.mixing(rank)
+    lost = lost_by_all([spectrum], (left[None], right[None]))
+    return None if lost is None else lost[0]
+
+
+def lost_by_all(spectra: Sequence[Spectrum], mixings: tuple[Tensor, Tensor]) -> Tensor | None:
+    """:func:`lost_by` of several that were solved together, whose cuts have these mixings, (n, R, k) each."""
+    sums = [
+        (spectrum.small, spectrum.source)
+        for spectrum in spectra
+        if spectrum.small is not None and isinstance(spectrum.source, LowRank)
+    ]
+    if not sums:
+        return None
+    small = Grams(torch.stack([own.up for own, _ in sums]), torch.stack([own.down for own, _ in sums]))
+    gains = torch.stack([source.component_gains() for _, source in sums])
+    return lost_of_parts(small, gains, sums[0][1].parts, *mixings)
 
 
 def cancelled(energy: float, size: float) -> bool:
@@ -285,16 +332,38 @@ def truncate(spectrum: Spectrum, rank: int, dtype: torch.dtype = torch.float64) 
     """
     if spectrum.mixing is None or spectrum.source is None:
         raise ValueError("this spectrum was made without vectors")
-    rank = min(rank, spectrum.rank)
-    if spectrum.ordered and isinstance(spectrum.source, LowRank):
-        return _first(spectrum.source, rank, dtype)
-    left, right = spectrum.mixing(rank)
-    if not sums_hold(spectrum, left, right):
-        dtype = torch.float64
-    device = spectrum.source.up.device
-    up = spectrum.source.up.to(dtype) @ left.to(dtype).to(device)
-    down = right.mT.contiguous().to(dtype).to(device) @ spectrum.source.down.to(dtype)
-    return LowRank(up, down, float(rank), spectrum.source.kernel)
+    up, down = truncate_all([spectrum], min(rank, spectrum.rank), dtype)[:2]
+    return LowRank(up[0], down[0], float(down.shape[1]), spectrum.source.kernel)
+
+
+def truncate_all(
+    spectra: Sequence[Spectrum], rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], bool]:
+    """:func:`truncate` of several spectra that were solved together, at a rank that all have.
+
+    Returns:
+        up (n, out, rank) and down (n, rank, in); the mixings of the cut, (n, R, rank) each; and whether
+        ``dtype`` was enough for all of them. Where it was not, they are float64.
+    """
+    first = spectra[0]
+    assert first.source is not None
+    assert first.mixing is not None
+    if first.solved is not None:
+        rows = [spectrum.row for spectrum in spectra]
+        mixings = first.solved.mixings(rows, rank)
+        every = rows == list(range(first.solved.ups.shape[0]))
+        ups, downs = (all_ if every else all_[rows] for all_ in (first.solved.ups, first.solved.downs))
+    else:
+        left, right = first.mixing(rank)
+        mixings, ups, downs = (left[None], right[None]), first.source.up[None], first.source.down[None]
+    if first.ordered and isinstance(first.source, LowRank):
+        best = _first(first.source, rank, dtype)
+        return best.up[None], best.down[None], mixings, True
+    pairs = zip(spectra, *mixings)
+    holds = mixings_fit(*mixings) and all(_sums_hold(spectrum, *pair) for spectrum, *pair in pairs)
+    work = dtype if holds else torch.float64
+    left, right = (mixing.to(work).to(ups.device) for mixing in mixings)
+    return ups.to(work) @ left, right.mT.contiguous() @ downs.to(work), mixings, holds
 
 
 def _first(delta: LowRank, rank: int, dtype: torch.dtype) -> LowRank:
@@ -305,10 +374,8 @@ def _first(delta: LowRank, rank: int, dtype: torch.dtype) -> LowRank:
     return LowRank(up, delta.down[:rank].to(dtype) * root, float(rank), delta.kernel)
 
 
-def sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:
+def _sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:
     """Whether products with these mixings lose no digits of float32: those of a mixed delta can cancel."""
-    if not mixings_fit(left, right):
-        return False
     if not isinstance(spectrum.source, Mixed):
         return True
     wanted = _LOSS * spectrum.values[: left.shape[1]].sqrt()
@@ -331,48 +398,13 @@ def _terms(lengths: Tensor, mixing: Tensor) -> Tensor:
     return lengths @ mixing.abs()
 
 
-def as_double(tensor: Tensor) -> Tensor:
-    """In float64. Half precision goes by way of float32, which torch does three times as fast."""
-    return tensor.double() if tensor.element_size() >= 4 else tensor.float().double()
+def _roots(squares: Tensor) -> Tensor:
+    """Falling singular values of rising squares."""
+    return squares.clamp(min=0).sqrt().flip(-1)
 
 
-def sizes(small: Grams, gains: Tensor, parts: Sequence[int]) -> tuple[float, float]:
-    """Squared norm of the delta, and the sum of the norms of its parts."""
-    product = small.up * small.down
-    energy = float(gains @ product @ gains)
-    if len(parts) < 2:
-        return max(0.0, energy), max(0.0, energy) ** 0.5
-    size = 0.0
-    for start, stop in itertools.pairwise(itertools.accumulate(parts, initial=0)):
-        own = gains[start:stop]
-        size += max(0.0, float(own @ product[start:stop, start:stop] @ own)) ** 0.5
-    return max(0.0, energy), size
-
-
-def _root(gram_down: Tensor, terms: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """L (R, k) with ``L L^T = gram_down``, and the function ``matrix -> L^-T @ matrix``.
-
-    Where rows depend on each other (the same LoRA twice, a zero row), L comes from the eigenvectors of the
-    rows brought to length 1, and directions that no row has are left out: k < R.
-
-    Args:
-        terms: (R,) what the rows are sums of, where that is more than they are: a row that is the small
-            rest of a cancellation is known only to the digits that its terms have left.
-    """
-    low, info = torch.linalg.cholesky_ex(gram_down)
-    lengths = gram_down.diagonal().sqrt() if terms is None else terms
-    if int(info) == 0 and bool((low.diagonal() >= SINGULAR * lengths).all()):
-        return low, lambda matrix: torch.linalg.solve_triangular(low.mT, matrix, upper=True)
-    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))[:, None]
-    values, vectors = torch.linalg.eigh(gram_down / lengths / lengths.mT)
-    kept = values > _NULL * values[-1:].clamp(min=0)
-    basis, root = vectors[:, kept], values[kept].sqrt()
-    return lengths * basis * root, lambda matrix: (basis / root / lengths) @ matrix
-
-
-def _judged(squares: Tensor, energy: float, size: float, noise: float) -> Spectrum:
-    """The singular values above the noise in falling order; their squares come rising."""
-    values = squares.clamp(min=0).sqrt().flip(0)
+def _judged(values: Tensor, energy: float, size: float, noise: float) -> Spectrum:
+    """The singular values (falling) above the noise."""
     if energy <= (NOISE * size) ** 2:
         return Spectrum(values[:0], energy, size, beyond=energy)
     kept = int((values > noise).sum())
@@ -383,7 +415,7 @@ def _decompose_short(delta: LowRank, size: float | None, vectors: bool) -> Spect
     """:func:`decompose` for more components than the shorter side has: that side takes their place."""
     gains = delta.component_gains()
     if size is None:
-        _, size = sizes(grams(delta), gains, delta.parts)
+        size = float(sizes(grams(delta), gains, delta.parts)[1])
     whole = (delta.up.double() * gains.to(delta.up.device)) @ delta.down.double()
     return decompose_whole(whole, size, delta.kernel, vectors=vectors)
 
@@ -398,11 +430,11 @@ def decompose_whole(
     # The sum stands here to 1e-16 of its inputs, and its Gram matrix tells 1e-8 of it.
     noise = max(NOISE * energy**0.5, _LAST * size)
     if not vectors:
-        return _judged(torch.linalg.eigvalsh(square).cpu(), energy, size, noise)
+        return _judged(_roots(torch.linalg.eigvalsh(square).cpu()), energy, size, noise)
     eye = torch.eye(square.shape[0], dtype=whole.dtype, device=whole.device)
     source = LowRank(*((eye, whole) if wide else (whole, eye)), float(square.shape[0]), kernel)
     squares, q = (part.cpu() for part in torch.linalg.eigh(square))
-    found = _judged(squares, energy, size, noise)
+    found = _judged(_roots(squares), energy, size, noise)
     values = found.values
 
     def mixing(rank: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import NOISE, Spectrum, as_double, cancelled, decompose, grams, sizes
+from .core import NOISE, Spectrum, cancelled, decompose
+from .small import as_double, grams, sizes
 from .types import LowRank, Mixed
 
 _STEP = 0.03  # Distance of the rungs, as a part of the value.
@@ -88,7 +89,7 @@ def _counted(delta: LowRank) -> Spectrum | None:
     if not is_counted(delta):
         return None
     small, gains = grams(delta), delta.component_gains()
-    energy, size = sizes(small, gains, delta.parts)
+    energy, size = (float(found) for found in sizes(small, gains, delta.parts))
     if not math.isfinite(energy) or energy == 0 or cancelled(energy, size):
         return None
     update = _update(delta, small.up, small.down, gains)

@@ -10,17 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .core import (
-    Spectrum,
-    cancelled,
-    decompose,
-    decompose_whole,
-    gram,
-    grams,
-    in_float32,
-    sizes,
-)
+from .core import Spectrum, cancelled, decompose, decompose_whole, in_float32
 from .reach import NEAR, largest, times_two_to
+from .small import gram, grams, sizes
 from .types import Dense, Grams, LowRank
 
 _WIDTH = 2  # Columns of the start block per wanted rank.
@@ -81,7 +73,7 @@ def decompose_large(delta: LowRank, rank: int) -> Spectrum | None:
     if 2 * _WIDTH * rank > _PAYS * min(delta.out, delta.in_):
         return None
     small, gains = grams(delta), delta.component_gains()
-    energy, size = sizes(small, gains, delta.parts)
+    energy, size = (float(found) for found in sizes(small, gains, delta.parts))
     del small
     if not math.isfinite(energy) or cancelled(energy, size) or not in_float32(size):
         return None
@@ -131,6 +123,7 @@ def _times_two_to(spectrum: Spectrum, power: int) -> Spectrum:
         doubt=spectrum.doubt * factor**2,
         source=replace(source, down=source.down * factor) if isinstance(source, LowRank) else source,
         mixing=mixing and mixed,
+        solved=None,
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .core import Spectrum, decompose, decompose_whole, gram
+from .core import Spectrum, decompose, decompose_whole
+from .small import gram
 from .types import Grams, LowRank
 
 _DEPTH, _DEEPEST = 3, 6

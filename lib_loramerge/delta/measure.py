@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import Grams, grams
-from .types import Delta, Dense, LowRank, stack
+from .small import grams, whitener
+from .types import Delta, Dense, Grams, LowRank, stack
 
 _EXACT_BELOW = 1e-8  # Squared relative distance under which the Gram form would lose digits to cancellation.
-_MANY = 512  # Rows that are looked at for being orthogonal already, as those of a whole-matrix LoKr are.
 
 
 def norm(delta: Delta) -> float:
@@ -179,7 +178,7 @@ def _shared(square: Tensor, places: Sequence[slice]) -> Tensor:
         square: Gram matrix of the rows of all.
         places: Which rows are whose.
     """
-    whiteners = [_whitener(square[place, place]) for place in places]
+    whiteners = [whitener(square[place, place]) for place in places]
     shared = torch.zeros((len(places), len(places)), dtype=torch.float64)
     for i, j in itertools.combinations_with_replacement(range(len(places)), 2):
         least = min(whiteners[i].shape[1], whiteners[j].shape[1])
@@ -189,16 +188,3 @@ def _shared(square: Tensor, places: Sequence[slice]) -> Tensor:
             angles = whiteners[i].mT @ square[places[i], places[j]] @ whiteners[j]
             shared[i, j] = shared[j, i] = min(1.0, float(angles.square().sum()) / least)
     return shared
-
-
-def _whitener(square: Tensor) -> Tensor:
-    """(r, k) matrix that makes rows with this Gram matrix orthonormal; directions of no size are left out."""
-    if square.shape[0] >= _MANY and not bool(square.triu(1).any()):
-        return torch.diag(square.diagonal().clamp(min=1e-300).rsqrt())
-    low, info = torch.linalg.cholesky_ex(square)
-    if int(info) == 0 and bool((low.diagonal() > 1e-5 * square.diagonal().sqrt()).all()):
-        eye = torch.eye(square.shape[0], dtype=square.dtype)
-        return torch.linalg.solve_triangular(low.mT, eye, upper=True)
-    values, vectors = torch.linalg.eigh(square)
-    kept = values > 1e-12 * values[-1:].clamp(min=0)
-    return vectors[:, kept] / values[kept].sqrt()

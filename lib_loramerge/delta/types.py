@@ -240,6 +240,22 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     )
 
 
+def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """``sum_i weights[i] * deltas[i]``: from :func:`stack` where all are low-rank, else whole in float64.
+
+    Raises:
+        IncompatibleError: The deltas are not of one shape.
+    """
+    low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if len(low) == len(deltas):
+        return stack(low, weights)
+    check_same_shape(deltas)
+    total = weights[0] * deltas[0].dense()
+    for delta, weight in zip(deltas[1:], weights[1:]):
+        total = total + weight * delta.dense()
+    return Dense(total, deltas[0].kernel)
+
+
 def _spectra(deltas: Sequence[LowRank]) -> tuple[Tensor | None, ...]:
     known = [delta.spectra or (None,) * max(1, len(delta.parts)) for delta in deltas]
     return tuple(part for own in known for part in own) if any(delta.spectra for delta in deltas) else ()

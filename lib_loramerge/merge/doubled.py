@@ -103,7 +103,7 @@ def _change(file: LoraFile, path: Path, part: SourcePart) -> tuple[Delta | None,
 
 def _equal(weights: Sequence[Delta | None], first: Sequence[SourcePart], other: SourcePart) -> bool:
     """Whether the other spelling has the rows that the first ones have of its part of the layer."""
-    from .read import total
+    from ..delta import weighted_sum
 
     placed = []
     for weight, part in zip(weights, (*first, other), strict=True):
@@ -112,7 +112,7 @@ def _equal(weights: Sequence[Delta | None], first: Sequence[SourcePart], other: 
         placed.append(
             weight if part.spans is None or part.out is None else place_rows(weight, part.spans, part.out)
         )
-    whole = total(placed[:-1], [1.0] * len(first))
+    whole = weighted_sum(placed[:-1], [1.0] * len(first))
     if other.spans is not None:
         whole, last = take_rows(whole, other.spans), take_rows(placed[-1], other.spans)
     else:

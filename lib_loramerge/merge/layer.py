@@ -20,6 +20,7 @@ from ..delta import (
     Spectrum,
     Stored,
     all_values,
+    cut_layers,
     decompose_dense,
     lost_by,
     lost_of_inputs,
@@ -29,7 +30,7 @@ from ..delta import (
     relative_error,
     take_rows,
     times_two_to,
-    write_layers,
+    weighted_sum,
 )
 from ..errors import OutputError
 from ..methods import LayerContext
@@ -37,7 +38,7 @@ from ..report import LayerResult
 from .base import BaseCheckpoint
 from .device import compute_device
 from .layout import LayerPlan, MergePlan, output_names, smaller
-from .read import SourceReader, total
+from .read import SourceReader
 
 # For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
 # what of the sum is not in the file, and the squared norm of that delta.
@@ -179,7 +180,7 @@ class Merger:
         if isinstance(merged, LowRank) and not self.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
             merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
-        return merged, None if method.exact else total(deltas, weights)
+        return merged, None if method.exact else weighted_sum(deltas, weights)
 
     def _context(self, layer: LayerPlan, present: Sequence[int], name: str = "") -> LayerContext:
         return LayerContext(
@@ -298,7 +299,7 @@ class Merger:
         most = [self._most(p.layer, a) for p, a in zip(prepared, allotted, strict=True)]
         names = [entry.layer.layer for entry in prepared]
         fixed = not self.has_alpha
-        return write_layers(deltas, self.dtype, rules, names=names, most=most, fixed_alpha=fixed)
+        return cut_layers(deltas, self.dtype, rules, names=names, most=most, fixed_alpha=fixed)
 
     def _chooser(
         self, layer: LayerPlan, merged: Merged, allotted: int | None

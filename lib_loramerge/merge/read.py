@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import adapters
-from ..delta import Delta, Dense, LayerDelta, LowRank, place_rows, stack, take_rows
+from ..delta import Dense, LayerDelta, place_rows, take_rows, weighted_sum
 from ..files import LoraFile, changed_meanwhile, open_file
 from ..models import Rows
 from .sources import Source, SourcePart
@@ -113,18 +113,7 @@ def _joined(parts: Sequence[LayerDelta]) -> LayerDelta:
     weights = [part.weight for part in parts if part.weight is not None]
     biases = [part.bias for part in parts if part.bias is not None]
     return LayerDelta(
-        weight=total(weights, [1.0] * len(weights)) if weights else None,
+        weight=weighted_sum(weights, [1.0] * len(weights)) if weights else None,
         bias=torch.stack(biases).sum(0) if biases else None,
         notes=tuple(note for part in parts for note in part.notes),
     )
-
-
-def total(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """Exact weighted sum: low rank when all are, otherwise dense in float64."""
-    low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(low_rank) == len(deltas):
-        return stack(low_rank, weights)
-    dense = sum(
-        (weight * delta.dense() for delta, weight in zip(deltas, weights, strict=True)), torch.zeros(())
-    )
-    return Dense(dense, deltas[0].kernel)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank, check_same_shape, stack
+from ..delta import Delta, Dense, LowRank, check_same_shape, weighted_sum
 from ..errors import IncompatibleError
 from .registry import METHODS, LayerContext, merge_method
 
@@ -33,15 +33,7 @@ def svd(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext
     Returns:
         A low-rank delta with the inputs' factors side by side, or a dense one where an input is dense.
     """
-    deltas, weights = _each_once(deltas, weights)
-    low = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(low) == len(deltas):
-        return stack(low, weights)
-    check_same_shape(deltas)
-    total = weights[0] * deltas[0].dense()
-    for delta, weight in zip(deltas[1:], weights[1:]):
-        total = total + weight * delta.dense()
-    return Dense(total, deltas[0].kernel)
+    return weighted_sum(*_each_once(deltas, weights))
 
 
 @merge_method(
@@ -66,8 +58,9 @@ def concat(deltas: Sequence[Delta], weights: Sequence[float], context: LayerCont
     Returns:
         Rank ``sum_i r_i``, alpha that of the first delta. Dense where an input is dense.
     """
-    low = [delta for delta in deltas if isinstance(delta, LowRank)]
-    return stack(low, weights) if len(low) == len(deltas) else svd(deltas, weights, context)
+    # Whole matrices cancel only to the digits of the larger one, so the same delta twice is once there.
+    whole = any(isinstance(delta, Dense) for delta in deltas)
+    return svd(deltas, weights, context) if whole else weighted_sum(deltas, weights)
 
 
 def _each_once(deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[list[Delta], list[float]]:

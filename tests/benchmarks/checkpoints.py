@@ -25,7 +25,7 @@ from merge_sdxl import make_lora, run
 from sdxl_shapes import sdxl_layers, shape_counts
 
 from lib_loramerge.delta.krylov import leading
-from lib_loramerge.delta.storing import store_truncated
+from lib_loramerge.delta.storing import round_cut
 
 COPY = "import shutil, sys, os; shutil.copyfile(*sys.argv[1:]); f = os.open(sys.argv[2], 0); os.fsync(f)"
 
@@ -112,7 +112,7 @@ def extraction(rank: int) -> None:
         matrix = torch.randn(shape[0], len(side)) @ (torch.randn(len(side), shape[1]) / side[:, None])
         start = time.process_time()
         spectrum = leading(matrix, rank, "layer")
-        store_truncated(spectrum, min(rank, spectrum.rank), torch.float16)
+        round_cut(spectrum, min(rank, spectrum.rank), torch.float16)
         middle = time.process_time()
         torch.linalg.svd(matrix)
         ours += count * (middle - start)

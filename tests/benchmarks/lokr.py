@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from lib_loramerge.adapters import build
-from lib_loramerge.delta import LowRank, decompose, stack, write_layer
+from lib_loramerge.delta import LowRank, cut_layer, decompose, stack
 from lib_loramerge.merge.memory import peak_memory_bytes
 
 
@@ -46,9 +46,9 @@ def main() -> None:
     report("read", lambda: build(slots, where="layer"))
     report("inspect", lambda: decompose(lokr, vectors=False))
     half = torch.float16
-    report(f"resize to {rank}", lambda: write_layer(stack([lokr], [0.8]), half, lambda s: rank, most=rank))
-    report(f"merge with a LoRA to {rank}", lambda: write_layer(both, half, lambda s: rank, most=rank))
-    report("merge with a LoRA, all ranks", lambda: write_layer(both, half, lambda s: s.rank, most=side))
+    report(f"resize to {rank}", lambda: cut_layer(stack([lokr], [0.8]), half, lambda s: rank, most=rank))
+    report(f"merge with a LoRA to {rank}", lambda: cut_layer(both, half, lambda s: rank, most=rank))
+    report("merge with a LoRA, all ranks", lambda: cut_layer(both, half, lambda s: s.rank, most=side))
     print(f"peak memory {(peak_memory_bytes() or 0) / 1e6:,.0f} MB")
 
 

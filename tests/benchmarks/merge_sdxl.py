@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from lib_loramerge.delta import LowRank, stack, write_layer  # noqa: E402
+from lib_loramerge.delta import LowRank, cut_layer, stack  # noqa: E402
 from tests.benchmarks.sdxl_shapes import sdxl_layers, shape_counts  # noqa: E402
 
 _STRENGTHS = (0.7, 0.6)
@@ -208,7 +208,7 @@ def arithmetic(merge: Callable[[list[LowRank]], object], rank: int, repeat: int)
 def _ours(rank: int) -> Callable[[list[LowRank]], object]:
     def merge(deltas: list[LowRank]) -> object:
         result = stack(deltas, _STRENGTHS)
-        return write_layer(result, torch.float16, lambda spectrum: min(rank, spectrum.rank))
+        return cut_layer(result, torch.float16, lambda spectrum: min(rank, spectrum.rank))
 
     return merge
 

@@ -27,7 +27,7 @@ import torch
 from peft.utils import merge_utils as peft
 from torch import Tensor
 
-from lib_loramerge.delta import Delta, LowRank, Stored, write_layer
+from lib_loramerge.delta import Delta, LowRank, Stored, cut_layer
 from lib_loramerge.methods import METHODS, LayerContext
 from tests.benchmarks.sdxl_shapes import shape_counts
 
@@ -85,13 +85,13 @@ def _merge(name: str, deltas: list[LowRank]) -> Delta:
 
 
 def _cut(delta: Delta, rank: int) -> Stored:
-    stored = write_layer(delta, torch.float16, lambda spectrum: min(rank, spectrum.rank), most=rank)
+    stored = cut_layer(delta, torch.float16, lambda spectrum: min(rank, spectrum.rank), most=rank)
     assert stored is not None
     return stored
 
 
 def _error_before_rounding(delta: Delta, rank: int) -> float:
-    stored = write_layer(delta, torch.float64, lambda spectrum: min(rank, spectrum.rank), most=rank)
+    stored = cut_layer(delta, torch.float64, lambda spectrum: min(rank, spectrum.rank), most=rank)
     assert stored is not None
     return stored.error_sq**0.5
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from lib_loramerge.delta import LowRank, write_layer  # noqa: E402
+from lib_loramerge.delta import LowRank, cut_layer  # noqa: E402
 from lib_loramerge.methods import METHODS, LayerContext  # noqa: E402
 from tests.benchmarks.sdxl_shapes import shape_counts  # noqa: E402
 
@@ -75,7 +75,7 @@ def cpu_seconds(name: str, params: dict[str, object], deltas: list[LowRank], ran
     start = time.process_time()
     with torch.no_grad():
         merged = method.merge(deltas, weights, context, **values)
-        write_layer(merged, torch.float16, lambda spectrum: min(rank, spectrum.rank))
+        cut_layer(merged, torch.float16, lambda spectrum: min(rank, spectrum.rank))
     return time.process_time() - start
 
 
