@@ -26,6 +26,9 @@ from .scaling import (
 )
 
 DYN_IGNORED = "dyn= is applied to plain LoRA layers only, as in the WebUIs; this kind keeps all its ranks."
+# A file has hundreds of layers and a dozen shapes; what is wrong with one is not kept, as it names the layer.
+_DESCRIBED: dict[tuple[object, ...], LayerFacts] = {}
+_MOST_DESCRIBED = 4096
 RESIDUAL = "A residual is added before the scale, as in A1111 and SD.Next; Forge and reForge ignore it."
 
 
@@ -42,7 +45,14 @@ def describe(slots: Mapping[str, Shape], *, where: str, kernel: Shape | None = N
         UnsupportedError: A kind that cannot be merged.
         IncompatibleError: Parts are missing or contradict each other.
     """
-    return _describe(identify(slots, where), slots, where, kernel)
+    key = tuple(slots.items()), kernel
+    facts = _DESCRIBED.get(key)
+    if facts is None:
+        facts = _describe(identify(slots, where), slots, where, kernel)
+        if len(_DESCRIBED) >= _MOST_DESCRIBED:
+            _DESCRIBED.clear()
+        _DESCRIBED[key] = facts
+    return facts
 
 
 @lru_cache(maxsize=4096)
