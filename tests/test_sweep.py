@@ -139,6 +139,60 @@ def test_the_table_lists_values_error_and_what_is_kept(loras):
     assert float(rows[0]["kept of subject"]) < 0.9 < float(rows[1]["kept of subject"])
 
 
+def test_a_second_sweep_into_a_folder_keeps_the_rows_of_the_first(loras):
+    assert run("sweep", "style:0.3/0.8", "subject", "-o", "out") == 0
+    assert run("sweep", "style", "subject:0.2/0.4", "--rank", "1,2", "-o", "out") == 0
+    (loras / "out" / "out_style-0.3.safetensors").unlink()
+    assert run("sweep", "style:0.9/1.1", "subject", "-o", "out") == 0
+    rows = json.loads((loras / "out" / "sweep.json").read_text())["files"]
+    assert {row["file"] for row in rows} == {path.name for path in (loras / "out").glob("*.safetensors")}
+    assert len(rows) == 7
+    with (loras / "out" / "sweep.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["style"], row["subject"], row["rank"]) for row in table] == [
+        ("0.8", "", ""),
+        *(("", strength, rank) for strength in ("0.2", "0.4") for rank in ("1", "2")),
+        ("0.9", "", ""),
+        ("1.1", "", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sweep.json", "[]"),
+        ("sweep.json", "no json"),
+        ("sweep.json", '{"files": [1]}'),
+        ("sweep.json", '{"files": [{"file": "a.safetensors", "values": 3}]}'),
+        ("sweep.json", '{"files": [{"file": "a.safetensors", "kept": "all"}]}'),
+        ("sweep.json", '{"files": {"a": {}}}'),
+        ("sweep.csv", "mine"),
+    ],
+)
+def test_a_table_of_something_else_is_not_lost(loras, capsys, name, content):
+    (loras / "out").mkdir()
+    (loras / "out" / name).write_text(content)
+    for more in ([], ["--resume"], ["--dry-run"]):
+        assert run("sweep", "style:0.3/0.8", "subject", "-o", "out", *more) == 1
+        assert "was not written by a sweep" in capsys.readouterr().err
+    assert (loras / "out" / name).read_text() == content
+    assert [path.name for path in (loras / "out").iterdir()] == [name]
+
+
+def test_each_source_is_hashed_once(loras, monkeypatch):
+    from lib_loramerge.merge.read import SourceReader
+
+    hashed, hash_of = [], SourceReader.model_hash
+
+    def counted(reader, stop=None):
+        hashed.append(reader.identity[0].name)
+        return hash_of(reader, stop)
+
+    monkeypatch.setattr(SourceReader, "model_hash", counted)
+    assert run("sweep", "style:0.3/0.8", "subject:0.5/1", "-o", "out") == 0
+    assert sorted(hashed) == ["style.safetensors", "subject.safetensors"]
+
+
 def test_existing_names_are_refused_together_or_kept(loras, capsys):
     words = ["sweep", "style:0.3/0.8", "subject", "-o", "out"]
     assert run(*words) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,10 @@ from .sources import Source, SourcePart
 
 if TYPE_CHECKING:
     from .base import BaseCheckpoint
+
+
+# ``SourceReader.identity`` of files to their hashes.
+KnownHashes = dict[tuple[Path, object], str]
 
 
 class SourceReader:
@@ -47,6 +52,11 @@ class SourceReader:
     def model_hash(self, stop: Callable[[], None] | None = None) -> str:
         """The hash of the file that is read here, whatever has its name by now."""
         return self._file.model_hash(stop)
+
+    @property
+    def identity(self) -> tuple[Path, object]:
+        """Path and stamp of the file that is read here: another one as soon as the file is another."""
+        return self._file.path, self._file.header.stamp
 
     def check_unchanged(self) -> None:
         """Refuse what was read of a file that another program wrote to meanwhile."""

@@ -19,6 +19,7 @@ from ..report import MergeReport
 from .layer import MergedLayer, Merger, open_merger
 from .layout import LayerPlan, MergePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
 from .outcome import merge_report
+from .read import KnownHashes, SourceReader
 from .work import Progress, Work
 
 
@@ -45,6 +46,7 @@ def run_merge(
     progress: Callable[[Progress], None] | None = None,
     cancel: Callable[[], bool] | None = None,
     workers: int | None = None,
+    known_hashes: KnownHashes | None = None,
 ) -> MergeReport:
     """Carry out a plan and write the merged file.
 
@@ -53,6 +55,7 @@ def run_merge(
         progress: Called on the calling thread as layers are done.
         cancel: Asked often; True stops the merge with nothing written.
         workers: Threads; by default as many as help. Results do not depend on it.
+        known_hashes: Of sources that earlier merges of one run have read; this one's are added.
 
     Raises:
         LoraMergeError: Anything a user can cause; nothing was written then.
@@ -66,7 +69,9 @@ def run_merge(
         stack.enter_context(_enough_memory(merger.device))
         if merger.device.type != "cpu":
             stack.enter_context(full_precision())
-        hashes = stack.enter_context(_background_hashes(merger, work))
+        hashes = stack.enter_context(
+            _background_hashes(merger, work, {} if known_hashes is None else known_hashes)
+        )
         allotted = None
         if plan.recipe.size is not None:
             with clock.phase("look"):
@@ -163,12 +168,17 @@ def _enough_memory(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _background_hashes(merger: Merger, work: Work) -> Iterator[Callable[[], list[str]]]:
+def _background_hashes(merger: Merger, work: Work, known: KnownHashes) -> Iterator[Callable[[], list[str]]]:
     """Hash the sources while their layers are merged; hashing releases the interpreter's lock."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
+    def hash_of(reader: SourceReader) -> str:
+        if reader.identity not in known:
+            known[reader.identity] = reader.model_hash(work.check)
+        return known[reader.identity]
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="loramerge-hash")
-    futures = [pool.submit(reader.model_hash, work.check) for reader in merger.readers]
+    futures = [pool.submit(hash_of, reader) for reader in merger.readers]
 
     def results() -> list[str]:
         while wait(futures, timeout=0.1).not_done:

@@ -23,10 +23,13 @@ from lib_loramerge.report import percent
 from .axes import Point
 
 if TYPE_CHECKING:
+    from lib_loramerge.merge.read import KnownHashes
     from lib_loramerge.report import MergeReport
 
 MOST_FILES = 64
 TABLES = ("sweep.json", "sweep.csv")
+_MAPS = ("values", "kept")
+_EMPTY = dict.fromkeys(("file", *_MAPS, "recipe", "error", "size_bytes", "seconds"))
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def plan_sweep(
         resume: Skip files that exist and were made from the same recipe and sources.
 
     Raises:
-        OutputError: Too many files, too little room, or names that exist.
+        OutputError: Too many files, too little room, names that exist, or a table of something else.
         LoraMergeError: What stops one of the merges; the message names the point.
     """
     if len(points) > most:
@@ -116,6 +119,7 @@ def plan_sweep(
         except LoraMergeError as error:
             raise type(error)(f"{point.name}: {error}") from error
     sweep = Sweep(folder, points, plans)
+    rows_before(folder)
     there = _existing(sweep, resume)
     sweep = replace(sweep, there=there)
     _check_room(sweep)
@@ -195,17 +199,18 @@ def run_sweep(
     for point in sweep.points:
         if point.name not in sweep.there:
             check_target(target(sweep, point), False)
-    before = _rows_before(sweep)
-    rows: list[dict[str, Any]] = []
+    rows = rows_before(sweep.folder)
+    hashes: KnownHashes = {}
     for index, (point, plan) in enumerate(zip(sweep.points, sweep.plans, strict=True)):
         path = target(sweep, point)
         report = None
         if point.name not in sweep.there:
             show = _numbered(progress, index)
-            report = run_merge(plan, path, progress=show, cancel=cancel, workers=workers)
+            report = run_merge(plan, path, progress=show, cancel=cancel, workers=workers, known_hashes=hashes)
         row = SweepRow(point, path.name, report)
-        rows.append(row.to_json() if report else before.get(path.name, row.to_json()))
-        _write_tables(sweep.folder, rows)
+        if report or path.name not in rows:
+            rows[path.name] = row.to_json()
+        _write_tables(sweep.folder, [*rows.values()])
         yield row
 
 
@@ -215,13 +220,25 @@ def _numbered(
     return None if progress is None else lambda found: progress(index, found)
 
 
-def _rows_before(sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier run in this folder, by file."""
-    try:
-        rows = json.loads((sweep.folder / TABLES[0]).read_text(encoding="utf-8"))["files"]
-        return {row["file"]: row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+def rows_before(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of earlier sweeps into this folder, by file, as far as the files exist.
+
+    Raises:
+        OutputError: A table there is of something else, and must not be lost.
+    """
+    taken = [folder / name for name in TABLES if (folder / name).exists()]
+    if not taken:
         return {}
+    try:
+        rows = json.loads((folder / TABLES[0]).read_text(encoding="utf-8"))["files"]
+        found = {str(row["file"]): {**_EMPTY, **row} for row in rows}
+        if any(not isinstance(row[name], (dict, type(None))) for row in found.values() for name in _MAPS):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{taken[0]} was not written by a sweep. Move it away, or choose another folder."
+        ) from error
+    return {name: row for name, row in found.items() if (folder / name).is_file()}
 
 
 def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -232,7 +249,7 @@ def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    labels = list(rows[0]["values"])
+    labels = list(dict.fromkeys(label for row in rows for label in row["values"] or {}))
     loras = list(dict.fromkeys(name for row in rows for name in row["kept"] or {}))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -241,7 +258,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         kept = row["kept"] or {}
         writer.writerow(
-            [row["file"], *(row["values"].get(label) for label in labels), row["error"]]
+            [row["file"], *((row["values"] or {}).get(label) for label in labels), row["error"]]
             + [kept.get(name) for name in loras]
             + [row["size_bytes"], row["seconds"]]
         )

@@ -19,6 +19,7 @@ from .axes import Axis, check_values
 from .cell import Cell, words
 
 if TYPE_CHECKING:
+    from ...merge.read import KnownHashes
     from ...recipe import MergeRecipe
     from ..host import Host
 
@@ -37,11 +38,13 @@ class Plot:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.trials = Trials(host.register_trial, host.unregister_trial)
+        self._hashes: KnownHashes = {}
         atexit.register(self.end)
 
     def end(self) -> None:
         """Removes what the plot has merged."""
         with suppress(Exception):  # The host's lists, perhaps while it ends.
+            self._hashes.clear()
             self.trials.remove_all()
 
     # What the host's plot calls
@@ -120,7 +123,12 @@ class Plot:
         if trial is None:
             path = self.trials.new_path()
             state = getattr(host_module("shared"), "state", None)
-            report = run_merge(plan, path, cancel=lambda: bool(getattr(state, "interrupted", False)))
+            report = run_merge(
+                plan,
+                path,
+                cancel=lambda: bool(getattr(state, "interrupted", False)),
+                known_hashes=self._hashes,
+            )
             trial = self.trials.add(path, recipe, made, report)
         return trial.name
 
