@@ -193,6 +193,25 @@ def test_each_source_is_hashed_once(loras, monkeypatch):
     assert sorted(hashed) == ["style.safetensors", "subject.safetensors"]
 
 
+def test_the_picture_has_the_numbers_of_the_table(loras):
+    from lib_loramerge.webui import plots
+
+    words = ["sweep", "style:0.8", "subject", "--rank", "1,2,full", "-o", "out", "--plot", "sweep.png"]
+    assert run(*words) == 0
+    assert (loras / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((loras / "out" / "sweep.json").read_text())["files"]
+    error, kept, size = plots.sweep_figure(rows).axes
+    assert list(error.lines[0].get_ydata()) == [row["error"] for row in rows]
+    shares = {line.get_label(): list(line.get_ydata()) for line in kept.lines}
+    assert shares == {name: [row["kept"][name] for row in rows] for name in ("style", "subject")}
+    assert [bar.get_height() for bar in size.patches] == [row["size_bytes"] / 1e6 for row in rows]
+    assert [text.get_text() for text in size.get_xticklabels()] == ["1", "2", "full"]
+    (loras / "sweep.png").unlink()
+    (loras / "out" / rows[1]["file"]).unlink()
+    assert run(*words, "--resume") == 0
+    assert (loras / "sweep.png").is_file()
+
+
 def test_existing_names_are_refused_together_or_kept(loras, capsys):
     words = ["sweep", "style:0.3/0.8", "subject", "-o", "out"]
     assert run(*words) == 0

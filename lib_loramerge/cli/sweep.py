@@ -14,6 +14,7 @@ from .options import (
     add_inputs,
     add_json,
     add_method_options,
+    add_plot,
     add_settings,
     comma_list,
     command,
@@ -21,7 +22,7 @@ from .options import (
     given_fields,
     presets_of,
 )
-from .output import EXIT_DONE, print_json, progress_line
+from .output import EXIT_DONE, draw, print_json, progress_line
 
 if TYPE_CHECKING:
     from ..merge import Progress
@@ -52,13 +53,14 @@ def add_parser(commands: Any, *, with_methods: bool) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and list the files")
     add_settings(parser, "merge", lists=True)
+    add_plot(parser)
     add_json(parser)
     if with_methods:
         add_method_options(parser)
 
 
 def run_sweep_command(options: argparse.Namespace) -> int:
-    from ..sweep import expand, plan_sweep, run_sweep, target
+    from ..sweep import expand, plan_sweep, rows_before, run_sweep, target
 
     fields = given_fields(options)
     params = {name: comma_list(value) for name, value in fields.pop("params", {}).items()}
@@ -96,6 +98,8 @@ def run_sweep_command(options: argparse.Namespace) -> int:
                 print(row.to_text())
     if options.json:
         print_json({"files": rows})
+    table = rows_before(folder)  # It knows of the files that were kept, too.
+    draw("sweep_figure", [table.get(row["file"], row) for row in rows], options)
     return EXIT_DONE
 
 

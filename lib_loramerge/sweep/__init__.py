@@ -5,7 +5,7 @@
 """
 
 from .axes import Axis, Point, combine, expand
-from .running import Sweep, SweepRow, plan_sweep, run_sweep, target
+from .running import Sweep, SweepRow, plan_sweep, rows_before, run_sweep, target
 
 __all__ = [
     "Axis",
@@ -15,6 +15,7 @@ __all__ = [
     "combine",
     "expand",
     "plan_sweep",
+    "rows_before",
     "run_sweep",
     "target",
 ]

@@ -1,4 +1,4 @@
-"""Figures of what ``inspect``, ``compare`` and ``advise`` found.
+"""Figures of what ``inspect``, ``compare``, ``advise`` and ``sweep`` found.
 
 Figures are made without pyplot, so nothing of matplotlib's global state in the
 host is touched and nothing has to be closed.
@@ -133,6 +133,39 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
     _legend(by_size, theme)
     _kept_map(figure, by_block, report, theme)
     return figure
+
+
+def sweep_figure(rows: Sequence[Mapping[str, Any]], theme: str = "light") -> Any:
+    """Error, share kept of each LoRA, and size of the files of a sweep, in their order.
+
+    Args:
+        rows: As ``sweep.json`` lists them; what is not known of a file is a gap.
+    """
+    names = [", ".join(str(value) for value in row["values"].values()) for row in rows]
+    figure, (error, kept, size) = _figure(1, 3, theme, size=(13, 4.6))
+    places = range(len(rows))
+    error.plot(places, [_known(row["error"]) for row in rows], marker="o", color=_COLOURS[0])
+    error.set_ylabel("error")
+    loras = list(dict.fromkeys(name for row in rows for name in row["kept"] or {}))
+    for index, name in enumerate(loras):
+        shares = [_known((row["kept"] or {}).get(name)) for row in rows]
+        colour = _COLOURS[index % len(_COLOURS)]
+        kept.plot(places, shares, marker="o", color=colour, label=_short(Path(name).stem))
+    kept.set_ylabel("share kept")
+    if loras:
+        _legend(kept, theme)
+    size.bar(places, [_known(row["size_bytes"]) / 1e6 for row in rows], color=_COLOURS[2])
+    size.set_ylabel("file size, MB")
+    for axis in (error, kept, size):
+        axis.set_xticks(places, [_short(name) for name in names], rotation=90)
+        axis.set_xlabel(", ".join(_short(label) for label in rows[0]["values"]))
+    for axis in (error, size):
+        axis.set_ylim(bottom=0)
+    return figure
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _spectrum(axis: Any, report: AdviceReport) -> None:
