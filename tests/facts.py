@@ -12,6 +12,7 @@ from pathlib import Path
 from lib_loramerge.adapters import ADAPTERS, endings
 from lib_loramerge.adapters.groups import COMPANIONS, MAGNITUDES
 from lib_loramerge.dialects import DIALECTS
+from lib_loramerge.dialects.refusals import REFUSED
 from lib_loramerge.hosts import HOSTS, Host
 from lib_loramerge.models import ARCHITECTURES, Architecture
 from tests.readme_tables import table
@@ -92,7 +93,8 @@ def formats_page() -> str:
         (entry.label, _code(entry.parts) or "–", f"`{entry.example}`") for entry in DIALECTS.values()
     )
     kinds = (
-        (kind.label, kind.keys, _FORMULAS[kind.name], kind.does, kind.source) for kind in ADAPTERS.values()
+        (kind.label, kind.keys, _FORMULAS.get(kind.name, ""), kind.does, kind.source)
+        for kind in ADAPTERS.values()
     )
     owners = {slot: kind.label for kind in reversed(ADAPTERS.values()) for slot in kind.slots}
     along = COMPANIONS | MAGNITUDES
@@ -100,6 +102,10 @@ def formats_page() -> str:
         (f"`{slot}`", "any" if slot in along else owners.get(slot, "refused"), _code(spelled))
         for slot, spelled in endings().items()
     )
+    refused = (
+        (words.split(" ", 1)[1], f"{kind.reason[:1].upper()}{kind.reason[1:]}.")
+        for kind in REFUSED for words in (kind.name,)
+    )  # fmt: skip
     models = (_base_model(record) for record in ARCHITECTURES.values() if not record.opaque)
     return "\n".join(
         (
@@ -118,6 +124,8 @@ def formats_page() -> str:
             ),
             "## Endings of slots\n\nThe first is the one that is written in kohya's spelling.\n",
             table(("Slot", "Of", "Endings"), slots),
+            "## Files that are refused\n",
+            table(("File", "Because"), refused),
             "## Base models\n\nWords are how the metadata begin that name it. A size is what the shapes of its "
             "layers are written in;\nthe names themselves are in the tables of `lib_loramerge/models/`. Of text "
             "encoders: layers x width.\n",

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lib_loramerge.adapters import kinds_table
-from lib_loramerge.dialects import DIALECTS
-from lib_loramerge.dialects.refusals import REFUSED
 from lib_loramerge.methods import METHODS
 from lib_loramerge.models import ARCHITECTURES
 
@@ -22,28 +20,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
-def dialects_table() -> str:
-    """Every spelling that is read, every base model, and every kind of file that is refused and why."""
+def models_text() -> str:
+    """Every base model whose names are known."""
     known = ", ".join(entry.label for entry in ARCHITECTURES.values() if not entry.opaque)
     models = (
         f"Base models known under all of their names: {known}. For models that are not among them, LoRAs in "
         "one spelling merge with each other, and the result keeps it. Where the layers fit several models, "
         "`--base-model NAME` says which it is."
     )
-    spellings = ((_capital(entry.label), f"`{entry.example}`") for entry in DIALECTS.values())
-    refused = ((_capital(kind.name.split(" ", 1)[1]), f"{_capital(kind.reason)}.") for kind in REFUSED)
-    return "\n".join(
-        (
-            table(("Written by", "For example"), spellings),
-            textwrap.fill(models, 116, break_on_hyphens=False) + "\n",
-            table(("Refused", "Because"), refused),
-        )
-    )
-
-
-def _capital(text: str) -> str:
-    names = ("kohya", "diffusers", "cloneofsimo", "hlora")
-    return text if text.startswith(names) else text[:1].upper() + text[1:]
+    return textwrap.fill(models, 116, break_on_hyphens=False) + "\n"
 
 
 def methods_table() -> str:
@@ -62,7 +47,7 @@ def methods_table() -> str:
     return table(("Mode", "What it does", "Exact sum", "Parameters and their defaults"), rows)
 
 
-TABLES = {"kinds": kinds_table, "dialects": dialects_table, "methods": methods_table}
+TABLES = {"kinds": kinds_table, "models": models_text, "methods": methods_table}
 
 
 def regenerated(text: str) -> str:

@@ -131,7 +131,8 @@ def copy(tmp_path_factory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lib_loramerge", folder / "lib_loramerge", ignore=ignore)
     (folder / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "readme_tables.py", folder / "tests")
+    for name in ("readme_tables.py", "facts.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
     package = folder / "lib_loramerge"
     for name, text in NEW.items():
         (package / name).write_text(text, encoding="utf-8")
@@ -209,9 +210,10 @@ def test_all_of_them_work_on_the_command_line_in_plan_and_inspect(copy, lora):
     assert "--comment TEXT" in run(copy, "-m", "lib_loramerge", "merge", "--help")
 
 
-def test_the_readmes_tables_have_them(copy):
+def test_the_tables_of_readme_and_docs_have_them(copy):
     code = (
-        "from tests import readme_tables as t; print(t.kinds_table(), t.dialects_table(), t.methods_table())"
+        "from tests import facts, readme_tables as t\n"
+        "print(t.kinds_table(), t.models_text(), t.methods_table(), facts.formats_page())"
     )
     tables = run(copy, "-c", code)
     for word in ("Half LoRA", "Towers", "Tower Tool", "`doubled`"):

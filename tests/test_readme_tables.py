@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lib_loramerge.adapters import ADAPTERS
-from lib_loramerge.dialects import DIALECTS
 from lib_loramerge.methods import METHODS
 from tests.readme_tables import README, TABLES, regenerated
 
@@ -30,7 +29,7 @@ def test_making_the_tables_anew_changes_nothing_else():
     ("table", "entries"),
     [
         ("kinds", [kind.label for kind in ADAPTERS.values()]),
-        ("dialects", [dialect.example for dialect in DIALECTS.values()]),
+        ("models", ["Stable Diffusion XL", "Flux.1", "Z-Image"]),
         ("methods", [f"`{name}`" for name in METHODS]),
     ],
 )
