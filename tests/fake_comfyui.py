@@ -81,7 +81,7 @@ def _load_lora_for_models(
 
 
 class FakeComfyUI:
-    """The host with one LoRA folder.
+    """The host with one folder of LoRAs and one of checkpoints.
 
     Attributes:
         progress: Every ``(value, total)`` that a progress bar was given.
@@ -92,6 +92,8 @@ class FakeComfyUI:
         self.loras = folder / "models" / "loras"
         self.temp = folder / "temp"
         self.loras.mkdir(parents=True)
+        self.checkpoints = folder / "models" / "checkpoints"
+        self.checkpoints.mkdir()
         self.progress: list[tuple[int, int]] = []
         self.interrupted = False
         self.args = argparse.Namespace(disable_metadata=False)
@@ -114,20 +116,23 @@ class FakeComfyUI:
                 host.interrupted = False
                 raise InterruptProcessingException
 
+        def folder_of(kind: str) -> Path:
+            return {"loras": host.loras, "checkpoints": host.checkpoints}[kind]
+
         def full_path(kind: str, name: str) -> str | None:
-            path = host.loras / name
-            return str(path) if kind == "loras" and path.is_file() else None
+            path = folder_of(kind) / name
+            return str(path) if path.is_file() else None
 
         def names(kind: str) -> list[str]:
-            found = self.loras.rglob("*.safetensors") if kind == "loras" else ()
-            return sorted(path.relative_to(self.loras).as_posix() for path in found)
+            folder = folder_of(kind)
+            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
 
         contents: dict[str, dict[str, Any]] = {
             "folder_paths": {
                 "get_filename_list": names,
                 "get_full_path": full_path,
                 "get_full_path_or_raise": full_path,
-                "get_folder_paths": lambda kind: [str(self.loras)],
+                "get_folder_paths": lambda kind: [str(folder_of(kind))],
                 "get_temp_directory": lambda: str(self.temp),
             },
             "comfy": {},

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lib_loramerge.errors import IncompatibleError, LoraMergeError, OutputError, RecipeError
 from lib_loramerge.methods import METHODS
+from lib_loramerge.recipe import LoraInput
+from tests.checkpoint_files import lora_of, make_checkpoint, product
 from tests.fake_comfyui import ROOT, Clip, FakeComfyUI, InterruptProcessingException, Patcher, running
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora, metadata_of, relative_error, weighted_sum
 
@@ -287,7 +290,7 @@ def test_the_pack_is_loaded_from_anywhere_and_leaves_the_path_alone(tmp_path):
         [sys.executable, "-c", script, str(ROOT), str(tmp_path)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.split() == ["5", "False"]
+    assert done.stdout.split() == ["6", "False"]
 
 
 def test_without_comfyui_the_top_of_the_checkout_does_nothing():
@@ -303,7 +306,7 @@ def test_the_example_workflow_uses_the_nodes_as_they_are(comfyui):
         (ROOT / "examples" / "comfyui" / "merge-two-loras.json").read_text(encoding="utf-8")
     )
     ours = [node for node in workflow["nodes"] if node["type"].startswith("LoraMerge")]
-    assert {node["type"] for node in ours} == set(comfyui.nodes)
+    assert {node["type"] for node in ours} == set(comfyui.nodes) - {"LoraMergeBake"}
     for node in ours:
         accepted = comfyui.nodes[node["type"]].INPUT_TYPES()
         names = {**accepted["required"], **accepted.get("optional", {})}
@@ -313,3 +316,33 @@ def test_the_example_workflow_uses_the_nodes_as_they_are(comfyui):
         typed = ("STRING", "FLOAT", "INT", "BOOLEAN")
         widgets = [name for name, kind in names.items() if isinstance(kind[0], list) or kind[0] in typed]
         assert len(node.get("widgets_values", [])) == len(widgets)
+
+
+BAKE = {
+    "ckpt_name": "base.safetensors", "name": "baked", "overwrite": False, "mode": "svd", "precision": "same",
+    "rounding": "auto", "drop_ema": False, "random_seed": 0,
+}  # fmt: skip
+
+
+def test_bake_writes_a_checkpoint_with_the_sum_beside_the_old_one(comfyui):
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    before = make_checkpoint(comfyui.checkpoints / "base.safetensors", "sd1-ldm", dtype=torch.float32)
+    lora = lora_of({layer: (320, 320)})
+    save_file(lora, comfyui.loras / "one.safetensors")
+    prompt = {
+        "1": load("one.safetensors", 0.5),
+        "2": {"class_type": "LoraMergeBake", "inputs": {**BAKE, "loras_1": ["1", 0]}},
+    }
+    name, report = comfyui.run(prompt)["2"]
+    assert name == "baked.safetensors"
+    assert "Survives" in report
+    assert str(comfyui.checkpoints) not in report
+    after = load_file(comfyui.checkpoints / name)
+    assert torch.allclose(after[key].double(), before[key].double() + 0.5 * product(lora, layer), atol=1e-8)
+    assert [k for k in before if not torch.equal(before[k], after[k])] == [key]
+    assert comfyui.progress[-1] == (100, 100)
+    with pytest.raises(OutputError, match="exists already"):
+        comfyui.nodes["LoraMergeBake"]().bake(**BAKE, loras_1=(LoraInput("one"),))
+    with pytest.raises(RecipeError, match="at least one LoRA"):
+        comfyui.nodes["LoraMergeBake"]().bake(**BAKE)

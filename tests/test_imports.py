@@ -47,8 +47,8 @@ ALLOWED = {
     "__main__": {"cli"},
     "scripts": {"webui"},
 }
-# cli and comfyui reach webui's figures only inside the functions that draw.
-ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}, "comfyui": {"webui"}}
+# cli and comfyui reach webui's figures only inside the functions that draw, and comfyui checkpoints in one.
+ALLOWED_INSIDE_FUNCTIONS = {"cli": {"webui"}, "comfyui": {"webui", "checkpoints"}}
 
 # Only webui imports these. A WebUI puts `modules` and its LoRA extension's `networks` on the path, and
 # Gradio brings the others.

@@ -13,30 +13,14 @@ import folder_paths
 
 from ..errors import RecipeError
 from ..methods import METHODS
-from ..recipe import DTYPES, LoraInput, Param, parse_prompt
+from ..recipe import DTYPES, LoraInput, parse_prompt
 from . import merging, pictures
+from .baking import BakeLoras
+from .inputs import CATEGORY, LORAS, GrowingInputs, loras_of, parameter_widgets, params_of
 from .merging import Merged
 
-CATEGORY = "loaders/LoRA Merge"
 NONE = "none"
-OF_MODE = "as the mode has it"
-LORAS, MERGED = "LORAMERGE_LORAS", "LORAMERGE_MERGED"
-
-
-class GrowingInputs(dict):  # type: ignore[type-arg]
-    """Optional inputs of one type under any name that starts alike: ``loras_3``, ``loras_4`` and so on."""
-
-    def __init__(self, start: str, kind: tuple[Any, ...], first: dict[str, Any]) -> None:
-        super().__init__(first)
-        self._start, self._kind = start, kind
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and name.startswith(self._start))
-
-    def __missing__(self, name: str) -> tuple[Any, ...]:
-        if name.startswith(self._start):
-            return self._kind
-        raise KeyError(name)
+MERGED = "LORAMERGE_MERGED"
 
 
 def _strength(tooltip: str) -> tuple[str, dict[str, Any]]:
@@ -186,36 +170,12 @@ class MergeLoras:
         base: str,
         **more: Any,
     ) -> tuple[Merged]:
-        loras = [name for name in more if name.startswith("loras_")]
-        ordered = sorted(loras, key=lambda name: int(name.rpartition("_")[2]))
-        inputs = [given for name in ordered for given in more[name] or ()]
-        own = [param.name for param in METHODS[mode].params]
-        params = {name: more[name] for name in own if more.get(name, OF_MODE) != OF_MODE}
+        inputs, params = loras_of(more), params_of(mode, more)
         merged = merging.merge(
             inputs, device, None if base == NONE else base, mode=mode, dtype=precision, seed=random_seed,
             params=params, **merging.rank_fields(rank_rule, rank, retain, size),
         )  # fmt: skip
         return (merged,)
-
-
-def parameter_widgets() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """One widget for each parameter of the modes; ``modes`` tells the page when to show it."""
-    shared: dict[str, list[tuple[str, Param]]] = {}
-    for mode, method in METHODS.items():
-        for param in method.params:
-            shared.setdefault(param.name, []).append((mode, param))
-    return {name: _widget(uses) for name, uses in shared.items()}
-
-
-def _widget(uses: Sequence[tuple[str, Param]]) -> tuple[Any, dict[str, Any]]:
-    modes, param = [mode for mode, _ in uses], uses[0][1]
-    options = {"tooltip": f"{param.help} For: {', '.join(modes)}.", "modes": modes}
-    if param.choices:
-        return [OF_MODE, *param.choices], options
-    if isinstance(param.default, bool):
-        return "BOOLEAN", {"default": param.default, **options}
-    limits = {"min": param.minimum, "max": param.maximum, "step": 0.01}
-    return "FLOAT", {"default": param.default, **limits, **options}
 
 
 class ApplyMerged:
@@ -317,6 +277,7 @@ _NODES: Sequence[tuple[str, type, str]] = (
     ("LoraMergeApply", ApplyMerged, "Apply merged LoRA"),
     ("LoraMergeSave", SaveMerged, "Save merged LoRA"),
     ("LoraMergeReport", Report, "LoRA report"),
+    ("LoraMergeBake", BakeLoras, "Bake LoRAs into checkpoint"),
 )
 NODE_CLASS_MAPPINGS = {name: node for name, node, _ in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, _, title in _NODES}

@@ -1,4 +1,4 @@
-// Merge LoRAs: a free input below the last one that is connected, and the parameters of its mode alone; text
+// Merge LoRAs and Bake LoRAs: a free input below the last one that is connected, and the parameters of its mode alone; text
 // results shown on their node.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
@@ -57,7 +57,7 @@ function followMode(node) {
 app.registerExtension({
   name: "loramerge",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name === "LoraMergeMerge") {
+    if (["LoraMergeMerge", "LoraMergeBake"].includes(nodeData.name)) {
       const changed = nodeType.prototype.onConnectionsChange;
       nodeType.prototype.onConnectionsChange = function (...given) {
         changed?.apply(this, given);
@@ -71,7 +71,7 @@ app.registerExtension({
         };
       }
     }
-    if (nodeData.name === "LoraMergeReport" || nodeData.name === "LoraMergeSave") {
+    if (["LoraMergeReport", "LoraMergeSave", "LoraMergeBake"].includes(nodeData.name)) {
       const executed = nodeType.prototype.onExecuted;
       nodeType.prototype.onExecuted = function (output) {
         executed?.apply(this, [output]);
