@@ -281,9 +281,10 @@
             merge.classList.toggle("lm-foreign", !state.own.has(merge.dataset.job));
         }
         // A short merge is over before it was seen at work: its result tells.
-        const result = find("#loramerge_result [data-job]");
-        if (result && result.dataset.job !== state.ended) {
-            state.ended = result.dataset.job;
+        const results = root().querySelectorAll(":is(#loramerge_result, #loramerge_extract_result) .lm-result");
+        const ended = [...results].map((result) => result.dataset.job).join();
+        if (ended && ended !== state.ended) {
+            state.ended = ended;
             state.changed = true;
         }
         if (state.changed) {

@@ -22,21 +22,19 @@ NOT_OF_THE_TAB = frozenset({
         "output", "recipes", "sweep", "ui",
     )),
     "__main__.py", "demo.py",  # the command line
-    # bake, extract, subtract: the command line
-    "checkpoints/baking.py", "checkpoints/changes.py", "checkpoints/differing.py", "checkpoints/extracted.py",
-    "checkpoints/extracting.py", "checkpoints/looking.py", "checkpoints/noise.py", "checkpoints/numbers.py",
-    "checkpoints/outcome.py", "checkpoints/preparing.py", "checkpoints/reading.py",
-    "checkpoints/rewriting.py", "checkpoints/tensors.py",
+    "checkpoints/looking.py",
     "sweep/axes.py", "sweep/running.py", "merge/simple.py",  # the command line and the library
     "webui/standalone.py",  # what it says when it starts
-    "webui/api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",  # REST, whose words are English
+    # REST, whose words are English
+    "webui/api.py", "webui/checkpoint_api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",
     "webui/enter.py",  # before the page, in both languages
     "adapters/table.py",  # a table of the README
     "models/flux.py", "models/image.py",  # tables of names
     "models/sd.py", "models/video.py", "models/table.py",
     "analysis/hosts.py",  # which hosts load a file: the command line and REST tell it
     "webui/plots.py",  # drawn, see test_localization.py
-    "comfyui/merging.py", "comfyui/nodes.py", "comfyui/pictures.py",  # ComfyUI's pages
+    # ComfyUI's pages
+    "comfyui/baking.py", "comfyui/inputs.py", "comfyui/merging.py", "comfyui/nodes.py", "comfyui/pictures.py",
 })  # fmt: skip
 # Arguments that describe a method or kind in the README and in REST.
 _FOR_READERS = frozenset({"source", "formula", "keys", "does", "description", "elem_id"})

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .differing import ExtractSettings
     from .extracted import ExtractReport
     from .extracting import extract
+    from .foreseeing import Foreseen, foresee
     from .looking import is_checkpoint, look
     from .outcome import BakeReport
     from .preparing import prepare_bake, prepare_difference
@@ -23,7 +24,9 @@ _LATER = {
     "Checkpoint": "reading",
     "ExtractReport": "extracted",
     "ExtractSettings": "differing",
+    "Foreseen": "foreseeing",
     "extract": "extracting",
+    "foresee": "foreseeing",
     "is_checkpoint": "looking",
     "look": "looking",
     "prepare_bake": "preparing",
@@ -37,7 +40,9 @@ __all__ = [
     "Checkpoint",
     "ExtractReport",
     "ExtractSettings",
+    "Foreseen",
     "extract",
+    "foresee",
     "is_checkpoint",
     "look",
     "prepare_bake",

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import Cancelled, OutputError
 from ..files import LoraFile, check_target, temporary_beside
+from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
 from ..merge import MergePlan, Progress
 from .changes import Change
@@ -115,7 +116,7 @@ class Bake:
         if not self.single:
             return self._run_folder(output, start, progress, cancel)
         check_target(output, overwrite)
-        self._refuse_inputs(output)
+        self.refuse_inputs(output)
         jobs = [
             (file, _target(output, file, index), entries)
             for index, (file, entries) in enumerate(self._files_to_write())
@@ -187,9 +188,7 @@ class Bake:
         hashed = self.settings.hashed and self.single
         sha256 = None
         if hashed:
-            if progress is not None:
-                progress(Progress("hash", 0, file.header.size))
-            sha256 = hash_from(file.read_at, file.header.size, stop)
+            sha256 = hash_of(file, progress, stop)
         entries = self._rescaled(file, entries)
         kept, notes = kept_metadata(file.header.metadata)
         self.warnings += [note for note in notes if note not in self.warnings]
@@ -317,7 +316,12 @@ class Bake:
             for entry in entries
         ]
 
-    def _refuse_inputs(self, output: Path) -> None:
+    def refuse_inputs(self, output: Path) -> None:
+        """Refuse to write over what is read.
+
+        Raises:
+            OutputError: With its name.
+        """
         for path in self.files():
             try:
                 same = output == path or os.path.samefile(output, path)
@@ -384,6 +388,20 @@ def _bytes_of(value: float, dtype: str) -> bytes:
         return struct.pack("<f", value)
     codes = encode(torch.tensor([value]), dtype)
     return bytes(codes.view(torch.uint8).numpy().tobytes())
+
+
+def hash_of(file: LoraFile, progress: Callable[[Progress], None] | None, stop: Callable[[], None]) -> str:
+    """Hex SHA-256 of a checkpoint's file, as A1111 has it; progress is in bytes."""
+    size, done = file.header.size, 0
+
+    def show() -> None:
+        nonlocal done
+        stop()
+        done = min(size, done + HASH_CHUNK)
+        if progress is not None:
+            progress(Progress("hash", done, size))
+
+    return hash_from(file.read_at, size, show)
 
 
 def legacy_hash(file: LoraFile) -> str:

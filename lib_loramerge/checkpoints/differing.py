@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,13 +14,15 @@ from .. import dialects, models
 from ..delta import Spectrum, Stored
 from ..delta.krylov import leading
 from ..delta.storing import round_cut
-from ..errors import IncompatibleError
+from ..errors import IncompatibleError, OutputError, RecipeError
 from ..ranks import retaining
+from ..recipe.check import check_whole
 from .noise import CLEAR, ROUNDING_ONLY, coarser, edge, variance
 from .numbers import encode
 from .reading import Checkpoint, LayerRows
 from .rewriting import CHUNK
 
+MOST_RANKS = 4096
 _FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.
 _EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared.weight")
 VECTORS = ("unet", "none")
@@ -49,6 +53,29 @@ class ExtractSettings:
     dialect: str = "auto"
     skip_unsupported: bool = False
     hashed: bool = True
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if self.rank != "auto" and not (whole and 1 <= int(self.rank) <= MOST_RANKS):
+            raise RecipeError(
+                f"rank must be a whole number from 1 to {MOST_RANKS}, or auto, got {self.rank!r}."
+            )
+        if self.retain is not None and not 0 < self.retain <= 1:
+            raise RecipeError(f"retain must be above 0 and at most 1, got {self.retain:g}.")
+        check_whole("max_rank", self.max_rank, 1, MOST_RANKS)
+        if self.conv_rank is not None:
+            check_whole("conv_rank", self.conv_rank, 0, MOST_RANKS)
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown:
+            raise RecipeError(f"There is no part {unknown[0]!r}. Parts: {', '.join(PARTS)}.")
+
+    def limit(self, conv: bool) -> int:
+        """Most ranks of a layer; of a k x k convolution with ``conv``."""
+        measured = self.rank == "auto" or self.retain is not None
+        wanted = self.max_rank if measured else int(self.rank)
+        if not conv:
+            return wanted
+        return min(wanted, 32) if self.conv_rank is None else self.conv_rank
 
 
 @dataclass
@@ -94,6 +121,16 @@ class Pair:
         """Refuse what was read of files that another program wrote to meanwhile."""
         self.tuned.check_unchanged()
         self.base.check_unchanged()
+
+    def refuse_inputs(self, output: Path) -> None:
+        """Refuse to write over what is read.
+
+        Raises:
+            OutputError: With its name.
+        """
+        for file in (*self.tuned.files, *self.base.files):
+            if output.exists() and os.path.samefile(output, file.path):
+                raise OutputError(f"{output.name} is one of the inputs. Choose another name.")
 
     def layers(self) -> list[str]:
         """Matrices of the parts asked for that both have, in a fixed order.
@@ -141,14 +178,16 @@ class Pair:
         if shapes[0] == shapes[1]:
             return True
         if not self.settings.skip_unsupported:
-            what = f"{layer} is {_text(shapes[0])} in {self.tuned.path.name} and {_text(shapes[1])} in "
             if len(shapes[0]) == 4 and len(shapes[1]) == 4 and shapes[0][0] == shapes[1][0]:
                 raise IncompatibleError(
                     f"{self.tuned.path.name} reads {shapes[0][1]} channels, {self.base.path.name} "
                     f"{shapes[1][1]}: the first convolution cannot be in a LoRA. --skip-unsupported leaves "
                     "it out."
                 )
-            raise IncompatibleError(f"{what}{self.base.path.name}. --skip-unsupported leaves it out.")
+            raise IncompatibleError(
+                f"{layer} is {_text(shapes[0])} in {self.tuned.path.name} and {_text(shapes[1])} in "
+                f"{self.base.path.name}. --skip-unsupported leaves it out."
+            )
         self.skipped.append(f"{layer}: of different shapes")
         return False
 
@@ -179,7 +218,7 @@ def measure(pair: Pair, name: str) -> Found:
         return layer
     settings, kernel = pair.settings, tuple(shape[2:])
     wide_kernel = kernel if kernel not in ((), (1, 1)) else ()
-    limit = _limit(settings, bool(wide_kernel))
+    limit = settings.limit(bool(wide_kernel))
     ratio = layer.exact / layer.noise if layer.noise > 0 else float("inf")
     threshold = None
     if settings.rank == "auto" or ratio < CLEAR:
@@ -206,15 +245,6 @@ def measure(pair: Pair, name: str) -> Found:
     if layer.stored is not None:
         layer.rank, layer.alpha, layer.lost = layer.stored.rank, layer.stored.alpha, layer.stored.error_sq
     return layer
-
-
-def _limit(settings: ExtractSettings, conv: bool) -> int:
-    wanted = (
-        settings.max_rank if settings.rank == "auto" or settings.retain is not None else int(settings.rank)
-    )
-    if not conv:
-        return wanted
-    return min(wanted, 32) if settings.conv_rank is None else settings.conv_rank
 
 
 def _rank(settings: ExtractSettings, spectrum: Spectrum, limit: int, above: int) -> int:

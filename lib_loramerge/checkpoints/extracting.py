@@ -6,25 +6,24 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ..delta import parallel_map
-from ..errors import Cancelled, IncompatibleError, OutputError, RecipeError
+from ..errors import Cancelled, IncompatibleError, RecipeError
 from ..files import check_target, write_file
-from ..files.hashes import hash_from
 from ..merge import Progress
 from ..metadata import build_metadata
 from ..recipe import LoraInput, MergeRecipe
-from .baking import legacy_hash
+from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
 from .reading import Checkpoint
 from .tensors import Spill, complete_groups, write_layer, write_vectors
 
 WORKERS = 2
-_CHECKPOINT = "one of two checkpoints"
 
 
 def extract(
@@ -46,24 +45,11 @@ def extract(
         LoraMergeError: Anything a user can cause; nothing was written then.
     """
     start = time.perf_counter()
-    if os.path.exists(tuned) and os.path.exists(base) and os.path.samefile(tuned, base):
-        raise RecipeError(f"{tuned.name} and {base.name} are the same file, so there is nothing to extract.")
     if output is not None:
         check_target(output, overwrite)
-    with (
-        Checkpoint(tuned, role="a fine-tuned checkpoint") as first,
-        Checkpoint(base, role="its base") as second,
-    ):
-        if first.architecture.id != second.architecture.id:
-            raise IncompatibleError(
-                f"{tuned.name} is {first.architecture.label}, {base.name} is {second.architecture.label}. "
-                "Choose the base that it was trained from."
-            )
+    with opened_pair(tuned, base, settings) as pair:
         if output is not None:
-            for file in (*first.files, *second.files):
-                if output.exists() and os.path.samefile(output, file.path):
-                    raise OutputError(f"{output.name} is one of the inputs. Choose another name.")
-        pair = Pair(first, second, settings)
+            pair.refuse_inputs(output)
         names = pair.layers()
         folder = None if output is None else output.parent
         with tempfile.TemporaryFile(dir=folder) as spilled:
@@ -78,7 +64,7 @@ def extract(
             skipped_vectors = write_vectors(pair, found, tensors)
             written = None
             if output is not None:
-                metadata = _metadata(pair, output, found, _hashes(pair, cancel))
+                metadata = _metadata(pair, output, found, _hashes(pair, progress, cancel))
                 written = write_file(
                     output,
                     tensors,
@@ -88,12 +74,33 @@ def extract(
                     before_rename=pair.check_unchanged,
                 )
         report = report_of(pair, output, written.size if written is not None else None, found, start)
-        return _with_notes(report, [*pair.skipped, *skipped_vectors])
+        return replace(report, skipped=shortened([*pair.skipped, *skipped_vectors]))
 
 
-def _with_notes(report: ExtractReport, skipped: list[str]) -> ExtractReport:
-    shown = [*skipped[:5], *([f"{len(skipped) - 5} more"] if len(skipped) > 5 else [])]
-    return replace(report, skipped=shown)
+@contextmanager
+def opened_pair(tuned: Path, base: Path, settings: ExtractSettings) -> Iterator[Pair]:
+    """Two checkpoints of one base model, open.
+
+    Raises:
+        LoraMergeError: They are none, or not of one base model.
+    """
+    if os.path.exists(tuned) and os.path.exists(base) and os.path.samefile(tuned, base):
+        raise RecipeError(f"{tuned.name} and {base.name} are the same file, so there is nothing to extract.")
+    with (
+        Checkpoint(tuned, role="a fine-tuned checkpoint") as first,
+        Checkpoint(base, role="its base") as second,
+    ):
+        if first.architecture.id != second.architecture.id:
+            raise IncompatibleError(
+                f"{tuned.name} is {first.architecture.label}, {base.name} is {second.architecture.label}. "
+                "Choose the base that it was trained from."
+            )
+        yield Pair(first, second, settings)
+
+
+def shortened(sentences: Sequence[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    return [*sentences[:5], *([f"{len(sentences) - 5} more"] if len(sentences) > 5 else [])]
 
 
 def raise_if(cancel: Callable[[], bool] | None) -> None:
@@ -137,12 +144,13 @@ def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
 _WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8 e4m3"}
 
 
-def _hashes(pair: Pair, cancel: Callable[[], bool] | None) -> dict[str, str | None]:
+def _hashes(
+    pair: Pair, progress: Callable[[Progress], None] | None, cancel: Callable[[], bool] | None
+) -> dict[str, str | None]:
     def sha256(checkpoint: Checkpoint) -> str | None:
         if not pair.settings.hashed or len(checkpoint.files) != 1:
             return None
-        file = checkpoint.files[0]
-        return hash_from(file.read_at, file.header.size, lambda: raise_if(cancel))
+        return hash_of(checkpoint.files[0], progress, lambda: raise_if(cancel))
 
     return {"tuned": sha256(pair.tuned), "base": sha256(pair.base)}
 

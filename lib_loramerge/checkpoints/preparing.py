@@ -29,8 +29,14 @@ def prepare_bake(
     find: Callable[[str], Path],
     presets: Presets,
     settings: BakeSettings | None = None,
+    check_hashes: bool = True,
+    stop: Callable[[], None] | None = None,
 ) -> Iterator[Bake]:
     """Check from headers that a recipe can be baked into a checkpoint.
+
+    Args:
+        check_hashes: Compare the LoRAs with the hashes of a stored recipe, which reads them whole.
+        stop: Called often meanwhile; what it raises ends that.
 
     Raises:
         LoraMergeError: Whatever stops it, before any work.
@@ -39,7 +45,7 @@ def prepare_bake(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(base, settings.encoders))
         recipe = _for_checkpoint(recipe, checkpoint, find)
-        plan = plan_merge(recipe, find=find, presets=presets, base=base)
+        plan = plan_merge(recipe, find=find, presets=presets, base=base, check_hashes=check_hashes, stop=stop)
         merger = stack.enter_context(open_merger(plan))
         for reader in merger.readers:
             reader.base = checkpoint  # It has the separate text encoders, too.
@@ -107,6 +113,7 @@ def _for_checkpoint(recipe: MergeRecipe, checkpoint: Checkpoint, find: Callable[
         conv_rank=None,
         retain=None,
         size=None,
+        host=None,
         base_model=identity if named else recipe.base_model,
     )
 
@@ -163,8 +170,8 @@ def _missing(checkpoint: Checkpoint, plan: MergePlan, layers: Sequence[LayerPlan
             ", ".join(sorted({encoders[part].comfy for part in parts if part in encoders})) or "text encoders"
         )
         raise IncompatibleError(
-            f"{name} has no text encoder, and {len(layers)} layers of {source} are for {names}. Give "
-            f"--base-te FILE, or {Path(source).stem}:te=0."
+            f"{name} has no text encoder, and {len(layers)} layers of {source} are for {names}. Set that "
+            f"strength to 0 ({Path(source).stem}:te=0), or bake on the command line with --base-te FILE."
         )
     raise IncompatibleError(
         f"{name} lacks {len(layers)} layers that {source} changes, such as {first.layer}. Choose another "

@@ -79,24 +79,13 @@ def run_extract(options: argparse.Namespace) -> int:
 
 def _extract_settings(options: argparse.Namespace) -> Any:
     from ..checkpoints import ExtractSettings
-    from ..checkpoints.differing import PARTS
 
     if options.retain is not None and options.rank is not None:
         raise RecipeError("retain and rank exclude each other: give one rule for the rank.")
-    rank = 64 if options.rank is None else options.rank
-    if rank != "auto" and not 1 <= rank <= 4096:
-        raise RecipeError(f"rank must be a whole number from 1 to 4096, or auto, got {rank}.")
-    if options.retain is not None and not 0 < options.retain <= 1:
-        raise RecipeError(f"retain must be above 0 and at most 1, got {options.retain:g}.")
-    if not 1 <= options.max_rank <= 4096 or (options.conv_rank or 0) < 0:
-        raise RecipeError("max-rank must be from 1 to 4096, and conv-rank not below 0.")
     parts = tuple(part.strip() for part in (options.parts or "").split(",") if part.strip())
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise RecipeError(f"There is no part {unknown[0]!r}. Parts: {', '.join(PARTS)}.")
     given = given_fields(options)
     return ExtractSettings(
-        rank=rank,
+        rank=64 if options.rank is None else options.rank,
         conv_rank=options.conv_rank,
         retain=options.retain,
         max_rank=options.max_rank,

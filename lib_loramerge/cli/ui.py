@@ -18,6 +18,12 @@ def add_parser(commands: Any) -> None:
         "--base-dir", type=Path, action="append", default=[], metavar="D", help="folder of checkpoints"
     )
     parser.add_argument(
+        "--ckpt-dir",
+        type=Path,
+        metavar="D",
+        help="folder of checkpoints, read and written: adds baking and extracting to the page",
+    )
+    parser.add_argument(
         "--port", type=int, metavar="P", help="port to listen on (default: a free one from 7865)"
     )
     parser.add_argument("--demo", action="store_true", help="start with sample LoRAs")
@@ -49,6 +55,7 @@ def run_ui(options: argparse.Namespace) -> int:
         demo=options.demo,
         open_browser=not options.no_browser,
         base_dirs=options.base_dir,
+        checkpoint_dir=options.ckpt_dir,
         listen=options.listen,
         allow_hosts=options.allow_host,
     )

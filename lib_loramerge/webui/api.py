@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -33,9 +33,9 @@ from ..errors import (
 )
 from ..methods import METHODS
 from ..recipe import DTYPES, SETTINGS, MergeRecipe, from_json
-from . import analyse, schema
+from . import analyse, checkpoint_api, schema
 from .access import Names, Refusal, check_credentials, check_origin, parse_users
-from .host import ConflictError, Host, UnknownNameError, without
+from .host import ClosedError, ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue, MergeRequest
 from .listing import readable
 from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
@@ -53,6 +53,7 @@ INSPECT_SECONDS = 60.0
 
 _STATUS: tuple[tuple[type[LoraMergeError], int], ...] = (
     (ConflictError, 409),
+    (ClosedError, 403),
     (UnknownNameError, 404),
     (RecipeError, 422),
     (OutputError, 400),
@@ -67,14 +68,15 @@ _PATH = re.compile(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f
 # The library's sentences name options of the command line; a request has fields instead.
 _FLAG = re.compile(
     rf"(?<![\w-])--({'|'.join(entry.flag[2:] for entry in SETTINGS.values())}|"
-    r"allow-changed-sources|overwrite)(?![\w-])(?: CHECKPOINT\b)?"
+    r"allow-changed-sources|overwrite|rounding|drop-ema|max-rank)(?![\w-])(?: CHECKPOINT\b)?"
 )
 
 
 def _in_a_recipe(flag: re.Match[str]) -> str:
     if flag[1] == "allow-changed-sources":
         return "leave hash out of the recipe"
-    return next((name for name, entry in SETTINGS.items() if entry.flag[2:] == flag[1]), flag[1])
+    known = (name for name, entry in SETTINGS.items() if entry.flag[2:] == flag[1])
+    return next(known, flag[1].replace("-", "_"))
 
 
 class _BasicInDocs(HTTPBasic):
@@ -151,7 +153,7 @@ class Service:
         return {"weights": dict(presets.weights), "elements": dict(presets.elements)}
 
     def plan(self, body: Mapping[str, Any]) -> Any:
-        fields = _Fields(body, ("recipe",))
+        fields = Fields(body, ("recipe",))
         plan = self.host.plan(self._recipe(fields), strict=True)
         content = plan.to_json()
         for entry in content["inputs"]:
@@ -160,7 +162,7 @@ class Service:
 
     def merge(self, body: Mapping[str, Any]) -> Any:
         texts = ("activation_text", "negative_text", "notes", "description")
-        fields = _Fields(
+        fields = Fields(
             body, ("recipe", "name", "subfolder", "overwrite", "trial", "preferred_weight", "preview", *texts)
         )
         trial = fields.flag("trial")
@@ -185,8 +187,22 @@ class Service:
         )
         return self._job_json(self.jobs.submit(request, by_rest=True))
 
+    def checkpoints(self, _: Mapping[str, Any]) -> Any:
+        return {"checkpoints": self.host.checkpoints(), "current": self.host.current_checkpoint()}
+
+    def bake(self, body: Mapping[str, Any]) -> Any:
+        self.host.check_open()
+        fields = Fields(body, checkpoint_api.BAKE)
+        request = checkpoint_api.bake_request(fields, self._recipe(fields))
+        return self._job_json(self.jobs.submit(request, by_rest=True))
+
+    def extract(self, body: Mapping[str, Any]) -> Any:
+        self.host.check_open()
+        request = checkpoint_api.extract_request(Fields(body, checkpoint_api.EXTRACT))
+        return self._job_json(self.jobs.submit(request, by_rest=True))
+
     def inspect(self, body: Mapping[str, Any]) -> Any:
-        name = _Fields(body, ("name",)).text("name")
+        name = Fields(body, ("name",)).text("name")
         _refuse_path(name)
         from ..analysis import (
             inspect as inspect_lora,
@@ -204,13 +220,13 @@ class Service:
         return content
 
     def compare(self, body: Mapping[str, Any]) -> Any:
-        return self._look(self._recipe(_Fields(body, ("recipe",))), "compare").compare.to_json()
+        return self._look(self._recipe(Fields(body, ("recipe",))), "compare").compare.to_json()
 
     def advise(self, body: Mapping[str, Any]) -> Any:
-        return self._look(self._recipe(_Fields(body, ("recipe",))), "advise").advise.to_json()
+        return self._look(self._recipe(Fields(body, ("recipe",))), "advise").advise.to_json()
 
     def plot(self, body: Mapping[str, Any]) -> bytes:
-        fields = _Fields(body, ("recipe", "kind", "theme"))
+        fields = Fields(body, ("recipe", "kind", "theme"))
         kind, theme = fields.choice("kind", analyse.KINDS), fields.choice("theme", analyse.THEMES)
         return self._look(self._recipe(fields), kind, theme).pictures[kind]
 
@@ -247,7 +263,7 @@ class Service:
     def _job_json(self, job: Any) -> Any:
         return job.to_json(self.host.write_dir())
 
-    def _recipe(self, fields: _Fields) -> MergeRecipe:
+    def _recipe(self, fields: Fields) -> MergeRecipe:
         stored = fields.mapping("recipe")
         inputs = stored.get("inputs")
         if isinstance(inputs, list) and len(inputs) > MAX_INPUTS:
@@ -290,6 +306,11 @@ def _routes(service: Service) -> tuple[_Route, ...]:
         _Route("GET", "/presets", service.presets, "Block-weight presets"),
         _Route("POST", "/plan", service.plan, "What a merge would do, without doing it", recipe),
         _Route("POST", "/merge", service.merge, "Queues a merge", schema.merge_schema(), job, 202),
+        _Route("GET", "/checkpoints", service.checkpoints, "Checkpoints as the host lists them"),
+        _Route("POST", "/bake", service.bake, "Queues a bake", schema.bake_schema(), job, 202),
+        _Route(
+            "POST", "/extract", service.extract, "Queues an extraction", schema.extract_schema(), job, 202
+        ),
         _Route("POST", "/inspect", service.inspect, "What a LoRA file is", name, slow=True),
         _Route(
             "POST", "/compare", service.compare, "Where LoRAs agree, overlap and fight", recipe, slow=True
@@ -431,7 +452,7 @@ def _check_limits(value: object, depth: int) -> None:
             _check_limits(item, depth + 1)
 
 
-class _Fields:
+class Fields:
     """The fields of a JSON object, each of the type asked for, and no others."""
 
     def __init__(self, content: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -450,8 +471,37 @@ class _Fields:
             raise Refusal(422, f"{name} must be one of {', '.join(known)}.")
         return value
 
-    def flag(self, name: str) -> bool:
-        return self._get(name, False, bool, "true or false")
+    def flag(self, name: str, default: bool = False) -> bool:
+        return self._get(name, default, bool, "true or false")
+
+    def name(self, field: str) -> str:
+        """The name of a file to be written, which may not be empty nor a path."""
+        value = self.text(field)
+        if not value.strip():
+            raise Refusal(400, f"{field} is missing: what should the file be called?")
+        _refuse_path(value)
+        return value
+
+    def given(self, name: str) -> bool:
+        return self._content.get(name) is not None
+
+    def whole(self, name: str) -> int:
+        value = self._get(name, 0, int, "a whole number")
+        if isinstance(value, bool) or abs(value) > 1e9:
+            raise Refusal(422, f"{name} must be a whole number.")
+        return int(value)
+
+    def rank(self, name: str) -> int | str:
+        return "auto" if self._content.get(name) == "auto" else self.whole(name)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self._get(name, [], list, "a list of texts")
+        if not all(isinstance(item, str) for item in value):
+            raise Refusal(422, f"{name} must be a list of texts.")
+        return tuple(value)
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise Refusal(422, reason)
 
     def number(self, name: str) -> float:
         value = self._get(name, 0.0, (int, float), "a number")
@@ -534,9 +584,9 @@ def _responses(route: _Route) -> dict[int | str, dict[str, Any]]:
     errors = {
         400: "Bad request",
         401: "Wrong password",
-        403: "Not from this page or machine",
+        403: "Not from this page or machine, or not open to others",
         404: "No such name or job",
-        409: "Name taken, or queue full",
+        409: "Name taken, queue full, or disk too full",
     }
     errors |= {413: "Body too large", 415: "No JSON", 422: "Cannot be merged"}
     described: dict[int | str, dict[str, Any]] = {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraMergeError
-from . import render, sidecar
+from . import baking, render, sidecar
 from .form import NO_PREVIEW, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
 from .host import ConflictError
 from .jobs import check_beside, check_no_input
@@ -38,6 +39,8 @@ class Facts:
         needs_base: Whether some input needs the base checkpoint.
         base_models: Labels to choose the base model from, where the LoRAs leave it open.
         random: Whether the seed matters.
+        float8: Whether the checkpoint that is baked into has float8 layers that change.
+        ema: Whether it has EMA weights.
         ready: Whether Merge would be accepted.
     """
 
@@ -55,6 +58,8 @@ class Facts:
     base_models: tuple[str, ...] = ()
     random: bool = False
     ready: bool = False
+    float8: bool = False
+    ema: bool = False
 
     def reasons(self, trial: bool) -> list[str]:
         """Everything that stops a merge of this form; a trial needs no name."""
@@ -76,15 +81,20 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
     """Look at every row and at the whole; never raises for what a user typed."""
     reading = read_form(form, host, methods)
     draft = _Draft(problems=dict(reading.problems), overwrite=may_overwrite(form, host.loras()))
-    _check_base(form, host, draft)
+    bake = baking.is_bake(form)
+    if not bake:
+        _check_base(form, host, draft)
     _look_at_rows(reading, host, draft, _chosen_model(form, draft))
-    plan = _plan(reading, host, draft)
+    outlook = _outlook(form, reading, host, draft)
     paths = [source.path for source in draft.sources.values()]
-    proposed = host.propose_name(reading.inputs) if reading.inputs else ""
+    proposed = ""
+    if reading.inputs:
+        propose = host.propose_name if not bake else partial(baking.propose_name, form, host=host)
+        proposed = propose(reading.inputs)
     _check_name(form, proposed, host, draft)
     return Facts(
         rows={**draft.rows, **_row_problems(draft.problems, host)},
-        plan=plan,
+        plan=outlook.html,
         problems=draft.problems,
         taken=draft.taken,
         replaced=draft.replaced,
@@ -93,10 +103,13 @@ def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMetho
         activation_text=sidecar.union(paths).activation_text,
         presets=_presets(draft.sources, host),
         previews=(NO_PREVIEW, *_with_preview(reading, draft)),
-        needs_base=any(source.needs_base for source in draft.sources.values()) or bool(form.get("base")),
+        needs_base=not bake
+        and (any(source.needs_base for source in draft.sources.values()) or bool(form.get("base"))),
         base_models=_base_models(draft.sources.values()),
         random=is_random(reading, methods, mode_name(form.get("mode"), methods), host.presets().weights),
         ready=reading.recipe is not None and not draft.problems and not draft.taken,
+        float8=outlook.float8,
+        ema=outlook.ema,
     )
 
 
@@ -165,6 +178,16 @@ def _row_problems(problems: Mapping[str, str], host: Host) -> dict[int, str]:
     }
 
 
+def _outlook(form: Mapping[str, Any], reading: Reading, host: Host, draft: _Draft) -> baking.Facts:
+    """What will come out, a LoRA or a checkpoint."""
+    if not baking.is_bake(form) or reading.recipe is None or draft.problems:
+        return baking.Facts(_plan(reading, host, draft))
+    found = baking.facts(form, reading.recipe, host)
+    if found.problem:
+        draft.problems["plan"] = found.problem
+    return found
+
+
 def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
     """The facts of the whole merge, or the sentence that says why there will be none."""
     if not reading.inputs and not draft.problems:
@@ -209,6 +232,10 @@ def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draf
     name = str(form.get("name") or "").strip()
     if not name or (name == form.get("name_auto") and name != proposed):
         return  # About to be replaced by the new proposal.
+    if baking.is_bake(form):
+        problem, draft.taken, draft.replaced = baking.check_name(form, host, draft.overwrite)
+        draft.problems |= {"name": problem} if problem else {}
+        return
     try:
         path = host.check_name(name, str(form.get("subfolder") or ""), draft.overwrite)
         check_no_input(path, (source.path for source in draft.sources.values()))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import Cancelled, LoraMergeError, OutputError
 from ..recipe import LoraInput, MergeRecipe
 from . import sidecar
+from .errand import Errand
 from .host import ConflictError, Host
 from .origins import changed_sources, stamp_of
 from .sidecar import UserMetadata
@@ -67,6 +68,8 @@ class MergeRequest:
     strict: bool = False
     changed_sources: bool = False
 
+    kind = "merge"
+
 
 class Job:
     """One request on its way. Everything but :attr:`id` and :attr:`request` changes while it runs.
@@ -79,7 +82,7 @@ class Job:
         in_place_of: Names of earlier trials of the same LoRAs, which a prompt may hold.
     """
 
-    def __init__(self, request: MergeRequest, output: Path, by_rest: bool = False) -> None:
+    def __init__(self, request: MergeRequest | Errand, output: Path, by_rest: bool = False) -> None:
         self.id = secrets.token_hex(6)
         self.request = request
         self.by_rest = by_rest
@@ -88,7 +91,7 @@ class Job:
         self.state = WAITING
         self.position = 0
         self.progress: Progress | None = None
-        self.report: MergeReport | None = None
+        self.report: Any = None  # A MergeReport, or what an errand reports.
         self.error = ""
         self.prompt_name = ""
         self.notes: tuple[str, ...] = ()
@@ -126,11 +129,20 @@ class Job:
         progress = self.progress
         if progress is None or not progress.total:
             return 0.0
+        if isinstance(self.request, Errand):
+            return self.request.fraction(progress)
         merging_starts = LOOKING_ENDS if self.request.recipe.size is not None else 0.0
         start, end = {"look": (0.0, LOOKING_ENDS), "write": (WRITING_STARTS, 1.0)}.get(
             progress.phase, (merging_starts, WRITING_STARTS)
         )
         return start + (end - start) * min(1.0, progress.done / progress.total)
+
+    @property
+    def unit(self) -> str:
+        """What its progress counts."""
+        if self.progress is None or not isinstance(self.request, Errand):
+            return "layers"
+        return self.request.unit(self.progress.phase)
 
     @property
     def eta(self) -> float | None:
@@ -143,6 +155,7 @@ class Job:
         return {
             "id": self.id,
             "state": self.state,
+            "kind": self.request.kind,
             "title": self.title,
             "trial": self.request.trial,
             "position": self.position,
@@ -155,6 +168,7 @@ class Job:
                 "phase": progress.phase,
                 "done": progress.done,
                 "total": progress.total,
+                "unit": self.unit,
                 "layer": progress.layer,
                 "fraction": self.fraction,
                 "seconds_left": self.eta,
@@ -167,11 +181,17 @@ class Job:
         }
 
 
-def report_json(report: MergeReport, folder: Path | None) -> dict[str, Any]:
+def report_json(report: Any, folder: Path | None) -> dict[str, Any]:
     """A report without the folders of this machine in it."""
-    content = report.to_json()
-    content["output"] = _below(Path(content["output"]), folder)
-    content["inputs"] = [{**entry, "path": Path(entry["path"]).name} for entry in content["inputs"]]
+    content: dict[str, Any] = report.to_json()
+    if content.get("output"):
+        content["output"] = _below(Path(content["output"]), folder)
+    if "outputs" in content:
+        content["outputs"] = [_below(Path(path), folder) for path in content["outputs"]]
+    content["inputs"] = [
+        {**entry, "path": Path(entry["path"]).name} if isinstance(entry, dict) else entry
+        for entry in content.get("inputs", ())
+    ]
     return content
 
 
@@ -224,23 +244,20 @@ class JobQueue:
 
     # For the tab and REST
 
-    def submit(self, request: MergeRequest, by_rest: bool = False) -> Job:
-        """Queues a merge after checking everything that can be checked without computing.
+    def submit(self, request: MergeRequest | Errand, by_rest: bool = False) -> Job:
+        """Queues a job after checking everything that can be checked without computing.
 
         Raises:
-            ConflictError: The name is taken, or too many merges wait.
-            LoraMergeError: Whatever else stops this merge.
+            ConflictError: The name is taken, or too many jobs wait.
+            LoraMergeError: Whatever else stops it.
         """
-        request = self._as_allowed(request)
         self.trials.remove_older_than(self.host.settings().keep_trials_hours)
-        if request.trial and not self.host.can_try:
-            raise LoraMergeError("Trying a merge without saving it needs a WebUI.")
-        # The name first: it is what a person sees and can fix at once.
-        output = None if request.trial else self._output(request)
-        self.host.plan(request.recipe, request.strict)
-        preview = self._preview(request)
-        if output is not None and not request.overwrite:
-            check_beside(output, request.user_metadata, preview)
+        output: Path | None
+        if isinstance(request, Errand):
+            output = request.check(self.host)
+        else:
+            request = self._as_allowed(request)
+            output = self._checked(request)
         with self._changed:
             unfinished = [job for job in self._jobs.values() if not job.finished]
             if len(unfinished) > MAX_WAITING:
@@ -315,6 +332,18 @@ class JobQueue:
             return replace(request, strict=True)
         return request
 
+    def _checked(self, request: MergeRequest) -> Path | None:
+        """Where a merge goes; None for a trial, which gets a place of its own."""
+        if request.trial and not self.host.can_try:
+            raise LoraMergeError("Trying a merge without saving it needs a WebUI.")
+        # The name first: it is what a person sees and can fix at once.
+        output = None if request.trial else self._output(request)
+        self.host.plan(request.recipe, request.strict)
+        preview = self._preview(request)
+        if output is not None and not request.overwrite:
+            check_beside(output, request.user_metadata, preview)
+        return output
+
     def _output(self, request: MergeRequest) -> Path:
         output = self.host.check_name(request.name, request.subfolder, request.overwrite)
         check_no_input(
@@ -375,24 +404,51 @@ class JobQueue:
             return True
 
     def _run(self, job: Job) -> None:
+        request = job.request
+        if isinstance(request, Errand):
+            self._run_errand(job, request)
+            return
         with self._host_lock():
             if not self._begin(job):
                 return
-            merged = self._merge(job)
+            merged = self._merge(job, request)
         job.in_place_of = tuple(self._earlier_trials(job))
         # Not under the host's lock, which cannot be taken twice: telling the host may need it.
-        notes = [*merged.notes, *self._publish(job, merged)]
+        notes = [*merged.notes, *self._publish(request, merged)]
         with self._changed:
-            job.report, job.output, job.prompt_name = merged.report, merged.output, merged.output.stem
-            job.notes = tuple(notes)
-            if job.progress is not None:
-                # Each step is reported before it is done; who reads the numbers later sees all of it done.
-                job.progress = replace(job.progress, done=job.progress.total)
-            self._finish(job, DONE)
+            job.prompt_name = merged.output.stem
+            self._done(job, merged.report, merged.output, notes)
 
-    def _merge(self, job: Job) -> _Merged:
+    def _run_errand(self, job: Job, errand: Errand) -> None:
+        with self._host_lock():
+            if not self._begin(job):
+                return
+            output = errand.check(self.host)  # Again: it may have waited.
+            replaced = output.exists()
+            with folder_for(output):
+                report = errand.run(
+                    self.host, output, lambda progress: self._tell(job, progress), job._stop.is_set
+                )
+        try:
+            notes = errand.publish(self.host, output, replaced)
+        except Exception as error:  # The host's code, which may raise anything; the file is there.
+            self.host.log("the host's list could not be refreshed", error)
+            notes = ["The WebUI's list could not be refreshed; use its own Refresh button."]
+        with self._changed:
+            if errand.in_prompts:
+                job.prompt_name = output.stem
+            self._done(job, report, output, notes)
+
+    def _done(self, job: Job, report: Any, output: Path, notes: Notes) -> None:
+        """To be called with the condition held."""
+        job.report, job.output, job.notes = report, output, tuple(notes)
+        if job.progress is not None:
+            # Each step is reported before it is done; who reads the numbers later sees all of it done.
+            job.progress = replace(job.progress, done=job.progress.total)
+        self._finish(job, DONE)
+
+    def _merge(self, job: Job, request: MergeRequest) -> _Merged:
         """Computes a job's file, or takes it over from a trial."""
-        request = job.request
         # Planned again: the job may have waited, and the files may have changed.
         plan = self.host.plan(request.recipe, request.strict, not request.changed_sources, job.stop_here)
         base = self.host.base_path(request.recipe.base, request.strict)
@@ -454,6 +510,7 @@ class JobQueue:
             LoraMergeError: Whatever stops it.
         """
         request = job.request
+        assert isinstance(request, MergeRequest)
         name = "" if request.trial else self.host.propose_name([LoraInput(request.name)])
         return self.submit(
             replace(request, recipe=keeping_everything(request.recipe), name=name, overwrite=False)
@@ -466,13 +523,12 @@ class JobQueue:
         trial = None if job.request.trial else self.trials.find(made)
         if trial is None or not trial.fits(output.stem):
             return None
-
         self._tell(job, Progress("write", 0, trial.report.layers))
         return trial.save_as(output, job.request.overwrite, job.stop_here)
 
-    def _publish(self, job: Job, merged: _Merged) -> Notes:
+    def _publish(self, request: MergeRequest, merged: _Merged) -> Notes:
         """Makes the host know a finished file; nothing here may lose it."""
-        request, output = job.request, merged.output
+        output = merged.output
         if request.trial:
             self.trials.add(output, request.recipe, merged.made, merged.report)
             return []
@@ -500,7 +556,8 @@ class JobQueue:
         """Names of the trials of the same LoRAs: in a prompt, this merge belongs where they are."""
 
         def loras(one: Job) -> set[str]:
-            return {given.name for given in one.request.recipe.inputs}
+            recipe = getattr(one.request, "recipe", None)
+            return set() if recipe is None else {given.name for given in recipe.inputs}
 
         trials = [one for one in self.list() if one.request.trial and one.prompt_name]
         return [one.prompt_name for one in trials if loras(one) == loras(job)]

@@ -62,6 +62,9 @@ CONTROL_OF_FLAG: Mapping[str, str] = {
     "device": "Device",
     "dialect": "Names in the file",
     "lora-dir": "LoRA folder",
+    "rounding": "Rounding",
+    "drop-ema": "Leave out EMA weights",
+    "max-rank": "Largest rank",
 }
 
 
@@ -139,7 +142,7 @@ def note_box(texts: Iterable[str]) -> str:
     return "".join(_box("note", text) for text in texts)
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
+def table(rows: Iterable[tuple[str, str]]) -> str:
     """Label and value pairs; both are HTML already."""
     return (
         '<dl class="lm-table">'
@@ -194,7 +197,7 @@ def plan_facts(
     ]
     if expected:
         rows.append((say("Time"), f"{say('about')} {time_text(expected)}"))
-    return _table(rows) + note_box(notes) + warning_box((*facts["warnings"], *facts["skipped"], *warnings))
+    return table(rows) + note_box(notes) + warning_box((*facts["warnings"], *facts["skipped"], *warnings))
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
@@ -212,7 +215,13 @@ STATES = {
     "failed": "Not merged",
     "cancelled": "Cancelled",
 }
-PHASES = {"look": "Reading", "merge": "Merging", "write": "Writing"}
+PHASES = {
+    "look": "Reading",
+    "merge": "Merging",
+    "write": "Writing",
+    "hash": "Hashing",
+    "extract": "Extracting",
+}
 
 
 def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels: str = "") -> str:
@@ -240,7 +249,9 @@ def _job(job: Job) -> str:
         return f'{box}{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
     share = max(0.0, min(1.0, job.fraction))
     parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
-    if job.progress and job.progress.total and job.progress.phase != "write":
+    if job.progress and job.unit == "bytes":
+        parts.append(f"{size_text(job.progress.done)} / {size_text(job.progress.total)}")
+    elif job.progress and job.progress.total and job.progress.phase != "write":
         parts.append(f"{job.progress.done} / {job.progress.total} {say('layers')}")
     if job.eta is not None:
         parts.append(f"{say('time left')} {time_text(job.eta)}")
@@ -256,13 +267,18 @@ def job_result(job: Job, host: Host) -> str:
     """How a merge ended: its report, its error, or that it was cancelled."""
     box = f'<div class="lm-result" data-job="{foreign(job.id)}">'
     if job.state == "failed":
-        return f"{box}{_title(job)}{error_box(host.shown(job.error))}{_buttons(job, False)}</div>"
+        return f"{box}{_title(job)}{error_box(host.shown(job.error))}{_buttons(job, None)}</div>"
     if job.state == "cancelled":
         why = say("The WebUI reloaded its interface, which ends merges. Nothing was written.")
         text = f'<div class="lm-quiet">{why if job.closed else say("Cancelled. Nothing was written.")}</div>'
-        return f"{box}{_title(job)}{text}{_buttons(job, False)}</div>"
+        return f"{box}{_title(job)}{text}{_buttons(job, None)}</div>"
     if job.report is None:
         return ""
+    if job.request.kind != "merge":
+        from . import render_checkpoints  # Not at the WebUI's start, see extension.py.
+
+        where = _written(job.output or Path(), host)
+        return f"{box}{_title(job)}{render_checkpoints.result(job, host, where, _buttons(job, host))}</div>"
     report = job.report.to_json()
     trial = job.request.trial
     where = (
@@ -273,7 +289,7 @@ def job_result(job: Job, host: Host) -> str:
     parts = [
         _title(job),
         f'<div class="lm-written">{where}</div>',
-        _buttons(job, bool(host.prompts)),
+        _buttons(job, host),
         warning_box(map(host.shown, (*report["warnings"], *job.notes))),
         report_table(report),
     ]
@@ -290,9 +306,17 @@ def _written(path: Path, host: Host) -> str:
 def _title(job: Job) -> str:
     return (
         f'<div class="lm-job-head lm-{foreign(job.state)}"><b>{foreign(job.title)}</b>'
-        f'<em class="lm-badge">{say("Ended" if job.closed else STATES.get(job.state, job.state))}</em>'
+        f'<em class="lm-badge">{say(_state_word(job))}</em>'
         f"{_elsewhere(job)}</div>"
     )
+
+
+def _state_word(job: Job) -> str:
+    if job.closed:
+        return "Ended"
+    if job.state == "failed" and job.request.kind != "merge":
+        return "Failed"
+    return STATES.get(job.state, job.state)
 
 
 def _elsewhere(job: Job) -> str:
@@ -301,9 +325,9 @@ def _elsewhere(job: Job) -> str:
     return f'<em class="lm-badge lm-elsewhere">{text}</em>'
 
 
-def _buttons(job: Job, can_send: bool) -> str:
+def _buttons(job: Job, host: Host | None) -> str:
     parts = []
-    if can_send and job.prompt_name:
+    if host is not None and job.prompt_name and host.prompts:
         tag = foreign(f"<lora:{job.prompt_name}:1>")
         parts.append(
             f'<button type="button" class="lm-button lm-send" data-tag="{tag}" '
@@ -315,10 +339,11 @@ def _buttons(job: Job, can_send: bool) -> str:
             f'<button type="button" class="lm-button lm-again" data-job="{foreign(job.id)}">'
             f"{say('Merge again keeping everything')} ({size_text(job.exact_bytes)})</button>"
         )
-    parts.append(
-        f'<button type="button" class="lm-button lm-refill" data-job="{foreign(job.id)}">'
-        f"{say('Fill the form with its settings')}</button>"
-    )
+    if job.request.kind != "extract":
+        parts.append(
+            f'<button type="button" class="lm-button lm-refill" data-job="{foreign(job.id)}">'
+            f"{say('Fill the form with its settings')}</button>"
+        )
     return f'<div class="lm-buttons">{"".join(parts)}</div>'
 
 
@@ -338,17 +363,17 @@ def report_table(report: Mapping[str, Any]) -> str:
         (say("Time"), time_text(report["seconds"].get("total", 0.0))),
         (say("Hash"), f"<code>{foreign(report['sshs_model_hash'][:12])}</code>"),
     ]
-    details = (
-        _details(say("Worst layers"), _worst(report["worst_layers"], report["dtype"]))
+    more = (
+        details(say("Worst layers"), _worst(report["worst_layers"], report["dtype"]))
         if report["worst_layers"]
         else ""
     )
-    details += _details(say("What went in"), "".join(_input(entry) for entry in report["inputs"]))
+    more += details(say("What went in"), "".join(_input(entry) for entry in report["inputs"]))
     if report["skipped"]:
-        details += _details(say("Left out"), note_box(report["skipped"]))
+        more += details(say("Left out"), note_box(report["skipped"]))
     if lossy(report["error"], report["dtype"]):
-        details = note_box([ERROR_MEANS]) + details
-    return _table(rows) + details
+        more = note_box([ERROR_MEANS]) + more
+    return table(rows) + more
 
 
 def _error(report: Mapping[str, Any]) -> str:
@@ -386,7 +411,8 @@ def _smaller(smaller: Mapping[str, Any]) -> str:
     return _dots(parts)
 
 
-def _details(title: str, body: str) -> str:
+def details(title: str, body: str) -> str:
+    """A part that is folded away; both are HTML already."""
     return f'<details class="lm-details"><summary>{title}</summary>{body}</details>'
 
 

@@ -16,6 +16,12 @@ from .analyse import KINDS, THEMES
 MAX_INPUTS = 64
 MAX_TEXT = 100_000
 MAX_DEPTH = 12
+# Of checkpoints/, which is not loaded at the WebUI's start; a test compares them.
+ROUNDINGS = ("auto", "nearest", "stochastic")
+BAKED_DTYPES = ("same", "float32", "float16", "bfloat16")
+EXTRACTED_DTYPES = ("float16", "bfloat16", "float32")
+PARTS = ("unet", "te", "te1", "te2", "te3")
+VECTORS = ("unet", "none")
 
 Schema = Mapping[str, Any]
 
@@ -96,6 +102,48 @@ def merge_schema() -> Schema:
     )
 
 
+def bake_schema() -> Schema:
+    return object_of(
+        {
+            "recipe": recipe_schema(),
+            "base": text("title of a checkpoint, see GET checkpoints"),
+            "name": text("file name without folder, in the checkpoint folder"),
+            "overwrite": {"type": "boolean", "default": False},
+            "rounding": text("auto: by chance in float8", enum=list(ROUNDINGS), default="auto"),
+            "dtype": text("of the matrices", enum=list(BAKED_DTYPES), default="same"),
+            "drop_ema": {"type": "boolean", "default": False, "description": "leave EMA weights out"},
+            "hash": {"type": "boolean", "default": True, "description": "keep a record for A1111"},
+        },
+        ("recipe", "base", "name"),
+    )
+
+
+def extract_schema() -> Schema:
+    whole = {"type": "integer", "minimum": 1}
+    return object_of(
+        {
+            "tuned": text("title of the fine-tuned checkpoint"),
+            "base": text("title of the checkpoint that it was trained from"),
+            "name": text("file name without folder"),
+            "subfolder": text("folder below the LoRA folder", default=""),
+            "overwrite": {"type": "boolean", "default": False},
+            "rank": {
+                "description": "a number, or auto",
+                "default": 64,
+                "anyOf": [whole, text(enum=["auto"])],
+            },
+            "conv_rank": {"type": "integer", "minimum": 0, "nullable": True},
+            "retain": number("in place of rank: share of each layer's norm to keep", nullable=True),
+            "max_rank": {**whole, "default": 128, "description": "limit of auto and retain"},
+            "parts": {"type": "array", "items": text(enum=list(PARTS)), "description": "empty for all"},
+            "vectors": text(enum=list(VECTORS), default="unet"),
+            "dtype": text("of the LoRA", enum=list(EXTRACTED_DTYPES), default="float16"),
+            "skip_unsupported": {"type": "boolean", "default": False},
+        },
+        ("tuned", "base", "name"),
+    )
+
+
 def plot_schema() -> Schema:
     return object_of(
         {
@@ -113,9 +161,10 @@ PNG: Schema = text(format="binary")
 def job_schema() -> Schema:
     progress = object_of(
         {
-            "phase": text(enum=["look", "merge", "write"]),
+            "phase": text(enum=["look", "merge", "extract", "hash", "write"]),
             "done": {"type": "integer"},
             "total": {"type": "integer"},
+            "unit": text(enum=["layers", "bytes"]),
             "layer": text(),
             "fraction": number(minimum=0, maximum=1),
             "seconds_left": number(nullable=True),
@@ -125,6 +174,7 @@ def job_schema() -> Schema:
         {
             "id": text(),
             "state": text(enum=["waiting", "running", "done", "failed", "cancelled"]),
+            "kind": text(enum=["merge", "bake", "extract"]),
             "title": text(),
             "trial": {"type": "boolean"},
             "position": {"type": "integer", "description": "0 runs, 1 is next"},

@@ -61,6 +61,7 @@ def serve(
     open_browser: bool = True,
     *,
     base_dirs: Sequence[Path] = (),
+    checkpoint_dir: Path | None = None,
     listen: bool = False,
     allow_hosts: Sequence[str] = (),
 ) -> None:
@@ -71,6 +72,7 @@ def serve(
         port: None takes the first free one from 7865 on.
         demo: Start with two sample LoRAs in a folder of their own.
         base_dirs: Folders whose checkpoints may be named as base model.
+        checkpoint_dir: Folder of checkpoints, read and written; without one nothing is baked or extracted.
         listen: Let other machines in, who know the password.
         allow_hosts: Further names by which the page may be opened, with or without a port.
 
@@ -88,7 +90,17 @@ def serve(
         for base in base_dirs:
             if not Path(base).is_dir():
                 raise FileError(f"There is no folder {base}. Name a folder of checkpoints with --base-dir.")
-        host = StandaloneHost([folder], base_dirs, first_inputs=demo_inputs() if demo else (), shared=listen)
+        if checkpoint_dir is not None and not Path(checkpoint_dir).is_dir():
+            raise FileError(
+                f"There is no folder {checkpoint_dir}. Name a folder of checkpoints with --ckpt-dir."
+            )
+        host = StandaloneHost(
+            [folder],
+            base_dirs,
+            first_inputs=demo_inputs() if demo else (),
+            shared=listen,
+            checkpoint_dir=checkpoint_dir,
+        )
         page = Page(folder, port, host, password=password, allow_hosts=allow_hosts)
         try:
             print(f"LoRA Merge: {page.entrance}  (LoRAs in {folder}; Ctrl+C ends it)", flush=True)
@@ -224,7 +236,11 @@ class Page:
         def download(name: str) -> Any:
             folder = self.host.write_dir()
             done = [job.output for job in self.jobs.list() if job.state == DONE and not job.request.trial]
-            written = {path.relative_to(folder).as_posix(): path for path in done if path is not None}
+            written = {
+                path.relative_to(folder).as_posix(): path
+                for path in done
+                if path is not None and path.is_relative_to(folder)
+            }
             path = written.get(name)
             if path is None or not path.is_file():
                 raise HTTPException(404, "There is no merged file of this name.")

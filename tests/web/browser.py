@@ -36,10 +36,12 @@ SERVED = ("--gradio-allowed-path", str(Path(__file__).resolve().parents[2]))
 def fresh_form() -> dict[str, Any]:
     """The values of a form that nobody has touched."""
     from lib_loramerge.methods import METHODS
+    from lib_loramerge.webui.tab import baking
     from lib_loramerge.webui.tab.controls import CONTROLS, param_control
 
     controls = [
         *CONTROLS,
+        *baking.CONTROLS,
         *(param_control(method.name, p) for method in METHODS.values() for p in method.params),
     ]
     values = {control.name: control.options.get("value") for control in controls}

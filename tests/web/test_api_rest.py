@@ -269,7 +269,19 @@ def test_the_hosts_docs_describe_every_route(host):
     routes = {path: content for path, content in schema["paths"].items() if path.startswith(API)}
     assert set(routes) == {
         f"{API}/{p}"
-        for p in ("loras", "methods", "presets", "plan", "merge", "inspect", "jobs", "jobs/{job_id}")
+        for p in (
+            "loras",
+            "methods",
+            "presets",
+            "plan",
+            "merge",
+            "inspect",
+            "jobs",
+            "jobs/{job_id}",
+            "bake",
+            "extract",
+            "checkpoints",
+        )
     } | {f"{API}/{p}" for p in ("compare", "advise", "plot")}
     body = routes[f"{API}/merge"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"recipe", "name", "overwrite", "trial"} <= set(body["properties"])

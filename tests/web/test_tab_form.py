@@ -20,11 +20,12 @@ from lib_loramerge.files import header
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import facts, form, render, tab
+from lib_loramerge.webui.checkpoint_jobs import BakeRequest
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue, MergeRequest
 from lib_loramerge.webui.origins import stamp_of
 from lib_loramerge.webui.standalone import shared_file
-from lib_loramerge.webui.tab import layout
+from lib_loramerge.webui.tab import baking, layout
 from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
 from lib_loramerge.webui.tab.handlers import FORM_NAMES
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
@@ -46,14 +47,15 @@ def host(tmp_path: Path) -> Iterator[StandaloneHost]:
 def components(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The configuration of every component of the tab, as the browser gets it."""
     folder = tmp_path_factory.mktemp("loras")
-    host = StandaloneHost([folder])
+    host = StandaloneHost([folder], checkpoint_dir=folder)
     blocks = tab.build_tab(host, JobQueue(host))
     return [{"kind": type(block).__name__, **block.get_config()} for block in blocks.blocks.values()]
 
 
 def default_form(**changes: object) -> dict[str, object]:
     """The form as a fresh page has it."""
-    values: dict[str, object] = {control.name: control.options.get("value") for control in CONTROLS}
+    controls = (*CONTROLS, *baking.CONTROLS)
+    values: dict[str, object] = {control.name: control.options.get("value") for control in controls}
     for index in range(form.MAX_ROWS):
         values |= {f"row{index}.{name}": value for name, value in form.EMPTY_ROW.items()}
     values |= {"mode": METHODS["svd"].label, "device": "CPU"}
@@ -61,8 +63,8 @@ def default_form(**changes: object) -> dict[str, object]:
 
 
 def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field() -> None:
-    filled = {field for control in (*ROW_CONTROLS, *CONTROLS) for field in control.fills}
-    kinds = {"input": LoraInput, "recipe": MergeRecipe, "request": MergeRequest}
+    filled = {field for control in (*ROW_CONTROLS, *CONTROLS, *baking.CONTROLS) for field in control.fills}
+    kinds = {"input": LoraInput, "recipe": MergeRecipe, "request": MergeRequest, "bake": BakeRequest}
     known = {f"{prefix}.{field.name}" for prefix, kind in kinds.items() for field in fields(kind)}
     assert filled <= known
     # The rows; the parameters' own controls; the two buttons; REST's own; the tab's own; the command line's.
@@ -73,6 +75,12 @@ def test_every_field_of_a_recipe_has_a_control_and_every_control_fills_a_field()
         "request.trial",
         "request.strict",
         "request.changed_sources",
+        "bake.recipe",
+        "bake.name",
+        "bake.overwrite",
+        "bake.hashed",
+        "bake.strict",
+        "bake.changed_sources",
     }
     assert known - filled == without
 

@@ -7,13 +7,15 @@ forks, :class:`SdnextHost` asks SD.Next, always at the time of the call and neve
 
 from __future__ import annotations
 
-from .base import ConflictError, Host, LoraEntry, UnknownNameError, without
+from .base import Host, LoraEntry, without
 from .known import SDNEXT, recognise
+from .refusals import ClosedError, ConflictError, UnknownNameError
 from .sdnext import SdnextHost
 from .standalone import StandaloneHost
 from .webui import WebuiHost
 
 __all__ = [
+    "ClosedError",
     "ConflictError",
     "Host",
     "LoraEntry",

@@ -21,6 +21,8 @@ from ..labels import Label, Labels
 from ..listing import FoundFile, Listing, readable, scan, subfolders
 from ..origins import SourceHashes
 from ..settings import Settings
+from .checkpoints import CheckpointFolder
+from .refusals import ConflictError, UnknownNameError
 
 if TYPE_CHECKING:
     from ...merge import MergePlan
@@ -28,14 +30,6 @@ if TYPE_CHECKING:
 # At least so long between two looks through the folders for names that are not known.
 RESCAN_SECONDS = 0.2
 TEMPORARY = Path(tempfile.gettempdir())
-
-
-class ConflictError(OutputError):
-    """What is asked for collides with a file or a job that exists already."""
-
-
-class UnknownNameError(FileError):
-    """A LoRA or a checkpoint of that name is not in the host's lists."""
 
 
 class LoraEntry(NamedTuple):
@@ -73,7 +67,7 @@ def without(folder_words: Sequence[tuple[str, str]], text: str) -> str:
     return text
 
 
-class Host:
+class Host(CheckpointFolder):
     """What the rest of the extension may ask; this base class answers as if there were no WebUI."""
 
     is_webui = False
@@ -98,10 +92,6 @@ class Host:
         self.source_hashes = SourceHashes()
 
     # Folders and LoRAs
-
-    def lora_dirs(self) -> tuple[Path, ...]:
-        """Folders that LoRAs are read from; the first one is written to."""
-        raise NotImplementedError
 
     def write_dir(self) -> Path:
         return self.lora_dirs()[0]
@@ -228,65 +218,7 @@ class Host:
     def _metadata_of(self, file: FoundFile) -> Mapping[str, object]:
         return {}
 
-    # Checkpoints
-
-    # What the host is started with to have one more folder of checkpoints.
-    folder_option = "--ckpt-dir"
-
-    def checkpoints(self) -> list[str]:
-        """Titles of the checkpoints that a merge may take as base."""
-        return []
-
-    def base_path(self, text: str | None, strict: bool = False) -> Path | None:
-        """The checkpoint file that a title means, or a path into the host's folders where paths are allowed.
-
-        Args:
-            strict: Only what is in the host's list.
-
-        Raises:
-            UnknownNameError: It is in no list, and is no file that may be named here.
-        """
-        if not text or not text.strip():
-            return None
-        listed = self._listed_checkpoint(text.strip())
-        if listed is not None:
-            return listed
-        if self.paths_allowed() and not strict:
-            path = Path(text.strip()).expanduser()
-            if path.is_file():
-                self._check_base_folder(path)
-                return path
-        close = nearest(text, self.checkpoints())
-        raise UnknownNameError(
-            f"There is no checkpoint called {text}."
-            + (f" Did you mean {' or '.join(close)}?" if close else "")
-        )
-
-    def base_folders(self) -> list[Path]:
-        """Folders whose files, subfolders included, may be named as base by their path."""
-        listed = (self._listed_checkpoint(title) for title in self.checkpoints())
-        return [*self.lora_dirs(), *dict.fromkeys(path.parent for path in listed if path is not None)]
-
-    def _check_base_folder(self, path: Path) -> None:
-        whole = path.resolve()
-        if not any(whole.is_relative_to(folder.resolve()) for folder in self.base_folders()):
-            option = self.folder_option
-            raise UnknownNameError(
-                f"{path.name} is in no folder of checkpoints; start the page with {option} FOLDER."
-            )
-
-    def _listed_checkpoint(self, title: str) -> Path | None:
-        return None
-
     # What is allowed
-
-    def restricted(self) -> bool:
-        """Whether others than the owner may use the page."""
-        return False
-
-    def hide_dirs(self) -> bool:
-        """Whether the owner wants no folder shown or chosen in the page."""
-        return False
 
     def frozen_settings(self) -> bool:
         return False
@@ -294,10 +226,6 @@ class Host:
     def api_users(self) -> str | None:
         """``user:password`` pairs, separated by commas, of whom REST lets in; None for everybody."""
         return None
-
-    def paths_allowed(self) -> bool:
-        """Whether a path may be typed where a name is expected, and whole paths are shown."""
-        return not self.restricted() and not self.hide_dirs()
 
     def shown(self, text: str) -> str:
         """A sentence for the page: without the folders of this machine where others may see it."""
@@ -316,7 +244,11 @@ class Host:
 
     def folder_words(self) -> list[tuple[str, str]]:
         """Every spelling of a folder of this machine that a sentence may hold, and what stands for it."""
-        words = {**dict.fromkeys(self.lora_dirs(), "the LoRA folder"), TEMPORARY: "the temporary folder"}
+        words = {
+            **dict.fromkeys(self.checkpoint_dirs(), "the checkpoint folder"),
+            **dict.fromkeys(self.lora_dirs(), "the LoRA folder"),
+            TEMPORARY: "the temporary folder",
+        }
         return [
             (known, name)
             for folder, name in words.items()
@@ -431,10 +363,10 @@ class Host:
     def prompt_tag(self, name: str, strength: float = 1.0) -> str:
         return f"<lora:{name}:{strength:g}>"
 
-    def free_bytes(self) -> int | None:
-        """Free space where merged files go; None where the system does not tell."""
+    def free_bytes(self, folder: Path | None = None) -> int | None:
+        """Free space where merged files go, or in another folder; None where the system does not tell."""
         try:
-            return shutil.disk_usage(self.write_dir()).free
+            return shutil.disk_usage(folder or self.write_dir()).free
         except OSError:
             return None
 

@@ -20,6 +20,7 @@ class Known(NamedTuple):
         network: Module with the class ``NetworkOnDisk`` of the list's entries.
         prompts: ``elem_id`` of the prompts that a LoRA may go into: the first one in view, else the first.
         lora_dirs: Options that name LoRA folders; the first one is written to.
+        ckpt_dirs: The same of checkpoints.
         frozen: Option that forbids changing settings.
         users: Options with ``user:password`` pairs that REST asks for.
         user_files: Options that name a file of such pairs, one a line.
@@ -32,6 +33,7 @@ class Known(NamedTuple):
     network: str = "network"
     prompts: tuple[str, ...] = ("txt2img_prompt",)
     lora_dirs: tuple[str, ...] = ("lora_dir",)
+    ckpt_dirs: tuple[str, ...] = ("ckpt_dir",)
     frozen: str = "freeze_settings"
     users: tuple[str, ...] = ("api_auth",)
     user_files: tuple[str, ...] = ()
@@ -39,7 +41,11 @@ class Known(NamedTuple):
 
 A1111 = Known("A1111", "a1111", lora_dirs=("lora_dir", "lyco_dir_backcompat"))
 FORGE_NEO = Known(
-    "Forge Neo", "neo", ("modules_forge.packages.comfy", "modules_forge"), lora_dirs=("lora_dir", "lora_dirs")
+    "Forge Neo",
+    "neo",
+    ("modules_forge.packages.comfy", "modules_forge"),
+    lora_dirs=("lora_dir", "lora_dirs"),
+    ckpt_dirs=("ckpt_dir", "ckpt_dirs"),
 )
 REFORGE = Known(
     "reForge", "reforge", ("ldm_patched", "modules_forge"), lora_dirs=("lora_dir", "lyco_dir_backcompat")

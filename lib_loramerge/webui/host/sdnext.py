@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..listing import FoundFile, path_key
-from .webui import WebuiHost, forget_layers, host_module
+from .webui import WebuiHost, _shared_options, forget_layers, host_module
 
 
 class SdnextHost(WebuiHost):
@@ -28,6 +28,13 @@ class SdnextHost(WebuiHost):
     def checkpoints(self) -> list[str]:
         """Only those that are one file: models are folders, too, or not yet downloaded."""
         return [title for title in super().checkpoints() if self._listed_checkpoint(title) is not None]
+
+    def checkpoint_dirs(self) -> tuple[Path, ...]:
+        """A setting there, and no option of the command line."""
+        named = str(getattr(_shared_options(), "ckpt_dir", None) or "")
+        return tuple(
+            dict.fromkeys([*([Path(named).absolute()] if named else []), *super().checkpoint_dirs()])
+        )
 
     def _checkpoint_lists(self) -> Any:
         return host_module("sd_checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -23,6 +24,7 @@ class StandaloneHost(Host):
         preset_path: Another file for presets than ours.
         first_inputs: What a fresh page has in its rows.
         shared: Whether others than the owner may use the page.
+        checkpoint_dir: Folder of checkpoints, read and written; without one nothing is baked or extracted.
 
     Attributes:
         serves_files: Whether the page gives out merged files below ``FILES``.
@@ -35,6 +37,7 @@ class StandaloneHost(Host):
         preset_path: Path | None = None,
         first_inputs: Sequence[LoraInput] = (),
         shared: bool = False,
+        checkpoint_dir: Path | None = None,
     ) -> None:
         super().__init__()
         self._lora_dirs = tuple(Path(folder).absolute() for folder in lora_dirs)
@@ -43,6 +46,7 @@ class StandaloneHost(Host):
         self.first_inputs = tuple(first_inputs)
         self.serves_files = False
         self._shared = shared
+        self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).absolute()
 
     def lora_dirs(self) -> tuple[Path, ...]:
         return self._lora_dirs
@@ -62,7 +66,11 @@ class StandaloneHost(Host):
     folder_option = "--base-dir"
 
     def base_folders(self) -> list[Path]:
-        return [*self._base_dirs, *self._lora_dirs]
+        own = [] if self._checkpoint_dir is None else [self._checkpoint_dir]
+        return [*own, *self._base_dirs, *self._lora_dirs]
+
+    def checkpoint_dirs(self) -> tuple[Path, ...]:
+        return () if self._checkpoint_dir is None else (self._checkpoint_dir, *self._base_dirs)
 
     def checkpoints(self) -> list[str]:
         return list(self._checkpoint_files())
@@ -71,10 +79,22 @@ class StandaloneHost(Host):
         return self._checkpoint_files().get(title)
 
     def _checkpoint_files(self) -> dict[str, Path]:
+        """By name, those of the folder of checkpoints with their subfolder."""
         files: dict[str, Path] = {}
+        own = self._checkpoint_dir
+        if own is not None:
+            found = [Path(folder, name) for folder, _, names in os.walk(own) for name in names]
+            for path in sorted(found, key=lambda path: natural_key(path.relative_to(own).as_posix())):
+                if _is_checkpoint(path):
+                    files[path.relative_to(own).as_posix()] = path
         for folder in self._base_dirs:
             if folder.is_dir():
                 for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
-                    if path.suffix.lower() in CHECKPOINT_SUFFIXES and path.is_file():
+                    if _is_checkpoint(path):
                         files.setdefault(path.name, path)
         return files
+
+
+def _is_checkpoint(path: Path) -> bool:
+    name = path.name.lower()
+    return name.endswith(CHECKPOINT_SUFFIXES) and not name.startswith(".") and path.is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..settings import Settings
 from .base import Host
 from .known import Known, recognise
 
+CHECKPOINTS = "Stable-diffusion"
 PEER_PRESETS = ("lbwpresets.txt", "elempresets.txt")
 
 
@@ -47,8 +48,13 @@ class WebuiHost(Host):
 
     def lora_dirs(self) -> tuple[Path, ...]:
         """``--lora-dir``, and what else the host has of the kind, as far as it exists."""
-        first, *others = self._known.lora_dirs
-        folders = [option(first) or os.path.join(_models_path(), "Lora")]
+        return self._folders(self._known.lora_dirs, "Lora")
+
+    @staticmethod
+    def _folders(options: Sequence[str], usual: str) -> tuple[Path, ...]:
+        """Folders that options name; the first one or the usual one, then the others as far as they exist."""
+        first, *others = options
+        folders = [option(first) or os.path.join(_models_path(), usual)]
         for other in others:
             named = option(other) or ()
             more = [named] if isinstance(named, str) else named
@@ -106,6 +112,22 @@ class WebuiHost(Host):
 
     # Checkpoints
 
+    def checkpoint_dirs(self) -> tuple[Path, ...]:
+        """``--ckpt-dir``, where A1111's own merger writes, too, and the usual folder."""
+        named = self._folders(self._known.ckpt_dirs, CHECKPOINTS)
+        usual = Path(os.path.abspath(os.path.join(_models_path(), CHECKPOINTS)))
+        return tuple(dict.fromkeys([*named, usual]))
+
+    def current_checkpoint(self) -> str:
+        title = str(getattr(_shared_options(), "sd_model_checkpoint", None) or "")
+        listed = self._checkpoint_info(title)
+        return "" if listed is None else str(getattr(listed, "title", title))
+
+    def refresh_checkpoints(self) -> None:
+        list_models = getattr(self._checkpoint_lists(), "list_models", None)
+        if list_models is not None:
+            list_models()
+
     def checkpoints(self) -> list[str]:
         return [str(title) for title in (getattr(self._checkpoint_lists(), "checkpoints_list", None) or {})]
 
@@ -113,12 +135,16 @@ class WebuiHost(Host):
         return host_module("sd_models")
 
     def _listed_checkpoint(self, title: str) -> Path | None:
+        info = self._checkpoint_info(title)
+        path = Path(str(info.filename)) if info is not None else None
+        return path if path is not None and path.is_file() else None
+
+    def _checkpoint_info(self, title: str) -> Any:
+        """The host's own object of a checkpoint, by its title or a shorter name of it; None without one."""
         lists = self._checkpoint_lists()
         listed = getattr(lists, "checkpoints_list", None) or {}
         aliases = getattr(lists, "checkpoint_aliases", None) or {}
-        info = listed.get(title) or aliases.get(title)
-        path = Path(str(info.filename)) if info is not None else None
-        return path if path is not None and path.is_file() else None
+        return listed.get(title) or aliases.get(title)
 
     # What is allowed
 

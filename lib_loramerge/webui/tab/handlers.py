@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ...errors import LoraMergeError, RecipeError
 from ...methods import METHODS
 from ...recipe import format_prompt, to_command, to_json
+from .. import baking as bakes
 from .. import compat, form, render, sidecar
 from ..compat import update
 from ..jobs import MergeRequest
-from . import analysing, presets
+from . import analysing, baking, extracting, presets
 from .controls import BUTTONS, CONTROLS, ROW_CONTROLS, param_control
 from .layout import mode_text
 
@@ -31,6 +32,7 @@ ROW_NAMES = tuple(f"row{index}.{control.name}" for index in range(form.MAX_ROWS)
 FORM_NAMES = (
     *ROW_NAMES,
     *(control.name for control in CONTROLS),
+    *baking.NAMES,
     *(param_control(method.name, param).name for method in METHODS.values() for param in method.params),
 )
 ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
@@ -59,6 +61,11 @@ class _Wiring:
         self.widgets = widgets
         self.host = host
         self.jobs = jobs
+        self.shown_by_choice = _shown_by_choice()
+        # Where running jobs and their ends are shown, on each page that begins some.
+        self.job_places = tuple(
+            name for name in ("jobs", "result", extracting.JOBS, extracting.RESULT) if name in widgets
+        )
 
     # --- connecting --------------------------------------------------------------------------
 
@@ -116,6 +123,9 @@ class _Wiring:
         self._connect_jobs()
         self._connect_copy()
         presets.connect(self)
+        baking.connect(self)
+        if extracting.RESULT in self.widgets:
+            extracting.connect(self)
         analysing.connect(self, FORM_NAMES)
 
     # --- rows --------------------------------------------------------------------------------
@@ -198,12 +208,12 @@ class _Wiring:
             (*every_row, *form.NO_RESULT),
             message="rows_message",
         )
-        outputs = (*every_row, "names", "fill_file", "base", "subfolder", "preset_pick")
+        outputs = (*every_row, "names", "fill_file", "base", "bake_base", "subfolder", "preset_pick")
         for name in ("refresh", "greet"):
             self.button(
                 name,
                 partial(self.refresh, look=name == "refresh"),
-                ("rows", *ROW_NAMES, "base", "subfolder", "fill_file", "preset_pick", "preset_kind"),
+                ("rows", *ROW_NAMES, *_LISTS, "preset_kind"),
                 outputs,
                 message="rows_message",
             )
@@ -247,6 +257,7 @@ class _Wiring:
         """Fills every list again; what is chosen stays."""
         if look:
             self.host.refresh()
+            self.host.refresh_checkpoints()
         names, weights, elements = self._choices()
         changes: Changes = {"fitted": ""}
         for row in range(form.row_count(values)):
@@ -263,6 +274,7 @@ class _Wiring:
             "names": render.name_list(names),
             "fill_file": listed(names, values.get("fill_file")),
             "base": listed(["", *self.host.checkpoints()], values.get("base")),
+            "bake_base": listed(["", *self.host.checkpoints()], values.get("bake_base")),
             "subfolder": listed(self.host.subfolders(), values.get("subfolder")),
             "preset_pick": listed(presets.names(self.host, picked), picked["preset_pick"]),
         }
@@ -291,14 +303,22 @@ class _Wiring:
         job = self.jobs.get(str(values["argument"] or ""))
         if job is None:
             raise RecipeError("That merge is not remembered any more.")
-        wanted = form.form_of(job.request.recipe, self.host, METHODS)
-        wanted |= form.of_user_metadata(job.request.user_metadata)
-        if not job.request.trial:
-            wanted |= {"name": job.request.name, "subfolder": job.request.subfolder}
+        request = job.request
+        recipe = getattr(request, "recipe", None)
+        if recipe is None:
+            raise RecipeError("Its settings are not those of a merge.")
+        wanted = form.form_of(recipe, self.host, METHODS)
+        if isinstance(request, MergeRequest):
+            wanted |= form.of_user_metadata(request.user_metadata)
+        if isinstance(request, MergeRequest) and not request.trial:
+            wanted |= {"name": request.name, "subfolder": request.subfolder}
+        wanted |= bakes.form_of(request)
         return self.show_form(wanted)
 
     def show_form(self, wanted: Form) -> Changes:
         """Control values, and which controls are seen with them."""
+        if "mode" in wanted and "result_kind" not in wanted:
+            wanted = {**wanted, "result_kind": bakes.LORA_FILE}  # As a recipe means it.
         rows = {name: value for name, value in wanted.items() if name == "rows" or name.startswith("row")}
         rest = {name: value for name, value in wanted.items() if name in FORM_NAMES and name not in ROW_NAMES}
         changes = {**rest, **self.show_rows(rows), "overwrite": False}
@@ -320,10 +340,11 @@ class _Wiring:
         }
         mode = kept.get("mode") or next(iter(METHODS.values())).label
         changes = {**self.lists(kept), **self.show_form({**kept, "mode": mode})}
-        for name in ("base", "subfolder"):
+        for name in ("base", "bake_base", "subfolder"):
             # List and value in one change.
             if name in kept:
-                changes[name] = {**self.lists(kept)[name], "value": kept[name]}
+                seen = changes[name] if isinstance(changes.get(name), dict) else {}
+                changes[name] = {**seen, **self.lists(kept)[name], "value": kept[name]}
         return changes
 
     # --- how, facts --------------------------------------------------------------------------
@@ -332,7 +353,11 @@ class _Wiring:
         seen = _shown_by_choice()
         for name in ("mode", "rank_rule"):
             self.on(
-                self.widgets[name].input, self.by_choice, ("mode", "rank_rule"), seen, message="how_message"
+                self.widgets[name].input,
+                self.by_choice,
+                ("mode", "rank_rule", "result_kind"),
+                seen,
+                message="how_message",
             )
         ticked = (
             "overwrite",
@@ -360,6 +385,8 @@ class _Wiring:
                 "base",
                 "base_model",
                 "seed",
+                "bake_rounding",
+                "bake_drop_ema",
                 "draft",
                 "button.merge",
                 "name",
@@ -391,7 +418,7 @@ class _Wiring:
         for name, other in METHODS.items():
             if other.params:
                 changes[f"params.{name}"] = update(visible=name == mode)
-        return changes
+        return {**changes, **baking.by_choice(values, self.host)}
 
     def ask(self, values: Form) -> Changes:
         """The facts, for the form as it is now."""
@@ -411,7 +438,8 @@ class _Wiring:
         changes["name_message"] = render.error_box(
             self.host.shown(found.problems.get("name", ""))
         ) or render.warning_box(map(self.host.shown, _about_name(found)))
-        changes["button.merge"] = _merge_button(found)
+        changes["button.merge"] = _merge_button(found, bakes.is_bake(values))
+        changes |= baking.by_facts(found, values)
         changes["name"] = update(placeholder=found.name)
         changes["preset_row"] = presets.row_list(values)
         proposed = self.proposed(values, found.name, found.activation_text)
@@ -478,7 +506,7 @@ class _Wiring:
     # --- jobs --------------------------------------------------------------------------------
 
     def _connect_jobs(self) -> None:
-        outputs = ("jobs", "result")
+        outputs = self.job_places
         # No answer to a question that was asked before may hide from the page that a merge of its own began.
         begun = (*outputs, "started", "overwrite", "refused")
         self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
@@ -508,13 +536,18 @@ class _Wiring:
 
     def _begin(self, values: Form, trial: bool) -> Changes:
         recipe = form.read_form(values, self.host, METHODS).check()
+        overwrite = form.may_overwrite(values, self.host.loras())
+        if bakes.is_bake(values):
+            name = str(values["name"] or "").strip() or bakes.propose_name(values, recipe.inputs, self.host)
+            job = self.jobs.submit(bakes.request_of(values, recipe, name, overwrite))
+            return {**self.begun(job), "overwrite": False}
         name = str(values["name"] or "").strip() or self.host.propose_name(recipe.inputs)
         preview = str(values["preview"] or "")
         request = MergeRequest(
             recipe=recipe,
             name=name,
             subfolder=str(values["subfolder"] or "").strip(),
-            overwrite=form.may_overwrite(values, self.host.loras()),
+            overwrite=overwrite,
             trial=trial,
             user_metadata=None if trial else form.user_metadata(values),
             preview="" if preview == form.NO_PREVIEW or trial else preview,
@@ -523,22 +556,22 @@ class _Wiring:
         job = self.jobs.submit(request)
         # The tick was for this merge alone.
         done = {} if trial else {"overwrite": False}
-        return {**self._begun(job), **done}
+        return {**self.begun(job), **done}
 
     def again(self, values: Form) -> Changes:
         """A merge once more, keeping everything; the form says so where it is still that merge's."""
         job = self.jobs.get(str(values["argument"] or ""))
         if job is None:
             raise RecipeError("That merge is not remembered any more.")
-        same = form.read_form(values, self.host, METHODS).recipe == job.request.recipe
+        same = form.read_form(values, self.host, METHODS).recipe == getattr(job.request, "recipe", None)
         begun = self.jobs.again_exactly(job)
-        changes = self._begun(begun)
+        changes = self.begun(begun)
         if same:
             full = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
             changes |= {"conv_rank": None, **_with_values(self.by_choice({**values, **full}), full)}
         return changes
 
-    def _begun(self, job: Job) -> Changes:
+    def begun(self, job: Job) -> Changes:
         return {**self._state(job), "started": f"{job.id} {job.created}", "refused": ""}
 
     def poll(self, values: Form) -> Changes:
@@ -562,11 +595,11 @@ class _Wiring:
 
     def _state(self, job: Job | None) -> Changes:
         known = self.jobs.list()
-        changes: Changes = {"jobs": render.job_list(known, job, f"{time.time()}", self.host.labels_state())}
-        if job is not None and job.finished:
-            changes["result"] = render.job_result(job, self.host)
-        elif job is not None:
-            changes["result"] = ""
+        shown = render.job_list(known, job, f"{time.time()}", self.host.labels_state())
+        changes: Changes = {"jobs": shown, extracting.JOBS: shown}
+        if job is not None:
+            place = extracting.RESULT if job.request.kind == "extract" else "result"
+            changes[place] = render.job_result(job, self.host) if job.finished else ""
         return changes
 
     # --- copying -----------------------------------------------------------------------------
@@ -601,10 +634,15 @@ class _Wiring:
 
     def as_command(self, values: Form) -> str:
         recipe = form.read_form(values, self.host, METHODS).check()
+        if bakes.is_bake(values):
+            return shlex.join(bakes.command(values, recipe, self.host))
         name = str(values["name"] or "").strip() or self.host.propose_name(recipe.inputs)
         folder = ["--lora-dir", str(self.host.write_dir())] if self.host.paths_allowed() else []
         words = to_command(recipe, name)
         return shlex.join([*words[:2], *folder, *words[2:]])
+
+
+_LISTS = ("base", "bake_base", "subfolder", "fill_file", "preset_pick")
 
 
 def listed(choices: list[str], value: object) -> Any:
@@ -620,10 +658,10 @@ def _about_name(found: Facts) -> list[str]:
     return [f"{' and '.join(found.replaced)} will be replaced."] if found.replaced else []
 
 
-def _merge_button(found: Facts) -> Any:
+def _merge_button(found: Facts, bake: bool) -> Any:
     """The button that merges says which file it replaces."""
     stem = found.replaced[0].rpartition(".")[0] if found.replaced else ""
-    text = f"Replace {stem}" if stem else BUTTONS["merge"][0]
+    text = f"Replace {stem}" if stem else bakes.BUTTON if bake else BUTTONS["merge"][0]
     return update(value=text, variant="stop" if stem else "primary")
 
 
@@ -638,6 +676,7 @@ def _shown_by_choice() -> tuple[str, ...]:
         "retain",
         "size",
         "mode_text",
+        *baking.SEEN,
         *(f"params.{name}" for name, method in METHODS.items() if method.params),
     )
 

@@ -10,6 +10,7 @@ from ...blocks import BLOCK_IDS
 from ...methods import METHODS
 from .. import compat, render
 from ..form import MAX_ROWS, PLAIN, RANK_RULES, START_ROWS, row_of
+from . import baking, extracting
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class _Layout:
             with compat.make("Tabs", elem_id="loramerge_tabs"):
                 with compat.make("Tab", label="Merge", elem_id="loramerge_page_merge"):
                     self._merge_page()
+                if host.checkpoint_dirs():
+                    with compat.make("Tab", label=extracting.TITLE, elem_id="loramerge_page_extract"):
+                        extracting.lay_out(self)
                 with compat.make("Tab", label="Block presets", elem_id="loramerge_page_presets"):
                     self._preset_page()
             with compat.make("Row", elem_id="loramerge_hidden"):
@@ -216,21 +220,24 @@ class _Layout:
 
     def _result(self) -> None:
         with self.section("result", "Result"):
+            baking.lay_out_choice(self)
             with compat.make("Row", elem_id="loramerge_result_line"):
                 self.control(self._controls["name"])
                 self.control(self._controls["subfolder"], visible=not self.host.hide_dirs())
                 self.control(self._controls["overwrite"])
             self.place("name_message")
+            baking.lay_out(self)
             with compat.make(
                 "Accordion",
                 label="Activation text, notes and picture",
                 open=False,
                 elem_id="loramerge_result_more",
-            ):
+            ) as more:
                 for line in RESULT_MORE:
                     with compat.make("Row"):
                         for name in line:
                             self.control(self._controls[name])
+            self.widgets["result_more"] = more
 
     def _side(self) -> None:
         with self.section("facts", "What will come out"):
@@ -381,10 +388,11 @@ def mode_text(mode: str) -> str:
 
 def hints() -> dict[str, str]:
     """Element id to the help shown on hover; ``row*`` stands for every row."""
-    found = {element_id(control.name): control.hint for control in CONTROLS if control.hint}
+    controls = (*CONTROLS, *baking.CONTROLS, *extracting.CONTROLS)
+    found = {element_id(control.name): control.hint for control in controls if control.hint}
     found |= {f"loramerge_row*_{control.name}": control.hint for control in ROW_CONTROLS if control.hint}
     found |= {f"loramerge_row*_{name}": hint for name, (_, hint) in ROW_BUTTONS.items()}
-    found |= {element_id(name): hint for name, (_, hint) in BUTTONS.items()}
+    found |= {element_id(name): hint for name, (_, hint) in (*BUTTONS.items(), *extracting.BUTTONS.items())}
     for method in METHODS.values():
         for param in method.params:
             found[element_id(f"param.{method.name}.{param.name}")] = param.help

@@ -5,6 +5,7 @@ from modules.shared_cmd_options import cmd_opts
 
 checkpoints_list = {}
 checkpoint_aliases = {}
+model_path = os.path.join(paths_internal.models_path, "Stable-diffusion")
 
 
 class CheckpointInfo:
@@ -18,12 +19,12 @@ class CheckpointInfo:
 def list_models():
     checkpoints_list.clear()
     checkpoint_aliases.clear()
-    folder = os.path.join(paths_internal.models_path, "Stable-diffusion")
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        if name.endswith((".safetensors", ".ckpt")):
-            info = CheckpointInfo(os.path.join(folder, name))
-            checkpoints_list[info.title] = info
-            checkpoint_aliases[info.name_for_extra] = info
+    for folder in (model_path, cmd_opts.ckpt_dir):
+        for name in sorted(os.listdir(folder)) if folder and os.path.isdir(folder) else ():
+            if name.endswith((".safetensors", ".ckpt")):
+                info = CheckpointInfo(os.path.join(folder, name))
+                checkpoints_list[info.title] = info
+                checkpoint_aliases[info.name_for_extra] = info
 
 
 class Layer:

@@ -12,6 +12,7 @@ parser.add_argument(
 parser.add_argument(
     "--lyco-dir-backcompat", type=os.path.abspath, default=os.path.join(paths_internal.models_path, "LyCORIS")
 )
+parser.add_argument("--ckpt-dir", type=os.path.abspath, default=None)
 parser.add_argument("--extension", action="append", default=[])
 parser.add_argument("--forge", action="store_true")
 parser.add_argument("--sdnext", action="store_true")

@@ -8,7 +8,7 @@ def create_ui():
     """txt2img with its prompt boxes, the tabs of the extensions, and the settings."""
     for kind in script_callbacks.callbacks["ui_settings"]:
         kind[1]()
-    with gr.Blocks(analytics_enabled=False) as txt2img:
+    with gr.Blocks(analytics_enabled=False) as pictures_page:
         prompt = gr.Textbox(
             label="Prompt", elem_id="txt2img_prompt", show_label=False, lines=3, elem_classes=["prompt"]
         )
@@ -23,7 +23,7 @@ def create_ui():
         for key, info in shared.opts.data_labels.items():
             _setting(key, info)
     interfaces = [
-        (txt2img, "txt2img", "txt2img"),
+        (pictures_page, "txt2img", "txt2img"),
         *script_callbacks.call("ui_tabs"),
         (settings, "Settings", "settings"),
     ]

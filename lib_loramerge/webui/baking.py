@@ -1,0 +1,149 @@
+"""The Merge form with another result, a checkpoint: its fields, its facts, its request. Knows no Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import LoraMergeError
+from ..recipe import MergeRecipe, to_command
+from .checkpoint_jobs import TO_BAKE, BakeRequest
+from .form import key_of
+from .host import ConflictError, Host
+
+if TYPE_CHECKING:
+    from ..recipe import LoraInput
+
+LORA_FILE, CHECKPOINT = "LoRA file", "Checkpoint with it baked in"
+RESULTS = (LORA_FILE, CHECKPOINT)
+ROUNDINGS = {
+    "auto": "Automatic",
+    "nearest": "To the nearest number",
+    "stochastic": "By chance",
+}
+DTYPES = {
+    "same": "Same as the checkpoint",
+    "float16": "float16 (half)",
+    "bfloat16": "bfloat16",
+    "float32": "float32 (full)",
+}
+BUTTON = "Bake and save"
+
+
+class Facts(NamedTuple):
+    """What is known of a bake before it begins.
+
+    Attributes:
+        html: The facts, or why there are none.
+        problem: Why it cannot be done.
+        float8: Whether the rounding matters.
+        ema: Whether there are EMA weights to leave out.
+    """
+
+    html: str
+    problem: str = ""
+    float8: bool = False
+    ema: bool = False
+
+
+def is_bake(form: Mapping[str, Any]) -> bool:
+    """Whether the form's result is a checkpoint."""
+    return form.get("result_kind") == CHECKPOINT
+
+
+def request_of(
+    form: Mapping[str, Any], recipe: MergeRecipe, name: str = "", overwrite: bool = False
+) -> BakeRequest:
+    """What the form asks for."""
+    return BakeRequest(
+        recipe=recipe,
+        base=str(form.get("bake_base") or "").strip(),
+        name=name,
+        overwrite=overwrite,
+        rounding=key_of(ROUNDINGS, form.get("bake_rounding")) or "auto",
+        dtype=key_of(DTYPES, form.get("bake_dtype")) or "same",
+        drop_ema=bool(form.get("bake_drop_ema")),
+        changed_sources=True,
+    )
+
+
+def form_of(request: object) -> dict[str, Any]:
+    """The controls of a job's result."""
+    if not isinstance(request, BakeRequest):
+        return {"result_kind": LORA_FILE}
+    return {
+        "result_kind": CHECKPOINT,
+        "bake_base": request.base,
+        "bake_rounding": ROUNDINGS[request.rounding],
+        "bake_dtype": DTYPES[request.dtype],
+        "bake_drop_ema": request.drop_ema,
+        "name": request.name,
+    }
+
+
+def propose_name(form: Mapping[str, Any], inputs: Sequence[LoraInput], host: Host) -> str:
+    """A free name, once there is a checkpoint."""
+    try:
+        base = host.checkpoint_path(str(form.get("bake_base") or ""), TO_BAKE)
+    except LoraMergeError:
+        return ""
+    return host.propose_checkpoint_name(base, [given.name.rpartition("/")[2] for given in inputs])
+
+
+def facts(form: Mapping[str, Any], recipe: MergeRecipe, host: Host) -> Facts:
+    """What will come out, from headers alone."""
+    from . import render, render_checkpoints  # Not at the WebUI's start, see extension.py.
+
+    request = request_of(form, recipe)
+    try:
+        host.check_open()
+        with request.prepared(host) as bake:
+            report = bake.report(None).to_json()
+            keys = bake.checkpoint.keys
+            ema = any(key.startswith("model_ema.") for key in keys)
+            float8 = any(dtype.startswith("F8") for dtype in report["dtypes"])
+    except LoraMergeError as error:
+        return Facts(render.error_box(host.shown(str(error))), str(error))
+    free = host.free_bytes(host.checkpoint_dirs()[0])
+    short = free is not None and free < report["size_bytes"]
+    if short:
+        report["warnings"] = [
+            *report["warnings"],
+            f"The disk of the checkpoint folder has only {render.size_text(free or 0)} left, and the file "
+            f"takes {render.size_text(report['size_bytes'])}.",
+        ]
+    return Facts(render_checkpoints.bake_facts(report, free), "", float8, ema)
+
+
+def check_name(form: Mapping[str, Any], host: Host, overwrite: bool) -> tuple[str, str, tuple[str, ...]]:
+    """(what is wrong with the name, that it is taken, the file that will be replaced)."""
+    try:
+        path = host.check_checkpoint_name(str(form.get("name") or "").strip(), overwrite)
+    except ConflictError as error:
+        return "", str(error), ()
+    except LoraMergeError as error:
+        return str(error), "", ()
+    return "", "", (path.name,) if path.exists() else ()
+
+
+def command(form: Mapping[str, Any], recipe: MergeRecipe, host: Host) -> list[str]:
+    """The command line of the same bake."""
+    request = request_of(form, recipe)
+    base = host.checkpoint_path(request.base, TO_BAKE)
+    name = str(form.get("name") or "").strip() or propose_name(form, recipe.inputs, host)
+    whole = replace(
+        recipe, base=None, rank="same", conv_rank=None, retain=None, size=None, dtype="same", host=None
+    )
+    merge = to_command(replace(whole, dialect="auto"), None)
+    output = host.checkpoint_dirs()[0] / f"{name}.safetensors"
+    folders = [str(base), "-o", str(output)] if host.paths_allowed() else [base.name, "-o", output.name]
+    if host.paths_allowed():
+        folders += ["--lora-dir", str(host.write_dir())]
+    if request.rounding != "auto":
+        folders += ["--rounding", request.rounding]
+    if request.dtype != "same":
+        folders += ["--dtype", request.dtype]
+    if request.drop_ema:
+        folders.append("--drop-ema")
+    return [merge[0], "bake", *folders, *merge[2:]]

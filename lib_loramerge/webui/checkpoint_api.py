@@ -1,0 +1,60 @@
+"""What REST's routes on checkpoints do, as functions from JSON to a job's request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..recipe import MergeRecipe
+from . import schema
+from .checkpoint_jobs import BakeRequest, ExtractRequest
+
+if TYPE_CHECKING:
+    from .api import Fields
+
+BAKE = ("recipe", "base", "name", "overwrite", "rounding", "dtype", "drop_ema", "hash")
+SETTINGS = ("rank", "conv_rank", "retain", "max_rank", "parts", "vectors", "dtype", "skip_unsupported")
+EXTRACT = ("tuned", "base", "name", "subfolder", "overwrite", *SETTINGS)
+
+
+def bake_request(fields: Fields, recipe: MergeRecipe) -> BakeRequest:
+    """A bake as a client asks for it."""
+    return BakeRequest(
+        recipe=recipe,
+        base=fields.text("base"),
+        name=fields.name("name"),
+        overwrite=fields.flag("overwrite"),
+        rounding=fields.choice("rounding", schema.ROUNDINGS),
+        dtype=fields.choice("dtype", schema.BAKED_DTYPES),
+        drop_ema=fields.flag("drop_ema"),
+        hashed=fields.flag("hash", True),
+        strict=True,
+    )
+
+
+def extract_request(fields: Fields) -> ExtractRequest:
+    """An extraction as a client asks for it; absent settings are the library's own."""
+    settings: dict[str, Any] = {
+        "vectors": fields.choice("vectors", schema.VECTORS),
+        "dtype": fields.choice("dtype", schema.EXTRACTED_DTYPES),
+        "skip_unsupported": fields.flag("skip_unsupported"),
+    }
+    read: Mapping[str, Callable[[str], Any]] = {
+        "rank": fields.rank,
+        "conv_rank": fields.whole,
+        "max_rank": fields.whole,
+        "retain": fields.number,
+        "parts": fields.texts,
+    }
+    settings |= {name: get(name) for name, get in read.items() if fields.given(name)}
+    if fields.given("rank") and fields.given("retain"):
+        fields.refuse("retain and rank exclude each other: give one rule for the rank.")
+    return ExtractRequest(
+        tuned=fields.text("tuned"),
+        base=fields.text("base"),
+        settings=tuple(settings.items()),
+        name=fields.name("name"),
+        subfolder=fields.text("subfolder"),
+        overwrite=fields.flag("overwrite"),
+        strict=True,
+    )

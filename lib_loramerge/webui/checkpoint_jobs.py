@@ -1,0 +1,206 @@
+"""Bakes and extractions as jobs: what is asked for, its check from headers, its run. Knows no Gradio.
+
+What reads checkpoints is imported when used, not at the WebUI's start; see extension.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import Cancelled, OutputError
+from ..recipe import MergeRecipe
+from .errand import Errand
+from .host import ConflictError, Host
+
+if TYPE_CHECKING:
+    from ..checkpoints import Bake, BakeReport, ExtractReport, ExtractSettings, Foreseen
+    from ..merge import Progress
+
+TO_BAKE = "a checkpoint to bake into"
+TUNED, BASE = "the fine-tuned checkpoint", "the checkpoint that it was trained from"
+# Shares of the work after which hashing ends, and where it begins in an extraction.
+HASHED = 0.3
+MEASURED, READ = 0.85, 0.97
+
+
+@dataclass(frozen=True)
+class BakeRequest(Errand):
+    """LoRAs to be baked into a checkpoint.
+
+    Attributes:
+        base: Title of the checkpoint.
+        rounding, dtype, drop_ema, hashed: As of ``BakeSettings``.
+        changed_sources: Bake files that are not what a stored recipe was made with.
+    """
+
+    recipe: MergeRecipe
+    base: str
+    name: str
+    overwrite: bool = False
+    rounding: str = "auto"
+    dtype: str = "same"
+    drop_ema: bool = False
+    hashed: bool = True
+    strict: bool = False
+    changed_sources: bool = False
+
+    kind = "bake"
+
+    def check(self, host: Host) -> Path:
+        host.check_open()
+        output = host.check_checkpoint_name(self.name, self.overwrite)
+        with self.prepared(host) as bake:
+            bake.refuse_inputs(output)
+            _check_room(output, bake.size())
+        return output
+
+    def prepared(
+        self, host: Host, *, check_hashes: bool = False, stop: Callable[[], None] | None = None
+    ) -> AbstractContextManager[Bake]:
+        """The bake, checked from headers.
+
+        Raises:
+            LoraMergeError: Whatever stops it.
+        """
+        from ..checkpoints import BakeSettings, prepare_bake
+
+        return prepare_bake(
+            replace(self.recipe, base=None),
+            host.checkpoint_path(self.base, TO_BAKE, self.strict),
+            find=lambda name: host.find(name, self.strict),
+            presets=host.presets(),
+            settings=BakeSettings(self.rounding, self.dtype, self.drop_ema, self.hashed),
+            check_hashes=check_hashes,
+            stop=stop,
+        )
+
+    def run(
+        self,
+        host: Host,
+        output: Path,
+        progress: Callable[[Progress], None],
+        cancel: Callable[[], bool],
+    ) -> BakeReport:
+        def stop() -> None:
+            if cancel():
+                raise Cancelled("Stopped. Nothing was written.")
+
+        with self.prepared(host, check_hashes=not self.changed_sources, stop=stop) as bake:
+            return bake.run(output, overwrite=self.overwrite, progress=progress, cancel=cancel)
+
+    def publish(self, host: Host, output: Path, replaced: bool) -> list[str]:
+        host.refresh_checkpoints()
+        if replaced and host.is_webui:
+            return [
+                f"{output.name} was replaced. If the WebUI has it loaded, choose another checkpoint and then "
+                "this one again."
+            ]
+        return []
+
+    def fraction(self, progress: Progress) -> float:
+        share = super().fraction(progress)
+        if not self.hashed:
+            return share
+        return HASHED * share if progress.phase == "hash" else HASHED + (1 - HASHED) * share
+
+    def unit(self, phase: str) -> str:
+        return "bytes"
+
+
+@dataclass(frozen=True)
+class ExtractRequest(Errand):
+    """A LoRA to be made of two checkpoints.
+
+    Attributes:
+        tuned, base: Titles.
+        settings: Of ``ExtractSettings``, by name.
+    """
+
+    tuned: str
+    base: str
+    settings: tuple[tuple[str, object], ...]
+    name: str
+    subfolder: str = ""
+    overwrite: bool = False
+    strict: bool = False
+
+    kind = "extract"
+    in_prompts = True
+
+    def check(self, host: Host) -> Path:
+        host.check_open()
+        output = host.check_name(self.name, self.subfolder, self.overwrite)
+        found = self.foreseen(host, output)
+        # What is written waits beside its place until all is known.
+        _check_room(output, 2 * found.size_bytes)
+        return output
+
+    def foreseen(self, host: Host, output: Path | None = None) -> Foreseen:
+        """What is known from headers.
+
+        Raises:
+            LoraMergeError: Whatever stops it.
+        """
+        from ..checkpoints import foresee
+
+        return foresee(*self._paths(host), self._settings(), output)
+
+    def _paths(self, host: Host) -> tuple[Path, Path]:
+        tuned = host.checkpoint_path(self.tuned, TUNED, self.strict)
+        return tuned, host.checkpoint_path(self.base, BASE, self.strict)
+
+    def _settings(self) -> ExtractSettings:
+        from ..checkpoints import ExtractSettings
+
+        return ExtractSettings(**dict(self.settings))  # type: ignore[arg-type]
+
+    def run(
+        self,
+        host: Host,
+        output: Path,
+        progress: Callable[[Progress], None],
+        cancel: Callable[[], bool],
+    ) -> ExtractReport:
+        from ..checkpoints import extract
+
+        return extract(
+            *self._paths(host),
+            output,
+            self._settings(),
+            overwrite=self.overwrite,
+            progress=progress,
+            cancel=cancel,
+        )
+
+    def publish(self, host: Host, output: Path, replaced: bool) -> list[str]:
+        if replaced:
+            return [note for note in (host.after_overwrite(output),) if note]
+        host.announce(output)
+        return []
+
+    def fraction(self, progress: Progress) -> float:
+        share = super().fraction(progress)
+        start, end = {"extract": (0.0, MEASURED), "hash": (MEASURED, READ)}.get(progress.phase, (READ, 1.0))
+        return start + (end - start) * share
+
+    def unit(self, phase: str) -> str:
+        return "bytes" if phase == "hash" else "layers"
+
+
+def _check_room(output: Path, size: int) -> None:
+    """Refuses a file that its disk has no room for.
+
+    Raises:
+        ConflictError: With both numbers.
+    """
+    from ..checkpoints.rewriting import check_room
+
+    folder = next(folder for folder in output.parents if folder.exists())
+    try:
+        check_room(folder / output.name, size)
+    except OutputError as error:
+        raise ConflictError(str(error)) from error

@@ -1,0 +1,150 @@
+"""What the tab says of bakes and extractions, as HTML; see :mod:`.render`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..report import histogram_text, percent
+from .render import DTYPES, details, foreign, note_box, say, size_text, table, time_text, warning_box
+
+if TYPE_CHECKING:
+    from .host import Host
+    from .jobs import Job
+
+SURVIVES_MEANS = (
+    "What survives is the part of the LoRAs that is in the file after rounding. The noise of rounding "
+    "is told beside it: the model's own numbers are rounded as coarsely."
+)
+NOT_LISTED = "To use it now, press the refresh button beside the WebUI's own list of checkpoints."
+ROUNDED = {
+    "auto": "to the nearest number",
+    "nearest": "to the nearest number",
+    "stochastic": "by chance, which keeps small changes",
+}
+Rows = list[tuple[str, str]]
+
+
+def result(job: Job, host: Host, where: str, buttons: str) -> str:
+    """The outcome of a finished bake or extraction, below its title."""
+    report = job.report.to_json()
+    baked = job.request.kind == "bake"
+    parts = [f'<div class="lm-written">{where}</div>']
+    if baked and host.is_webui:
+        parts.append(note_box([NOT_LISTED]))
+    parts += [
+        buttons,
+        warning_box(map(host.shown, (*report["warnings"], *job.notes))),
+        _baked(report) if baked else _extracted(report),
+    ]
+    if report["skipped"]:
+        parts.append(details(say("Left out"), note_box(map(host.shown, report["skipped"]))))
+    return "".join(parts)
+
+
+def _baked(report: Mapping[str, Any]) -> str:
+    rows: Rows = [
+        (say("Checkpoint"), f"{foreign(report['base'])}, {foreign(report['base_model'])}"),
+        (say("File size"), f"<b>{size_text(report['size_bytes'])}</b>"),
+        _changed(report),
+    ]
+    if report["survives"] is not None:
+        rows += [
+            (say("Survives"), f'<b class="lm-survives">{foreign(percent(report["survives"]))}</b>'),
+            (say("Rounding"), f"{say(ROUNDED[report['rounding']])}, {_of_weights(report['noise'])}"),
+            (say("Change"), _of_weights(report["change"])),
+            (say("Error"), f"{foreign(percent(report['error'] or 0))} {say('of the change')}"),
+        ]
+    rows.append((say("Untouched"), f"{size_text(report['untouched_bytes'])} {say('byte for byte')}"))
+    rows.append((say("Time"), time_text(report["seconds"])))
+    if report["sha256"]:
+        rows.append((say("Hash"), f"<code>{foreign(report['sha256'][:10])}</code>"))
+    worst = [(percent(row["survives"]), percent(row["error"]), row["tensor"]) for row in report["worst"]]
+    inputs = "".join(f'<div class="lm-input">{foreign(text)}</div>' for text in report["inputs"])
+    return (
+        table(rows)
+        + note_box([SURVIVES_MEANS])
+        + _worst(("Survives", "Error", "Tensor"), worst)
+        + details(say("What went in"), inputs)
+    )
+
+
+def _extracted(report: Mapping[str, Any]) -> str:
+    ranks = {int(rank): count for rank, count in report["ranks"].items()}
+    rows: Rows = [
+        (say("Difference"), _minus(report)),
+        (say("Base model"), foreign(report["base_model"])),
+        (say("File size"), f"<b>{size_text(report['size_bytes'] or 0)}</b>"),
+        (say("Layers"), f"{report['layers']}, {report['layers_equal']} {say('equal but for rounding')}"),
+        (say("Rank"), foreign(histogram_text(ranks) or "–")),
+        (say("Change"), _of_weights(report["change"])),
+        (say("Rounding"), f"{foreign(percent(report['noise']))} {say('of the change')}"),
+        (say("Error"), f'<b class="lm-error-value">{foreign(percent(report["error"]))}</b>'),
+    ]
+    rows += [("", f"{foreign(percent(error))} {foreign(part)}") for part, error in report["by_part"].items()]
+    if report["capped"]:
+        rows.append((say("Limited"), f"{report['capped']} {say('layers reached the largest rank')}"))
+    rows.append((say("Time"), time_text(report["seconds"])))
+    return table(rows) + _worst(
+        ("Error", "Layer"), [(percent(row["error"]), row["layer"]) for row in report["worst"]]
+    )
+
+
+def bake_facts(report: Mapping[str, Any], free: int | None) -> str:
+    """What a bake will write, before any work."""
+    rows: Rows = [
+        (say("Base model"), foreign(report["base_model"])),
+        (say("LoRAs"), str(len(report["inputs"]))),
+        _changed(report),
+        (say("File size"), f"<b>{size_text(report['size_bytes'])}</b>"),
+        *_free(free),
+        (say("Rounding"), say(ROUNDED[report["rounding"]])),
+    ]
+    return table(rows) + warning_box((*report["warnings"], *report["skipped"]))
+
+
+def extract_facts(found: Mapping[str, Any], free: int | None) -> str:
+    """What an extraction will read and write, before any work."""
+    parts = ", ".join(f"{foreign(part)} {count}" for part, count in found["layers"].items())
+    rows: Rows = [
+        (say("Difference"), _minus(found)),
+        (say("Base model"), foreign(found["base_model"])),
+        (say("Layers"), parts),
+        (say("Precision"), foreign(_dtypes(found["dtypes"]))),
+        (say("File size"), f"{say('at most')} <b>{size_text(found['size_bytes'])}</b>"),
+        *_free(free),
+        (say("To be read"), size_text(found["read_bytes"])),
+    ]
+    return table(rows) + warning_box(found["skipped"])
+
+
+def _minus(report: Mapping[str, Any]) -> str:
+    return f"{foreign(report['tuned'])} − {foreign(report['base'])}"
+
+
+def _of_weights(share: float | None) -> str:
+    return f"{foreign(percent(share or 0))} {say('of the weights')}"
+
+
+def _free(free: int | None) -> Rows:
+    return [] if free is None else [(say("Free disk space"), size_text(free))]
+
+
+def _changed(report: Mapping[str, Any]) -> tuple[str, str]:
+    text = f"{report['layers']} {say('layers')}, {report['tensors']} {say('tensors')}"
+    return say("Changed"), f"{text} ({foreign(_dtypes(report['dtypes']))})"
+
+
+def _dtypes(counts: Mapping[str, int]) -> str:
+    return ", ".join(DTYPES.get(name, name) for name in counts)
+
+
+def _worst(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{foreign(cell)}</td>" for cell in row[:-1])
+        body += f"<tr>{cells}<td><code>{foreign(row[-1])}</code></td></tr>"
+    if not body:
+        return ""
+    head = "".join(f"<th>{say(name)}</th>" for name in heads)
+    return details(say("Worst layers"), f'<table class="lm-layers"><tr>{head}</tr>{body}</table>')

@@ -1,0 +1,204 @@
+"""The page of extraction: a LoRA of what one checkpoint is more than another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import compat, extracting, render
+from ..compat import update
+from ..host.checkpoints import CLOSED
+from .controls import Control, element_id
+
+if TYPE_CHECKING:
+    from ..host import Host
+
+TITLE = "Extract"
+_LIST = {"choices": [], "value": "", "allow_custom_value": True, "scale": 1, "min_width": 240}
+CONTROLS = (
+    Control(
+        "extract_tuned",
+        "Dropdown",
+        {"label": "Fine-tuned checkpoint", **_LIST},
+        "The LoRA will hold what this one is more than the base.",
+    ),
+    Control(
+        "extract_base",
+        "Dropdown",
+        {"label": "Its base", **_LIST},
+        "The checkpoint that it was trained from. With another one the LoRA holds their difference, too.",
+    ),
+    Control(
+        "extract_rule",
+        "Dropdown",
+        {
+            "label": "Rank rule",
+            "choices": list(extracting.RULES.values()),
+            "value": extracting.RULES["number"],
+            "scale": 2,
+            "min_width": 200,
+        },
+        "How much of the difference the LoRA may hold. A higher rank keeps more and makes a larger file.",
+    ),
+    Control(
+        "extract_rank",
+        "Number",
+        {"label": "Rank of every layer", "value": 64, "precision": 0, "scale": 1, "min_width": 110},
+        "1 or more. 64 is common; 128 is large.",
+    ),
+    Control(
+        "extract_retain",
+        "Number",
+        {"label": "Share to keep, %", "value": 95, "visible": False, "scale": 1, "min_width": 110},
+        "Every layer gets the smallest rank that keeps this share of it.",
+    ),
+    Control(
+        "extract_max_rank",
+        "Number",
+        {
+            "label": "Largest rank",
+            "value": 128,
+            "precision": 0,
+            "visible": False,
+            "scale": 1,
+            "min_width": 110,
+        },
+        "No layer gets more. The report tells in how many it was too little.",
+    ),
+    Control(
+        "extract_conv_rank",
+        "Number",
+        {"label": "Rank of convolutions", "value": None, "precision": 0, "scale": 1, "min_width": 110},
+        "Empty is the rank above, 32 at most; 0 leaves 3x3 convolutions out.",
+    ),
+    Control(
+        "extract_parts",
+        "Dropdown",
+        {
+            "label": "Parts of the model",
+            "choices": list(extracting.PARTS.values()),
+            "value": extracting.PARTS[""],
+            "scale": 1,
+            "min_width": 150,
+        },
+        "Which part of the model goes into the LoRA.",
+    ),
+    Control(
+        "extract_dtype",
+        "Dropdown",
+        {
+            "label": "Precision",
+            "choices": list(extracting.PRECISIONS.values()),
+            "value": extracting.PRECISIONS["float16"],
+            "scale": 1,
+            "min_width": 150,
+        },
+        "How numbers are stored. float16 is half the size of float32 and exact enough.",
+    ),
+    Control(
+        "extract_skip",
+        "Checkbox",
+        {"label": "Leave out what cannot be merged", "value": False, "scale": 2, "min_width": 200},
+        "Otherwise two checkpoints with layers of different shapes are refused.",
+    ),
+    Control(
+        "extract_name",
+        "Textbox",
+        {"label": "Name", "value": "", "lines": 1, "max_lines": 1, "scale": 4, "min_width": 180},
+        "Name of the new LoRA. Empty takes the name that is proposed in grey.",
+    ),
+    Control(
+        "extract_overwrite",
+        "Checkbox",
+        {"label": "Overwrite", "value": False, "scale": 0, "min_width": 110},
+        "Replace a LoRA of this name. It goes off after every extraction.",
+    ),
+)
+BUTTONS: Mapping[str, tuple[str, str]] = {
+    "extract_refresh": ("Refresh the list", "Look for new checkpoints."),
+    "extract": ("Extract and save", "Reads both checkpoints whole and makes the LoRA in the LoRA folder."),
+}
+NAMES = tuple(control.name for control in CONTROLS)
+RESULT, JOBS, MESSAGE, FACTS = "extract_result", "extract_jobs", "extract_message", "extract_facts"
+_SEEN = ("extract_rank", "extract_retain", "extract_max_rank")
+
+
+def lay_out(layout: Any) -> None:
+    """The page's controls, or why they are not there."""
+    host: Host = layout.host
+    if not host.can_bake():
+        compat.make("HTML", value=render.note_box([CLOSED]), elem_id="loramerge_extract_closed")
+        return
+    controls = {control.name: control for control in CONTROLS}
+
+    def line(name: str, *controlled: str) -> None:
+        with compat.make("Row", elem_id=f"loramerge_extract_{name}_line"):
+            for one in controlled:
+                layout.control(controls[one])
+
+    def button(name: str, **options: Any) -> None:
+        layout.widget(
+            f"button.{name}", "Button", value=BUTTONS[name][0], elem_id=element_id(name), size="sm", **options
+        )
+
+    with compat.make("Row", elem_id="loramerge_extract_columns"):
+        with compat.make("Column", scale=9, min_width=320, elem_id="loramerge_extract_form"):
+            with layout.section("extract_what", "What differs"):
+                line("pair", "extract_tuned", "extract_base")
+                with compat.make("Row"):
+                    button("extract_refresh", scale=0, min_width=130)
+            with layout.section("extract_how", "How"):
+                line("rank", "extract_rule", *_SEEN, "extract_conv_rank")
+                line("more", "extract_parts", "extract_dtype", "extract_skip")
+            with layout.section("extract_result", "Result"):
+                line("name", "extract_name", "extract_overwrite")
+        with compat.make("Column", scale=5, min_width=280, elem_id="loramerge_extract_side"):
+            with layout.section("extract_facts", "What will come out"):
+                layout.place(FACTS, f'<div class="lm-quiet">{render.say(extracting.EMPTY)}</div>')
+            button("extract", variant="primary")
+            layout.place(MESSAGE)
+            layout.place(JOBS)
+            layout.place(RESULT)
+
+
+def connect(wiring: Any) -> None:
+    """Attach the handlers of the page."""
+    host: Host = wiring.host
+
+    def fill(values: Mapping[str, Any]) -> dict[str, Any]:
+        known = ["", *host.checkpoints()]
+        return {
+            name: update(choices=known if values[name] in known else [values[name], *known])
+            for name in ("extract_tuned", "extract_base")
+        }
+
+    def refresh(values: Mapping[str, Any]) -> dict[str, Any]:
+        host.refresh_checkpoints()
+        return fill(values)
+
+    def look(values: Mapping[str, Any]) -> dict[str, Any]:
+        html, name = extracting.facts(values, host)
+        rule = extracting.rule_of(values)
+        return {
+            FACTS: html,
+            "extract_name": update(placeholder=name),
+            "extract_rank": update(visible=rule == "number"),
+            "extract_retain": update(visible=rule == "retain"),
+            "extract_max_rank": update(visible=rule != "number"),
+        }
+
+    def start(values: Mapping[str, Any]) -> dict[str, Any]:
+        job = wiring.jobs.submit(extracting.request_of(values, host))
+        return {**wiring.begun(job), "extract_overwrite": False}
+
+    pair = ("extract_tuned", "extract_base")
+    wiring.button("extract_refresh", refresh, pair, pair, message=MESSAGE)
+    for name in ("greet", "refresh", "restore"):
+        wiring.button(name, fill, pair, pair, message="argument")
+    # What an error says stays until something is changed; what was typed stays in any case.
+    asked = tuple(name for name in NAMES if name not in ("extract_name", "extract_overwrite"))
+    for name in asked:
+        wiring.on(wiring.widgets[name].change, look, NAMES, (FACTS, "extract_name", *_SEEN), message=MESSAGE)
+    wiring.button(
+        "extract", start, NAMES, (*wiring.job_places, "started", "extract_overwrite"), message=MESSAGE
+    )
