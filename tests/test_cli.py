@@ -259,7 +259,9 @@ def test_help_needs_no_torch():
 
 
 STOPPED_IN = """
-import sys, time
+import signal, sys, time
+# Tests that run in the background inherit a shell's order to ignore Ctrl+C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lib_loramerge import cli, interrupts
 from lib_loramerge.merge import run
 
