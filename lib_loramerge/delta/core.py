@@ -176,6 +176,7 @@ def decompose_all(
         chosen = slice(None) if len(rows) == len(deltas) else rows
         weighted = (gains[chosen, :, None] * low[chosen]).contiguous()  # row-major: other products crawl
         core = weighted.mT @ own.up[chosen] @ weighted
+        _checked(float(core.abs().max()) if core.numel() else 0.0)
         squares, q = torch.linalg.eigh(core) if vectors else (torch.linalg.eigvalsh(core), core)
         mixed_by = outer and (outer[0][chosen], outer[1][chosen])
         solved = Solved(ups[chosen], downs[chosen], _roots(squares), low[chosen], weighted, q, mixed_by)
@@ -219,6 +220,7 @@ def _decompose_dependent(
     low, solve = root_of_dependent(small.down, lengths)
     weighted = (_gains(delta)[:, None] * low).contiguous()  # row-major: other products crawl
     core = weighted.mT @ small.up @ weighted
+    _checked(float(core.abs().max()) if core.numel() else 0.0)
     squares, q = torch.linalg.eigh(core) if vectors else (torch.linalg.eigvalsh(core), core)
     values = _roots(squares)
     found = _judged(values, like.energy, like.size, NOISE * like.size)
@@ -295,7 +297,9 @@ def _decompose_by_qr(delta: LowRank, size: float, vectors: bool) -> Spectrum:
     gains = delta.component_gains().to(delta.up.device)
     q_left, r_left = (part.cpu() for part in torch.linalg.qr(delta.up.double() * gains))
     q_right, r_right = (part.cpu() for part in torch.linalg.qr(delta.down.double().mT))
-    u, values, vh = torch.linalg.svd(r_left @ r_right.mT)
+    inner = r_left @ r_right.mT
+    _checked(float(torch.linalg.vector_norm(inner)))
+    u, values, vh = torch.linalg.svd(inner)
     energy = float(values.square().sum())
     # Where no more is left than the last digits that the inputs are stored with, all of it is noise. What is
     # dropped is known, and counts in `beyond`.

@@ -65,7 +65,9 @@ def times_two_to(delta: _D, power: int) -> _D:
         factor = 2.0**power
         small = Grams(delta.small.up * factor**2, delta.small.down)
         return replace(delta, left=delta.left * factor, small=small)
-    return replace(delta, weight=delta.weight.double() * 2.0**power)
+    # In two steps: 2 to the whole power may be no number itself.
+    half = power // 2
+    return replace(delta, weight=delta.weight.double() * 2.0**half * 2.0 ** (power - half))
 
 
 def _scale(delta: LowRank, weight: float) -> bool:

@@ -46,6 +46,8 @@ def fit(delta: LowRank, dtype: torch.dtype, *, fixed_alpha: bool = False) -> Low
     largest = max(float(up.abs().max()), float(down.abs().max()))
     if fixed_alpha or largest == 0:
         return replace(delta, up=up, down=down)
+    if not math.isfinite(largest):
+        raise OutputError("The numbers of this layer are too large to be computed with or saved.")
     power = max(-1000, min(1000, -round(math.log2(largest))))
     alpha = math.log2(abs(delta.alpha) or 1.0)
     # What alpha has no room for stays in the factors.
