@@ -102,10 +102,10 @@ def formats_page() -> str:
         (f"`{slot}`", "any" if slot in along else owners.get(slot, "refused"), _code(spelled))
         for slot, spelled in endings().items()
     )
+    # A kind's name begins with its article.
     refused = (
-        (words.split(" ", 1)[1], f"{kind.reason[:1].upper()}{kind.reason[1:]}.")
-        for kind in REFUSED for words in (kind.name,)
-    )  # fmt: skip
+        (kind.name.split(" ", 1)[1], f"{kind.reason[:1].upper()}{kind.reason[1:]}.") for kind in REFUSED
+    )
     models = (_base_model(record) for record in ARCHITECTURES.values() if not record.opaque)
     return "\n".join(
         (
