@@ -19,7 +19,7 @@ def asked(recipe: MergeRecipe, *, same: int | None, conv: bool = False, bounded:
     """The number that a recipe's rule states for a layer, whatever its singular values are.
 
     Args:
-        recipe: Its rank, conv_rank, retain and size are read.
+        recipe: Its rank, conv_rank and the rules beside them are read.
         same: Largest rank of the inputs in this layer; None where one of them is stored whole.
         conv: The layer is a k x k convolution, to which ``conv_rank`` applies.
         bounded: The inputs' ranks bound that of the layer's result, so that ``auto`` can keep all of it.
@@ -29,7 +29,7 @@ def asked(recipe: MergeRecipe, *, same: int | None, conv: bool = False, bounded:
     """
     if conv and recipe.conv_rank is not None:
         return recipe.conv_rank
-    if recipe.retain is not None or recipe.size is not None or recipe.rank == "full":
+    if recipe.own_ranks or recipe.rank == "full":
         return None
     if recipe.rank == "auto":
         return None if bounded else same
@@ -49,7 +49,7 @@ def foreseen(
     rank = asked(recipe, same=same, conv=conv, bounded=bounded)
     if rank is not None:
         return min(rank, most)
-    return None if dense and recipe.retain is None and recipe.size is None else most
+    return None if dense and not recipe.own_ranks else most
 
 
 def choose(
@@ -158,6 +158,34 @@ def smallest(layers: Sequence[LayerCost], error_sq: float, *, one_rank: bool = F
     spent = sum(layer.bytes(rank) for layer, rank in zip(layers, ranks)) + np.cumsum([0, *cost])
     left = sum(layer.tail(rank) for layer, rank in zip(layers, ranks)) - np.cumsum([0.0, *gain])
     return int(spent[min(int((left > allowed).sum()), len(cost))])
+
+
+def keeping(
+    layers: Sequence[LayerCost], shares: Sequence[np.ndarray], wanted: np.ndarray, *, one_rank: bool = False
+) -> list[int]:
+    """Ranks with the fewest bytes, steps taken as in :func:`allot`, that add enough to each LoRA.
+
+    Args:
+        shares: For each layer, (n, k) what its components add to each LoRA.
+        wanted: (n,) what they have to add up to; all ranks are taken where that is more than there is.
+    """
+    sums = [np.cumsum(np.pad(share, ((0, 0), (1, 0))), axis=1) for share in shares]
+    if one_rank:
+        top = max((len(layer.values) for layer in layers), default=0)
+        for rank in range(1, top + 1):
+            have = np.sum([own[:, min(rank, own.shape[1] - 1)] for own in sums], axis=0)
+            if (have >= wanted).all():
+                return [min(rank, len(layer.values)) for layer in layers]
+        return [len(layer.values) for layer in layers]
+    ranks = _least_ranks(layers)
+    have = np.sum([own[:, rank] for own, rank in zip(sums, ranks)], axis=0)
+    owner, upto, _, _ = _items(layers, ranks)
+    for layer, rank in zip(owner.tolist(), upto.tolist()):
+        if (have >= wanted).all():
+            break
+        have = have + sums[layer][:, rank] - sums[layer][:, ranks[layer]]
+        ranks[layer] = rank
+    return ranks
 
 
 def least_bytes(layers: Sequence[LayerCost], *, one_rank: bool = False) -> int:

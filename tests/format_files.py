@@ -28,7 +28,7 @@ def plan(folder: Path, *inputs: str, base: Path | None = None, **fields) -> Merg
 def merge(folder: Path, *inputs: str, out: str = "out", base: Path | None = None, **fields) -> MergeReport:
     """Merge files in ``folder``; rank full and float32 unless told otherwise."""
     fields = {"rank": "full", "dtype": "float32", **fields}
-    if fields.keys() & {"retain", "size"} or fields.get("mode") in ("concat", "add"):
+    if fields.keys() & {"retain", "size", "keep"} or fields.get("mode") in ("concat", "add"):
         fields["rank"] = "same"
     return run_merge(plan(folder, *inputs, base=base, **fields), folder / f"{out}.safetensors")
 

@@ -114,6 +114,8 @@ def _for_checkpoint(recipe: MergeRecipe, checkpoint: Checkpoint, find: Callable[
         retain=None,
         size=None,
         host=None,
+        keep=None,
+        fair=False,
         base_model=identity if named else recipe.base_model,
     )
 

@@ -40,10 +40,10 @@ def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
 
 def replaced(recipe: MergeRecipe, fields: Mapping[str, Any]) -> MergeRecipe:
     """A stored recipe with the options that were given instead of its own, and without those they exclude."""
-    if any(name in fields for name in ("retain", "size")):
-        recipe = replace(recipe, rank="auto", conv_rank=None, retain=None, size=None)
+    if any(name in fields for name in ("retain", "size", "keep")):
+        recipe = replace(recipe, rank="auto", conv_rank=None, retain=None, size=None, keep=None, fair=False)
     elif any(name in fields for name in ("rank", "conv_rank")):
-        recipe = replace(recipe, retain=None, size=None)
+        recipe = replace(recipe, retain=None, size=None, keep=None, fair=False)
     if fields.get("mode", recipe.mode) != recipe.mode:
         recipe = replace(recipe, params={})
     elif "params" in fields:

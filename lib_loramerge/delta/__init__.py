@@ -5,6 +5,7 @@ from __future__ import annotations
 from .core import NOISE, Spectrum, decompose, lost_by, truncate
 from .counted import all_values
 from .dense import decompose_dense
+from .fair import directions
 from .measure import (
     Overlaps,
     conflict_of,
@@ -61,6 +62,7 @@ __all__ = [
     "cut_layers",
     "decompose",
     "decompose_dense",
+    "directions",
     "full_precision",
     "gram",
     "grams",

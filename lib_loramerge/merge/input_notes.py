@@ -58,7 +58,7 @@ def _noise_notes(plans: Sequence[SourcePlan]) -> list[str]:
 
 def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe: MergeRecipe) -> list[str]:
     """LoHa and LoKr are exact at the product of their ranks, which nobody has in mind who asks for none."""
-    if isinstance(recipe.rank, int) or recipe.retain is not None or recipe.size is not None:
+    if isinstance(recipe.rank, int) or recipe.own_ranks:
         return []
     expanded = [
         layer.rank

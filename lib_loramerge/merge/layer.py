@@ -22,6 +22,7 @@ from ..delta import (
     all_values,
     cut_layers,
     decompose_dense,
+    directions,
     lost_by,
     lost_of_inputs,
     moved,
@@ -127,6 +128,10 @@ class Merger:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
         self.style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
+        # Weights of the LoRAs that share what is kept, and the LoRA of a source: one given twice counts once.
+        self.weights: tuple[float, ...] | None = None
+        known: dict[tuple[object, ...], int] = {}
+        self.loras = [known.setdefault((one.path, one.input.dyn), len(known)) for one in plan.sources]
         self.smaller = (smaller(plan) or {}).get("rank")
         # Layer to squared error and what its parts lose at that rank; each layer is cut by one thread.
         self._cuts: dict[str, tuple[float, Tensor | None]] = {}
@@ -164,9 +169,10 @@ class Merger:
             weights = [entry.weight for entry in inputs]
             there = any(weight is not None for weight in weights)
             return (Dense(self._vector(layer, weights, layer.layer)) if there else None), None
-        return self._combined(layer, self._given(layer, inputs))
+        return self.combined(layer, self._given(layer, inputs))
 
-    def _combined(self, layer: LayerPlan, given: Sequence[Given]) -> tuple[Merged | None, Delta | None]:
+    def combined(self, layer: LayerPlan, given: Sequence[Given]) -> tuple[Merged | None, Delta | None]:
+        """:meth:`combine` of weight deltas that are read already."""
         if not given:
             return None, None
         deltas, weights = [entry.delta for entry in given], [entry.weight for entry in given]
@@ -243,7 +249,7 @@ class Merger:
             for note in entry.notes
         )
         given = () if layer.vector else self._given(layer, inputs)
-        merged, plain = self.combine(layer, inputs) if layer.vector else self._combined(layer, given)
+        merged, plain = self.combine(layer, inputs) if layer.vector else self.combined(layer, given)
         whole = merged is None or layer.vector or (isinstance(merged, Dense) and layer.rank is None)
         return Prepared(layer, merged, plain, self._bias(layer, inputs), notes, whole, given)
 
@@ -293,13 +299,43 @@ class Merger:
         rows = lost_of_inputs(deltas, weights, written).tolist()
         return [(source, *row) for source, row in zip(sources, rows, strict=True)]
 
+    def given(self, layer: LayerPlan) -> list[Given]:
+        """The weight deltas of a layer, read and on the device that works."""
+        return self._given(layer, self.inputs(layer))
+
+    def _shared(self, prepared: Prepared, merged: Merged, rank: int | None) -> tuple[Merged | None, float]:
+        """What a fair cut keeps of a layer, and the squared norm of what it lacks; else the layer itself."""
+        given = prepared.given
+        several = isinstance(merged, LowRank) and 1 < len(given) == len(merged.parts)
+        if self.weights is None or rank is None or not several or not isinstance(merged, LowRank):
+            return merged, 0.0
+        found = directions(merged, self.owners(prepared.layer, given), len(set(self.loras)))
+        return (merged, 0.0) if found is None else found.cut(self.weights, rank)
+
+    def owners(self, layer: LayerPlan, given: Sequence[Given]) -> list[int]:
+        """Which LoRA each weight delta of a layer is from."""
+        return [self.loras[layer.inputs[entry.place][0]] for entry in given]
+
     def _store(self, prepared: Sequence[Prepared], allotted: Sequence[int | None]) -> list[Stored | None]:
         deltas = [entry.merged for entry in prepared if entry.merged is not None]
         rules = [self._chooser(p.layer, d, a) for p, d, a in zip(prepared, deltas, allotted, strict=True)]
         most = [self._most(p.layer, a) for p, a in zip(prepared, allotted, strict=True)]
         names = [entry.layer.layer for entry in prepared]
         fixed = not self.has_alpha
-        return cut_layers(deltas, self.dtype, rules, names=names, most=most, fixed_alpha=fixed)
+        if self.weights is None:
+            return cut_layers(deltas, self.dtype, rules, names=names, most=most, fixed_alpha=fixed)
+        results: list[Stored | None] = [None] * len(deltas)
+        for index, (entry, delta, rank) in enumerate(zip(prepared, deltas, allotted, strict=True)):
+            kept, lacks = self._shared(entry, delta, rank)
+            if kept is None:
+                continue
+            [stored] = cut_layers([kept], self.dtype, [rules[index]], names=[names[index]], fixed_alpha=fixed)
+            if stored is not None and kept is not delta:
+                stored = replace(
+                    stored, error_sq=stored.error_sq + lacks, exact_sq=stored.exact_sq + lacks, parts=None
+                )
+            results[index] = stored
+        return results
 
     def _chooser(
         self, layer: LayerPlan, merged: Merged, allotted: int | None

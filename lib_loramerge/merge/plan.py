@@ -89,7 +89,7 @@ def plan_merge(
         dtype=dtype,
         base=base,
         predicted_bytes=0,
-        ranks_known=recipe.retain is None and recipe.size is None,
+        ranks_known=recipe.own_ranks is None,
         warnings=(
             *found.notes,
             *reach,
@@ -130,12 +130,18 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
             wanted = f"{method.minimum} to {method.maximum}"
         raise RecipeError(f"Mode {method.name} merges {wanted} LoRAs, and {count} were given.")
     if not method.uses_rank:
-        for rule in ("retain", "size"):
+        for rule in ("retain", "size", "keep"):
             if getattr(recipe, rule) is not None:
                 raise RecipeError(
                     f"Mode {method.name} keeps all ranks, so it cannot hold to a given {rule}. Leave that "
                     "out, or use mode svd."
                 )
+    if (recipe.keep is not None or recipe.fair) and not (method.exact and method.uses_rank):
+        rule = "keep" if recipe.keep is not None else "fair"
+        raise RecipeError(
+            f"{rule} shares out the exact sum, and mode {method.name} makes something else. Leave it out, or "
+            "use mode svd."
+        )
     return method, params
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..delta import Stored, full_precision
 from ..errors import IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
 from ..report import MergeReport
+from . import fair
 from .layer import MergedLayer, Merger, open_merger
 from .layout import LayerPlan, MergePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
 from .outcome import merge_report
@@ -72,12 +74,18 @@ def run_merge(
         hashes = stack.enter_context(
             _background_hashes(merger, work, {} if known_hashes is None else known_hashes)
         )
-        allotted = None
-        if plan.recipe.size is not None:
+        allotted: Mapping[str, int] = {}
+        if plan.recipe.keep is not None or plan.recipe.fair:
+            with clock.phase("look"):
+                found = fair.allot(
+                    plan, work.each_layer(plan, partial(fair.look, merger), "look"), output.stem
+                )
+                allotted, merger.weights = found.ranks, found.weights
+        elif plan.recipe.size is not None:
             with clock.phase("look"):
                 allotted = _allot(plan, merger, output.stem, work)
         with clock.phase("merge"):
-            merged = _merge_layers(plan, merger, allotted or {}, work)
+            merged = _merge_layers(plan, merger, allotted, work)
         embeddings = _embeddings(plan, merger)
         source_hashes = hashes()
         merger.check_unchanged()

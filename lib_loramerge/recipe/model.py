@@ -94,6 +94,13 @@ def _check_retain(value: object) -> float:
     return share
 
 
+def _check_keep(value: object) -> float:
+    share = check_number("keep", value, 0, 1)
+    if share == 0:
+        raise RecipeError("keep must be a number above 0 and at most 1, got 0.")
+    return share
+
+
 def _check_size(value: object) -> float:
     size = check_number("size", value, 0, MAX_SIZE)
     if size == 0:
@@ -230,6 +237,21 @@ class MergeRecipe:
         metavar="MB",
         commands=("merge", "advise", "subtract"),
     )
+    keep: float | None = setting(
+        None,
+        _check_keep,
+        "smallest ranks with which every LoRA keeps this share of itself, 0 < F <= 1",
+        kind=float,
+        metavar="F",
+        commands=("merge",),
+    )
+    fair: bool = setting(
+        False,
+        lambda value: check_flag("fair", value),
+        "with a rank or a size: what is cut is chosen so that the LoRA kept least is kept most",
+        kind=bool,
+        commands=("merge",),
+    )
     seed: int = setting(
         0,
         lambda value: check_whole("seed", value, 0, MAX_SEED),
@@ -345,15 +367,24 @@ class MergeRecipe:
                 check_number(name, value)
         _set(self, "params", dict(self.params))
 
+    @property
+    def own_ranks(self) -> str | None:
+        """The rule that chooses the rank of each layer from its singular values, where there is one."""
+        return next((n for n in ("retain", "size", "keep") if getattr(self, n) is not None), None)
+
     def _check_one_rank_rule(self) -> None:
-        """``retain`` and ``size`` choose every rank themselves; nothing else may."""
-        rules = [n for n in ("retain", "size") if getattr(self, n) is not None]
+        """``retain``, ``size`` and ``keep`` choose every rank themselves; nothing else may."""
+        rules = [n for n in ("retain", "size", "keep") if getattr(self, n) is not None]
         if rules and self.rank not in ("auto", "same"):
             rules.append("rank")
         if rules and self.conv_rank is not None:
             rules.append("conv_rank")
         if len(rules) > 1:
             raise RecipeError(f"{' and '.join(rules)} exclude each other: give one rule for the rank.")
+        if self.fair and (self.retain is not None or (not rules and self.rank in ("auto", "full"))):
+            raise RecipeError(
+                "fair chooses what a rank or a size cuts off: give a rank (a number or same) or a size."
+            )
 
 
 INPUT_FIELDS = tuple(f.name for f in fields(LoraInput))

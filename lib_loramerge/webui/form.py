@@ -393,6 +393,10 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     """
     if recipe.mode not in methods:
         raise RecipeError(f"The recipe uses the mode {recipe.mode!r}, which this version does not have.")
+    if recipe.keep is not None or recipe.fair:
+        raise RecipeError(
+            "The recipe shares out what is kept (keep, fair), which this page has no field for."
+        )
     method = methods[recipe.mode]
     rule = "number" if isinstance(recipe.rank, int) else recipe.rank
     rule = "retain" if recipe.retain is not None else "size" if recipe.size is not None else rule

@@ -629,7 +629,7 @@ def folder_for(output: Path) -> Iterator[None]:
 
 def keeping_everything(recipe: MergeRecipe) -> MergeRecipe:
     """The same merge without a limit of rank or size."""
-    return replace(recipe, rank="full", retain=None, size=None, conv_rank=None)
+    return replace(recipe, rank="full", retain=None, size=None, keep=None, fair=False, conv_rank=None)
 
 
 def check_no_input(output: Path, inputs: Iterable[Path]) -> None:
