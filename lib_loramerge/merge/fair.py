@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from .. import ranks
-from ..delta import LowRank, Spectrum, decompose, decompose_dense, directions, inner, lost_of_inputs, truncate
+from ..delta import (
+    Dense,
+    LowRank,
+    Spectrum,
+    decompose,
+    decompose_dense,
+    directions,
+    inner,
+    lost_of_inputs,
+    truncate,
+)
 from ..errors import OutputError
 from .layer import Merger
 from .layout import FileCosts, LayerPlan, MergePlan, file_costs
@@ -80,7 +90,7 @@ def look(merger: Merger, layer: LayerPlan) -> _Looked:
     own = np.tile(own, 2)
     if not isinstance(merged, LowRank) and layer.rank is None:
         return _Looked(None, own)
-    spectrum = decompose(merged) if isinstance(merged, LowRank) else decompose_dense(merged)
+    spectrum = decompose_dense(merged) if isinstance(merged, Dense) else decompose(merged)
     shares = np.zeros((count, spectrum.rank))
     if len(given) == 1:
         shares[owners[0]] = spectrum.values.numpy() ** 2
