@@ -47,8 +47,8 @@ def request_of(form: Mapping[str, Any], host: Host) -> ExtractRequest:
         settings["rank"] = "auto"
     if rule == "retain":
         settings["retain"] = number(form.get("extract_retain"), "The share to keep", SMALLEST, 100) / 100
-    if form.get("extract_conv_rank") not in (None, ""):
-        settings["conv_rank"] = whole(form.get("extract_conv_rank"), "Rank of convolutions", 0, MOST_RANKS)
+    if form.get("extract_conv_rank") not in (None, "", 0):  # Gradio 4 makes 0 of an empty field.
+        settings["conv_rank"] = whole(form.get("extract_conv_rank"), "Rank of convolutions", 1, MOST_RANKS)
     part = key_of(PARTS, form.get("extract_parts"))
     if part:
         settings["parts"] = (part,)

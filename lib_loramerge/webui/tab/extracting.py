@@ -69,7 +69,7 @@ CONTROLS = (
         "extract_conv_rank",
         "Number",
         {"label": "Rank of convolutions", "value": None, "precision": 0, "scale": 1, "min_width": 110},
-        "Empty is the rank above, 32 at most; 0 leaves 3x3 convolutions out.",
+        "Empty or 0 is the rank above, 32 at most.",
     ),
     Control(
         "extract_parts",
