@@ -251,6 +251,7 @@ class MergeRecipe:
         "with a rank or a size: what is cut is chosen so that the LoRA kept least is kept most",
         kind=bool,
         commands=("merge",),
+        label="Fair to the weaker LoRA",
     )
     seed: int = setting(
         0,

@@ -60,8 +60,12 @@ RANK_RULES = {
     "number": "A number",
     "full": "Keep everything",
     "retain": "Keep a share",
+    "keep": "Keep a share of each LoRA",
     "size": "Fit a size",
 }
+# The control beside each rule that needs a number, and the rules that can be fair.
+RULE_FIELDS = {"number": "rank", "retain": "retain", "keep": "retain", "size": "size"}
+FAIR_RULES = frozenset({"same", "number", "size"})
 # Settings of a recipe whose controls are made from the recipe's own table.
 PLAIN = {name: entry for name, entry in SETTINGS.items() if entry.label}
 _HASH = re.compile("[0-9a-f]{8,64}")
@@ -290,6 +294,8 @@ def _read_how(
             settings |= _read_rank(form)
         except LoraMergeError as error:
             problems["rank_rule"] = str(error)
+    if method is not None and not (method.uses_rank and method.exact):
+        settings["fair"] = False  # Its control is hidden.
     if method is not None:
         settings["params"] = {}
         for param in method.params:
@@ -307,11 +313,12 @@ def _read_how(
 
 def _read_rank(form: Mapping[str, Any]) -> dict[str, Any]:
     rule = key_of(RANK_RULES, form.get("rank_rule")) or "auto"
-    if rule == "retain":
-        return {"retain": number(form.get("retain"), "The share to keep", SMALLEST, 100) / 100}
+    settings: dict[str, Any] = {} if rule in FAIR_RULES else {"fair": False}
+    if rule in ("retain", "keep"):
+        return {**settings, rule: number(form.get("retain"), "The share to keep", SMALLEST, 100) / 100}
     if rule == "size":
-        return {"size": number(form.get("size"), "The file size", SMALLEST, MAX_SIZE)}
-    settings: dict[str, Any] = {"rank": rule}
+        return {**settings, "size": number(form.get("size"), "The file size", SMALLEST, MAX_SIZE)}
+    settings["rank"] = rule
     if rule == "number":
         settings["rank"] = whole(form.get("rank"), "Rank", 1, MAX_RANK)
     if form.get("conv_rank") not in (None, "", 0):
@@ -393,13 +400,9 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     """
     if recipe.mode not in methods:
         raise RecipeError(f"The recipe uses the mode {recipe.mode!r}, which this version does not have.")
-    if recipe.keep is not None or recipe.fair:
-        raise RecipeError(
-            "The recipe shares out what is kept (keep, fair), which this page has no field for."
-        )
     method = methods[recipe.mode]
     rule = "number" if isinstance(recipe.rank, int) else recipe.rank
-    rule = "retain" if recipe.retain is not None else "size" if recipe.size is not None else rule
+    rule = recipe.own_ranks or rule
     values = rows_of(recipe.inputs, host.loras())
     values |= {
         "mode": method.label,
@@ -411,8 +414,9 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     }
     if isinstance(recipe.rank, int):
         values["rank"] = recipe.rank
-    if recipe.retain is not None:
-        values["retain"] = recipe.retain * 100
+    share = recipe.keep if recipe.retain is None else recipe.retain
+    if share is not None:
+        values["retain"] = share * 100
     if recipe.size is not None:
         values["size"] = recipe.size
     device = next((label for label, key in host.devices() if key == recipe.device), None)

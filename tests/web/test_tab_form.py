@@ -485,3 +485,23 @@ def test_a_row_offers_the_presets_that_fit_its_base_model(host: StandaloneHost, 
     assert shown["row1.blocks"]["choices"] == ["", *found.presets[1]]
     again = page.preset_lists(default_form(fitted=shown["fitted"]), found.presets)
     assert set(again) == {"fitted"}, "a list that fits already is not sent again"
+
+
+def test_rules_for_each_lora_s_share_survive_the_form(host: StandaloneHost) -> None:
+    inputs = (LoraInput("style"), LoraInput("face"))
+    for how in (
+        {"keep": 0.98},
+        {"rank": 4, "fair": True},
+        {"size": 3.5, "fair": True},
+        {"rank": "same", "fair": True},
+    ):
+        recipe = MergeRecipe(inputs, **how)
+        values = default_form(**form.form_of(recipe, host, METHODS))
+        read = form.read_form(values, host, METHODS).check()
+        assert (read.keep, read.fair, read.rank, read.size) == (
+            recipe.keep, recipe.fair, recipe.rank if recipe.keep is None else read.rank, recipe.size,
+        )  # fmt: skip
+    # A tick stays on the form but means nothing where it is hidden.
+    for changes in ({"rank_rule": form.RANK_RULES["full"]}, {"mode": METHODS["ties"].label}):
+        values = default_form(row0__lora="style", fair=True, **changes)
+        assert form.read_form(values, host, METHODS).check().fair is False

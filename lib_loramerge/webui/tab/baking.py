@@ -115,7 +115,7 @@ def by_choice(values: Mapping[str, Any], host: Host) -> dict[str, Any]:
     changes["bake_line"] = update(visible=bake)
     changes["button.merge"] = update(value=baking.BUTTON if bake else BUTTONS["merge"][0])
     if bake:
-        changes |= dict.fromkeys(("rank_rule", "rank", "retain", "size"), update(visible=False))
+        changes |= dict.fromkeys(("rank_rule", "rank", "retain", "size", "fair"), update(visible=False))
     return changes
 
 

@@ -175,7 +175,7 @@ CONTROLS = (
             "min_width": 190,
         },
         "Automatic keeps everything, except in modes that choose elements. A number makes a smaller file.",
-        ("recipe.rank", "recipe.retain", "recipe.size"),
+        ("recipe.rank", "recipe.retain", "recipe.size", "recipe.keep"),
     ),
     Control(
         "rank",
@@ -195,7 +195,7 @@ CONTROLS = (
         "retain",
         "Number",
         {"label": "Share to keep, %", "value": 99, "visible": False, "scale": 1, "min_width": 110},
-        "Every layer gets the smallest rank that keeps this share of it.",
+        "Every layer gets the smallest rank that keeps this share, of it or of each LoRA.",
         ("recipe.retain",),
     ),
     Control(
@@ -205,6 +205,7 @@ CONTROLS = (
         "The best file that is no larger than this.",
         ("recipe.size",),
     ),
+    _plain("fair", scale=1, min_width=190, visible=False),
     _plain("dtype", scale=2, min_width=190),
     Control(
         "device",

@@ -408,9 +408,13 @@ class _Wiring:
         ranked = method is None or method.uses_rank
         changes: Changes = {
             "rank_rule": update(visible=ranked),
-            "rank": update(visible=ranked and rule == "number"),
-            "retain": update(visible=ranked and rule == "retain"),
-            "size": update(visible=ranked and rule == "size"),
+            **{
+                name: update(visible=ranked and form.RULE_FIELDS.get(rule) == name)
+                for name in form.RULE_FIELDS.values()
+            },
+            "fair": update(
+                visible=ranked and rule in form.FAIR_RULES and method is not None and method.exact
+            ),
             "mode_text": mode_text(mode)
             if method is not None
             else render.error_box(f"There is no mode {mode}."),
@@ -675,6 +679,7 @@ def _shown_by_choice() -> tuple[str, ...]:
         "rank",
         "retain",
         "size",
+        "fair",
         "mode_text",
         *baking.SEEN,
         *(f"params.{name}" for name, method in METHODS.items() if method.params),

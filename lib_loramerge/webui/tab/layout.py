@@ -189,6 +189,7 @@ class _Layout:
                 )
                 self.control(self._controls["retain"])
                 self.control(self._controls["size"])
+                self.control(self._controls["fair"])
                 self.control(self._controls["dtype"], value=PLAIN["dtype"].shown(settings.dtype))
                 device = next((label for label, key in devices if key == settings.device), devices[0][0])
                 self.control(self._controls["device"], choices=[label for label, _ in devices], value=device)
