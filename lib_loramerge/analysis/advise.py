@@ -38,7 +38,7 @@ class RankPoint:
 
     Attributes:
         error: Relative Frobenius error of the cut, rounding aside.
-        kept: Share of the norm that is kept.
+        kept: Part of the norm that is kept, kept^2 + error^2 = 1; in JSON only, as it reads like a share.
     """
 
     rank: int
@@ -96,7 +96,7 @@ class AdviceReport:
         whole = "the exact sum" if METHODS[self.mode].exact else f"mode {self.mode}'s own result"
         rows = [
             f"{self.base_model}, mode {self.mode}, {self.dtype}, {self.layers} layers",
-            f"error: what a rank loses of {whole}; kept: what it keeps. Both as parts of its norm.",
+            f"error: what a rank loses of {whole}, as a part of its norm",
             "A LoRA far weaker than the others can be lost in a small error; see `loramerge compare`.",
             *(
                 ["This mode makes its result for the rank that is asked for: give the wanted one as --rank."]
@@ -104,11 +104,8 @@ class AdviceReport:
                 else []
             ),
             f"True rank: up to {self.numerical_rank}, {self.mean_rank:.1f} on average",
-            f"{'rank':>6}{'size':>12}{'error':>10}{'kept':>10}",
-            *(
-                f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{percent(p.kept):>10}"
-                for p in self.uniform
-            ),
+            f"{'rank':>6}{'size':>12}{'error':>10}",
+            *(f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}" for p in self.uniform),
             "Smallest rank or file for an error of at most",
             *(
                 f"  {percent(float(target)):>6}: rank {rank}, or {self.smallest_size[target] / 1e6:.2f} MB "
