@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import stat
 import threading
 
@@ -43,8 +44,8 @@ def test_the_shipped_file_is_understood_to_the_last_line():
 
 @pytest.mark.parametrize("name", sorted(SHIPPED.weights))
 def test_every_shipped_preset_resolves(name):
-    by_place = SHIPPED.weights[name].startswith("@")
-    model = models.block_map("flux1") if by_place else None
+    by_list = re.fullmatch(r"[-.0-9,]+", SHIPPED.weights[name])
+    model = None if by_list else models.block_map("flux1")
     found = resolve(LoraInput("a", lbw=name), SHIPPED, rng=random.Random(0), model=model)
     assert found.ids in (BLOCK_IDS[26], BLOCK_IDS[61])
 

@@ -1,7 +1,7 @@
 """Preset files: reading ours and sd-webui-lora-block-weight's, editing ours.
 
-Ours, ``preset.txt``, holds ``NAME:w,w,...`` and ``NAME:blocks:elements:ratio,...`` lines, and
-``#`` starts a comment. ``lbwpresets.txt`` has the first kind (a line with ``#`` anywhere is
+Ours, ``preset.txt``, holds ``NAME:w,w,...``, ``NAME:blocks:w,...`` and ``NAME:blocks:elements:ratio,...``
+lines, and ``#`` starts a comment. ``lbwpresets.txt`` has the first kind (a line with ``#`` anywhere is
 a comment), ``elempresets.txt`` the second, in records parted by empty lines.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib_loramerge.blocks.ids import BLOCK_IDS
+from lib_loramerge.blocks.named import is_elemental, is_named, parts
 from lib_loramerge.blocks.weights import check_entry, parse_rules, split_weights
 from lib_loramerge.errors import OutputError, RecipeError
 from lib_loramerge.recipe.check import shown
@@ -113,7 +114,7 @@ def _own_lines(text: str, path: Path, problems: list[str]) -> tuple[dict[str, st
         entry = _entry_of(line)
         if entry is not None:
             name, value = entry
-            (elements if ":" in value else weights)[name] = value  # a later line wins
+            (elements if is_elemental(value) else weights)[name] = value  # a later line wins
         elif line.split("#")[0].strip():
             problems.append(f"{path.name}, line {number}: no preset, got {shown(line.strip())}.")
     return weights, elements
@@ -160,14 +161,14 @@ def save_preset(path: Path, name: str, text: str) -> None:
     Args:
         path: The file; made if it is not there.
         name: The preset's name.
-        text: A comma list of block weights, or elemental rules.
+        text: A comma list of block weights, block weights by name, or elemental rules.
 
     Raises:
         RecipeError: A name or text that makes no preset.
         OutputError: The file cannot be written.
     """
     name, text = check_preset(name, text)
-    elemental = ":" in text
+    elemental = is_elemental(text)
     with _editing:
         raw, lines = _lines_to_edit(path)
         place = [i for i, (line, _) in enumerate(lines) if _is_preset(line, name, elemental)]
@@ -221,18 +222,18 @@ def check_preset(name: str, text: str) -> tuple[str, str]:
     if "#" in text or "\0" in text:
         raise RecipeError(f"Preset {name}: # starts a comment and cannot be part of it.")
     what = f"Preset {name}"
-    if ":" in text:
+    if is_elemental(text):
         parse_rules(text, None, where=what)
-        return name, ",".join(part.strip() for part in re.split(r"[,\r\n]", text) if part.strip())
+        return name, ",".join(parts(text))
     entries = split_weights(text, what)
     for entry in entries:
         check_entry(entry, what)
-    return name, ",".join(entries) or text
+    return name, ",".join(parts(text)) if is_named(text) else ",".join(entries) or text
 
 
 def _is_preset(line: str, name: str, elemental: bool) -> bool:
     entry = _entry_of(line)
-    return entry is not None and entry[0] == name and (":" in entry[1]) is elemental
+    return entry is not None and entry[0] == name and is_elemental(entry[1]) is elemental
 
 
 def _lines_to_edit(path: Path) -> tuple[bytes, list[tuple[str, str]]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lib_loramerge.block_lists import EDGES, TEXT_ENCODERS, in_ranges
 from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
+from lib_loramerge.blocks.named import by_name, fits, is_named, split_named
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
@@ -86,6 +87,7 @@ class BlockWeights:
         elements: Elemental rules, in order; the last one that picks a layer wins.
         name: The LoRA's name, for messages.
         named: The blocks that the list has an entry for, or sets to 0.
+        entries: What an entry by name is called, and its blocks.
     """
 
     ids: tuple[str, ...] = ()
@@ -93,6 +95,7 @@ class BlockWeights:
     elements: tuple[ElementRule, ...] = ()
     name: str = ""
     named: frozenset[str] = frozenset()
+    entries: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def weight(self, component: str, block: str | None, layer: str) -> float:
         """The factor of one layer.
@@ -174,14 +177,23 @@ def resolve(
     ids: tuple[str, ...] = ()
     values: dict[str, float] = {}
     named: frozenset[str] = frozenset()
+    by_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
     if input.lbw is not None:
         text = _look_up(input.lbw, presets.weights, ",", where + "lbw")
         what = where + _named("lbw", input.lbw, text)
         base = 1.0 if input.x is None else input.x
-        if text.startswith("@"):
-            text = _by_place(text, model, what)
-        entries = _entries(text)
-        order, ids, rest = _list_of(len(entries), model, what, presets)
+        if is_named(text):
+            _check_reading(input.lbw, presets, what)
+            ids = _all_ids(text, model, what)
+            assert model is not None
+            chosen = by_name(text, model, what)
+            by_names = tuple((entry.text, entry.blocks) for entry in chosen)
+            weights = {block: entry.weight for entry in chosen for block in entry.blocks}
+            order, rest = tuple(block for block in ids if block in weights), dict.fromkeys(ids, 1.0)
+            entries = [weights[block] for block in order]
+        else:
+            entries = _entries(_by_place(text, model, what) if text.startswith("@") else text)
+            order, ids, rest = _list_of(len(entries), model, what, presets)
         numbers = [_entry(entry, base, rng, what) for entry in entries]
         values = rest | dict(zip(order, numbers, strict=True))
         named = frozenset(order) | {block for block, weight in rest.items() if weight == 0}
@@ -190,7 +202,17 @@ def resolve(
         text = _look_up(input.lbwe, presets.elements, ":", where + "lbwe")
         own = model.all if model is not None else ()
         rules = parse_rules(text, ids or None, where=where + _named("lbwe", input.lbwe, text), own=own)
-    return BlockWeights(ids, values, rules, input.name, named)
+    return BlockWeights(ids, values, rules, input.name, named, by_names)
+
+
+def _check_reading(written: str, presets: Presets, what: str) -> None:
+    """Refuse ``lbw=OUT:0.8`` where ``OUT`` is a preset too, so that 0.8 may be a strength."""
+    name, colon, rest = written.partition(":")
+    if written not in presets.weights and colon and "," not in rest and name.strip() in presets.weights:
+        raise RecipeError(
+            f"{what}: {shown(written)} may mean the block or the preset {name.strip()}. Write "
+            f"lbw={name.strip()}={rest.strip()} for the block; for the preset, give the strength before lbw=."
+        )
 
 
 _PLACE = re.compile(r"@\s*([0-9]*\.?[0-9]+)\s*-\s*([0-9]*\.?[0-9]+)")
@@ -217,9 +239,8 @@ def _by_place(text: str, model: BlockMap | None, what: str) -> str:
     Block i of n is at (i + 0.5) / n, IN at 0 and OUT at 1; text encoders keep 1.
     """
     first, last = check_place(text, what)
-    if model is None:
-        raise RecipeError(f"{what}: {shown(text)} needs a LoRA whose base model is known.")
-    ids = next((entry.ids for entry in model.lists if set(model.ids) <= set(entry.ids)), model.ids)
+    ids = _all_ids(text, model, what)
+    assert model is not None
     stack = [block for block in model.ids if block not in TEXT_ENCODERS | EDGES]
     place = {block: (index + 0.5) / len(stack) for index, block in enumerate(stack)} | {"IN": 0.0, "OUT": 1.0}
     return ",".join(
@@ -228,6 +249,13 @@ def _by_place(text: str, model: BlockMap | None, what: str) -> str:
         else "0"
         for block in ids
     )
+
+
+def _all_ids(text: str, model: BlockMap | None, what: str) -> tuple[str, ...]:
+    """The list of a base model that has an entry for each of its blocks: the one that is stored."""
+    if model is None:
+        raise RecipeError(f"{what}: {shown(text)} needs a LoRA whose base model is known.")
+    return next((entry.ids for entry in model.lists if set(model.ids) <= set(entry.ids)), model.ids)
 
 
 def _list_of(
@@ -260,8 +288,11 @@ def _list_of(
 def fitting(presets: Presets, model: BlockMap) -> list[str]:
     """Names of the presets of block weights that a base model has a list for."""
     counts = {len(entry.ids) for entry in model.lists}
-    named = presets.weights.items()
-    return [name for name, text in named if text.startswith("@") or len(_entries(text)) in counts]
+    return [
+        name
+        for name, text in presets.weights.items()
+        if text.startswith("@") or (fits(text, model) if is_named(text) else len(_entries(text)) in counts)
+    ]
 
 
 def presets_text(names: list[str], most: int = 12) -> str:
@@ -287,6 +318,12 @@ def check_reach(
     known, name = list(layers), shown(found.name)
     has = in_ranges(block for block in model.all if block in {block for _, block, _ in known}) or "no block"
     notes = []
+    for entry, blocks in found.entries:
+        if not any(block in blocks for _, block, _ in known):
+            raise RecipeError(
+                f"{name}: {shown(entry)} governs no layer that is there: this LoRA has layers of {has} of "
+                f"{model.label}."
+            )
     if found.ids:
         left = [layer for _, block, layer in known if block not in found.named]
         if len(left) == len(known):
@@ -318,7 +355,7 @@ def _named(field_name: str, written: str, text: str) -> str:
 def _look_up(written: str, presets: Mapping[str, str], literal_mark: str, what: str) -> str:
     if written in presets:
         return presets[written]
-    if literal_mark in written or (literal_mark == "," and written.startswith("@")):
+    if literal_mark in written or (literal_mark == "," and (written.startswith("@") or is_named(written))):
         return written
     hint = nearest_hint(written, presets)
     raise RecipeError(f"{what}: there is no preset {shown(written)}.{hint}")
@@ -333,6 +370,8 @@ def split_weights(text: str, what: str) -> list[str]:
     if text.startswith("@"):
         check_place(text, what)
         return []
+    if is_named(text):
+        return [weight for _, weight in split_named(text, what)]
     entries = _entries(text)
     if len(entries) not in BLOCK_IDS and len(entries) not in _known_counts():
         raise _wrong_count(len(entries), what)

@@ -45,6 +45,8 @@ MAX_PARAMS = 64
 _DEVICE = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::[0-9]{1,3})?")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{8,64}")
+# What may follow the colon of an entry of block weights by name; checked whole when it is resolved.
+WEIGHT = re.compile(r"[+\-.0-9][.0-9eE+\-]*|R|U|X(?:[+-][.0-9]+)?")
 
 
 def parse_rank(value: object) -> int | str:
@@ -125,8 +127,8 @@ class LoraInput:
         te2: The same for the second.
         te3: The same for the third.
         dyn: Only the first ``dyn`` ranks are used, with the scale unchanged.
-        lbw: Block weights: a preset's name or a comma list, as written; numbers
-            alone in a stored recipe.
+        lbw: Block weights: a preset's name, a comma list or entries by name, as
+            written; numbers alone in a stored recipe.
         lbwe: Elemental rules: a preset's name; in a stored recipe the literal
             ``blocks:elements:ratio,...``.
         x: What ``X`` entries of the block weights stand for; ``None`` is 1.
@@ -157,9 +159,11 @@ class LoraInput:
             _set(self, "dyn", check_whole(where + "dyn", self.dyn, 1, MAX_RANK))
         if self.lbw is not None:
             check_text(where + "lbw", self.lbw, LONGEST_BLOCKS)
-            if ":" in self.lbw:
+            ends = [end.strip() for part in self.lbw.split(",") for end in part.split(":")[1:]]
+            if not all(map(WEIGHT.fullmatch, ends)):
                 raise RecipeError(
-                    f"{where}lbw must be a preset's name or a comma list, got {shown(self.lbw)}."
+                    f"{where}lbw must be a preset's name, a comma list or BLOCKS:WEIGHT entries, got "
+                    f"{shown(self.lbw)}."
                 )
         if self.lbwe is not None:
             check_text(where + "lbwe", self.lbwe, LONGEST_BLOCKS)

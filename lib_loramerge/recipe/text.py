@@ -1,6 +1,7 @@
 """Recipe <-> text: the WebUI's prompt grammar, inside tags or alone.
 
-``NAME[:TE[:UNET[:DYN]]]`` and ``key=value`` fields after it, in any order::
+``NAME[:TE[:UNET[:DYN]]]`` and ``key=value`` fields after it, in any order; of these ``lbw=`` and
+``lbwe=`` may hold colons of their own::
 
     <lora:style:0.8>  <lora:face:0.7:0.5:lbw=MIDD>  sub/name:te=0:unet=1  C:\\x\\a.safetensors:0.5
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe.check import check_number, check_whole, nearest_hint, plain, shown
-from lib_loramerge.recipe.model import MAX_INPUTS, MAX_RANK, STRENGTH_LIMIT, LoraInput
+from lib_loramerge.recipe.model import MAX_INPUTS, MAX_RANK, STRENGTH_LIMIT, WEIGHT, LoraInput
 
 LONGEST_TEXT = 1_000_000  # characters of one prompt
 
@@ -37,6 +38,9 @@ NUMERIC = re.compile(
 _NUMBERS = ("te", "unet", "te1", "te2", "te3", "x")
 _IN_STEPS = ("start", "stop", "step")
 _KEYS = (*_NUMBERS, "dyn", "lbw", "w", "lbwe", *_IN_STEPS)
+# What names blocks in lbw=D00-D07:0.5,S*:1 and no preset.
+_BLOCK = r"(?:BASE|CLIP|T5|IN|OUT|[A-Z]{1,3}[0-9]{2,3})"
+_BLOCKS = re.compile(rf"\s*(?:{_BLOCK}(?:\s*-\s*{_BLOCK})?|[A-Z]{{0,3}}[0-9]{{0,2}}\*)\s*")
 _STEPS_REASON = "a merged file acts on every step, so a choice of sampling steps cannot be kept in it"
 
 
@@ -174,12 +178,33 @@ def split_fields(rest: str | None) -> tuple[list[str], dict[str, str]]:
         if key in keyed:
             raise RecipeError(f"{key}= is given twice.")
         index += 1
+        if key in ("lbw", "w"):
+            end = _end_of_blocks(value, parts, index)
+            value = ":".join([value, *parts[index:end]]).strip()
+            index = end
         if key == "lbwe":
             end = _end_of_rules(parts, index, len(positions))
             value = ":".join([value, *parts[index:end]]).strip()
             index = end
         keyed[key] = value
     return positions, keyed
+
+
+def _end_of_blocks(value: str, parts: list[str], start: int) -> int:
+    """Where the value of an ``lbw=`` ends that names blocks, ``D00-D07:0.5,S*:1``.
+
+    A colon belongs to it when blocks stand before it and a weight after it; a
+    preset's name ends at its colon.
+    """
+    end, before = start, value
+    while end < len(parts) and _BLOCKS.fullmatch(before.rpartition(",")[2]):
+        weight, comma, before = parts[end].partition(",")
+        if not WEIGHT.fullmatch(weight.strip()):
+            break
+        end += 1
+        if not comma:
+            break
+    return end
 
 
 def _end_of_rules(parts: list[str], start: int, positions: int) -> int:

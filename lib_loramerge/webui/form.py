@@ -349,7 +349,7 @@ def is_random(
     if method is not None and method.random:
         return True
     lists = [weights.get(given.lbw, given.lbw) for given in reading.inputs if given.lbw]
-    return any({"R", "U"} & {entry.strip() for entry in text.split(",")} for text in lists)
+    return any({"R", "U"} & {entry.strip() for entry in re.split("[,:=]", text)} for text in lists)
 
 
 # --- the other way: from a recipe to control values --------------------------------------

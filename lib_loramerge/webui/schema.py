@@ -54,7 +54,9 @@ def input_schema() -> Schema:
             "unet": number("strength of the denoiser", default=1.0),
             **strength,
             "dyn": {"type": "integer", "minimum": 1, "nullable": True, "description": "first dyn ranks only"},
-            "lbw": text("block weights: a preset name, or 12, 17, 20, 26 or 61 numbers", nullable=True),
+            "lbw": text(
+                "block weights: a preset name, a list of the base model, or B00-B07:0.5,BASE:0", nullable=True
+            ),
             "lbwe": text("elemental block weights: a preset name", nullable=True),
             "x": number("value of X entries of the block weights", nullable=True),
             "hash": text("sshs_model_hash that the file must have", nullable=True),
