@@ -95,6 +95,16 @@ def test_concat_keeps_all_ranks_and_the_first_alpha(ranks):
     assert (stored.rank, stored.alpha) == (sum(ranks), 3.0)
 
 
+def test_a_copy_that_is_taken_away_leaves_no_noise_in_a_concatenation():
+    """1e30 less itself is 0, whatever float64 makes of it; the same strengths twice stay side by side."""
+    a, b = low_rank(40, 60, 4, seed=1, alpha=1e30), low_rank(40, 60, 2, seed=2)
+    stored = run("concat", [a, b, a], [0.7, 1.0, -0.7])
+    assert stored.rank == 2
+    assert size(product(stored) - dense(b)) <= 2e-7 * size(dense(b))
+    assert run("concat", [b, a, b], [0.7, 1e-30, 0.7]).rank == 8
+    assert run("concat", [a, a], [1.0, -1.0]) is None
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_a_dense_input_joins_the_sum(name):
     a, b = (

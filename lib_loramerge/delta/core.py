@@ -36,6 +36,7 @@ NOISE = 1e-7  # A singular value below this part of the inputs' size is the roun
 CANCELLED = 1e-2  # A sum this much smaller than its inputs is computed by a way that keeps more digits.
 _LEAST = 1e-24  # What mixes factors beyond this, or beyond its inverse, is not brought to float32.
 _LOSS = 64.0  # Products whose terms are this much larger than their sum are made in float64.
+_APART = 1e-9  # Part of the inputs' squared size by which two ways to the squared norm may differ.
 _LAST = 1e-14  # Part of the inputs' size to which a sum multiplied out in float64 is known.
 
 Mixing = Callable[[int], tuple[Tensor, Tensor]]
@@ -412,7 +413,10 @@ def _judged(values: Tensor, energy: float, size: float, noise: float) -> Spectru
     if energy <= (NOISE * size) ** 2:
         return Spectrum(values[:0], energy, size, beyond=energy)
     kept = int((values > noise).sum())
-    return Spectrum(values[:kept], energy, size, doubt=(len(values) - kept) * noise**2)
+    # The values and the norm are found by different sums, so they vouch for each other.
+    apart = abs(float(values.square().sum()) - energy)
+    doubt = (len(values) - kept) * noise**2 + (apart if apart > _APART * size**2 else 0.0)
+    return Spectrum(values[:kept], energy, size, doubt=doubt)
 
 
 def _decompose_short(delta: LowRank, size: float | None, vectors: bool) -> Spectrum:

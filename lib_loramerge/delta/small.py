@@ -145,10 +145,12 @@ def root_of_dependent(square: Tensor, lengths: Tensor) -> tuple[Tensor, Callable
     L comes from the eigenvectors of the rows brought to length 1, and directions that no row has are left
     out: k < R.
     """
-    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))[:, None]
+    there = (lengths > 0)[:, None]
+    lengths = torch.where(there, lengths[:, None], 1.0)
     values, vectors = torch.linalg.eigh(square / lengths / lengths.mT)
     kept = values > _NULL * values[-1:].clamp(min=0)
-    basis, root = vectors[:, kept], values[kept].sqrt()
+    # Rows of zeros stay zeros: a last digit here would count as much as their gain, which may be 1e30.
+    basis, root = vectors[:, kept] * there, values[kept].sqrt()
     return lengths * basis * root, lambda matrix: (basis / root / lengths) @ matrix
 
 

@@ -48,7 +48,7 @@ def svd(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext
     avoid="when file size or loading time matters; svd keeping all is smaller where the LoRAs overlap",
 )
 def concat(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext) -> Delta:
-    """The exact sum with the inputs' factors side by side.
+    """The exact sum with the inputs' factors side by side; of a LoRA taken from itself, what is left of it.
 
     Args:
         deltas: Deltas of one layer, of one shape.
@@ -56,24 +56,32 @@ def concat(deltas: Sequence[Delta], weights: Sequence[float], context: LayerCont
         context: Not used.
 
     Returns:
-        Rank ``sum_i r_i``, alpha that of the first delta. Dense where an input is dense.
+        Rank ``sum_i r_i``, copies that cancel counted once; alpha that of the first delta. Dense where
+        an input is dense.
     """
     # Whole matrices cancel only to the digits of the larger one, so the same delta twice is once there.
     whole = any(isinstance(delta, Dense) for delta in deltas)
-    return svd(deltas, weights, context) if whole else weighted_sum(deltas, weights)
+    kept, strengths = _each_once(deltas, weights, opposite=not whole)
+    there = [place for place, strength in enumerate(strengths) if strength or whole] or [0]
+    return weighted_sum([kept[place] for place in there], [strengths[place] for place in there])
 
 
-def _each_once(deltas: Sequence[Delta], weights: Sequence[float]) -> tuple[list[Delta], list[float]]:
+def _each_once(
+    deltas: Sequence[Delta], weights: Sequence[float], *, opposite: bool = False
+) -> tuple[list[Delta], list[float]]:
     """The same delta twice is once that delta, at the sum of the strengths.
 
     So a LoRA that is taken away from itself leaves the difference of its strengths to the last digit.
+
+    Args:
+        opposite: Only where the strengths have opposite signs; others stay side by side.
     """
     kept: list[Delta] = []
     strengths: list[list[float]] = []
     for delta, weight in zip(deltas, weights):
         for place, other in enumerate(kept):
             ratio = _times(delta, other)
-            if ratio is not None:
+            if ratio is not None and not (opposite and math.fsum(strengths[place]) * weight * ratio > 0):
                 strengths[place].append(weight * ratio)
                 break
         else:
