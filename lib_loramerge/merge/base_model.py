@@ -194,7 +194,10 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _unsaid(listed: str) -> str:
-    return f"The layers fit {listed} alike, so the file does not say which. --base-model NAME says it."
+    return (
+        f"The layers fit {listed} alike, so the file does not say which. Name the base model if you know it "
+        "(--base-model NAME)."
+    )
 
 
 def _written(sources: Sequence[Source], name: str, dialect: str) -> frozenset[str]:

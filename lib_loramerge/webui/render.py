@@ -167,7 +167,7 @@ def row_facts(source: Source, fits: bool = True, picture: str = "") -> str:
         f'<b class="lm-base{"" if fits else " lm-other"}">{foreign(base)}</b>',
         foreign(", ".join(source.kinds)),
         f"{say('rank')} {foreign(ranks_text(source.ranks))}" if source.ranks else "",
-        f"{len(source.layers)} {say('layers')}",
+        f"{len(source.layers)} {say('layer' if len(source.layers) == 1 else 'layers')}",
         foreign(", ".join(sorted(DTYPES.get(name, name) for name in source.weight_dtypes))),
         foreign(source.dialect),
     ]
