@@ -363,6 +363,8 @@
         return prompt.trim() ? prompt.replace(/\s+$/, "") + " " + tag : tag;
     }
 
+    window.loramergeWithTag = withTag;
+
     function sendToPrompt(tag, replaced) {
         const area = promptArea();
         if (!area) return;

@@ -100,6 +100,8 @@
         return row && row.querySelector("[id$=_lora] input");
     }
 
+    window.loramergePick = pick;
+
     function move(step) {
         const items = [...found.list.children];
         const now = items.findIndex((item) => item.getAttribute("aria-selected") === "true");

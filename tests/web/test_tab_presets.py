@@ -14,7 +14,7 @@ from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.browser import Tab
 
 # Labels of fields that only the page's script sees.
-HIDDEN = ("fitted", "argument", "draft", "proposed", "copied", "started", "refused", "rows", "origin")
+HIDDEN = ("fitted", "plot", "argument", "draft", "proposed", "copied", "started", "refused", "rows", "origin")
 PRESETS = (
     "# mine\nFIRST:1,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0\n\n"
     "# the second\nSECOND:R,U,X,1,1,1,1,1,1,1,1,1\nELEM:IN04:attn:0.5\n"

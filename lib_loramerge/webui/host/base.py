@@ -77,6 +77,8 @@ class Host(CheckpointFolder):
     # elem_id of the prompts that a LoRA may go into: the first one in view, else the first.
     prompts: tuple[str, ...] = ()
     can_try = False
+    # Whether it has an X/Y/Z plot that our axes stand in, on the page of its prompt.
+    can_plot = False
     # What a fresh page has in its rows.
     first_inputs: tuple[LoraInput, ...] = ()
 

@@ -17,6 +17,9 @@ class SdnextHost(WebuiHost):
     gave it; what was asked of the model last; the encoded prompts. It looks at the date of none of them.
     """
 
+    # Its plot is one of several on pages of their own.
+    can_plot = False
+
     def _key_of(self, file: FoundFile) -> str:
         """A dot in a name separates keys elsewhere in SD.Next, so that it is not kept."""
         return file.path.stem.replace(".", "_")

@@ -33,6 +33,7 @@ class WebuiHost(Host):
 
     is_webui = True
     can_try = True
+    can_plot = True
 
     def __init__(self, known: Known | None = None) -> None:
         super().__init__()

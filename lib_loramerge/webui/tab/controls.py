@@ -346,6 +346,11 @@ BUTTONS: Mapping[str, tuple[str, str]] = {
         "Try without saving",
         "Makes the merged LoRA for this session only, to use it in the next picture.",
     ),
+    "see": (
+        "See it in pictures",
+        "Puts these LoRAs into the txt2img prompt and opens the X/Y/Z plot with what varies. "
+        "Nothing is saved.",
+    ),
     "analyse": (
         "Analyse",
         "Shows where the LoRAs agree or fight, and which rank is needed. Nothing is written.",

@@ -16,7 +16,7 @@ from .. import baking as bakes
 from .. import compat, form, render, sidecar
 from ..compat import update
 from ..jobs import MergeRequest
-from . import analysing, baking, extracting, presets
+from . import analysing, baking, extracting, picturing, presets
 from .controls import BUTTONS, CONTROLS, ROW_CONTROLS, param_control
 from .layout import mode_text
 
@@ -127,6 +127,7 @@ class _Wiring:
         if extracting.RESULT in self.widgets:
             extracting.connect(self)
         analysing.connect(self, FORM_NAMES)
+        picturing.connect(self, FORM_NAMES)
 
     # --- rows --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from ...blocks import BLOCK_IDS
 from ...methods import METHODS
 from .. import compat, render
 from ..form import MAX_ROWS, PLAIN, RANK_RULES, START_ROWS, row_of
-from . import baking, extracting
+from . import baking, extracting, picturing
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
 RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 # Kept for the page's script and for the handlers alone.
-SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted")
+SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted", "plot")
 PRESET_KINDS = ("Block weights", "Elemental weights")
 
 
@@ -249,6 +249,7 @@ class _Layout:
         with compat.make("Row", elem_id="loramerge_go_line"):
             self.button("merge", variant="primary", size="lg", min_width=140)
             self.button("try", size="lg", min_width=140, visible=self.host.can_try)
+        picturing.lay_out(self)
         self.place("message")
         self.place("jobs", render.job_list([], None, ""))
         self.place("result")

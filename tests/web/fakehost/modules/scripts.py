@@ -118,13 +118,12 @@ class ScriptRunner:
                     script.controls = controls
                     self.inputs += controls
                     script.args_to = len(self.inputs)
-        dropdown.change(
-            fn=lambda index: [
-                gr.update(visible=number == index) for number in range(1, len(self.selectable_scripts) + 1)
-            ],
-            inputs=[dropdown],
-            outputs=[script.group for script in self.selectable_scripts],
-        )
+        for number, script in enumerate(self.selectable_scripts, 1):
+            dropdown.change(
+                fn=lambda index, number=number: gr.update(visible=number == index),
+                inputs=[dropdown],
+                outputs=[script.group],
+            )
         return self.inputs
 
     def run(self, p, *args):

@@ -71,7 +71,9 @@ class Script(scripts.Script):
         self.current_axis_options = [option for option in axis_options if type(option) is AxisOption]
         labels = [option.label for option in self.current_axis_options]
         controls = []
-        csv_mode = gr.Checkbox(label="Use text inputs instead of dropdowns", value=False)
+        csv_mode = gr.Checkbox(
+            label="Use text inputs instead of dropdowns", value=False, elem_id=self.elem_id("csv_mode")
+        )
         for axis in "xyz":
             first = labels[1] if axis == "x" else labels[0]
             kind = gr.Dropdown(

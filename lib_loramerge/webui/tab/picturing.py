@@ -1,0 +1,54 @@
+"""See it in pictures: the form's LoRAs in the WebUI's X/Y/Z plot, with one of our axes filled in."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from .. import compat
+from ..xyz.axes import PREFIX
+
+# What varies, as the page says it, to the axis of the plot and values to begin with.
+AXES: Mapping[str, tuple[str, str]] = {
+    "Strength of LoRA 1": ("Strength of LoRA 1", "0.2..1.0/5"),
+    "Mix of LoRA 1 and 2": ("Mix of LoRA 1 and 2", "0..1/5"),
+    "Mode": ("Mode", "svd, ties, dare_linear"),
+    "Rank": ("Rank", "auto, 32, 16, 8"),
+}
+
+
+def lay_out(layout: Any) -> None:
+    """The choice of what varies, and the button; hidden where the host has no such plot."""
+    with compat.make("Row", elem_id="loramerge_see_line", visible=layout.host.can_plot):
+        layout.widget(
+            "see_axis",
+            "Dropdown",
+            label="What varies",
+            choices=list(AXES),
+            value=next(iter(AXES)),
+            scale=1,
+            min_width=140,
+            interactive=True,
+        )
+        layout.button("see", scale=1, min_width=140)
+
+
+def connect(wiring: Any, form_names: tuple[str, ...]) -> None:
+    """Attach the button: the server reads the form, the page's script fills the plot."""
+
+    def see(values: Mapping[str, Any]) -> dict[str, Any]:
+        axis, text = AXES.get(str(values["see_axis"]), next(iter(AXES.values())))
+        # The time tells two presses apart; after a refusal the page's script finds what it has seen.
+        asked = [wiring.as_prompt(values), PREFIX + axis, text, time.time()]
+        return {"plot": json.dumps(asked)}
+
+    event = wiring.button("see", see, (*form_names, "see_axis"), ("plot",))
+    compat.on(
+        event.then,
+        None,
+        [wiring.widgets["plot"]],
+        [],
+        js="text => { loramergePlot(text); return []; }",
+    )
