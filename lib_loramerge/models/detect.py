@@ -177,6 +177,9 @@ def _as_unet(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
         return None
     encoders = with_encoders(_reading_widths(layers))
     fits = [record for record in fits if record in encoders] or fits
+    # Names number the text encoders of a model that has several.
+    parts = {component(name) for name in layers.encoders}
+    fits = [record for record in fits if parts <= set(record.encoders)] or fits
     reason = f"its layers and their widths are those of {fits[0].label}"
     return _chosen([(record, None) for record in fits], reason, metadata)
 

@@ -49,7 +49,7 @@ def test_the_form_s_loras_and_the_axis_are_in_the_plot_and_its_pictures(
             pictures = tab.page.locator("#txt2img_pictures textarea")
             for label in labels:
                 expect(pictures).to_have_value(containing(label), timeout=PATIENCE)
-            tab.page.get_by_role("button", name="LoRA Merge", exact=True).click()
+            tab._turn_to("tabs", "LoRA Merge")
         assert tab.errors == []
 
 
