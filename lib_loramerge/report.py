@@ -28,6 +28,8 @@ class LayerResult:
         from_sum_sq: Squared distance of what is written from the plain weighted sum; counted for
             methods that mean something else than the sum.
         sum_sq: Squared norm of that sum.
+        doubt: Norm, at most, of what float64 does not tell of the exact result, where inputs cancel to their
+            last digits; 0 where it does not count.
     """
 
     layer: str
@@ -36,11 +38,33 @@ class LayerResult:
     exact_sq: float
     from_sum_sq: float = 0.0
     sum_sq: float = 0.0
+    doubt: float = 0.0
 
     @property
     def error(self) -> float:
-        """Relative Frobenius error; 0 for an absent layer of norm 0."""
-        return relative(self.error_sq, self.exact_sq)
+        """Relative Frobenius error, at most; 0 for an absent layer of norm 0."""
+        return error_range([self])[1]
+
+    def squares(self, sign: int) -> tuple[float, float]:
+        """``error_sq`` and ``exact_sq`` as far off as they may be.
+
+        Args:
+            sign: 1 for the largest error, -1 for the least.
+        """
+        if not self.doubt:
+            return self.error_sq, self.exact_sq
+        error = max(0.0, self.error_sq**0.5 + sign * self.doubt)
+        exact = max(0.0, self.exact_sq**0.5 - sign * self.doubt)
+        if self.rank == 0:
+            exact = error  # all is lost, however much it is
+        return error * error, exact * exact
+
+
+def error_range(results: Sequence[LayerResult]) -> tuple[float, float]:
+    """The least and the largest relative error that layers may have together; mostly the same."""
+    least, most = ([result.squares(sign) for result in results] for sign in (-1, 1))
+    low, high = (relative(sum(own for own, _ in all_), sum(own for _, own in all_)) for all_ in (least, most))
+    return low, high
 
 
 def relative(error_sq: float, exact_sq: float) -> float:
@@ -99,6 +123,7 @@ class MergeReport:
         seconds: Phase to wall seconds; ``total`` is the whole.
         peak_memory_bytes: Largest resident size of the process, mapped input
             pages included; None where the system does not tell.
+        error_at_most: ``error`` is an upper bound: inputs cancel to the last digits of float64.
         smaller: What a file of the largest input's rank would be, where this one keeps clearly more:
             ``rank``, ``size_bytes`` and, where it is known, ``error``, and the share ``kept`` of the LoRA of
             which least is left, ``weakest``.
@@ -130,10 +155,15 @@ class MergeReport:
     peak_memory_bytes: int | None = None
     by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     smaller: Mapping[str, Any] | None = None
+    error_at_most: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types only; infinities and NaN never appear."""
-        return _finite(asdict(self))
+        """Plain JSON types only, without infinities or NaN. ``error_at_most`` is there where it is true."""
+        return {
+            key: value
+            for key, value in _finite(asdict(self)).items()
+            if key != "error_at_most" or self.error_at_most
+        }
 
     def to_text(self) -> str:
         """The report as a table for a terminal."""
@@ -162,7 +192,8 @@ class MergeReport:
         """The error with what it is the error of; one of rounding alone is said to be that."""
         if self.rounding_alone:
             return f"none but the rounding to {self.dtype} ({percent(self.error)} of {self.error_against})"
-        return f"{percent(self.error)} of {self.error_against}: the norm of what the file lacks of it"
+        most = "at most " if self.error_at_most else ""
+        return f"{most}{percent(self.error)} of {self.error_against}: the norm of what the file lacks of it"
 
     @property
     def rounding_alone(self) -> bool:

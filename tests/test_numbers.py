@@ -92,6 +92,7 @@ def test_the_stated_error_is_true_where_little_is_left_of_the_inputs(tmp_path, c
     report = ff.merge(tmp_path, *inputs, rank=rank)
     true = true_error(tmp_path, exact)
     assert report.error == pytest.approx(true, rel=0.02, abs=3e-9)
+    assert not report.error_at_most
     if rank == "full":
         assert true < 1e-6
 
@@ -107,6 +108,34 @@ def test_a_lora_taken_from_itself_leaves_the_difference_of_the_strengths(tmp_pat
     assert true_error(tmp_path, exact) < 1e-6
     assert report.error < 1e-6
     assert max(report.ranks) <= 16  # the ranks of one, not of both
+
+
+@pytest.mark.parametrize("kind", ["factors", "a whole difference"])
+def test_where_float64_does_not_tell_what_is_left_the_error_is_an_upper_bound(tmp_path, kind):
+    """The same delta of 2^100 by other factors: only rounding is left of the two, which drowns a third."""
+    a, b = lora(1, torch.bfloat16), lora(2, torch.float32)
+    layer, (_, _, rank) = next(iter(LAYERS.items()))
+    up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
+    a = {up: a[up].double() * 2.0**100, down: a[down].double()}
+    gauge = torch.eye(rank, dtype=torch.float64) + torch.eye(rank, dtype=torch.float64).roll(1, 1).triu()
+    other = {
+        up: a[up] @ gauge,
+        down: torch.linalg.inv(gauge) @ a[down],
+    }  # small whole numbers: no digit is lost
+    exact = dense(b)
+    if kind == "a whole difference":
+        whole = dense(b)[layer].astype(np.float32)
+        exact[layer] += whole - dense(b)[layer]
+        b = {key: tensor for key, tensor in b.items() if not key.startswith(layer)}
+        b[f"{layer}.diff"] = torch.from_numpy(whole)
+    for name, tensors in (("a", a), ("other", other), ("b", b)):
+        ff.save(tmp_path / f"{name}.safetensors", tensors)
+    report = ff.merge(tmp_path, "a", "other:-1", "b", rank="full")
+    assert report.error_at_most
+    assert report.to_json()["error_at_most"]
+    assert report.error >= true_error(tmp_path, exact)
+    assert "at most" in report.to_text()
+    assert any(f"In 1 of {len(LAYERS)} layers" in text for text in report.warnings)
 
 
 def test_what_cannot_be_told_from_noise_counts_as_error():
@@ -228,6 +257,7 @@ FOUND = (
     1237,
     1388,
     6334,
+    6384,
     9801,
     10246,
     12285,

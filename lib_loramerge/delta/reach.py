@@ -66,8 +66,8 @@ def times_two_to(delta: _D, power: int) -> _D:
         small = Grams(delta.small.up * factor**2, delta.small.down)
         return replace(delta, left=delta.left * factor, small=small)
     # In two steps: 2 to the whole power may be no number itself.
-    half = power // 2
-    return replace(delta, weight=delta.weight.double() * 2.0**half * 2.0 ** (power - half))
+    first, second = 2.0 ** (power // 2), 2.0 ** (power - power // 2)
+    return replace(delta, weight=delta.weight.double() * first * second, doubt=delta.doubt * first * second)
 
 
 def _scale(delta: LowRank, weight: float) -> bool:

@@ -164,6 +164,8 @@ def _cut_alike(
         most = max(1, math.ceil(_SPARE * rule(all_values(first))))
     if isinstance(first, Dense):
         spectra = [decompose_dense(first, most)]
+        if spectra[0].energy ** 0.5 <= first.doubt:
+            return [None]  # nothing but rounding is left of the inputs
     elif rules[0] is None and isinstance(first, LowRank):
         return [round_uncut(first, dtype, fixed_alpha=fixed_alpha)]
     elif isinstance(first, LowRank) and most and _is_large(first) and most >= min(first.out, first.in_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, final
@@ -78,11 +79,13 @@ class Dense:
         weight: (out, in * kh * kw), or (n,) for a norm layer; float32 or float64.
         kernel: (kh, kw) of a k x k convolution, else ().
         start: (in * kh * kw, c) columns that span the inputs' joint row space; a good start for truncation.
+        doubt: Norm, at most, of what float64 rounded off when the weight was added up from larger ones.
     """
 
     weight: Tensor
     kernel: tuple[int, ...] = ()
     start: Tensor | None = None
+    doubt: float = 0.0
 
     @property
     def out(self) -> int:
@@ -250,10 +253,19 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     if len(low) == len(deltas):
         return stack(low, weights)
     check_same_shape(deltas)
-    total = weights[0] * deltas[0].dense()
-    for delta, weight in zip(deltas[1:], weights[1:]):
-        total = total + weight * delta.dense()
-    return Dense(total, deltas[0].kernel)
+    total, doubt = torch.zeros((), dtype=torch.float64), 0.0
+    for place, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
+        term = weight * delta.dense()
+        rank = delta.rank if isinstance(delta, LowRank) else 0
+        doubt += last_digits(float(torch.linalg.vector_norm(term)), rank)
+        doubt += abs(weight) * delta.doubt if isinstance(delta, Dense) else 0.0
+        total = total + term if place else term
+    return Dense(total, deltas[0].kernel, doubt=doubt if math.isfinite(doubt) else 0.0)
+
+
+def last_digits(size: float, rank: int) -> float:
+    """Norm, at most, of what float64 rounds off a sum of this size, or of products of ``rank`` components."""
+    return (2 + rank**0.5) * torch.finfo(torch.float64).eps * size
 
 
 def _spectra(deltas: Sequence[LowRank]) -> tuple[Tensor | None, ...]:
@@ -274,7 +286,7 @@ def scaled(delta: _D, weight: float) -> _D:
     """``weight * delta``."""
     if isinstance(delta, LowRank):
         return replace(delta, alpha=delta.alpha * weight)
-    return replace(delta, weight=delta.weight * weight)
+    return replace(delta, weight=delta.weight * weight, doubt=delta.doubt * abs(weight))
 
 
 def check_same_shape(deltas: Sequence[Delta]) -> None:

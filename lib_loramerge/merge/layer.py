@@ -23,6 +23,7 @@ from ..delta import (
     cut_layers,
     decompose_dense,
     directions,
+    last_digits,
     lost_by,
     lost_of_inputs,
     moved,
@@ -40,6 +41,8 @@ from .base import BaseCheckpoint
 from .device import compute_device
 from .layout import LayerPlan, MergePlan, output_names, smaller
 from .read import SourceReader
+
+_COUNTS = 1e-8  # Part of a layer from which on what float64 does not tell of it is told.
 
 # For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
 # what of the sum is not in the file, and the squared norm of that delta.
@@ -257,13 +260,15 @@ class Merger:
         """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
         layer, plain = prepared.layer, prepared.plain
         with _named(layer):
-            if prepared.whole:
+            if prepared.whole and not _all_doubt(prepared.merged):
                 assert not isinstance(prepared.merged, Mixed)
                 merged = self._whole(layer, prepared.merged, prepared.bias, prepared.notes, plain)
+                merged = replace(merged, result=_doubted(merged.result, _doubt(prepared.merged)))
                 return replace(merged, lost=self._lost(prepared, prepared.merged))
             if stored is None:
                 return replace(self._absent(prepared), lost=self._lost(prepared, None))
             merged = self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
+            merged = replace(merged, result=_doubted(merged.result, _doubt(prepared.merged)))
             return replace(merged, lost=self._lost(prepared, stored), cut=self._cut(prepared, stored))
 
     def _cut(self, prepared: Prepared, stored: Stored) -> tuple[float, Lost | None] | None:
@@ -430,15 +435,15 @@ class Merger:
         """
         layer, bias, notes = prepared.layer, prepared.bias, prepared.notes
         sum_sq = 0.0 if prepared.plain is None else norm(prepared.plain) ** 2
-        lost = sum_sq if self.plan.method.adds_factors else _size_sq(prepared.merged)
+        lost, doubt = _not_written(prepared.merged)
+        lost = sum_sq if self.plan.method.adds_factors else lost
         if bias is not None and bool(bias.any()):
             kept = self._whole(layer, None, bias, notes)
             error_sq, exact_sq = kept.result.error_sq + lost, kept.result.exact_sq + lost
             result = LayerResult(layer.layer, kept.result.rank, error_sq, exact_sq, sum_sq, sum_sq)
-            return replace(kept, result=result)
-        return MergedLayer(
-            {}, LayerResult(layer.layer, 0, lost, lost, sum_sq, sum_sq), None, False, notes, 0.0
-        )
+            return replace(kept, result=_doubted(result, doubt))
+        result = LayerResult(layer.layer, 0, lost, lost, sum_sq, sum_sq)
+        return MergedLayer({}, _doubted(result, doubt), None, False, notes, 0.0)
 
     def low_rank(
         self,
@@ -501,8 +506,26 @@ class Merger:
         return dialects.output_key(prefix, slot, self.plan.dialect, self.style)
 
 
-def _size_sq(delta: Merged | None) -> float:
-    """Squared norm of a delta that is not written."""
+def _doubt(delta: Merged | None) -> float:
+    """Norm, at most, of what float64 rounded off; written sums of factors are large enough to be known."""
+    return delta.doubt if isinstance(delta, Dense) else 0.0
+
+
+def _all_doubt(delta: Merged | None) -> bool:
+    """Whether nothing but rounding is left of the inputs of a whole difference."""
+    return isinstance(delta, Dense) and delta.doubt > 0 and norm(delta) <= delta.doubt
+
+
+def _doubted(result: LayerResult, doubt: float) -> LayerResult:
+    """With what float64 does not tell of the layer, where that counts."""
+    return replace(result, doubt=doubt) if doubt > _COUNTS * result.exact_sq**0.5 else result
+
+
+def _not_written(delta: Merged | None) -> tuple[float, float]:
+    """Squared norm of a delta that is not written, and the norm of what float64 does not tell of it."""
     if delta is None:
-        return 0.0
-    return norm(delta) ** 2 if isinstance(delta, Dense) else all_values(delta).energy
+        return 0.0, 0.0
+    if isinstance(delta, Dense):
+        return norm(delta) ** 2, delta.doubt
+    spectrum = all_values(delta)
+    return spectrum.energy, last_digits(spectrum.size, delta.rank)

@@ -17,6 +17,7 @@ from ..report import (
     InputReport,
     LayerResult,
     MergeReport,
+    error_range,
     percent,
     relative,
     worst,
@@ -24,6 +25,8 @@ from ..report import (
 from .layer import Lost, MergedLayer
 from .layout import MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
+
+_KNOWN = 1e-3  # Part of an error up to which it may be off without being called an upper bound.
 
 
 def merge_report(
@@ -42,7 +45,7 @@ def merge_report(
     """
     results = [entry.result for entry in merged]
     present = [entry for entry in merged if entry.tensors]
-    error_sq = sum(result.error_sq for result in results)
+    least, error = error_range(results)
     exact_sq = sum(result.exact_sq for result in results)
     histogram = Counter(entry.result.rank for entry in present if entry.result.rank)
     notes = sorted({note for entry in merged for note in entry.notes})
@@ -61,7 +64,8 @@ def merge_report(
         layers_left_out=len(plan.left_out) + len(merged) - len(present),
         ranks=dict(sorted(histogram.items(), reverse=True)),
         whole_layers=sum(entry.result.rank is None for entry in present),
-        error=relative(error_sq, exact_sq),
+        error=error,
+        error_at_most=_apart(least, error),
         error_against=EXACT_SUM if plan.method.means_sum else f"{plan.method.name}'s own result",
         kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
         from_sum=_from_sum(plan, results),
@@ -70,6 +74,7 @@ def merge_report(
         warnings=[
             *plan.warnings,
             *(note for note in notes if note not in plan.warnings),
+            *(_doubtful(results) if _apart(least, error) else []),
             *_cut(plan, inputs),
         ],
         skipped=list(plan.skipped),
@@ -79,6 +84,21 @@ def merge_report(
         by_block=_by_block(plan, merged),
         smaller=_smaller(plan, merged),
     )
+
+
+def _apart(least: float, most: float) -> bool:
+    """Whether an error is known as an upper bound only."""
+    return most - least > _KNOWN * most
+
+
+def _doubtful(results: Sequence[LayerResult]) -> list[str]:
+    """A warning for the layers of which float64 does not tell what is left."""
+    doubtful = [result for result in results if result.doubt]
+    most = max(doubtful, key=lambda result: result.doubt)
+    return [
+        f"In {len(doubtful)} of {len(results)} layers the inputs cancel to the last digits of float64, most "
+        f"in {most.layer}: what is left there is not known, and the stated error is an upper bound."
+    ]
 
 
 def _from_sum(plan: MergePlan, results: Sequence[LayerResult]) -> float | None:
@@ -92,18 +112,20 @@ def _by_block(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, dict[
     """Norm, error and share kept of each block."""
     blocks = {layer.layer: layer.block or "other" for layer in plan.layers}
     sums: dict[str, list[float]] = {}
+    results: dict[str, list[LayerResult]] = {}
     for entry in merged:
         # Zero layers that only complete a group are not in the plan, and have no norm.
-        row = sums.setdefault(blocks.get(entry.result.layer, "other"), [0.0, 0.0, 0.0])
-        for index, value in enumerate((entry.result.exact_sq, entry.result.error_sq, entry.written_sq)):
-            row[index] += value
+        block = blocks.get(entry.result.layer, "other")
+        results.setdefault(block, []).append(entry.result)
+        row = sums.setdefault(block, [0.0, 0.0])
+        row[0], row[1] = row[0] + entry.result.exact_sq, row[1] + entry.written_sq
     return {
         block: {
             "norm": exact**0.5,
-            "error": relative(error, exact),
+            "error": error_range(results[block])[1],
             "kept": min(1.0, relative(written, exact)),
         }
-        for block, (exact, error, written) in sorted(sums.items())
+        for block, (exact, written) in sorted(sums.items())
         if exact > 0
     }
 
