@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "METHODS.md"
 MARKERS = "<!-- method-notes -->", "<!-- /method-notes -->"
 _A_CITATION = 90  # Letters of a source that only names a paper and a section.
-_ADDRESS = re.compile(r"https?://[^\s,;)]+")
+_ADDRESS = re.compile(r"https?://[^\s,;)]*[^\s,;:.)]")
 
 
 def japanese() -> Mapping[str, str]:

@@ -35,7 +35,7 @@ def test_the_form_s_loras_and_the_axis_are_in_the_plot_and_its_pictures(
         tab.wait_for_facts("2")
         for axis, values, labels in (
             ("Strength of LoRA 1", "0.2..1.0/5", ["<lora:style:0.2>", "<lora:style:1>"]),
-            ("Mode", "svd, ties, dare_linear", ["ties", "dare_linear"]),
+            ("Mode", "svd,ties,dare_linear", ["ties", "dare_linear"]),
         ):
             tab.choose("see_axis", axis)
             tab.page.locator("#loramerge_see").click()

@@ -14,7 +14,7 @@ from ..xyz.axes import PREFIX
 AXES: Mapping[str, tuple[str, str]] = {
     "Strength of LoRA 1": ("Strength of LoRA 1", "0.2..1.0/5"),
     "Mix of LoRA 1 and 2": ("Mix of LoRA 1 and 2", "0..1/5"),
-    "Mode": ("Mode", "svd, ties, dare_linear"),
+    "Mode": ("Mode", ",".join(("svd", "ties", "dare_linear"))),
     "Rank": ("Rank", "auto, 32, 16, 8"),
 }
 
