@@ -7,6 +7,7 @@ elemental rules then set the factor of layers picked by name.
 
 from __future__ import annotations
 
+from lib_loramerge.blocks.elements import WORDS, elements_of
 from lib_loramerge.blocks.ids import BLOCK_IDS, blocks_help
 from lib_loramerge.blocks.presets import (
     Presets,
@@ -15,10 +16,12 @@ from lib_loramerge.blocks.presets import (
     load_presets,
     save_preset,
 )
-from lib_loramerge.blocks.weights import BlockWeights, ElementRule, check_reach, fitting, parse_rules, resolve
+from lib_loramerge.blocks.rules import ElementRule, parse_rules
+from lib_loramerge.blocks.weights import BlockWeights, check_reach, fitting, resolve
 
 __all__ = [
     "BLOCK_IDS",
+    "WORDS",
     "BlockWeights",
     "ElementRule",
     "Presets",
@@ -26,6 +29,7 @@ __all__ = [
     "bundled_preset_path",
     "check_reach",
     "delete_preset",
+    "elements_of",
     "fitting",
     "load_presets",
     "parse_rules",

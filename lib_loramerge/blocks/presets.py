@@ -19,7 +19,8 @@ from pathlib import Path
 
 from lib_loramerge.blocks.ids import BLOCK_IDS
 from lib_loramerge.blocks.named import is_elemental, is_named, parts
-from lib_loramerge.blocks.weights import check_entry, parse_rules, split_weights
+from lib_loramerge.blocks.rules import parse_rules
+from lib_loramerge.blocks.weights import check_entry, split_weights
 from lib_loramerge.errors import OutputError, RecipeError
 from lib_loramerge.recipe.check import shown
 

@@ -16,8 +16,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from lib_loramerge.block_lists import EDGES, TEXT_ENCODERS, in_ranges
+from lib_loramerge.blocks.elements import elements_of, words_of
 from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
 from lib_loramerge.blocks.named import by_name, fits, is_named, split_named
+from lib_loramerge.blocks.rules import ElementRule, host_name, parse_rules
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
@@ -27,53 +29,10 @@ if TYPE_CHECKING:
     from lib_loramerge.models import BlockMap
 
 _X = re.compile(r"X(?:([+-])([0-9.]+))?")
-# A token in this spelling is meant as a block; others may be parts of layer names.
-_BLOCK_LIKE = re.compile(r"[A-Z]+[0-9]*")
 
 # Blocks that tell SD or Flux apart. IN and OUT do not: other transformers have them too, and of a list
 # for SD such a model takes BASE alone.
 _ONLY_THEIRS = frozenset(SD_FULL + FLUX) - frozenset(OTHER)
-
-
-@dataclass(frozen=True)
-class ElementRule:
-    """One elemental rule, ``blocks:elements:ratio``: layers it picks get ``ratio``.
-
-    A token picks a layer when it is a part of the layer's name with the block id
-    put behind it, so ``attn`` picks attn1 and attn2, and ``IN0`` the blocks IN00 to
-    IN09. Several tokens mean any of them; none means every layer.
-
-    Attributes:
-        blocks: Tokens of the first part, ranges spelled out.
-        not_blocks: Whether the first part began with ``NOT``.
-        elements: Tokens of the second part.
-        not_elements: Whether the second part began with ``NOT``.
-        ratio: Takes the place of the block weight.
-    """
-
-    blocks: tuple[str, ...]
-    not_blocks: bool
-    elements: tuple[str, ...]
-    not_elements: bool
-    ratio: float
-
-    def hits(self, searched: str) -> bool:
-        """Whether the rule picks the layer whose host name and block id are ``searched``."""
-        return _picks(self.blocks, self.not_blocks, searched) and _picks(
-            self.elements, self.not_elements, searched
-        )
-
-    def text(self) -> str:
-        """The rule as text; :func:`parse_rules` reads it back."""
-        blocks = " ".join(["NOT"] * self.not_blocks + list(self.blocks))
-        elements = " ".join(["NOT"] * self.not_elements + list(self.elements))
-        return f"{blocks}:{elements}:{plain(self.ratio)}"
-
-
-def _picks(tokens: tuple[str, ...], negated: bool, searched: str) -> bool:
-    if not tokens:
-        return True  # also for NOT alone: not nothing is everything
-    return any(token in searched for token in tokens) is not negated
 
 
 @dataclass(frozen=True)
@@ -88,6 +47,7 @@ class BlockWeights:
         name: The LoRA's name, for messages.
         named: The blocks that the list has an entry for, or sets to 0.
         entries: What an entry by name is called, and its blocks.
+        architecture: Id of the base model, which says what words for elements mean.
     """
 
     ids: tuple[str, ...] = ()
@@ -96,6 +56,7 @@ class BlockWeights:
     name: str = ""
     named: frozenset[str] = frozenset()
     entries: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    architecture: str = "unknown"
 
     def weight(self, component: str, block: str | None, layer: str) -> float:
         """The factor of one layer.
@@ -118,11 +79,15 @@ class BlockWeights:
                 raise self._wrong_list(block)
             value = self.values.get(block, 1.0)
         if self.elements:
-            searched = host_name(component, block, layer) + (block or "")
             for rule in self.elements:
-                if rule.hits(searched):
+                if self.picks(rule, component, block, layer):
                     value = rule.ratio
         return value
+
+    def picks(self, rule: ElementRule, component: str, block: str | None, layer: str) -> bool:
+        """Whether a rule picks a layer; arguments as of :meth:`weight`."""
+        searched = host_name(component, block, layer) + (block or "")
+        return rule.hits(searched, words_of(self.architecture, block, layer))
 
     def as_input_fields(self) -> tuple[str | None, str | None]:
         """(lbw, lbwe) in numbers alone, as a stored recipe keeps them."""
@@ -136,26 +101,6 @@ class BlockWeights:
             f"{shown(self.name)}: the block weights are for {self.ids[0]} to {self.ids[-1]} and have no "
             f"entry for block {block} of this LoRA. Give {fitting}, or leave lbw= out."
         )
-
-
-def host_name(component: str, block: str | None, layer: str) -> str:
-    """The name under which the WebUI keeps a layer: what elemental rules search.
-
-    Only parts of it matter (``attn1``, ``ff_net``, ``input_blocks_4_``). The second text
-    encoder of SDXL is searched by its OpenCLIP names, as in the WebUI.
-    """
-    path = layer.removeprefix(f"lora_{component}_")
-    if component == "unet":
-        return f"diffusion_model_{path}"
-    if block == "T5" or component == "te3":
-        return f"t5xxl_transformer_{path}"
-    if block == "CLIP":
-        return f"clip_l_transformer_{path}"
-    layers = re.fullmatch(r"text_model_encoder_layers_([0-9]+)_(.+)", path)
-    if component == "te2" and layers:
-        part = layers[2].replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj")
-        return f"1_model_transformer_resblocks_{layers[1]}_{part.replace('self_attn', 'attn')}"
-    return f"0_transformer_{path}" if component == "te1" else f"transformer_{path}"
 
 
 def resolve(
@@ -202,7 +147,8 @@ def resolve(
         text = _look_up(input.lbwe, presets.elements, ":", where + "lbwe")
         own = model.all if model is not None else ()
         rules = parse_rules(text, ids or None, where=where + _named("lbwe", input.lbwe, text), own=own)
-    return BlockWeights(ids, values, rules, input.name, named, by_names)
+    architecture = model.architecture if model is not None else "unknown"
+    return BlockWeights(ids, values, rules, input.name, named, by_names, architecture)
 
 
 def _check_reading(written: str, presets: Presets, what: str) -> None:
@@ -337,12 +283,12 @@ def check_reach(
                 f"{name}: the block weights leave {len(left)} of {len(known)} layers at 1: "
                 f"{', '.join(left[:3])}{more}."
             )
-    names = [host_name(part, block, layer) + (block or "") for part, block, layer in known]
-    idle = [rule.text() for rule in found.elements if not any(rule.hits(text) for text in names)]
+    idle = [rule.text() for rule in found.elements if not any(found.picks(rule, *layer) for layer in known)]
     if found.elements and len(idle) == len(found.elements):
+        words = elements_of(model.architecture)
         raise RecipeError(
             f"{name}: the elemental rules govern no layer that is there: {shown(','.join(idle))}. This LoRA "
-            f"has layers of {has} of {model.label}."
+            f"has layers of {has} of {model.label}. Words for its elements: {', '.join(words) or 'none'}."
         )
     return [*notes, *(f"{name}: the elemental rule {shown(text)} reaches no layer." for text in idle)]
 
@@ -423,76 +369,3 @@ def _entry(entry: str, base: float, rng: random.Random, what: str) -> float:
     if re.fullmatch(r"[A-Za-z].*", entry) and not re.fullmatch(r"(?i)nan|inf(inity)?", entry):
         raise RecipeError(f"{what}: a block weight is a number, R, U, X, X+0.1 or X-0.1, got {shown(entry)}.")
     return check_number(f"{what}: a block weight", entry, -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True)
-
-
-def parse_rules(
-    text: str, ids: tuple[str, ...] | None, *, where: str, own: tuple[str, ...] = ()
-) -> tuple[ElementRule, ...]:
-    """Elemental rules from ``blocks:elements:ratio[,blocks:elements:ratio...]``.
-
-    Args:
-        text: The rules; line ends count as commas, empty parts are passed over.
-        ids: Blocks that ranges may name; ``None`` for those of any base model.
-        where: Begins each message.
-        own: Blocks of the base model, known beside those of ``ids`` or of any model.
-
-    Raises:
-        RecipeError: A rule without exactly two colons, an unknown block, a range
-            across base models, a ratio that is no number.
-    """
-    parts = [part.strip() for part in re.split(r"[,\r\n]", text)]
-    return tuple(_rule(part, ids, where, own) for part in parts if part)
-
-
-def _rule(text: str, ids: tuple[str, ...] | None, where: str, own: tuple[str, ...]) -> ElementRule:
-    parts = text.split(":")
-    if len(parts) != 3:
-        raise RecipeError(f"{where}: an elemental rule is blocks:elements:ratio, got {shown(text)}.")
-    blocks, not_blocks = _tokens(parts[0])
-    elements, not_elements = _tokens(parts[1])
-    ratio = check_number(
-        f"{where}: the ratio of {shown(text)}", parts[2], -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True
-    )
-    expanded = tuple(block for token in blocks for block in _expand(token, ids, where, own))
-    if ids and expanded and not not_blocks and not any(_may_hit(token, ids) for token in expanded):
-        raise RecipeError(
-            f"{where}: {shown(text)} picks nothing, the block weights are for {ids[0]} to {ids[-1]}."
-        )
-    return ElementRule(expanded, not_blocks, elements, not_elements, ratio)
-
-
-def _tokens(text: str) -> tuple[tuple[str, ...], bool]:
-    tokens = tuple(text.split())
-    return (tokens[1:], True) if tokens[:1] == ("NOT",) else (tokens, False)
-
-
-def _expand(token: str, ids: tuple[str, ...] | None, where: str, own: tuple[str, ...]) -> tuple[str, ...]:
-    """One token of the blocks part: a range in either order, a block, or a part of a name."""
-    lists = (SD_FULL, FLUX, OTHER) if ids is None else (ids,)
-    if own and all(end in own for end in token.split("-")):
-        lists = (own,)
-    known = [block for blocks in lists for block in blocks]
-    if "-" in token:
-        first, _, last = token.partition("-")
-        found: dict[str, None] = {}
-        for blocks in lists:
-            if first in blocks and last in blocks:
-                low, high = sorted((blocks.index(first), blocks.index(last)))
-                found |= dict.fromkeys(blocks[low : high + 1])
-        if found:
-            return tuple(found)
-        unknown = next((end for end in (first, last) if end not in known), token)
-        raise RecipeError(f"{where}: {shown(token)} is no range of blocks.{nearest_hint(unknown, known)}")
-    if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX + OTHER + own):
-        hint = " The middle block is M00." if token.startswith("MID") else nearest_hint(token, known)
-        raise RecipeError(f"{where}: there is no block {shown(token)}.{hint}")
-    return (token,)
-
-
-def _in_a_block(token: str, ids: tuple[str, ...]) -> bool:
-    return any(token in block for block in ids)
-
-
-def _may_hit(token: str, ids: tuple[str, ...]) -> bool:
-    """Whether a token of the blocks part can pick a layer: parts of names may, other models' blocks not."""
-    return not _BLOCK_LIKE.fullmatch(token) or _in_a_block(token, ids)

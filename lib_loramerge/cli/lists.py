@@ -15,6 +15,9 @@ def add_parsers(commands: Any) -> None:
     add_json(parser)
     parser = command(commands, "presets", run_presets, "list the block-weight presets")
     parser.add_argument("--preset-file", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument(
+        "--elements", metavar="MODEL", help="list the words that lbwe= has for the elements of a base model"
+    )
     add_json(parser)
 
 
@@ -34,6 +37,8 @@ def run_methods(options: argparse.Namespace) -> int:
 def run_presets(options: argparse.Namespace) -> int:
     from ..blocks import blocks_help
 
+    if options.elements is not None:
+        return _run_elements(options)
     presets = presets_of(options)
     if options.json:
         print_json({"weights": dict(presets.weights), "elements": dict(presets.elements)})
@@ -43,4 +48,18 @@ def run_presets(options: argparse.Namespace) -> int:
         for name, text in table.items():
             print(f"  {name:<18}{one_line(text)}")
     print(blocks_help())
+    return EXIT_DONE
+
+
+def _run_elements(options: argparse.Namespace) -> int:
+    from ..blocks import WORDS, elements_of
+    from ..merge.base_model import model_id
+
+    found = elements_of(model_id(options.elements))
+    if options.json:
+        print_json({word: {"means": WORDS[word], "example": layer} for word, layer in found.items()})
+        return EXIT_DONE
+    for word, layer in found.items():
+        print(f"  {word:<18}{WORDS[word]}, such as {layer}")
+    print("In a rule: lbwe=B00-B09:MLP:0.5 or lbwe=:NOT ATTENTION:0; blocks as presets lists them.")
     return EXIT_DONE

@@ -31,12 +31,14 @@ class BlockMap:
         ids: Every block in order, text encoders first.
         lists: The lists of block weights that it has. Several have one length where the size is open.
         side: Blocks without a place in lists, such as those of an added control branch.
+        architecture: Id of the base model.
     """
 
     label: str
     ids: tuple[str, ...]
     lists: tuple[BlockList, ...]
     side: tuple[str, ...] = ()
+    architecture: str = "unknown"
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -101,7 +103,7 @@ def block_map(architecture_id: str, size: Size | None = None, blocks: Iterable[s
         if f" {stack.root}:" in record.blocks.partition("+")[2]
         for n in range(max(*stack.counts, deepest.get(stack.letters, 0)))
     )
-    return BlockMap(label, readings[0], tuple(lists.values()), tuple(dict.fromkeys(side)))
+    return BlockMap(label, readings[0], tuple(lists.values()), tuple(dict.fromkeys(side)), architecture_id)
 
 
 def _is_main(block: str) -> bool:
@@ -152,7 +154,9 @@ def _numbered(stack: Stack, counts: Mapping[str, int | None], deepest: Mapping[s
 
 def _unet_map(architecture_id: str, label: str) -> BlockMap:
     used = {layer.block for layer in unet_layers(architecture_id)} | {"BASE"}
-    return BlockMap(label, tuple(block for block in SD_FULL if block in used), UNET_LISTS)
+    return BlockMap(
+        label, tuple(block for block in SD_FULL if block in used), UNET_LISTS, (), architecture_id
+    )
 
 
 def _unknown_map(label: str, blocks: list[str], deepest: Mapping[str, int]) -> BlockMap:
