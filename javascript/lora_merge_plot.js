@@ -6,6 +6,7 @@
     const PLOT = "#script_txt2img_xyz_plot_";
     const LOOK = 100; // ms between looks, of which there are so many at most
     const TRIES = 100;
+    const SETTLED = 20; // looks in a row at which what was written still stands
 
     let last = ""; // what was asked for last, with its time
 
@@ -52,13 +53,17 @@
         // Text in place of the plot's lists: an axis with choices takes a typed list, too.
         const typed = await until(() => shown(`${PLOT}csv_mode input`));
         if (typed && !typed.checked) typed.click();
-        const values_ = `${PLOT}x_values textarea, #tab_txt2img ${PLOT}x_values input`;
-        const field = await until(() => shown(values_));
-        if (!field) return;
-        // Before the axis: the plot asks its server with the axis, and puts back the values that it was asked with.
-        write(field, values);
         await choose(`${PLOT}x_type`, axis);
+        const field = await until(() => shown(`${PLOT}x_values textarea`) || shown(`${PLOT}x_values input`));
+        if (!field) return;
         field.scrollIntoView({ block: "center" });
+        // With tick and axis the plot asks its server, and puts back the values that it was asked with.
+        let kept = 0;
+        await until(() => {
+            kept = field.value === values ? kept + 1 : 0;
+            if (!kept) write(field, values);
+            return kept > SETTLED;
+        });
     }
 
     window.loramergePlot = (text) => {

@@ -53,8 +53,8 @@ def looks() -> Iterator[Looks]:
     made.close()
 
 
-def plan_of(host: StandaloneHost, *inputs: LoraInput):
-    return host.plan(MergeRecipe(inputs, device="cpu"))
+def plan_of(host: StandaloneHost, *inputs: LoraInput, program: str | None = None):
+    return host.plan(MergeRecipe(inputs, device="cpu", host=program))
 
 
 def finished(looks: Looks, question: Question):
@@ -250,10 +250,10 @@ RECIPE = {
 }
 
 
-def library_plan(webui: FakeHost):
+def library_plan(webui: FakeHost, program: str | None = None):
     host = StandaloneHost([webui.lora_dir])
     try:
-        return plan_of(host, *BOTH)
+        return plan_of(host, *BOTH, program=program)
     finally:
         host.close()
 
@@ -320,7 +320,7 @@ def test_analyse_shows_verdict_ranks_and_pictures_while_the_page_stays_usable(ch
         tab.fill("name", "style")
         tab.expect_text("name_message", "exists already")
         tab.expect_text("analyse_state", "Analysed.")
-        plan = library_plan(webui)
+        plan = library_plan(webui, program="a1111")  # The page writes for the WebUI that it is in.
         advice, compared = analysis.advise(plan), analysis.compare(plan)
         tab.expect_text("analyse_result", compared.pairs[0].verdict)
         rows = tab.page.locator("#loramerge_analyse_result [data-table=ranks]").first.locator("tr").all()

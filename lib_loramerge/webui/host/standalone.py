@@ -65,6 +65,13 @@ class StandaloneHost(Host):
 
     folder_option = "--base-dir"
 
+    def base_path(self, text: str | None, strict: bool = False) -> Path | None:
+        """As of every host, and no link that leads out of the folders that were given."""
+        path = super().base_path(text, strict)
+        if path is not None:
+            self._check_base_folder(path)
+        return path
+
     def base_folders(self) -> list[Path]:
         own = [] if self._checkpoint_dir is None else [self._checkpoint_dir]
         return [*own, *self._base_dirs, *self._lora_dirs]

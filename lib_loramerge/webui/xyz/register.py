@@ -19,9 +19,15 @@ TITLE = "LoRA Merge"
 SCRIPTS = ("xyz_grid.py", "xy_grid.py")
 
 
+def _scripts() -> Any:
+    """The host's module with the scripts of its pages; SD.Next has moved it."""
+    known = (host_module(name) for name in ("scripts_manager", "scripts"))
+    return next(module for module in known if hasattr(module, "Script"))
+
+
 def script_class(services: Callable[[], Plot]) -> type:
     """The always-on script, without controls, that the host finds in ``scripts/``."""
-    scripts: Any = host_module("scripts_manager") or host_module("scripts")
+    scripts = _scripts()
 
     class LoraMergeAxes(scripts.Script):  # type: ignore[misc]
         def title(self) -> str:
@@ -41,7 +47,7 @@ def script_class(services: Callable[[], Plot]) -> type:
 
 def grid_modules() -> list[Any]:
     """Every module of the host with the axes of a plot; SD.Next has them in one of their own."""
-    scripts = host_module("scripts_manager") or host_module("scripts")
+    scripts = _scripts()
     found = [
         data.module
         for data in getattr(scripts, "scripts_data", ())

@@ -1,5 +1,5 @@
 """What SD.Next calls ``modules.scripts``."""
 
-from modules.scripts import load_scripts
+from modules.scripts import AlwaysVisible, Script, ScriptClassData, load_scripts, scripts_data
 
-__all__ = ["load_scripts"]
+__all__ = ["AlwaysVisible", "Script", "ScriptClassData", "load_scripts", "scripts_data"]
