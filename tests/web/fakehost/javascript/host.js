@@ -7,8 +7,7 @@ function switch_to_txt2img() {
     gradioApp().querySelector('#tabs').querySelectorAll('button')[0].click();
 }
 
-// Gradio 4 may load a script of the page twice.
-var uiCallbacks = window.uiCallbacks || {loaded: [], update: [], after: []};
+const uiCallbacks = {loaded: [], update: [], after: []};
 function onUiLoaded(callback) { uiCallbacks.loaded.push(callback); }
 function onUiUpdate(callback) { uiCallbacks.update.push(callback); }
 function onAfterUiUpdate(callback) { uiCallbacks.after.push(callback); }

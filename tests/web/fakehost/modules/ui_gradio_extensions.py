@@ -19,7 +19,8 @@ def _head():
     words = localization.translations(shared.opts.localization)
     parts = [f"<script>window.localization = {json.dumps(words)};</script>"]
     own = os.path.join(paths_internal.script_path, "javascript", "host.js")
-    for path in [own, *(path for _, path in scripts.list_scripts("javascript", ".js"))]:
+    # The host's own folder is among those that are listed.
+    for path in dict.fromkeys([own, *(path for _, path in scripts.list_scripts("javascript", ".js"))]):
         parts.append(f'<script src="{_web(path)}"></script>')
     for _, path in scripts.list_scripts("javascript", ".mjs"):
         parts.append(f'<script type="module" src="{_web(path)}"></script>')
