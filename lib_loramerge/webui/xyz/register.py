@@ -27,7 +27,7 @@ def _scripts() -> Any:
 
 def script_class(services: Callable[[], Plot]) -> type:
     """The always-on script, without controls, that the host finds in ``scripts/``."""
-    scripts = _scripts()
+    scripts: Any = _scripts()
 
     class LoraMergeAxes(scripts.Script):  # type: ignore[misc]
         def title(self) -> str:
