@@ -114,8 +114,8 @@ ROW_CONTROLS = (
             "min_width": 120,
         },
         (
-            "A preset, or 12, 17, 20, 26 or 61 numbers with commas between them. R, U and X are "
-            "allowed, too. Empty is 1 for every block."
+            "A preset, a list of numbers with commas (R, U and X are allowed, too), or blocks by name: "
+            "D00-D07:0.5,BASE:0. Empty is 1 for every block."
         ),
         ("input.lbw",),
     ),
