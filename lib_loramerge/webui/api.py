@@ -166,9 +166,8 @@ class Service:
             body, ("recipe", "name", "subfolder", "overwrite", "trial", "preferred_weight", "preview", *texts)
         )
         trial = fields.flag("trial")
-        name, subfolder, preview = fields.text("name"), fields.text("subfolder"), fields.text("preview")
-        if not trial and not name.strip():
-            raise Refusal(400, "name is missing: what should the merged file be called?")
+        name = fields.text("name") if trial else fields.name("name")
+        subfolder, preview = fields.text("subfolder"), fields.text("preview")
         for value in (name, subfolder, preview):
             _refuse_path(value)
         data = UserMetadata(
