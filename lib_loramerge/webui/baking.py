@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import LoraMergeError
 from ..recipe import MergeRecipe, to_command
 from .checkpoint_jobs import TO_BAKE, BakeRequest
-from .form import key_of
+from .form import PLAIN, key_of
 from .host import ConflictError, Host
 
 if TYPE_CHECKING:
@@ -22,12 +22,7 @@ ROUNDINGS = {
     "nearest": "To the nearest number",
     "stochastic": "By chance",
 }
-DTYPES = {
-    "same": "Same as the checkpoint",
-    "float16": "float16 (half)",
-    "bfloat16": "bfloat16",
-    "float32": "float32 (full)",
-}
+DTYPES = {**PLAIN["dtype"].labels, "same": "Same as the checkpoint"}
 BUTTON = "Bake and save"
 
 

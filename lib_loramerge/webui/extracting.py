@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoraMergeError
 from ..recipe import LoraInput
 from .checkpoint_jobs import BASE, TUNED, ExtractRequest
-from .form import SMALLEST, key_of, number, whole
+from .form import PLAIN, SMALLEST, key_of, number, whole
 
 if TYPE_CHECKING:
     from .host import Host
@@ -20,7 +20,7 @@ RULES = {
     "retain": "Keep a share",
 }
 PARTS = {"": "Everything", "unet": "Denoiser", "te": "Text encoders"}
-PRECISIONS = {"float16": "float16 (half)", "bfloat16": "bfloat16", "float32": "float32 (full)"}
+PRECISIONS = {name: label for name, label in PLAIN["dtype"].labels.items() if name != "same"}
 EMPTY = "Choose the two checkpoints to see here what will come out."
 
 
