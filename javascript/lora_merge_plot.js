@@ -37,18 +37,12 @@
         return until(() => field.value === text);
     }
 
-    function write(field, text) {
-        const kind = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
-        Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(field, text);
-        field.dispatchEvent(new Event("input", { bubbles: true }));
-    }
-
     async function plot(prompt, axis, values) {
         if (typeof window.switch_to_txt2img === "function") window.switch_to_txt2img();
         const area = await until(() => shown("#txt2img_prompt textarea"));
         if (!area) return;
         const tags = prompt.match(/<lora:[^>]*>/g) || [];
-        write(area, tags.reduce((text, tag) => window.loramergeWithTag(text, tag, []), area.value));
+        window.loramergeType(area, tags.reduce((text, tag) => window.loramergeWithTag(text, tag, []), area.value));
         if (!await choose("#script_list", SCRIPT)) return;
         // Text in place of the plot's lists: an axis with choices takes a typed list, too.
         const typed = await until(() => shown(`${PLOT}csv_mode input`));
@@ -61,7 +55,7 @@
         let kept = 0;
         await until(() => {
             kept = field.value === values ? kept + 1 : 0;
-            if (!kept) write(field, values);
+            if (!kept) window.loramergeType(field, values);
             return kept > SETTLED;
         });
     }

@@ -57,8 +57,8 @@
     }
 
     function type(field, text) {
-        const descriptor = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value");
-        descriptor.set.call(field, text);
+        const kind = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
+        Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(field, text);
         field.dispatchEvent(new Event("input", { bubbles: true }));
         field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true }));
     }
@@ -100,6 +100,7 @@
         return row && row.querySelector("[id$=_lora] input");
     }
 
+    window.loramergeType = type;
     window.loramergePick = pick;
 
     function move(step) {
