@@ -6,11 +6,27 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib_loramerge.adapters import kinds_table
+from lib_loramerge.adapters import ADAPTERS
+from lib_loramerge.adapters.groups import REFUSED
+from lib_loramerge.dialects.refusals import REFUSED as REFUSED_FILES
 from lib_loramerge.methods import METHODS
 from lib_loramerge.models import ARCHITECTURES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+
+# What comes along with a kind instead of being one.
+_COMPANIONS = (
+    ("alpha", "`alpha`", "alpha / rank scales the delta; none means 1, 0 means nothing, as in every WebUI."),
+    ("LoRA bias", "`lora_B.bias`", "Scaled like the delta and added to the bias."),
+    ("Bias", "`diff_b`", "Added to the bias of any kind."),
+    (
+        "Residual",
+        "`bias`, or `bias_indices` `bias_values` `bias_size`",
+        "Added to the delta before the scale, as A1111 does; the layer becomes dense.",
+    ),
+    ("scale", "`scale`", "Replaces alpha / rank, as A1111 and SD.Next do; Forge ignores it."),
+    ("scalar", "`scalar`", "Ignored, as every WebUI does."),
+)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -18,6 +34,25 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = tuple(head)
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def kinds_table() -> str:
+    """Every adapter kind, what comes along with one, and what is refused."""
+    rows = [
+        (kind.label, kind.keys, _yes(kind.exact_low_rank), _yes(kind.needs_base), kind.does)
+        for kind in ADAPTERS.values()
+    ]
+    rows += [(label, keys, "", "no", does) for label, keys, does in _COMPANIONS]
+    rows += [("Refused", f"`{slot}`", "", "", f"It {reason}.") for slot, reason in REFUSED.items()]
+    adapters = (kind for kind in REFUSED_FILES if not (kind.whole or kind.one_key))
+    rows += [
+        ("Refused", kind.name, "", "", f"{kind.reason[:1].upper()}{kind.reason[1:]}.") for kind in adapters
+    ]
+    return table(("Kind", "In the file", "Exactly low rank", "Needs `--base`", "What happens"), rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def models_text() -> str:

@@ -28,7 +28,6 @@ NOT_OF_THE_TAB = frozenset({
     # REST, whose words are English
     "webui/api.py", "webui/checkpoint_api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",
     "webui/enter.py",  # before the page, in both languages
-    "adapters/table.py",  # a table of the README
     "models/flux.py", "models/image.py",  # tables of names
     "models/sd.py", "models/video.py", "models/table.py",
     "analysis/hosts.py",  # which hosts load a file: the command line and REST tell it
@@ -39,7 +38,7 @@ NOT_OF_THE_TAB = frozenset({
 # Arguments that describe a method or kind in the README and in REST.
 _FOR_READERS = frozenset({"source", "formula", "keys", "does", "description", "elem_id"})
 # Calls whose texts are patterns, log lines or words of tables for readers.
-_NOT_SHOWN_BY = frozenset({"compile", "split", "log", "_log", "print", "Dialect", "_any", "_all", "_matcher"})
+_NOT_SHOWN_BY = frozenset({"compile", "split", "log", "_log", "print", "Dialect"})
 _NOT_SHOWN_BY |= {"setting"}  # Help of the command line and of REST.
 _SLOT = "\0"
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")

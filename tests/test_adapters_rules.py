@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_loramerge.adapters import ADAPTERS, build, describe, kinds_table
+from lib_loramerge.adapters import ADAPTERS, build, describe
 from lib_loramerge.adapters.groups import COMPANIONS, MAGNITUDES, REFUSED
 from lib_loramerge.delta import Dense, LowRank
 from lib_loramerge.errors import IncompatibleError, LoraMergeError, UnsupportedError
@@ -736,15 +736,3 @@ def test_ia3_scales_the_channels_of_the_base_weight(on_input, kernel):
     assert_equal(delta, torch.einsum(formula, base.double(), matrix).flatten(1))
     with pytest.raises(IncompatibleError, match="ia3_weight"):
         build({"ia3_weight": rand(9), "on_input": torch.tensor(on_input)}, where=WHERE, base=base)
-
-
-# --- The table ------------------------------------------------------------------------------
-
-
-def test_the_table_has_a_row_for_every_kind_and_every_refusal():
-    table = kinds_table()
-    lines = table.splitlines()
-    assert len({line.count(" | ") for line in lines}) == 1
-    for kind in ADAPTERS.values():
-        assert sum(line.startswith(f"| {kind.label} |") for line in lines) == 1
-    assert all(f"`{slot}`" in table for slot in REFUSED)

@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 
-from lib_loramerge.dialects import output_key, output_parts, parse_file, refusals
+from lib_loramerge.dialects import output_key, output_parts, parse_file
+from lib_loramerge.dialects.refusals import claimed
 from lib_loramerge.errors import UnsupportedError
 from lib_loramerge.models import component, diffusers_layers
 from tests.dialect_cases import LISTS, tensors_of
@@ -122,7 +123,7 @@ def test_what_peft_makes_and_no_host_reads_is_refused_by_name(kind, options):
     state = {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(model).items()}
     with pytest.raises(UnsupportedError, match="cannot be merged"):
         parse_file(state, {})
-    assert len(refusals(state)) == 1
+    assert len(claimed(state)) == 1
 
 
 def written(name: str, dialect: str) -> dict[str, torch.Tensor]:

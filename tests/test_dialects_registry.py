@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_loramerge.dialects import DIALECTS, SLOTS, output_key, parse_file, refusals, split_key
-from lib_loramerge.dialects.refusals import REFUSED
+from lib_loramerge.dialects import DIALECTS, SLOTS, is_adapters, output_key, parse_file, split_key
+from lib_loramerge.dialects.refusals import REFUSED, claimed, refused
 from lib_loramerge.dialects.slots import WRITTEN
 from lib_loramerge.errors import UnsupportedError
 from tests.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, lora, tensors_of
@@ -105,6 +105,8 @@ def test_plain_lora_is_written_with_the_endings_that_every_host_reads():
 NOT_LORAS = {
     "a ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight"],
     "an IP-Adapter": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
+    "a Control-LoRA (a ControlNet)": ["lora_controlnet"],
+    "a hypernetwork": ["768.0.linear.0.weight", "768.1.linear.0.weight"],
     "an hlora": ["hlora.blocks.0.weight"],
     "a T-LoRA": [f"{SD1_CANONICAL}.q_layer.weight", f"{SD1_CANONICAL}.p_layer.weight", f"{SD1_CANONICAL}.lambda_layer"],
     "a VeRA": ["base_model.vera_A", "base_model.vera_B", "base_model.model.x.vera_lambda_b", "base_model.model.x.vera_lambda_d"],
@@ -116,9 +118,12 @@ NOT_LORAS = {
     "a HRA or bone adapter": ["base_model.model.x.hra_u"],
     "a LoRA of an embedding table": ["base_model.model.embed.lora_embedding_A", "base_model.model.embed.lora_embedding_B"],
     "a ControlNet": ["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"],
+    "an AnimateDiff motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"],
     "a whole checkpoint": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"],
     "a VAE": ["decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.bias"],
     "a textual inversion embedding": ["emb_params"],
+    "an upscaler": ["model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"],
+    "a CLIP vision model": ["vision_model.encoder.layers.0.mlp.fc1.weight"],
     "a T2I-Adapter": ["body.0.block1.weight", "body.0.block1.bias"],
     "a whole text encoder or language model": ["text_model.encoder.layers.0.mlp.fc1.weight"],
     "a whole denoiser": ["down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv1.bias"],
@@ -137,18 +142,67 @@ def test_a_file_that_is_no_lora_is_refused_with_what_it_is_and_why(kind):
     message = str(caught.value)
     assert message.startswith(f"thing.safetensors: this is {kind}, which cannot be merged: ")
     assert len(message) < 300
-    assert [found.name for found in refusals(keys)] == [kind]
-    assert refusals(keys)[0].keys == tuple(keys)
+    assert {found.name: shown for found, shown in claimed(keys).items()} == {kind: tuple(keys)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"],
+            "checkpoint",
+        ),
+        (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "denoiser"),
+        (["transformer_blocks.0.attn.to_q.weight"], "denoiser"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "denoiser"),
+        (["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"], "a VAE"),
+        (["encoder.down_blocks.0.resnets.0.conv1.weight"], "a VAE"),
+        (["text_model.encoder.layers.0.mlp.fc1.weight"], "text encoder"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "text encoder"),
+        (["emb_params"], "embedding"),
+        (["clip_g", "clip_l"], "embedding"),
+        (["<cat>"], "embedding"),
+        (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+        (
+            ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
+            "a ControlNet",
+        ),
+        (["lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.down.0.weight"], "LLLite"),
+        (["ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"], "IP-Adapter"),
+        (["ip_adapter.0.to_q_lora.down.weight"], "IP-Adapter"),
+        (["lora_controlnet", "input_blocks.0.0.lora.up"], "ControlNet"),
+        (["768.0.linear.0.weight", "768.1.linear.0.weight"], "hypernetwork"),
+        (["model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"], "upscaler"),
+    ],
+)
+def test_other_kinds_of_files_are_named_by_their_keys(keys, name):
+    with pytest.raises(UnsupportedError, match=name):
+        parse_file(dict.fromkeys(keys, (4, 4)), {})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["double_blocks.0.processor.qkv_lora1.down.weight"],
+        ["bundle_emb.x.string_to_param.*", "lora_unet_a.lora_up.weight"],
+        ["diffusion_model.blocks.0.self_attn.q.diff_b"],
+        ["lora_unet_x.hada_w1_a"],
+        ["something.nobody.knows"],
+    ],
+)
+def test_adapters_and_unknown_files_are_not_refused_as_something_else(keys):
+    unread = [key for key in keys if not is_adapters(key)]
+    assert refused(keys, unread, len(keys) - len(unread)) is None
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_lora_is_taken_for_something_else(name):
-    assert refusals(CASES[name][0]) == ()
+    assert claimed(CASES[name][0]) == {}
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_no_complete_lora_is_taken_for_something_else(name):
-    assert refusals(tensors_of(LISTS[name])) == ()
+    assert claimed(tensors_of(LISTS[name])) == {}
 
 
 def test_a_stray_foreign_tensor_among_many_layers_is_listed_instead_of_refusing_the_file():

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save, save_file
 
 from lib_loramerge.errors import FileError, LoraMergeError, UnsupportedError
-from lib_loramerge.files import open_file, read_header, refuse_non_lora
+from lib_loramerge.files import open_file, read_header
 from lib_loramerge.files.decode import float8_table
+from lib_loramerge.merge import open_source
 from tests.fixtures import SD1_LAYERS, lora_tensors
 from tests.test_files_header import built
 
@@ -156,7 +157,6 @@ def test_a_pickled_lora_reads_as_its_safetensors_twin(tmp_path, suffix, wrapped,
     )
     (tmp_path / "b.safetensors").write_bytes(save(TENSORS))
     with open_file(path) as file, open_file(tmp_path / "b.safetensors") as twin:
-        refuse_non_lora(file.header, path)
         assert set(file.tensors) == set(twin.tensors)
         for key, info in twin.tensors.items():
             assert (file.tensors[key].dtype, file.tensors[key].shape) == (info.dtype, info.shape)
@@ -210,7 +210,7 @@ def test_other_pickles_are_called_what_they_are(tmp_path, content, told):
     path = tmp_path / "a.pt"
     torch.save(content, path)
     with pytest.raises(LoraMergeError, match=told):
-        refuse_non_lora(read_header(path), path)
+        open_source(path)
 
 
 class Evil:

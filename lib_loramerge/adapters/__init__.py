@@ -18,7 +18,6 @@ from .glora import GLORA_SLOTS, is_old_glora
 from .groups import endings
 from .kinds import ADAPTERS, AdapterKind, LayerFacts
 from .layers import build, check_base_shape, describe, measured
-from .table import kinds_table
 
 # Kinds in further modules come last in it.
 for _entry in iter_modules(__path__):
@@ -34,6 +33,5 @@ __all__ = [
     "describe",
     "endings",
     "is_old_glora",
-    "kinds_table",
     "measured",
 ]

@@ -18,18 +18,10 @@ RESIDUAL_PARTS = frozenset({"bias_indices", "bias_values", "bias_size"})
 MAGNITUDES = frozenset({"dora_scale", "magnitude"})
 COMPANIONS = frozenset({"alpha", "scale", "scalar", "diff_b", "bias"}) | RESIDUAL_PARTS
 
-# What no formula can turn into a delta weight, and why.
+# Slots that no formula can turn into a delta weight, and why. Files of other kinds are refused as a whole.
 REFUSED = {
     "set_weight": "replaces the base model's weight instead of adding to it",
     "reshape_weight": "changes the shape of the base model's weight",
-    "q_layer": "is T-LoRA, whose starting factors are not in the file",
-    "p_layer": "is T-LoRA, whose starting factors are not in the file",
-    "lambda_layer": "is T-LoRA, whose starting factors are not in the file",
-    "vera_lambda_b": "is VeRA, whose shared random factors are not in the file",
-    "vera_lambda_d": "is VeRA, whose shared random factors are not in the file",
-    "oft_r": "is PEFT's or OneTrainer's OFT, which no WebUI here loads",
-    "boft_r": "is PEFT's BOFT, which no WebUI here loads",
-    "ia3_l": "is PEFT's (IA)^3, which no WebUI here loads",
 }
 
 # How keys spell what comes along with any kind, or is refused, where that is not its name.
@@ -37,13 +29,11 @@ _ENDINGS = {
     "alpha": ("alpha", "network_alpha"),
     "magnitude": ("magnitude", "lora_magnitude_vector", "lora_magnitude_vector.weight"),
 }
-# Slots of the table above that keys can spell; the others have dialects' own refusals.
-_REFUSED_SLOTS = ("set_weight", "reshape_weight")
 
 
 def endings() -> dict[str, tuple[str, ...]]:
     """Every slot to the endings of keys that spell it, the one that is written first."""
-    slots = COMPANIONS | MAGNITUDES | {*_REFUSED_SLOTS}.union(*(kind.slots for kind in ADAPTERS.values()))
+    slots = COMPANIONS | MAGNITUDES | frozenset(REFUSED).union(*(kind.slots for kind in ADAPTERS.values()))
     spelled = dict(_ENDINGS)
     for kind in ADAPTERS.values():
         spelled |= kind.endings

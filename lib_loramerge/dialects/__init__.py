@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from .output import has_alpha, output_key, output_parts, output_style, spelling_of
 from .parse import ParsedFile, Part, overlap, parse_file
-from .refusals import Refusal, refusals
 from .registry import DIALECTS, Dialect
 from .slots import SLOTS, is_adapters, split_key
 
@@ -20,7 +19,6 @@ __all__ = [
     "Dialect",
     "ParsedFile",
     "Part",
-    "Refusal",
     "has_alpha",
     "is_adapters",
     "output_key",
@@ -28,7 +26,6 @@ __all__ = [
     "output_style",
     "overlap",
     "parse_file",
-    "refusals",
     "spelling_of",
     "split_key",
 ]

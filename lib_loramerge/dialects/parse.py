@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..adapters import measured
@@ -23,9 +23,9 @@ from ..models import (
     layer_name,
 )
 from .cloneofsimo import number_layers
-from .refusals import refusals
+from .refusals import refused
 from .registry import DIALECTS, RawLayer
-from .slots import DROPPED, KOHYA_STYLE, SLOTS, split_key, style_of
+from .slots import ANYBODYS, DROPPED, KOHYA_STYLE, SLOTS, split_key, style_of
 
 Shape = tuple[int, ...]
 
@@ -112,7 +112,7 @@ def parse_file(
     for key in tensors:
         reading.add(key)
     reading.drop_plain_weights()
-    reading.refuse()
+    reading.refuse(tensors)
     layers = reading.layers
     if reading.numbered:
         layers = {**layers, **number_layers(reading.numbered, tensors, start)}
@@ -159,8 +159,8 @@ _NAKED = "bare"
 _PROCESSOR = re.compile(r"(?<!blocks)\.processor(?=\.)")
 _XLABS = re.compile(r"(?:double|single)_blocks[._]\d+[._]processor[._]")
 
-# Slots that whole models have too. They are an adapter's only beside slots of an adapter's own.
-_PLAIN = frozenset({"ia3_weight", "bias", "scale", "alpha"})
+# They are an adapter's only beside slots of an adapter's own.
+_PLAIN = ANYBODYS | {"alpha"}
 
 
 class _Reading:
@@ -238,11 +238,11 @@ class _Reading:
             if not slots:
                 del self.layers[spelling]
 
-    def refuse(self) -> None:
+    def refuse(self, keys: Iterable[str]) -> None:
         """Stop at a file that is something else than a LoRA."""
-        found = refusals(self.unknown)
-        if sum(len(refusal.keys) for refusal in found) >= max(1, len(self.layers) + len(self.numbered)):
-            raise UnsupportedError(f"{self.start}{found[0].sentence}.")
+        kind = refused(keys, self.unknown, len(self.layers) + len(self.numbered))
+        if kind is not None:
+            raise UnsupportedError(f"{self.start}{kind.sentence}.")
 
     def style(self) -> str:
         """The way this file spells most of its slots."""

@@ -1,15 +1,13 @@
-"""Files that look like a LoRA, or are put where LoRAs are, and cannot be merged: which, and why."""
+"""What looks like a LoRA, or lies where LoRAs are, and cannot be merged: which files, and why."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, cached_property
 
-from .slots import split_key
-
-# Tensors that adapters and whole models both have.
-_PLAIN_SLOTS = frozenset({"ia3_weight", "bias", "scale"})
+from .slots import is_adapters
 
 
 @dataclass(frozen=True)
@@ -20,123 +18,144 @@ class Kind:
         name: What the file is, with its article.
         pattern: Searched in a key.
         reason: Why it cannot be merged, or what it is good for.
-        whole: It is a model of its own, so a key that ends like an adapter's is not of it.
+        whole: It is a model of its own, so keys that end like an adapter's belong to something else.
+        one_key: One such key is enough, also beside layers that read like a LoRA's.
     """
 
     name: str
-    pattern: re.Pattern[str]
+    pattern: str
     reason: str
     whole: bool = False
+    one_key: bool = False
+
+    @cached_property
+    def _found(self) -> re.Pattern[str]:
+        return re.compile(self.pattern)
 
     def claims(self, key: str) -> bool:
         """Whether a file of this kind has such a key."""
-        if self.pattern.search(key) is None:
-            return False
-        split = split_key(key) if self.whole else None
-        return split is None or split.slot in _PLAIN_SLOTS
+        return self._found.search(key) is not None and not (self.whole and is_adapters(key))
 
-
-def _kind(name: str, pattern: str, reason: str, *, whole: bool = False) -> Kind:
-    return Kind(name, re.compile(pattern), reason, whole)
+    @property
+    def sentence(self) -> str:
+        """Why a file of this kind is refused, after its name and a colon."""
+        return f"this is {self.name}, which cannot be merged: {self.reason}"
 
 
 _NO_CHANGE = "it holds no change to a base model"
+_BESIDE = "it is a network of its own beside the base model"
+_NEW_LAYERS = "it adds new layers instead of changing those of the base model"
 
 REFUSED: tuple[Kind, ...] = (
-    _kind("a ControlNet-LLLite", r"^lllite_", "it steers with a picture and adds nothing to the weights"),
-    _kind(
-        "an IP-Adapter", r"^(?:ip_adapter|image_proj(?:_model)?)\.|\.processor\.to_[kv]_ip\b",
-        "it adds new layers instead of changing those of the base model",
+    Kind(
+        "a ControlNet-LLLite", r"^lllite_", "it steers with a picture and adds nothing to the weights",
+        one_key=True,
     ),
-    _kind("an hlora", r"^hlora", "no public tool describes what its layers mean"),
-    _kind(
+    Kind("a Control-LoRA (a ControlNet)", r"^lora_controlnet$|^control_lora", _BESIDE, one_key=True),
+    Kind(
+        "an IP-Adapter",
+        r"^(?:ip_adapter|image_proj(?:_model)?|ip_adapter_proj_model)\.|\.processor\.to_[kv]_ip\b",
+        _NEW_LAYERS, one_key=True,
+    ),
+    Kind("a hypernetwork", r"^\d+\.[01]\.(?:linear|layers?)\b", _NEW_LAYERS, one_key=True),
+    Kind("an hlora", r"^hlora", "no public tool describes what its layers mean"),
+    Kind(
         "a T-LoRA", r"\.(?:q_layer|p_layer)\.weight$|\.lambda_layer$",
         "it is relative to a decomposition of the base weights that is not in the file",
     ),
-    _kind("a VeRA", r"\bvera_(?:lambda_[bd]|[AB])\b", "it scales random matrices that are not in the file"),
-    _kind("a FourierFT adapter", r"\bfourierft_", "it stores a spectrum whose positions are not in the file"),
-    _kind(
+    Kind("a VeRA", r"\bvera_(?:lambda_[bd]|[AB])\b", "it scales random matrices that are not in the file"),
+    Kind("a FourierFT adapter", r"\bfourierft_", "it stores a spectrum whose positions are not in the file"),
+    Kind(
         "an AdaLoRA", r"\.lora_E\b|\.ranknum\b",
         "its scale depends on a number of ranks that is not in the file",
     ),
-    _kind(
+    Kind(
         "an adapter of PEFT's OFT", r"\.oft_[rR](?:\.[^.]+)?(?:\.weight)?$",
         "it stores the rotation in a packed form whose layout depends on the version of PEFT",
     ),
-    _kind(
+    Kind(
         "an adapter of PEFT's BOFT", r"\.boft_[Rs](?:\.[^.]+)?$",
         "no WebUI reads it; LyCORIS's BOFT can be merged",
     ),
-    _kind(
+    Kind(
         "an adapter of PEFT's (IA)^3", r"\.ia3_l(?:\.[^.]+)?$",
         "no WebUI reads it; LyCORIS's (IA)^3 can be merged",
     ),
-    _kind("a HRA or bone adapter", r"\.(?:hra_u|bone_block|miss_block)\b", "no WebUI reads it"),
-    _kind(
+    Kind("a HRA or bone adapter", r"\.(?:hra_u|bone_block|miss_block)\b", "no WebUI reads it"),
+    Kind(
         "a LoRA of an embedding table", r"\.lora_embedding_[AB]\b",
         "no WebUI applies it to the token embeddings",
     ),
-    _kind(
+    Kind(
         "a ControlNet",
-        r"^(?:control_model|controlnet)\.|^controlnet_(?:cond_embedding|down_blocks|mid_block)|^zero_convs\.|"
-        r"^control_lora|^lora_controlnet$",
-        "it is a network of its own beside the base model", whole=True,
+        r"^(?:.*\.)?(?:control_model|controlnet_\w+|zero_convs|input_hint_block)\.|^controlnet\.",
+        _BESIDE, whole=True,
     ),
-    _kind(
+    Kind("an AnimateDiff motion module", r"\bmotion_modules\.", _NEW_LAYERS, whole=True),
+    Kind(
         "a whole checkpoint",
         r"^(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders|"
         r"text_encoders\.\w+\.transformer)\.",
         "use a checkpoint merger for whole models", whole=True,
     ),
-    _kind(
+    Kind(
         "a VAE",
-        r"^(?:vae\.)?(?:(?:encoder|decoder)\.(?:conv_in|conv_out|down|down_blocks|up|up_blocks|mid|mid_block)\.|"
-        r"(?:post_)?quant_conv\.)",
+        r"^(?:vae\.)?(?:(?:encoder|decoder)\.(?:conv_in|conv_out|conv1|down|down_blocks|up|up_blocks|mid|"
+        r"mid_block)\.|(?:post_)?quant_conv\.)",
         _NO_CHANGE, whole=True,
     ),
-    _kind(
-        "a textual inversion embedding", r"^(?:emb_params|string_to_param|string_to_token|clip_[lg]|<.+>)$",
+    Kind(
+        "a textual inversion embedding",
+        r"^(?:emb_params|clip_[lg](?:_out)?|t5(?:xxl)?|qwen\w*|string_to_(?:param|token)\b.*|<[^:]*>|\*)$",
         "embeddings are used by name in the prompt",
     ),
-    _kind(
-        "a T2I-Adapter", r"^(?:adapter\.)?body\.\d+\.",
-        "it is a network of its own beside the base model", whole=True,
-    ),
-    _kind(
-        "a whole text encoder or language model",
-        r"^(?:text_model\.(?:encoder\.layers|embeddings)|transformer\.resblocks|encoder\.block|model\.layers)\.",
+    Kind("a T2I-Adapter", r"^(?:adapter\.)?body\.\d+\.(?:block|in_conv|resnets)", _BESIDE, whole=True),
+    Kind(
+        "an upscaler", r"^(?:model\.\d+\.(?:sub\.|weight$|bias$)|RRDB_trunk\.|conv_first\.|body\.\d+\.)",
         _NO_CHANGE, whole=True,
     ),
-    _kind(
+    Kind("a CLIP vision model", r"^(?:vision_model|visual)\.", _NO_CHANGE, whole=True),
+    Kind(
+        "a whole text encoder or language model",
+        r"^(?:(?:text_encoders?|transformer)\.)?(?:text_model\.|(?:transformer\.)?resblocks\.|"
+        r"token_embedding\.|encoder\.block\.|shared\.|model\.(?:layers|embed_tokens)\.)",
+        _NO_CHANGE, whole=True,
+    ),
+    Kind(
         "a whole denoiser",
-        r"^(?:diffusion_model\.)?(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|double_blocks|"
-        r"single_blocks|transformer_blocks|single_transformer_blocks|joint_blocks|blocks|layers)\.",
+        r"^(?:diffusion_model\.|model\.|transformer\.|unet\.)?(?:down_blocks|up_blocks|mid_block|"
+        r"input_blocks|output_blocks|double_blocks|single_blocks|transformer_blocks|"
+        r"single_transformer_blocks|joint_blocks|noise_refiner|blocks|layers)\.",
         _NO_CHANGE, whole=True,
     ),
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """What a file is, why it is refused, and the keys that show it."""
-
-    name: str
-    reason: str
-    keys: tuple[str, ...]
-
-    @property
-    def sentence(self) -> str:
-        return f"this is {self.name}, which cannot be merged: {self.reason}"
-
-
-def refusals(keys: Iterable[str]) -> tuple[Refusal, ...]:
-    """Kinds of unmergeable files that these keys show; each key counts for the first that claims it."""
-    found: dict[str, list[str]] = {}
+def claimed(keys: Iterable[str]) -> dict[Kind, tuple[str, ...]]:
+    """Kinds that keys show, in the table's order; each key counts for the first kind that claims it."""
+    found: dict[Kind, list[str]] = {}
     for key in keys:
-        for kind in REFUSED:
-            if kind.claims(key):
-                found.setdefault(kind.name, []).append(key)
-                break
-    return tuple(
-        Refusal(kind.name, kind.reason, tuple(found[kind.name])) for kind in REFUSED if kind.name in found
-    )
+        kind = next((kind for kind in REFUSED if kind.claims(key)), None)
+        if kind is not None:
+            found.setdefault(kind, []).append(key)
+    return {kind: tuple(found[kind]) for kind in REFUSED if kind in found}
+
+
+def refused(keys: Iterable[str], unread: Iterable[str], layers: int) -> Kind | None:
+    """What a file is that is no LoRA; None if it may be one.
+
+    Args:
+        keys: Of the whole file.
+        unread: Those that no dialect understands.
+        layers: Number of layers that the others make.
+    """
+    key = next(filter(_one_key().search, keys), None)
+    if key is not None:
+        return next(kind for kind in REFUSED if kind.one_key and kind.claims(key))
+    found = claimed(unread)
+    return next(iter(found)) if sum(map(len, found.values())) >= max(1, layers) else None
+
+
+@cache
+def _one_key() -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{kind.pattern})" for kind in REFUSED if kind.one_key))

@@ -95,13 +95,13 @@ def _split_named(key: str) -> SplitKey | None:
 
 
 # Slots whose endings tensors of whole models have, too.
-_ANYBODYS = frozenset({"ia3_weight", "bias", "scale"})
+ANYBODYS = frozenset({"ia3_weight", "bias", "scale"})
 
 
 def is_adapters(key: str) -> bool:
     """Whether a key ends as only those of adapters do."""
     split = split_key(key)
-    return split is not None and split.slot not in _ANYBODYS
+    return split is not None and split.slot not in ANYBODYS
 
 
 # --- Writing ------------------------------------------------------------------------------

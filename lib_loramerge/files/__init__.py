@@ -24,7 +24,7 @@ from lib_loramerge.files.read import (
     read_header,
     zero_tail,
 )
-from lib_loramerge.files.recognise import refuse_non_lora, size_text
+from lib_loramerge.files.recognise import size_text
 from lib_loramerge.files.write import Written, write_again, write_file
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "output_path",
     "read_header",
     "refuse_inputs",
-    "refuse_non_lora",
     "size_text",
     "stamp_of",
     "temporary_beside",

@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import Lock
 
 from .. import adapters, dialects, models
-from ..errors import IncompatibleError, UnknownKeyError, UnsupportedError
-from ..files import Header, read_header, refuse_non_lora, size_text, stamp_of, zero_tail
+from ..errors import FileError, IncompatibleError, UnknownKeyError, UnsupportedError
+from ..files import Header, read_header, size_text, stamp_of, zero_tail
 from .doubled import one_spelling
 from .stated_scale import stated_scale_note
 
@@ -242,7 +242,9 @@ def open_source(path: Path, base_model: str | None = None) -> Source:
 
 
 def _understand(path: Path, header: Header, base_model: str | None) -> Source:
-    refuse_non_lora(header, path, dialects.is_adapters)
+    if not header.tensors:
+        what = "metadata but no tensors" if header.metadata else "no tensors"
+        raise FileError(f"{path.name} holds {what}; there is nothing to merge.")
     shapes = {key: info.shape for key, info in header.tensors.items()}
     try:
         parsed = dialects.parse_file(shapes, header.metadata, base_model=base_model)
