@@ -94,6 +94,8 @@ class FakeComfyUI:
         self.loras.mkdir(parents=True)
         self.checkpoints = folder / "models" / "checkpoints"
         self.checkpoints.mkdir()
+        self.diffusion_models = folder / "models" / "diffusion_models"
+        self.diffusion_models.mkdir()
         self.progress: list[tuple[int, int]] = []
         self.interrupted = False
         self.args = argparse.Namespace(disable_metadata=False)
@@ -117,7 +119,11 @@ class FakeComfyUI:
                 raise InterruptProcessingException
 
         def folder_of(kind: str) -> Path:
-            return {"loras": host.loras, "checkpoints": host.checkpoints}[kind]
+            return {
+                "loras": host.loras,
+                "checkpoints": host.checkpoints,
+                "diffusion_models": host.diffusion_models,
+            }[kind]
 
         def full_path(kind: str, name: str) -> str | None:
             path = folder_of(kind) / name

@@ -31,8 +31,8 @@ LOAD = {
     "block_weights": "",
 }
 MERGE = {
-    "mode": "svd", "rank_rule": "automatic", "rank": 32, "retain": 0.99, "size": 100.0,
-    "precision": "float32", "device": "CPU", "random_seed": 0, "base": "none",
+    "mode": "svd", "rank_rule": "Automatic", "rank": 32, "retain": 0.99, "size": 100.0, "fair": False,
+    "conv_rank": 0, "precision": "float32", "device": "CPU", "random_seed": 0, "base": "none",
 }  # fmt: skip
 
 
@@ -176,15 +176,44 @@ def test_block_weights_come_by_preset_or_as_numbers(comfyui):
     assert (by_preset.lbw, by_list.lbw) == ("MIDD", ones)
 
 
-def test_rank_rules_and_parameters_reach_the_recipe(comfyui):
-    for rule, expected in (("a number", {"rank": 2}), ("share of the norm", {"retain": 0.5}),
-                           ("file size", {"size": 50.0}), ("keep everything", {"rank": "full"})):  # fmt: skip
-        merged = comfyui.run(two(rank_rule=rule, rank=2, retain=0.5, size=50.0))["3"][0]
-        assert {name: getattr(merged.plan.recipe, name) for name in expected} == expected
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("Same as the inputs", {"rank": "same", "fair": True, "conv_rank": 3}),
+        ("A number", {"rank": 2, "fair": True, "conv_rank": 3}),
+        ("Keep everything", {"rank": "full", "fair": False, "conv_rank": 3}),
+        ("Keep a share", {"rank": "auto", "retain": 0.5, "fair": False, "conv_rank": None}),
+        ("Keep a share of each LoRA", {"rank": "auto", "keep": 0.5, "fair": False, "conv_rank": None}),
+        ("Fit a size", {"rank": "auto", "size": 50.0, "fair": True, "conv_rank": None}),
+    ],
+)
+def test_every_rank_rule_reaches_the_recipe_and_what_does_not_apply_is_ignored(comfyui, rule, expected):
+    given = two(rank_rule=rule, rank=2, retain=0.5, size=50.0, fair=True, conv_rank=3)
+    recipe = comfyui.run(given)["3"][0].plan.recipe
+    assert {name: getattr(recipe, name) for name in expected} == expected
+
+
+def test_the_rank_rules_of_the_node_are_those_of_the_tab(comfyui):
+    from lib_loramerge.recipe.rank_rules import RANK_RULES
+
+    accepted = comfyui.nodes["LoraMergeMerge"].INPUT_TYPES()["required"]
+    assert accepted["rank_rule"][0] == list(RANK_RULES.values())
+    for _, options in accepted.values():
+        if isinstance(options, dict):
+            assert set(options.get("shown_for", {}).get("rank_rule", ())) <= set(RANK_RULES.values())
+
+
+def test_parameters_reach_the_recipe(comfyui):
     merged = comfyui.run(two(mode="ties", density=0.4, normalize=False, gamma=0.3))["3"][0]
     assert merged.plan.params == {"density": 0.4, "normalize": False, "lambda": 1.0}
     assert merged.plan.recipe.rank == "auto"
     assert list(merged.report.ranks) == [4]
+
+
+def test_a_mode_without_a_rank_ignores_the_hidden_rank(comfyui):
+    make_lora(comfyui.loras / "sub" / "b.safetensors", SD1_LAYERS, seed=2, rank=4)
+    merged = comfyui.run(two(mode="add", rank_rule="A number", rank=2, fair=True))["3"][0]
+    assert merged.plan.recipe.rank == "auto"
 
 
 def test_every_parameter_of_every_mode_has_a_widget_of_its_limits(comfyui):
@@ -192,7 +221,7 @@ def test_every_parameter_of_every_mode_has_a_widget_of_its_limits(comfyui):
     for mode, method in METHODS.items():
         for param in method.params:
             kind, options = widgets[param.name]
-            assert mode in options["modes"]
+            assert mode in options["shown_for"]["mode"]
             if param.choices:
                 assert kind[1:] == list(param.choices)
             elif not isinstance(param.default, bool):
@@ -346,3 +375,21 @@ def test_bake_writes_a_checkpoint_with_the_sum_beside_the_old_one(comfyui):
         comfyui.nodes["LoraMergeBake"]().bake(**BAKE, loras_1=(LoraInput("one"),))
     with pytest.raises(RecipeError, match="at least one LoRA"):
         comfyui.nodes["LoraMergeBake"]().bake(**BAKE)
+
+
+def test_a_model_without_text_encoders_is_baked_in_its_own_folder(comfyui):
+    layer = "lora_unet_double_blocks_0_img_attn_proj"
+    before = make_checkpoint(comfyui.diffusion_models / "flux.safetensors", "flux-flux", dtype=torch.float32)
+    lora = lora_of({layer: (3072, 3072)})
+    save_file(lora, comfyui.loras / "one.safetensors")
+    listed = "diffusion_models/flux.safetensors"
+    assert listed in comfyui.nodes["LoraMergeBake"].INPUT_TYPES()["required"]["ckpt_name"][0]
+    assert listed in comfyui.nodes["LoraMergeMerge"].INPUT_TYPES()["required"]["base"][0]
+    prompt = {
+        "1": load("one.safetensors", 1.0),
+        "2": {"class_type": "LoraMergeBake", "inputs": {**BAKE, "ckpt_name": listed, "loras_1": ["1", 0]}},
+    }
+    name, _ = comfyui.run(prompt)["2"]
+    after = load_file(comfyui.diffusion_models / name)
+    (key,) = [key for key in before if not torch.equal(before[key], after[key])]
+    assert torch.allclose(after[key].double(), before[key].double() + product(lora, layer), atol=1e-8)

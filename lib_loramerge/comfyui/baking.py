@@ -10,7 +10,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..errors import Cancelled, RecipeError
+from ..errors import Cancelled
 from ..files import output_path
 from ..merge import Progress
 from ..methods import METHODS
@@ -23,7 +23,7 @@ PRECISIONS = ("same", "float16", "bfloat16", "float32")
 
 
 class BakeLoras:
-    """LoRAs into a checkpoint, as a new file in ComfyUI's checkpoint folder."""
+    """LoRAs into a checkpoint, as a new file in the ComfyUI folder of its kind."""
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
@@ -42,7 +42,7 @@ class BakeLoras:
             "required": {
                 "loras_1": kind,
                 "ckpt_name": (
-                    folder_paths.get_filename_list("checkpoints"),
+                    merging.checkpoints(),
                     {"tooltip": "The LoRAs are added to this one; its file stays as it is."},
                 ),
                 "name": ("STRING", {"default": "baked", "tooltip": "File name without suffix."}),
@@ -67,7 +67,7 @@ class BakeLoras:
 
     @classmethod
     def IS_CHANGED(cls, ckpt_name: str, name: str, **_: Any) -> str:
-        target = _target(name)
+        target = _target(ckpt_name, name)
         return merging.stamp([merging.checkpoint(ckpt_name), *([target] if target.is_file() else [])])
 
     def bake(
@@ -84,11 +84,8 @@ class BakeLoras:
     ) -> dict[str, Any]:
         from ..checkpoints import BakeSettings, prepare_bake
 
-        inputs = loras_of(more)
-        if not inputs:
-            raise RecipeError("Connect at least one LoRA.")
-        recipe = MergeRecipe(inputs=inputs, mode=mode, seed=random_seed, params=params_of(mode, more))
-        target = _target(name)
+        recipe = MergeRecipe(inputs=loras_of(more), mode=mode, seed=random_seed, params=params_of(mode, more))
+        target = _target(ckpt_name, name)
         try:
             with prepare_bake(
                 recipe,
@@ -96,6 +93,7 @@ class BakeLoras:
                 find=merging.find,
                 presets=merging.presets(),
                 settings=BakeSettings(rounding, precision, drop_ema),
+                stop=comfy.model_management.throw_exception_if_processing_interrupted,
             ) as bake:
                 report = bake.run(
                     target,
@@ -111,8 +109,10 @@ class BakeLoras:
         return {"ui": {"text": [text]}, "result": (listed, text)}
 
 
-def _target(name: str) -> Path:
-    return output_path(folder_paths.get_folder_paths("checkpoints")[0], name)
+def _target(ckpt_name: str, name: str) -> Path:
+    """In the first folder of the kind that holds the base."""
+    kind, _ = merging.kind_of_checkpoint(ckpt_name)
+    return output_path(folder_paths.get_folder_paths(kind)[0], name)
 
 
 def _bar() -> Callable[[Progress], None]:

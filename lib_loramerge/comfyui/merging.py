@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -21,20 +22,16 @@ from ..errors import Cancelled, IncompatibleError
 from ..files import LoraFolder, open_file, output_path, write_again
 from ..merge import MergePlan, Progress, plan_merge, run_merge
 from ..metadata import renamed
+from ..methods import MergeMethod
 from ..recipe import LoraInput, MergeRecipe
+from ..recipe.rank_rules import CONV_RULES, FAIR_RULES, RANK_RULES, RULE_FIELDS, rule_settings
 from ..report import MergeReport
 
 DEVICES = ("CPU", "ComfyUI's device")
 # What a merge of the largest common LoRAs needs of an accelerator, beside the models there.
 DEVICE_BYTES = 2 << 30
-RANK_RULES = (
-    "automatic",
-    "same as the inputs",
-    "a number",
-    "keep everything",
-    "share of the norm",
-    "file size",
-)
+# Kinds of ComfyUI's folders that hold base models; those with a denoiser alone are in the second.
+CHECKPOINT_KINDS = ("checkpoints", "diffusion_models")
 
 
 class Merged:
@@ -50,7 +47,13 @@ class Merged:
         self.path = path
         self.plan = plan
         self.report = report
-        weakref.finalize(self, path.unlink, missing_ok=True)
+        weakref.finalize(self, _forget, path)
+
+
+def _forget(path: Path) -> None:
+    # Windows keeps a file that is mapped by a patched model; ComfyUI empties the folder at its next start.
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def find(name: str) -> Path:
@@ -72,9 +75,23 @@ def lora_name(listed: str) -> str:
     return name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name
 
 
-def checkpoint(name: str) -> Path:
-    """The file of a name in ComfyUI's list of checkpoints."""
-    return Path(folder_paths.get_full_path_or_raise("checkpoints", name))
+def checkpoints() -> list[str]:
+    """Base models: those of the checkpoint folder by their names, others with their folder's in front."""
+    own, alone = map(folder_paths.get_filename_list, CHECKPOINT_KINDS)
+    return [*own, *(f"{CHECKPOINT_KINDS[1]}/{name}" for name in alone)]
+
+
+def checkpoint(listed: str) -> Path:
+    """The file of a name of :func:`checkpoints`."""
+    return Path(folder_paths.get_full_path_or_raise(*kind_of_checkpoint(listed)))
+
+
+def kind_of_checkpoint(listed: str) -> tuple[str, str]:
+    """(kind of folder, name in it) of a name of :func:`checkpoints`."""
+    start = f"{CHECKPOINT_KINDS[1]}/"
+    if listed.startswith(start):
+        return CHECKPOINT_KINDS[1], listed.removeprefix(start)
+    return CHECKPOINT_KINDS[0], listed
 
 
 def stamp(paths: Sequence[Path]) -> str:
@@ -93,18 +110,17 @@ def presets() -> Presets:
     return load_presets([preset_file()])
 
 
-def rank_fields(rule: str, rank: int, retain: float, size: float) -> dict[str, Any]:
-    """Fields of :class:`MergeRecipe` for a choice of :data:`RANK_RULES`."""
-    if rule == "automatic":
-        return {"rank": "auto"}
-    rules: dict[str, dict[str, Any]] = {
-        "same as the inputs": {"rank": "same"},
-        "a number": {"rank": rank},
-        "keep everything": {"rank": "full"},
-        "share of the norm": {"retain": retain},
-        "file size": {"size": size},
-    }
-    return rules[rule]
+def rank_fields(method: MergeMethod, widgets: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`MergeRecipe` for the rank's widgets; those that do not apply are ignored."""
+    if not method.uses_rank:
+        return {}
+    rule = next(rule for rule, label in RANK_RULES.items() if label == widgets["rank_rule"])
+    fields = rule_settings(rule, widgets.get(RULE_FIELDS.get(rule, "")))
+    if rule in CONV_RULES and widgets["conv_rank"]:
+        fields["conv_rank"] = widgets["conv_rank"]
+    if rule in FAIR_RULES and method.exact:
+        fields["fair"] = widgets["fair"]
+    return fields
 
 
 def merge(inputs: Sequence[LoraInput], device: str, base: str | None, **fields: Any) -> Merged:
@@ -112,7 +128,7 @@ def merge(inputs: Sequence[LoraInput], device: str, base: str | None, **fields: 
 
     Args:
         device: Of :data:`DEVICES`.
-        base: Name in ComfyUI's list of checkpoints, for adapters that need the base model.
+        base: Of :func:`checkpoints`, for adapters that need the base model.
         fields: Of :class:`MergeRecipe`.
 
     Raises:
@@ -217,12 +233,14 @@ def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> d
 
 
 __all__ = [
+    "CHECKPOINT_KINDS",
     "DEVICES",
-    "RANK_RULES",
     "Merged",
     "apply",
     "checkpoint",
+    "checkpoints",
     "find",
+    "kind_of_checkpoint",
     "lora_name",
     "merge",
     "preset_file",

@@ -16,7 +16,7 @@ from ..methods import METHODS
 from ..recipe import DTYPES, LoraInput, parse_prompt
 from . import merging, pictures
 from .baking import BakeLoras
-from .inputs import CATEGORY, LORAS, GrowingInputs, loras_of, parameter_widgets, params_of
+from .inputs import CATEGORY, LORAS, GrowingInputs, loras_of, parameter_widgets, params_of, rank_widgets
 from .merging import Merged
 
 NONE = "none"
@@ -116,25 +116,7 @@ class MergeLoras:
             "required": {
                 "loras_1": kind,
                 "mode": (list(METHODS), {"default": "svd", "tooltip": "How the LoRAs become one."}),
-                "rank_rule": (
-                    list(merging.RANK_RULES),
-                    {"tooltip": "Automatic keeps everything, where the mode allows a bounded rank."},
-                ),
-                "rank": ("INT", {"default": 32, "min": 1, "max": 65536, "tooltip": "For: a number."}),
-                "retain": (
-                    "FLOAT",
-                    {
-                        "default": 0.99,
-                        "min": 0.01,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "For: share of the norm.",
-                    },
-                ),
-                "size": (
-                    "FLOAT",
-                    {"default": 100.0, "min": 0.1, "max": 1e6, "step": 1.0, "tooltip": "MB; for: file size."},
-                ),
+                **rank_widgets(),
                 "precision": (list(DTYPES), {"tooltip": "Of the file; same is the widest of the inputs."}),
                 "device": (
                     list(merging.DEVICES),
@@ -146,8 +128,8 @@ class MergeLoras:
                     {"default": 0, "min": 0, "max": 2**53 - 1, "tooltip": "For modes that draw at random."},
                 ),
                 "base": (
-                    [NONE, *folder_paths.get_filename_list("checkpoints")],
-                    {"tooltip": "Base checkpoint, for LoRAs that change the model in proportion (DoRA ...)."},
+                    [NONE, *merging.checkpoints()],
+                    {"tooltip": "Base model, for LoRAs that change the model in proportion (DoRA ...)."},
                 ),
             },
             "optional": GrowingInputs("loras_", kind, {"loras_2": kind, **parameter_widgets()}),
@@ -158,22 +140,11 @@ class MergeLoras:
         return "" if base == NONE else merging.stamp([merging.checkpoint(base)])
 
     def merge(
-        self,
-        mode: str,
-        rank_rule: str,
-        rank: int,
-        retain: float,
-        size: float,
-        precision: str,
-        device: str,
-        random_seed: int,
-        base: str,
-        **more: Any,
+        self, mode: str, precision: str, device: str, random_seed: int, base: str, **more: Any
     ) -> tuple[Merged]:
-        inputs, params = loras_of(more), params_of(mode, more)
         merged = merging.merge(
-            inputs, device, None if base == NONE else base, mode=mode, dtype=precision, seed=random_seed,
-            params=params, **merging.rank_fields(rank_rule, rank, retain, size),
+            loras_of(more), device, None if base == NONE else base, mode=mode, dtype=precision,
+            seed=random_seed, params=params_of(mode, more), **merging.rank_fields(METHODS[mode], more),
         )  # fmt: skip
         return (merged,)
 

@@ -18,6 +18,7 @@ from ..errors import LoraMergeError, RecipeError
 from ..recipe import SETTINGS, LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
 from ..recipe.check import check_number, check_whole
 from ..recipe.model import MAX_RANK, MAX_SEED, MAX_SIZE, STRENGTH_LIMIT
+from ..recipe.rank_rules import CONV_RULES, FAIR_RULES, RANK_RULES, RULE_FIELDS, rule_of, rule_settings
 from .labels import is_label
 from .sidecar import UserMetadata
 
@@ -54,18 +55,6 @@ NO_RESULT: Mapping[str, Any] = {
     "notes": "",
     "preview": NO_PREVIEW,
 }
-RANK_RULES = {
-    "auto": "Automatic",
-    "same": "Same as the inputs",
-    "number": "A number",
-    "full": "Keep everything",
-    "retain": "Keep a share",
-    "keep": "Keep a share of each LoRA",
-    "size": "Fit a size",
-}
-# The control beside each rule that needs a number, and the rules that can be fair.
-RULE_FIELDS = {"number": "rank", "retain": "retain", "keep": "retain", "size": "size"}
-FAIR_RULES = frozenset({"same", "number", "size"})
 # Settings of a recipe whose controls are made from the recipe's own table.
 PLAIN = {name: entry for name, entry in SETTINGS.items() if entry.label}
 _HASH = re.compile("[0-9a-f]{8,64}")
@@ -313,15 +302,17 @@ def _read_how(
 
 def _read_rank(form: Mapping[str, Any]) -> dict[str, Any]:
     rule = key_of(RANK_RULES, form.get("rank_rule")) or "auto"
-    settings: dict[str, Any] = {} if rule in FAIR_RULES else {"fair": False}
-    if rule in ("retain", "keep"):
-        return {**settings, rule: number(form.get("retain"), "The share to keep", SMALLEST, 100) / 100}
-    if rule == "size":
-        return {**settings, "size": number(form.get("size"), "The file size", SMALLEST, MAX_SIZE)}
-    settings["rank"] = rule
+    given: float | None = None
     if rule == "number":
-        settings["rank"] = whole(form.get("rank"), "Rank", 1, MAX_RANK)
-    if form.get("conv_rank") not in (None, "", 0):
+        given = whole(form.get("rank"), "Rank", 1, MAX_RANK)
+    elif rule == "size":
+        given = number(form.get("size"), "The file size", SMALLEST, MAX_SIZE)
+    elif rule in RULE_FIELDS:
+        given = number(form.get("retain"), "The share to keep", SMALLEST, 100) / 100
+    settings = (
+        rule_settings(rule, given) if rule in FAIR_RULES else {"fair": False, **rule_settings(rule, given)}
+    )
+    if rule in CONV_RULES and form.get("conv_rank") not in (None, "", 0):
         settings["conv_rank"] = whole(form.get("conv_rank"), "Rank of convolutions", 1, MAX_RANK)
     return settings
 
@@ -401,12 +392,10 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     if recipe.mode not in methods:
         raise RecipeError(f"The recipe uses the mode {recipe.mode!r}, which this version does not have.")
     method = methods[recipe.mode]
-    rule = "number" if isinstance(recipe.rank, int) else recipe.rank
-    rule = recipe.own_ranks or rule
     values = rows_of(recipe.inputs, host.loras())
     values |= {
         "mode": method.label,
-        "rank_rule": RANK_RULES[rule],
+        "rank_rule": RANK_RULES[rule_of(recipe)],
         "conv_rank": recipe.conv_rank,
         "base": recipe.base or "",
         "seed": recipe.seed,

@@ -1,4 +1,4 @@
-// Merge LoRAs and Bake LoRAs: a free input below the last one that is connected, and the parameters of its mode alone; text
+// Merge LoRAs and Bake LoRAs: a free input below the last one that is connected, and the widgets that its choices need; text
 // results shown on their node.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
@@ -29,29 +29,43 @@ function showText(node, lines, height) {
   app.graph.setDirtyCanvas(true, false);
 }
 
-// The parameters of other modes are hidden; their values stay for when the mode comes back.
-function showParameters(node) {
-  const mode = node.widgets?.find((widget) => widget.name === "mode");
-  const options = node.constructor.nodeData?.input?.optional ?? {};
-  for (const widget of node.widgets ?? []) {
-    const modes = options[widget.name]?.[1]?.modes;
-    if (!modes) continue;
-    widget.hidden = !modes.includes(mode.value);
-    widget.options = { ...widget.options, hidden: widget.hidden };
+// Pages of 2025 leave the place of a hidden widget free, unless it has no height.
+const NO_PLACE = () => [0, -4];
+
+// What does not apply is hidden, and ignored by the node; its value stays for when it applies again.
+function showWhatApplies(node) {
+  const widgets = node.widgets ?? [];
+  const value = (name) => widgets.find((widget) => widget.name === name)?.value;
+  const linked = (name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+  for (const [widget, shown] of conditions(node)) {
+    const applies = Object.entries(shown).every(([name, values]) => linked(name) || values.includes(value(name)));
+    widget.hidden = !applies;
+    widget.options = { ...widget.options, hidden: !applies };
+    if (!applies) widget.computeSize = NO_PLACE;
+    else if (widget.computeSize === NO_PLACE) delete widget.computeSize;
   }
   node.setSize([node.size[0], node.computeSize()[1]]);
   app.graph?.setDirtyCanvas(true, true);
 }
 
-function followMode(node) {
-  const mode = node.widgets?.find((widget) => widget.name === "mode");
-  if (!mode) return;
-  const chosen = mode.callback;
-  mode.callback = function (...given) {
-    chosen?.apply(this, given);
-    showParameters(node);
-  };
-  showParameters(node);
+function conditions(node) {
+  const inputs = node.constructor.nodeData?.input ?? {};
+  const options = { ...inputs.required, ...inputs.optional };
+  return (node.widgets ?? [])
+    .map((widget) => [widget, options[widget.name]?.[1]?.shown_for])
+    .filter(([, shown]) => shown);
+}
+
+function followChoices(node) {
+  const names = new Set(conditions(node).flatMap(([, shown]) => Object.keys(shown)));
+  for (const widget of (node.widgets ?? []).filter((one) => names.has(one.name))) {
+    const chosen = widget.callback;
+    widget.callback = function (...given) {
+      chosen?.apply(this, given);
+      showWhatApplies(node);
+    };
+  }
+  showWhatApplies(node);
 }
 
 app.registerExtension({
@@ -63,7 +77,7 @@ app.registerExtension({
         changed?.apply(this, given);
         growInputs(this);
       };
-      for (const [when, then] of [["onNodeCreated", followMode], ["onConfigure", showParameters]]) {
+      for (const [when, then] of [["onNodeCreated", followChoices], ["onConfigure", showWhatApplies]]) {
         const before = nodeType.prototype[when];
         nodeType.prototype[when] = function (...given) {
           before?.apply(this, given);
