@@ -43,9 +43,9 @@ def batches(monkeypatch) -> list[int]:
     counts: list[int] = []
     original = storing.decompose_all
 
-    def counting(deltas: list[LowRank]) -> object:
+    def counting(deltas: list[LowRank], **options: object) -> object:
         counts.append(len(deltas))
-        return original(deltas)
+        return original(deltas, **options)
 
     monkeypatch.setattr(storing, "decompose_all", counting)
     return counts

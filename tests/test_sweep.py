@@ -7,12 +7,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lib_loramerge import cli
+from lib_loramerge.delta import Cache, small
 from lib_loramerge.errors import RecipeError
+from lib_loramerge.merge import Shared, run_merge
+from lib_loramerge.merge.read import SourceReader
 from lib_loramerge.sweep import expand, running
 from lib_loramerge.sweep.axes import values_of
-from tests.fixtures import SD1_LAYERS, make_lora
+from tests import format_files as ff
+from tests.fixtures import SD1_LAYERS, lora_tensors, make_lora
 
 
 @pytest.fixture
@@ -126,6 +132,83 @@ def test_every_file_is_byte_for_byte_that_of_its_own_merge(loras):
         )  # fmt: skip
         assert (loras / "out" / row["file"]).read_bytes() == (loras / "single" / row["file"]).read_bytes()
         assert row["size_bytes"] == (loras / "out" / row["file"]).stat().st_size
+
+
+BLOCK = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn"
+ALIKE = {f"{BLOCK}{n}_to_{part}": (640, 640) for n in (1, 2) for part in ("q", "out_0")}
+CONV = {"lora_unet_down_blocks_0_resnets_0_conv1": (320, 320, 3, 3)}
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """Layers that are merged together, in 16 and 32 bits, and one stored whole."""
+    layers = SD1_LAYERS | ALIKE | CONV
+    make_lora(tmp_path / "half.safetensors", layers, rank=4, alpha=2, seed=1, dtype=torch.float16)
+    make_lora(tmp_path / "brain.safetensors", layers, rank=6, alpha=6, seed=2, dtype=torch.bfloat16)
+    make_lora(tmp_path / "single.safetensors", SD1_LAYERS, rank=4, seed=3)
+    tensors = lora_tensors(layers, rank=4, seed=4)
+    name = next(iter(ALIKE))
+    whole = tensors.pop(f"{name}.lora_up.weight") @ tensors.pop(f"{name}.lora_down.weight")
+    save_file(tensors | {f"{name}.diff": whole}, str(tmp_path / "whole.safetensors"))
+    return tmp_path
+
+
+RECIPES = [
+    (("half:0.8", "brain:0.5"), {}),
+    (("half:-0.3", "brain:1.2"), {}),
+    (("half:0.7", "brain:0.5"), {"rank": 3, "conv_rank": 2}),
+    (("half:0:unet=0.4", "brain:0.5"), {}),
+    (("half:0.8", "brain:0.5", "half:0.1"), {}),
+    (("half:0.8:dyn=2", "brain:0.5"), {}),
+    (("half:0.8", "brain:0.5"), {"mode": "ties"}),
+    (("half:0.8", "brain:0.5"), {"mode": "concat"}),
+    (("half:0.8", "brain:0.5"), {"mode": "knots"}),
+    (("half:0.8", "brain:0.5"), {"size": 0.2}),
+    (("half:0.8", "brain:0.5"), {"keep": 0.9}),
+    (("half:0.6", "brain:0.9"), {"dtype": "float32"}),
+    (("half:0.5", "single:0.5"), {}),
+    (("half:0.5", "whole:0.5"), {"rank": 4}),
+    (("half:0.7", "whole:-0.5"), {"rank": 4}),
+]
+
+
+@pytest.mark.parametrize("room", [0, 60_000, 1 << 30])
+def test_a_file_has_the_same_bytes_whatever_merges_went_before(several, room):
+    """Little room keeps some layers and not others."""
+    shared = Shared(cache=Cache(room))
+    for index, (loras, settings) in enumerate([*RECIPES, *RECIPES]):
+        plan = ff.plan(several, *loras, **settings)
+        for folder, common in (("alone", None), ("shared", shared)):
+            (several / folder).mkdir(exist_ok=True)
+            run_merge(plan, several / folder / f"{index}.safetensors", shared=common)
+        alone, found = (several / folder / f"{index}.safetensors" for folder in ("alone", "shared"))
+        assert alone.read_bytes() == found.read_bytes(), (loras, settings)
+
+
+def test_a_source_that_another_program_replaces_is_read_again(several):
+    shared = Shared()
+    before, after = several / "before.safetensors", several / "after.safetensors"
+    run_merge(ff.plan(several, "half:0.8", "brain"), before, shared=shared)
+    layers = SD1_LAYERS | ALIKE | CONV
+    make_lora(several / "half.safetensors", layers, rank=4, alpha=2, seed=9, dtype=torch.float16)
+    run_merge(ff.plan(several, "half:0.8", "brain"), after, shared=shared)
+    (several / "alone").mkdir()
+    run_merge(ff.plan(several, "half:0.8", "brain"), several / "alone" / "after.safetensors")
+    assert after.read_bytes() == (several / "alone" / "after.safetensors").read_bytes() != before.read_bytes()
+
+
+def test_every_tensor_is_read_and_every_gram_matrix_made_once(several, monkeypatch):
+    reads, grams = [], []
+    read, gram = SourceReader.read, small.gram
+    monkeypatch.setattr(SourceReader, "read", lambda self, key: reads.append(key) or read(self, key))
+    monkeypatch.setattr(small, "gram", lambda rows: grams.append(rows.shape) or gram(rows))
+    monkeypatch.chdir(several)
+    assert run("merge", "half:0.3", "brain", "--rank", "4", "-o", "./one.safetensors") == 0
+    once = sorted(reads), sorted(grams)
+    reads.clear()
+    grams.clear()
+    assert run("sweep", "half:0.3/0.5/0.9", "brain:-1/1", "--rank", "4", "-o", "out") == 0
+    assert (sorted(reads), sorted(grams)) == once
 
 
 def test_the_table_lists_values_error_and_what_is_kept(loras):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .core import NOISE, Spectrum, decompose, lost_by, truncate
+from .cache import Cache
+from .core import NOISE, Spectrum, decompose, truncate
 from .counted import all_values
 from .dense import decompose_dense
 from .fair import directions
@@ -34,6 +35,7 @@ from .types import (
     check_same_shape,
     last_digits,
     moved,
+    named,
     place_rows,
     scaled,
     stack,
@@ -44,6 +46,7 @@ from .types import (
 __all__ = [
     "NEAR",
     "NOISE",
+    "Cache",
     "Delta",
     "Dense",
     "Grams",
@@ -72,9 +75,9 @@ __all__ = [
     "inner_products",
     "largest",
     "last_digits",
-    "lost_by",
     "lost_of_inputs",
     "moved",
+    "named",
     "near_one",
     "norm",
     "overlaps",

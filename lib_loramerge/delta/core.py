@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
+from .cache import Cache, size_of
 from .small import cholesky, gram, grams, grams_of_all, joined, lost_of_parts, root_of_dependent, sizes
 from .types import Grams, LowRank, Mixed
 
@@ -149,8 +150,13 @@ def decompose_all(
     *,
     vectors: bool = True,
     small: Grams | None = None,
+    cache: Cache | None = None,
 ) -> list[Spectrum]:
-    """:func:`decompose` of several deltas that are :func:`alike`, in as many operations as one takes."""
+    """:func:`decompose` of several deltas that are :func:`alike`, in as many operations as one takes.
+
+    Args:
+        cache: Where what no weight changes is found, or left for the next merge, of deltas that have names.
+    """
     first = deltas[0]
     if isinstance(first, LowRank):
         if len(first.spectra) == 1 and first.spectra[0] is not None:
@@ -158,18 +164,16 @@ def decompose_all(
         if min(first.out, first.in_) < first.rank:
             return [_decompose_short(one, size, vectors) for one in deltas if isinstance(one, LowRank)]
     ups, downs = (joined([getattr(one, name) for one in deltas]) for name in ("up", "down"))
-    own = grams_of_all(deltas, ups, downs) if small is None else Grams(small.up[None], small.down[None])
+    known = _weightless(deltas, ups, downs, small, cache)
+    own, lengths, low, sound = known.own, known.lengths, known.low, known.sound
     gains = torch.stack([_gains(one) for one in deltas])
     parts = first.parts if isinstance(first, LowRank) else ()
     energies, inputs = (found.tolist() for found in sizes(own, gains, parts))
     inputs = inputs if size is None else [size] * len(deltas)
-    lengths = own.down.diagonal(dim1=-2, dim2=-1).sqrt()
     outer = None
     if isinstance(first, Mixed):
         mixed = [one for one in deltas if isinstance(one, Mixed)]
         outer = torch.stack([one.left for one in mixed]), torch.stack([one.right for one in mixed])
-        lengths = torch.stack([_terms(one.lengths[1], one.right) for one in mixed])
-    low, sound = cholesky(own.down, lengths)
     alone = [cancelled(_checked(energy), input) and outer is None for energy, input in zip(energies, inputs)]
     rows = [row for row, (holds, single) in enumerate(zip(sound.tolist(), alone)) if holds and not single]
     found = [Spectrum(lengths[:0], energy, input) for energy, input in zip(energies, inputs)]
@@ -196,6 +200,40 @@ def decompose_all(
         replace(one, small=Grams(own.up[place], own.down[place])) if one.source is deltas[place] else one
         for place, one in enumerate(found)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Weightless:
+    """What no weight changes in the sums of n deltas.
+
+    Attributes:
+        own: Gram matrices, (n, R, R).
+        lengths: (n, R) of the rows of down, or of what they are sums of.
+        low, sound: What :func:`cholesky` gives of them.
+    """
+
+    own: Grams
+    lengths: Tensor
+    low: Tensor
+    sound: Tensor
+
+
+def _weightless(
+    deltas: Sequence[LowRank | Mixed], ups: Tensor, downs: Tensor, small: Grams | None, cache: Cache | None
+) -> _Weightless:
+    def make() -> _Weightless:
+        own = grams_of_all(deltas, ups, downs) if small is None else Grams(small.up[None], small.down[None])
+        lengths = own.down.diagonal(dim1=-2, dim2=-1).sqrt()
+        mixed = [_terms(one.lengths[1], one.right) for one in deltas if isinstance(one, Mixed)]
+        lengths = torch.stack(mixed) if mixed else lengths
+        return _Weightless(own, lengths, *cholesky(own.down, lengths))
+
+    names = tuple(one.name if isinstance(one, LowRank) else None for one in deltas)
+    if cache is None or None in names:
+        return make()
+    # The same sums together: what is computed of one alone may differ in its last bits.
+    key = ups.device.type, names
+    return cache.given(key, make, lambda made: size_of(made.own.up, made.own.down, made.lengths, made.low))
 
 
 def _gains(delta: LowRank | Mixed) -> Tensor:
@@ -253,17 +291,12 @@ def _known(delta: LowRank) -> Spectrum:
     return Spectrum(values[:kept], energy, energy**0.5, delta, mixing, beyond, ordered=True)
 
 
-def lost_by(spectrum: Spectrum, rank: int) -> Tensor | None:
-    """``lost_of_parts`` of the cut to a rank; None where the spectrum does not tell it."""
-    if spectrum.mixing is None:
-        return None
-    left, right = spectrum.mixing(rank)
-    lost = lost_by_all([spectrum], (left[None], right[None]))
-    return None if lost is None else lost[0]
-
-
 def lost_by_all(spectra: Sequence[Spectrum], mixings: tuple[Tensor, Tensor]) -> Tensor | None:
-    """:func:`lost_by` of several that were solved together, whose cuts have these mixings, (n, R, k) each."""
+    """(n, parts, 2) ``lost_of_parts`` of several that were solved together; None where they do not tell it.
+
+    Args:
+        mixings: Of their cuts, (n, R, k) each.
+    """
     sums = [
         (spectrum.small, spectrum.source)
         for spectrum in spectra

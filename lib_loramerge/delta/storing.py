@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
+from .cache import Cache
 from .core import (
     NOISE,
     Spectrum,
@@ -57,6 +58,7 @@ class Stored:
         error_sq: Squared Frobenius distance of these very tensors from the exact delta.
         exact_sq: Squared Frobenius norm of the exact delta.
         parts: What the parts of a sum lost, as ``lost_of_parts`` tells it; None where it is not known.
+        smaller: Squared error, rounding aside, and ``parts`` at a smaller rank that was asked about.
     """
 
     up: Tensor
@@ -66,6 +68,7 @@ class Stored:
     error_sq: float
     exact_sq: float
     parts: Tensor | None = None
+    smaller: tuple[float, Tensor | None] | None = None
 
     @property
     def rank(self) -> int:
@@ -96,6 +99,8 @@ def cut_layers(
     names: Sequence[str] = (),
     most: Sequence[int | None] = (),
     fixed_alpha: bool = False,
+    smaller: int | None = None,
+    cache: Cache | None = None,
 ) -> list[Stored | None]:
     """What is to be written of merged layers: the cut, the rounding, and the measured error.
 
@@ -113,6 +118,8 @@ def cut_layers(
         most: For each, the largest rank that its rule can give, where that is known; makes dense deltas much
             faster.
         fixed_alpha: The file has no alpha tensors, so alpha cannot take part of the scale.
+        smaller: Rank to be told about besides; see ``Stored.smaller``.
+        cache: What merges of one run share.
 
     Returns:
         Tensors on the CPU; None when nothing is left of a layer (weights 0, or inputs that cancel).
@@ -129,7 +136,7 @@ def cut_layers(
     def cut(members: Sequence[int]) -> None:
         chosen = [deltas[index] for index in members], [choose[index] for index in members]
         try:
-            found = _cut_alike(*chosen, most[members[0]], dtype, fixed_alpha)
+            found = _cut_alike(*chosen, most[members[0]], dtype, fixed_alpha, smaller, cache)
         except OutputError as error:
             if len(members) == 1:
                 raise OutputError(f"{names[members[0]]}: {error}" if names else str(error)) from error
@@ -157,6 +164,8 @@ def _cut_alike(
     most: int | None,
     dtype: torch.dtype,
     fixed_alpha: bool,
+    smaller: int | None,
+    cache: Cache | None,
 ) -> list[Stored | None]:
     first, rule = deltas[0], rules[0]
     if rule and most is None and isinstance(first, LowRank) and is_counted(first):
@@ -174,7 +183,7 @@ def _cut_alike(
         large = isinstance(first, LowRank) and most and _is_large(first) and len(first.spectra) != 1
         found = decompose_large(first, most) if large and isinstance(first, LowRank) and most else None
         low = [delta for delta in deltas if not isinstance(delta, Dense)]
-        spectra = decompose_all(low) if found is None else [found]
+        spectra = decompose_all(low, cache=cache) if found is None else [found]
     ranks: dict[tuple[int, torch.dtype, int], list[int]] = {}
     for place, (spectrum, rule) in enumerate(zip(spectra, rules, strict=True)):
         rank = min(rule(spectrum) if rule else spectrum.rank, spectrum.rank)
@@ -184,7 +193,8 @@ def _cut_alike(
             ranks.setdefault((rank, working_dtype(spectrum, dtype), batch), []).append(place)
     results: list[Stored | None] = [None] * len(deltas)
     for (rank, _, _), places in ranks.items():
-        cuts = round_cuts([spectra[place] for place in places], rank, dtype, fixed_alpha=fixed_alpha)
+        chosen = [spectra[place] for place in places]
+        cuts = round_cuts(chosen, rank, dtype, fixed_alpha=fixed_alpha, smaller=smaller)
         for place, stored in zip(places, cuts, strict=True):
             results[place] = stored
     return results
@@ -222,7 +232,12 @@ def round_cut(
 
 
 def round_cuts(
-    spectra: Sequence[Spectrum], rank: int, dtype: torch.dtype, *, fixed_alpha: bool = False
+    spectra: Sequence[Spectrum],
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    fixed_alpha: bool = False,
+    smaller: int | None = None,
 ) -> list[Stored | None]:
     """The best approximations of a rank, rounded to ``dtype``; their errors against the exact deltas.
 
@@ -233,10 +248,13 @@ def round_cuts(
 
     Args:
         spectra: One, or several that were solved together, of one :func:`working_dtype`.
+        smaller: See :func:`cut_layers`.
     """
 
     def one_by_one() -> list[Stored | None]:
-        return [round_cuts([one], rank, dtype, fixed_alpha=fixed_alpha)[0] for one in spectra]
+        return [
+            round_cuts([one], rank, dtype, fixed_alpha=fixed_alpha, smaller=smaller)[0] for one in spectra
+        ]
 
     up, down, mixings, holds = truncate_all(spectra, rank, working_dtype(spectra[0], dtype))
     values = torch.stack([spectrum.values[:rank] for spectrum in spectra])
@@ -256,6 +274,10 @@ def round_cuts(
         alpha = best.alpha
         errors = torch.tensor([rounding_error(best, written_up[0], written_down[0])], dtype=torch.float64)
     lost = lost_by_all(spectra, mixings)
+    # The cut to a smaller rank takes the first of the same columns; a layer of fewer ranks keeps them.
+    least = rank if smaller is None else min(smaller, rank)
+    left, right = mixings
+    lost_smaller = lost if least == rank else lost_by_all(spectra, (left[..., :least], right[..., :least]))
     results = []
     pairs = zip(spectra, written_up, written_down, errors.tolist())
     for row, (spectrum, own_up, own_down, rounding) in enumerate(pairs):
@@ -266,6 +288,9 @@ def round_cuts(
         check_finite(error_sq, alpha, dtype)
         own_lost = None if lost is None else lost[row]
         stored = Stored(own_up, own_down, alpha, kernel, error_sq, spectrum.energy, own_lost)
+        if smaller is not None:
+            at_smaller = None if lost_smaller is None else lost_smaller[row]
+            stored = replace(stored, smaller=(spectrum.tail(least), at_smaller))
         results.append(_unless_lost(stored))
     return results
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, final
 
 import torch
@@ -31,6 +31,8 @@ class LowRank:
         spectra: For each part (for a delta in one piece, one) the singular values of its ``up @ down``,
             falling, where its components are the singular vectors and both factors share the roots; None for
             a part of which that is not known. Empty: it is known of no part.
+        name: What the numbers of both factors are known as, where several merges share what is computed of
+            them; see :func:`named`. ``dataclasses.replace`` loses it.
     """
 
     up: Tensor
@@ -40,6 +42,7 @@ class LowRank:
     parts: tuple[int, ...] = ()
     gains: Tensor | None = None
     spectra: tuple[Tensor | None, ...] = ()
+    name: Hashable = field(default=None, init=False)
 
     @property
     def rank(self) -> int:
@@ -171,10 +174,18 @@ class LayerDelta:
     notes: tuple[str, ...] = ()
 
 
+def named(delta: LowRank, name: Hashable) -> LowRank:
+    """The delta with a name for its factors: of two with equal names, ``up`` and ``down`` are equal too."""
+    result = replace(delta)
+    object.__setattr__(result, "name", name)
+    return result
+
+
 def moved(delta: Delta, device: torch.device) -> Delta:
     """The delta with its factors, or its weight, on a device."""
     if isinstance(delta, LowRank):
-        return replace(delta, up=delta.up.to(device), down=delta.down.to(device))
+        there = replace(delta, up=delta.up.to(device), down=delta.down.to(device))
+        return named(there, delta.name)
     start = None if delta.start is None else delta.start.to(device)
     return replace(delta, weight=delta.weight.to(device), start=start)
 
@@ -232,7 +243,7 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     gains = torch.cat(
         [delta.component_gains() * (weight * rank / alpha) for delta, weight in zip(deltas, weights)]
     )
-    return LowRank(
+    result = LowRank(
         up=_joined([delta.up for delta in deltas], dim=1),
         down=_joined([delta.down for delta in deltas], dim=0),
         alpha=alpha,
@@ -241,6 +252,8 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         gains=gains,
         spectra=_spectra(deltas),
     )
+    names = tuple(delta.name for delta in deltas)
+    return result if None in names else named(result, names)
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

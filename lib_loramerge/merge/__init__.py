@@ -18,15 +18,17 @@ from .sources import Source, open_source
 
 if TYPE_CHECKING:
     from .device import devices
+    from .read import Shared
     from .run import run_merge
     from .work import Progress
 
-_LATER = {"Progress": "work", "run_merge": "run", "devices": "device"}
+_LATER = {"Progress": "work", "Shared": "read", "run_merge": "run", "devices": "device"}
 
 __all__ = [
     "LayerPlan",
     "MergePlan",
     "Progress",
+    "Shared",
     "Source",
     "SourcePlan",
     "devices",

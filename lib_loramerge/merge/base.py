@@ -60,6 +60,11 @@ class BaseCheckpoint:
             self.close()
             raise
 
+    @property
+    def identity(self) -> tuple[tuple[Path, object], ...]:
+        """Path and stamp of the files that are read here."""
+        return tuple((file.path, file.header.stamp) for file in self._files)
+
     def check_unchanged(self) -> None:
         """Refuse what was read of a checkpoint that another program wrote to meanwhile."""
         for file in self._files:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import dialects, models, ranks
 from ..delta import (
+    Cache,
     Delta,
     Dense,
     LayerDelta,
@@ -24,9 +25,9 @@ from ..delta import (
     decompose_dense,
     directions,
     last_digits,
-    lost_by,
     lost_of_inputs,
     moved,
+    named,
     near_one,
     norm,
     relative_error,
@@ -98,18 +99,22 @@ class Prepared:
 
 
 @contextmanager
-def open_merger(plan: MergePlan) -> Iterator[Merger]:
-    """Open a plan's files; the merger reads and merges layers while they are open."""
+def open_merger(plan: MergePlan, cache: Cache | None = None) -> Iterator[Merger]:
+    """Open a plan's files; the merger reads and merges layers while they are open.
+
+    Args:
+        cache: What merges of one run share.
+    """
     with ExitStack() as stack:
         base = None
         if plan.base is not None and plan.needs_base:
             base = stack.enter_context(BaseCheckpoint(plan.base))
-        readers = [stack.enter_context(SourceReader(entry.source, base)) for entry in plan.sources]
+        readers = [stack.enter_context(SourceReader(entry.source, base, cache)) for entry in plan.sources]
         device = compute_device(plan.recipe.device)
         if device.type != "cpu":
             # torch loads an accelerator's linear algebra at its first use, which two threads must not make.
             torch.linalg.qr(torch.ones(1, 1, device=device))
-        yield Merger(plan, readers, device)
+        yield Merger(plan, readers, device, cache)
 
 
 @contextmanager
@@ -124,8 +129,11 @@ def _named(layer: LayerPlan) -> Iterator[None]:
 class Merger:
     """Merges layers of a plan. Safe to use from several threads."""
 
-    def __init__(self, plan: MergePlan, readers: Sequence[SourceReader], device: torch.device):
+    def __init__(
+        self, plan: MergePlan, readers: Sequence[SourceReader], device: torch.device, cache: Cache | None
+    ) -> None:
         self.plan = plan
+        self.cache = cache
         self.readers = readers
         self.device = device
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -136,8 +144,6 @@ class Merger:
         known: dict[tuple[object, ...], int] = {}
         self.loras = [known.setdefault((one.path, one.input.dyn), len(known)) for one in plan.sources]
         self.smaller = (smaller(plan) or {}).get("rank")
-        # Layer to squared error and what its parts lose at that rank; each layer is cut by one thread.
-        self._cuts: dict[str, tuple[float, Tensor | None]] = {}
 
     def check_unchanged(self) -> None:
         """Refuse the work if another program wrote to any of the files meanwhile.
@@ -188,7 +194,8 @@ class Merger:
         merged = times_two_to(merged, power)
         if isinstance(merged, LowRank) and not self.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
-            merged = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
+            rescaled = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
+            merged = named(rescaled, merged.name)
         return merged, None if method.exact else weighted_sum(deltas, weights)
 
     def _context(self, layer: LayerPlan, present: Sequence[int], name: str = "") -> LayerContext:
@@ -273,9 +280,9 @@ class Merger:
 
     def _cut(self, prepared: Prepared, stored: Stored) -> tuple[float, Lost | None] | None:
         """What a file of the smaller rank would lose of a layer."""
-        if prepared.layer.layer not in self._cuts:
+        if stored.smaller is None:
             return None
-        error_sq, rows = self._cuts.pop(prepared.layer.layer)
+        error_sq, rows = stored.smaller
         sources = [prepared.layer.inputs[entry.place][0] for entry in prepared.given]
         if self.plan.method.exact and len(sources) == 1:
             return error_sq, [(sources[0], error_sq, stored.exact_sq)]
@@ -328,13 +335,29 @@ class Merger:
         names = [entry.layer.layer for entry in prepared]
         fixed = not self.has_alpha
         if self.weights is None:
-            return cut_layers(deltas, self.dtype, rules, names=names, most=most, fixed_alpha=fixed)
+            return cut_layers(
+                deltas,
+                self.dtype,
+                rules,
+                names=names,
+                most=most,
+                fixed_alpha=fixed,
+                smaller=self.smaller,
+                cache=self.cache,
+            )
         results: list[Stored | None] = [None] * len(deltas)
         for index, (entry, delta, rank) in enumerate(zip(prepared, deltas, allotted, strict=True)):
             kept, lacks = self._shared(entry, delta, rank)
             if kept is None:
                 continue
-            [stored] = cut_layers([kept], self.dtype, [rules[index]], names=[names[index]], fixed_alpha=fixed)
+            [stored] = cut_layers(
+                [kept],
+                self.dtype,
+                [rules[index]],
+                names=[names[index]],
+                fixed_alpha=fixed,
+                smaller=self.smaller,
+            )
             if stored is not None and kept is not delta:
                 stored = replace(
                     stored, error_sq=stored.error_sq + lacks, exact_sq=stored.exact_sq + lacks, parts=None
@@ -352,15 +375,9 @@ class Merger:
             return lambda spectrum: min(allotted, spectrum.rank)
         bounded = layer.bounded(self.plan.method)
 
-        def choose(spectrum: Spectrum) -> int:
-            if self.smaller:
-                rank = min(self.smaller, spectrum.rank)
-                self._cuts[layer.layer] = spectrum.tail(rank), lost_by(spectrum, rank)
-            return ranks.choose(
-                self.plan.recipe, spectrum, same=layer.same_rank, conv=bool(layer.kernel), bounded=bounded
-            )
-
-        return choose
+        return lambda spectrum: ranks.choose(
+            self.plan.recipe, spectrum, same=layer.same_rank, conv=bool(layer.kernel), bounded=bounded
+        )
 
     def _most(self, layer: LayerPlan, allotted: int | None) -> int | None:
         """The largest rank that the rank rule can give, where that is known before the singular values."""

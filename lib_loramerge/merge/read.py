@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import adapters
-from ..delta import Dense, LayerDelta, place_rows, take_rows, weighted_sum
+from ..delta import Cache, Dense, LayerDelta, place_rows, take_rows, weighted_sum
 from ..files import LoraFile, changed_meanwhile, open_file
 from ..models import Rows
 from .sources import Source, SourcePart
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
     from .base import BaseCheckpoint
 
 
-# ``SourceReader.identity`` of files to their hashes.
-KnownHashes = dict[tuple[Path, object], str]
+@dataclass(frozen=True)
+class Shared:
+    """What merges of one run need only once; the files they write are the same without it.
+
+    Attributes:
+        hashes: ``SourceReader.identity`` of files to their hashes.
+        cache: Layers read and Gram matrices, up to a gigabyte.
+    """
+
+    hashes: dict[tuple[Path, object], str] = field(default_factory=dict)
+    cache: Cache = field(default_factory=Cache)
 
 
 class SourceReader:
@@ -31,9 +41,10 @@ class SourceReader:
     file of the same name is replaced.
     """
 
-    def __init__(self, source: Source, base: BaseCheckpoint | None = None):
+    def __init__(self, source: Source, base: BaseCheckpoint | None = None, cache: Cache | None = None):
         self.source = source
         self.base = base
+        self._cache = cache
         self._file: LoraFile = open_file(source.path)
         if self._file.header.stamp != source.header.stamp:
             self._file.close()
@@ -72,6 +83,13 @@ class SourceReader:
         Args:
             dyn: First ranks only, as the prompt's ``dyn=`` asks for.
         """
+        if self._cache is None:
+            return self._delta(layer, dyn)
+        base = self.base.identity if self.base is not None and self.source.layer_needs_base(layer) else ()
+        key = *self.identity, self.source.architecture.id, layer, dyn, base
+        return self._cache.layer(key, lambda: self._delta(layer, dyn))
+
+    def _delta(self, layer: str, dyn: int | None) -> LayerDelta:
         parts = [self._part(part, dyn) for part in self.source.layers[layer]]
         return parts[0] if len(parts) == 1 else _joined(parts)
 

@@ -21,7 +21,7 @@ from . import fair
 from .layer import MergedLayer, Merger, open_merger
 from .layout import LayerPlan, MergePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
 from .outcome import merge_report
-from .read import KnownHashes, SourceReader
+from .read import Shared, SourceReader
 from .work import Progress, Work
 
 
@@ -48,7 +48,7 @@ def run_merge(
     progress: Callable[[Progress], None] | None = None,
     cancel: Callable[[], bool] | None = None,
     workers: int | None = None,
-    known_hashes: KnownHashes | None = None,
+    shared: Shared | None = None,
 ) -> MergeReport:
     """Carry out a plan and write the merged file.
 
@@ -57,7 +57,7 @@ def run_merge(
         progress: Called on the calling thread as layers are done.
         cancel: Asked often; True stops the merge with nothing written.
         workers: Threads; by default as many as help. Results do not depend on it.
-        known_hashes: Of sources that earlier merges of one run have read; this one's are added.
+        shared: What earlier merges of one run have read and computed; this one's is added.
 
     Raises:
         LoraMergeError: Anything a user can cause; nothing was written then.
@@ -67,13 +67,11 @@ def run_merge(
     refuse_inputs(output, plan.files())
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
-        merger = stack.enter_context(open_merger(plan))
+        merger = stack.enter_context(open_merger(plan, shared and shared.cache))
         stack.enter_context(_enough_memory(merger.device))
         if merger.device.type != "cpu":
             stack.enter_context(full_precision())
-        hashes = stack.enter_context(
-            _background_hashes(merger, work, {} if known_hashes is None else known_hashes)
-        )
+        hashes = stack.enter_context(_background_hashes(merger, work, shared or Shared()))
         allotted: Mapping[str, int] = {}
         if plan.recipe.keep is not None or plan.recipe.fair:
             with clock.phase("look"):
@@ -176,14 +174,14 @@ def _enough_memory(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _background_hashes(merger: Merger, work: Work, known: KnownHashes) -> Iterator[Callable[[], list[str]]]:
+def _background_hashes(merger: Merger, work: Work, shared: Shared) -> Iterator[Callable[[], list[str]]]:
     """Hash the sources while their layers are merged; hashing releases the interpreter's lock."""
     from concurrent.futures import ThreadPoolExecutor, wait
 
     def hash_of(reader: SourceReader) -> str:
-        if reader.identity not in known:
-            known[reader.identity] = reader.model_hash(work.check)
-        return known[reader.identity]
+        if reader.identity not in shared.hashes:
+            shared.hashes[reader.identity] = reader.model_hash(work.check)
+        return shared.hashes[reader.identity]
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="loramerge-hash")
     futures = [pool.submit(hash_of, reader) for reader in merger.readers]

@@ -15,7 +15,7 @@ from lib_loramerge.blocks import Presets
 from lib_loramerge.errors import LoraMergeError, OutputError
 from lib_loramerge.files import check_target, free_space, make_folder, model_hash, read_header
 from lib_loramerge.files.place import output
-from lib_loramerge.merge import MergePlan, Progress, plan_merge, run_merge
+from lib_loramerge.merge import MergePlan, Progress, Shared, plan_merge, run_merge
 from lib_loramerge.metadata import read_recipe
 from lib_loramerge.recipe import MergeRecipe, from_json, to_json
 from lib_loramerge.report import percent
@@ -23,7 +23,6 @@ from lib_loramerge.report import percent
 from .axes import Point
 
 if TYPE_CHECKING:
-    from lib_loramerge.merge.read import KnownHashes
     from lib_loramerge.report import MergeReport
 
 MOST_FILES = 64
@@ -200,13 +199,13 @@ def run_sweep(
         if point.name not in sweep.there:
             check_target(target(sweep, point), False)
     rows = rows_before(sweep.folder)
-    hashes: KnownHashes = {}
+    shared = Shared()
     for index, (point, plan) in enumerate(zip(sweep.points, sweep.plans, strict=True)):
         path = target(sweep, point)
         report = None
         if point.name not in sweep.there:
             show = _numbered(progress, index)
-            report = run_merge(plan, path, progress=show, cancel=cancel, workers=workers, known_hashes=hashes)
+            report = run_merge(plan, path, progress=show, cancel=cancel, workers=workers, shared=shared)
         row = SweepRow(point, path.name, report)
         if report or path.name not in rows:
             rows[path.name] = row.to_json()

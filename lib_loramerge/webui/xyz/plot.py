@@ -19,7 +19,7 @@ from .axes import Axis, check_values
 from .cell import Cell, words
 
 if TYPE_CHECKING:
-    from ...merge.read import KnownHashes
+    from ...merge import Shared
     from ...recipe import MergeRecipe
     from ..host import Host
 
@@ -38,13 +38,13 @@ class Plot:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.trials = Trials(host.register_trial, host.unregister_trial)
-        self._hashes: KnownHashes = {}
+        self._shared: Shared | None = None
         atexit.register(self.end)
 
     def end(self) -> None:
         """Removes what the plot has merged."""
         with suppress(Exception):  # The host's lists, perhaps while it ends.
-            self._hashes.clear()
+            self._shared = None
             self.trials.remove_all()
 
     # What the host's plot calls
@@ -112,7 +112,7 @@ class Plot:
 
     def _merged(self, recipe: MergeRecipe) -> str:
         """The name of a trial of this recipe, merged unless this plot has it."""
-        from ...merge import run_merge  # Not at the WebUI's start, see extension.py.
+        from ...merge import Shared, run_merge  # Not at the WebUI's start, see extension.py.
 
         strict = self.host.restricted()
         plan = self.host.plan(recipe, strict)
@@ -123,11 +123,12 @@ class Plot:
         if trial is None:
             path = self.trials.new_path()
             state = getattr(host_module("shared"), "state", None)
+            self._shared = self._shared or Shared()
             report = run_merge(
                 plan,
                 path,
                 cancel=lambda: bool(getattr(state, "interrupted", False)),
-                known_hashes=self._hashes,
+                shared=self._shared,
             )
             trial = self.trials.add(path, recipe, made, report)
         return trial.name
