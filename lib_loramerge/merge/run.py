@@ -67,7 +67,7 @@ def run_merge(
     refuse_inputs(output, plan.files())
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
-        merger = stack.enter_context(open_merger(plan, shared and shared.cache))
+        merger = stack.enter_context(open_merger(plan, shared.cache if shared else None))
         stack.enter_context(_enough_memory(merger.device))
         if merger.device.type != "cpu":
             stack.enter_context(full_precision())
