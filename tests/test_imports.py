@@ -32,7 +32,7 @@ ALLOWED = {
     "adapters": _TYPES,
     "methods": _TYPES,
     "ranks": _TYPES,
-    "blocks": _TYPES,
+    "blocks": _TYPES | {"files"},
     "report": _TYPES | _PARTS,
     "hosts": _TYPES | {"dialects"},
     "merge": _RESULTS - {"analysis"} | {"hosts"},

@@ -253,7 +253,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_stray(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=r"preset.txt cannot be written: No space left"):
+    with pytest.raises(OutputError, match=r"disk is full, so preset.txt was not written"):
         save_preset(path, "B", ZEROS)
     assert path.read_bytes().decode() == BEFORE
     assert [p.name for p in tmp_path.iterdir()] == ["preset.txt"]

@@ -7,13 +7,9 @@ a comment), ``elempresets.txt`` the second, in records parted by empty lines.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from lib_loramerge.blocks.named import is_elemental, is_named, parts
 from lib_loramerge.blocks.rules import parse_rules
 from lib_loramerge.blocks.weights import check_entry, split_weights
 from lib_loramerge.errors import OutputError, RecipeError
+from lib_loramerge.files.place import output, to_disk
 from lib_loramerge.recipe.check import shown
 
 LARGEST_FILE = 1_000_000  # bytes
@@ -263,28 +260,7 @@ def _line_end(lines: list[tuple[str, str]]) -> str:
 def _write_lines(path: Path, raw: bytes, lines: list[tuple[str, str]]) -> None:
     text = "".join(line + end for line, end in lines)
     data = (_BOM if raw.startswith(_BOM) else b"") + text.encode("utf-8")
-    target = Path(path).resolve()  # a link stays a link
-    try:
-        with _replacing(target) as temporary, temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"{target.name} cannot be written: {error.strerror or error}.") from None
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place only on success."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        if target.exists():
-            shutil.copymode(target, temporary)
-        else:
-            temporary.chmod(0o644)
-        yield temporary
-        os.replace(temporary, target)  # atomic: same folder, so same file system
-    finally:
-        temporary.unlink(missing_ok=True)
+    with output(Path(path).resolve(), overwrite=True) as file:  # a link stays a link
+        file.write(data)
+        file.flush()
+        to_disk(file.fileno())

@@ -77,7 +77,7 @@ def write_file(
     """Write a safetensors file; the two ``sshs_`` hashes are added to its metadata.
 
     Args:
-        path: Where to; must end in ``.safetensors``.
+        path: Where to, as :func:`~lib_loramerge.files.check_target` accepted it before the work.
         tensors: Key to tensor of any shape, on any device, in the dtype to be stored. Each
             is taken from the mapping twice: for its shape, and to be written.
         metadata: Texts for the header.
@@ -120,6 +120,7 @@ def write_again(
         OutputError: As :func:`write_file`.
         FileError: If the source cannot be read any more.
     """
+    check_target(path, overwrite)
     entries = _plan({key: (info.dtype, info.shape) for key, info in source.tensors.items()})
 
     def data(entry: _Entry) -> memoryview:
@@ -139,7 +140,6 @@ def _write(
     before_rename: Callable[[], None] | None,
 ) -> Written:
     """Header, data in the order of ``entries``, then the header again with the hashes."""
-    check_target(path, overwrite)
     total = entries[-1].end if entries else 0
     texts = {key: _utf8(value) for key, value in metadata.items()}
     head = header_json(entries, {**texts, "sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64})
