@@ -137,9 +137,9 @@ def _base_model_version(architecture: Architecture, sources: Sequence[SourceMeta
     """The detected base model; in the parents' words if they agree with it and one another."""
     if not architecture.base_model_version and architecture.names is not None:
         return None  # several models fit, and none is claimed
-    told = _agreed("ss_base_model_version", sources)
-    if told and told.startswith(architecture.base_model_version):
-        return told
+    stated = _agreed("ss_base_model_version", sources)
+    if stated and stated.startswith(architecture.base_model_version):
+        return stated
     return architecture.base_model_version or None
 
 
@@ -152,8 +152,8 @@ def _uniform(values: Sequence[float]) -> str | None:
 
 def _network_args(ranks: Sequence[int], alphas: Sequence[float]) -> str | None:
     """kohya's note of the convolutions' rank and alpha."""
-    told = {"conv_dim": _uniform(ranks), "conv_alpha": _uniform(alphas)}
-    return json.dumps(told, sort_keys=True) if ranks else None
+    args = {"conv_dim": _uniform(ranks), "conv_alpha": _uniform(alphas)}
+    return json.dumps(args, sort_keys=True) if ranks else None
 
 
 def _agreed(key: str, sources: Sequence[SourceMeta]) -> str | None:
@@ -237,7 +237,7 @@ def _recipe_text(recipe: MergeRecipe, sources: Sequence[SourceMeta]) -> dict[str
 
 
 def _without_path(name: str, stem: str) -> str:
-    """A LoRA's name as it is; the file's name if it is a path, which tells where its owner keeps files."""
+    """A LoRA's name; only the file name of a path, which would reveal the owner's folders."""
     is_path = ntpath.isabs(name) or ntpath.splitdrive(name)[0] or name.startswith((".", "~", "/"))
     return stem if is_path or name.lower().endswith((".safetensors", ".pt", ".ckpt")) else name
 

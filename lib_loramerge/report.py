@@ -28,8 +28,8 @@ class LayerResult:
         from_sum_sq: Squared distance of what is written from the plain weighted sum; counted for
             methods that mean something else than the sum.
         sum_sq: Squared norm of that sum.
-        doubt: Norm, at most, of what float64 does not tell of the exact result, where inputs cancel to their
-            last digits; 0 where it does not count.
+        doubt: Largest norm of the part of the exact result that float64 loses, where inputs cancel to their
+            last digits; 0 where that is negligible.
     """
 
     layer: str
@@ -80,7 +80,7 @@ class InputReport:
 
     Attributes:
         blocks: Block id to the number that most of its layers were multiplied by, strength included. Text
-            encoders with strengths of their own are told apart, ``"BASE te2"``.
+            encoders with strengths of their own have an entry each, ``"BASE te2"``.
         kept: Share of the input that is in the file: ``1 - <rest, w d> / |w d|^2`` over all weights that it
             changes, with ``w d`` its delta at its strength and the rest what the file lacks of the plain sum
             of all inputs. 1 where nothing was cut off; modes that mean something else than the sum give less,
@@ -122,7 +122,7 @@ class MergeReport:
             something else; None where ``error`` says it already.
         seconds: Phase to wall seconds; ``total`` is the whole.
         peak_memory_bytes: Largest resident size of the process, mapped input
-            pages included; None where the system does not tell.
+            pages included; None where the system does not report it.
         error_at_most: ``error`` is an upper bound: inputs cancel to the last digits of float64.
         smaller: What a file of the largest input's rank would be, where this one keeps clearly more:
             ``rank``, ``size_bytes`` and, where it is known, ``error``, and the share ``kept`` of the LoRA of
@@ -158,7 +158,7 @@ class MergeReport:
     error_at_most: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types only, without infinities or NaN. ``error_at_most`` is there where it is true."""
+        """Plain JSON types only, without infinities or NaN. ``error_at_most`` appears only when true."""
         return {
             key: value
             for key, value in _finite(asdict(self)).items()
@@ -256,7 +256,7 @@ def smaller_text(smaller: Mapping[str, Any] | None) -> str:
         return ""
     text = f"; at rank {smaller['rank']}: {smaller['size_bytes'] / 1e6:,.2f} MB"
     if "error" not in smaller:
-        return f"{text} (`loramerge advise` tells its error)"
+        return f"{text} (`loramerge advise` shows its error)"
     text += f", error about {percent(smaller['error'])}"
     if "kept" in smaller:
         text += f", weakest LoRA keeps {percent(max(0.0, smaller['kept']))} ({smaller['weakest']})"

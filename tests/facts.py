@@ -160,7 +160,7 @@ _RULES = (
     (
         "attention_as_one",
         True,
-        "It applies q, k, v and out of an OpenCLIP encoder only when all four are there.",
+        "It applies q, k, v and out of an OpenCLIP encoder only when the file has all four.",
     ),
 )
 

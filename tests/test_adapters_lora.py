@@ -142,10 +142,10 @@ def test_dyn_leaves_a_tucker_layer_whole_and_says_so():
 @pytest.mark.parametrize(
     ("slots", "missing"),
     [
-        ({"up": (6, 3), "alpha": ()}, "down is missing"),
-        ({"down": (3, 5)}, "up is missing"),
-        ({"up": (6, 3), "mid": (3, 3, 3, 3)}, "down is missing"),
-        ({"mid": (3, 3, 3, 3)}, "missing"),
+        ({"up": (6, 3), "alpha": ()}, "lacks down"),
+        ({"down": (3, 5)}, "lacks up"),
+        ({"up": (6, 3), "mid": (3, 3, 3, 3)}, "lacks down"),
+        ({"mid": (3, 3, 3, 3)}, "lacks down, up"),
     ],
 )
 def test_an_incomplete_lora_is_an_error_that_names_file_layer_and_part(slots, missing):
@@ -164,7 +164,7 @@ def test_an_incomplete_lora_is_an_error_that_names_file_layer_and_part(slots, mi
         {"up": (6, 0), "down": (0, 5)},
     ],
 )
-def test_factors_that_do_not_fit_are_told_with_their_shapes_from_the_header(slots):
+def test_factors_that_do_not_fit_are_reported_with_their_shapes_from_the_header(slots):
     with pytest.raises(IncompatibleError) as caught:
         describe(slots, where=WHERE)
     message = str(caught.value)

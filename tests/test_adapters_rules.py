@@ -74,7 +74,7 @@ SCALED = [name for name, kind in ADAPTERS.items() if kind.scale_rank(shapes(samp
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_the_header_tells_what_the_tensors_then_give(kind):
+def test_the_header_shows_what_the_tensors_then_give(kind):
     slots, shape = sample(kind)
     facts = describe(shapes(slots), where=WHERE)
     assert facts.kind == kind
@@ -299,7 +299,7 @@ def test_a_norm_is_kept_as_vectors_and_needs_its_weight():
     alone = build({"w_norm": slots["w_norm"]}, where=WHERE)
     assert alone.bias is None
     assert any("A1111" in note for note in alone.notes)
-    with pytest.raises(IncompatibleError, match="w_norm is missing"):
+    with pytest.raises(IncompatibleError, match="lacks w_norm"):
         describe({"b_norm": (8,)}, where=WHERE)
 
 
@@ -378,7 +378,7 @@ def test_a_residual_that_does_not_fit_is_refused():
         with pytest.raises(IncompatibleError, match="whole weight"):
             describe({**shapes(slots), "bias": shape}, where=WHERE)
     del parts["bias_size"]
-    with pytest.raises(IncompatibleError, match="bias_size is missing"):
+    with pytest.raises(IncompatibleError, match="lacks bias_size"):
         build({**slots, **parts}, where=WHERE)
 
 
@@ -571,7 +571,7 @@ def test_dora_on_every_low_rank_kind_divides_by_the_length_of_the_changed_weight
         ((10, 1), (1, 1), "dora_scale", "in"),
     ],
 )
-def test_the_shape_of_the_magnitude_tells_its_side_and_the_slot_decides_square_convolutions(
+def test_the_shape_of_the_magnitude_shows_its_side_and_the_slot_decides_square_convolutions(
     shape, stored, slot, side
 ):
     slots = {"up": rand(shape[0], 2), "down": rand(2, *shape[1:])}

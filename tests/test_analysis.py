@@ -88,7 +88,7 @@ def test_a_sign_conflict_is_the_weighted_share_of_elements_of_opposite_sign(fold
     assert report.layers[layer].sign_conflict == pytest.approx(wanted, abs=0.03)
 
 
-def test_verdicts_tell_unrelated_from_same_and_opposed(folder):
+def test_verdicts_distinguish_unrelated_from_same_and_opposed(folder):
     make_lora(folder / "c.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=9)
     assert "orthogonal" in compare(plan(folder, "a", "c")).pairs[0].verdict
     assert "same" in compare(plan(folder, "a", "a:0.9")).pairs[0].verdict
@@ -260,7 +260,7 @@ def test_advice_on_whole_layers_keeps_no_layer_in_memory(folder):
         assert [merger.spectrum(layer).source for layer in merger.plan.layers] == [None] * len(SD1_LAYERS)
 
 
-def test_the_time_that_whole_layers_take_is_told_before_they_are_looked_at(folder):
+def test_the_time_that_whole_layers_take_is_reported_before_they_are_looked_at(folder):
     assert expected_seconds(plan(folder, "a", "b")) == 0
     slow = plan(folder, "a", "b", mode="ties")
     assert expected_seconds(slow, cores=1) == pytest.approx(2 * expected_seconds(slow, cores=2))
@@ -324,7 +324,7 @@ def test_inspect_measures_norm_and_rank_by_another_route(folder):
     json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_hosts_are_told_what_stops_them(tmp_path):
+def test_hosts_are_reported_what_stops_them(tmp_path):
     plain = make_lora(tmp_path / "plain.safetensors", SD1_LAYERS)
     report = inspect(plain)
     assert set(report.hosts.values()) == {"reads all"}

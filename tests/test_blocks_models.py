@@ -116,7 +116,7 @@ def test_a_list_for_blocks_that_the_lora_lacks_is_an_error():
     found = resolve(halves(30), PRESETS, rng=random.Random(0), model=model)
     with pytest.raises(RecipeError) as caught:
         check_reach(found, layers, model, PRESETS)
-    for word in ("govern no layer that is there", "BASE", "37"):
+    for word in ("govern no layer of this LoRA", "BASE", "37"):
         assert word in str(caught.value)
 
 
@@ -160,6 +160,6 @@ def test_a_part_of_a_model_that_makes_no_sense_is_refused():
             resolve(LoraInput("a", lbw=text), PRESETS, rng=random.Random(0), model=models.block_map("sdxl"))
 
 
-def test_a_file_with_more_blocks_than_its_table_tells_the_count():
+def test_a_file_with_more_blocks_than_its_table_shows_the_count():
     assert [len(entry.ids) for entry in models.block_map("anima", None, ["B39"]).lists] == [43, 40]
     assert {len(entry.ids) for entry in models.block_map("anima").lists} == {31, 28, 43, 40}

@@ -61,7 +61,7 @@ def test_a_layer_of_no_block_has_1_whatever_the_list():
     assert weights("a:lbw=" + ",".join(["0"] * 26)).weight("unet", None, "lora_unet_time_embed_0") == 1
 
 
-def test_entries_are_numbers_of_any_sign_spaces_around_them_passed_over():
+def test_entries_are_numbers_of_any_sign_spaces_around_them_are_skipped():
     found = weights("a:lbw= -2 ,1e-3,.5 ," + ",".join(["+1.25"] * 9))
     assert list(found.values.values())[:1] == [-2]
     assert found.values["IN04"] == 0.001

@@ -173,7 +173,7 @@ def test_a_convolution_of_nine_channels_takes_a_lora_of_four(tmp_path, sd1):
     assert torch.allclose(after[key][:, :4].double(), wanted, atol=1e-3)
 
 
-def test_metadata_are_kept_and_tell_a1111_of_the_merge(tmp_path, sd1):
+def test_metadata_are_kept_and_show_a1111_of_the_merge(tmp_path, sd1):
     baked(tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}))
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         texts = file.metadata()
@@ -185,7 +185,7 @@ def test_metadata_are_kept_and_tell_a1111_of_the_merge(tmp_path, sd1):
     assert str(tmp_path) not in "".join(texts.values())
 
 
-def test_the_report_tells_the_hash_and_what_survives(tmp_path, sd1, capsys):
+def test_the_report_shows_the_hash_and_what_survives(tmp_path, sd1, capsys):
     lora = lora_of({LORA_Q: (320, 320)}, size=0.004)
     after = baked(tmp_path, tmp_path / "base.safetensors", lora, "--json")
     report = json.loads(capsys.readouterr().out)
@@ -397,7 +397,7 @@ def test_the_base_is_never_overwritten(tmp_path, sd1, capsys):
     assert (tmp_path / "base.safetensors").read_bytes() == data
 
 
-def test_too_little_disk_is_told_before_a_byte_is_written(tmp_path, sd1, capsys, monkeypatch):
+def test_too_little_disk_is_reported_before_a_byte_is_written(tmp_path, sd1, capsys, monkeypatch):
     from lib_loramerge.files import place
 
     save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")

@@ -182,7 +182,7 @@ def test_a_dry_run_refuses_a_device_that_is_not_there(folder, capsys):
     assert "cuda:99" in capsys.readouterr().err
 
 
-def test_the_report_tells_the_weight_of_every_block_zeros_too(folder, capsys):
+def test_the_report_shows_the_weight_of_every_block_zeros_too(folder, capsys):
     assert run("merge", "a:0.8:te1=0.3:lbw=MIDD", "--lora-dir", folder, "-o", "out", "--json") == 0
     (told,) = json.loads(capsys.readouterr().out)["inputs"]
     assert told["blocks"] == {"BASE te": 0.3, "IN01": 0, "M00": 0.8, "OUT05": 0.8}

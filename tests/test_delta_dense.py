@@ -60,7 +60,7 @@ def test_the_result_is_the_same_each_time_and_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_written_dense_layer_tells_what_the_rank_costs():
+def test_a_written_dense_layer_shows_what_the_rank_costs():
     weight = trimmed(300, 260, 6, 0.0)
     stored = cut_layer(Dense(weight), torch.float16, lambda spectrum: 6, most=6)
     error = size(stored.delta().dense() - weight)

@@ -80,7 +80,7 @@ def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():
     assert float(overlaps([a, a]).inputs[0, 1]) == pytest.approx(1)
 
 
-def test_overlap_counts_only_directions_that_are_there():
+def test_overlap_counts_only_directions_that_are_not_negligible():
     """A row that is zero, or is there twice, adds no direction."""
     a, b = low_rank(60, 80, 8, seed=1), low_rank(60, 80, 5, seed=2)
     twice = LowRank(torch.cat([b.up, b.up[:, :2]], 1), torch.cat([b.down, b.down[:2]]), 7.0)

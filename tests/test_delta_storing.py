@@ -31,7 +31,7 @@ def written(stored):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [4, 12, 24])
 @pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_the_told_error_is_that_of_the_written_tensors(dtype, rank, decay):
+def test_the_stated_error_is_that_of_the_written_tensors(dtype, rank, decay):
     deltas = [
         low_rank(70, 90, 12, seed=1, decay=decay, dtype=torch.float16),
         low_rank(70, 90, 12, seed=2, alpha=6.0),
@@ -53,7 +53,7 @@ def test_the_written_product_is_as_near_to_the_optimum_as_the_dtype_allows(dtype
     assert size(written(stored) - best) <= BOUND[dtype] * size(best)
 
 
-def test_an_error_of_a_hundred_millionth_is_still_told_right():
+def test_an_error_of_a_hundred_millionth_is_still_right():
     deltas = [low_rank(80, 60, 8, seed=1), low_rank(80, 60, 8, seed=2)]
     whole = dense_sum(deltas, [1.0, 1.0])
     stored = cut_layer(stack(deltas, [1.0, 1.0]), torch.float32, lambda spectrum: spectrum.rank)
@@ -95,7 +95,7 @@ def test_a_damaged_factor_shows_in_the_error(side, damage):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_concatenation_tells_its_rounding_and_keeps_the_first_alpha(dtype):
+def test_concatenation_shows_its_rounding_and_keeps_the_first_alpha(dtype):
     deltas = [low_rank(70, 90, 12, seed=1, alpha=6.0), low_rank(70, 90, 4, seed=2, alpha=1.0)]
     whole = dense_sum(deltas, [0.7, -0.6])
     stored = cut_layer(stack(deltas, [0.7, -0.6]), dtype)
@@ -160,7 +160,7 @@ def test_what_no_scale_can_hold_is_refused_with_the_way_out():
     decay=st.sampled_from([0.0, 2.0]),
     seed=st.integers(0, 99),
 )
-def test_any_written_layer_tells_its_error(out, in_, ranks, weights, dtype, keep, decay, seed):
+def test_any_written_layer_shows_its_error(out, in_, ranks, weights, dtype, keep, decay, seed):
     deltas = [low_rank(out, in_, rank, seed=seed + i, decay=decay) for i, rank in enumerate(ranks)]
     weights = weights[: len(deltas)]
     whole = dense_sum(deltas, weights)

@@ -103,7 +103,7 @@ def test_links_are_followed_once_and_hidden_folders_not_at_all(tmp_path):
     assert set(LoraFolder([tmp_path / "lora"]).names()) == {"a", "b", "dangling"}
 
 
-def test_a_subfolder_that_vanishes_or_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+def test_a_subfolder_that_vanishes_or_may_not_be_read_is_skipped(tmp_path, monkeypatch):
     put(tmp_path, "a.safetensors", "locked/b.safetensors", "gone/c.safetensors")
     original = os.scandir
 

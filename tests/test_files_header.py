@@ -51,7 +51,7 @@ def one(dtype: str = "F32", shape: object = (2,), place: object = (0, 8)) -> dic
 GOOD = save({"a.lora_up.weight": torch.ones(2, 3), "a.alpha": torch.tensor(1.0)}, {"ss_x": "ü"})
 
 
-def test_a_header_tells_dtype_shape_place_and_metadata(tmp_path):
+def test_a_header_shows_dtype_shape_place_and_metadata(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(GOOD)
     header = read_header(path)
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_adapter_is_called_what_it_is(tmp_path, content, told)
     assert told in refusal(tmp_path, content)
 
 
-def test_a_zip_with_the_wrong_name_is_told_from_a_pytorch_file(tmp_path):
+def test_a_zip_with_the_wrong_name_is_distinguished_from_a_pytorch_file(tmp_path):
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(1)}, buffer)
     assert "rename it to .pt" in refusal(tmp_path, buffer.getvalue())
@@ -132,7 +132,7 @@ def test_a_zip_with_the_wrong_name_is_told_from_a_pytorch_file(tmp_path):
     assert "rename it to .safetensors" in refusal(tmp_path, GOOD, "a.pt")
 
 
-def test_a_folder_a_missing_file_and_a_pipe_are_told(tmp_path):
+def test_a_folder_a_missing_file_and_a_pipe_are_reported(tmp_path):
     with pytest.raises(FileError, match="is a folder"):
         read_header(tmp_path)
     with pytest.raises(FileError, match="does not exist"):
@@ -145,7 +145,7 @@ def test_a_folder_a_missing_file_and_a_pipe_are_told(tmp_path):
             open_file(tmp_path / "pipe.safetensors")
 
 
-def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_is_reported(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_bytes(GOOD)
 

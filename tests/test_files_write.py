@@ -241,7 +241,7 @@ def test_stopping_does_not_wait_for_a_slow_disk(tmp_path, way, monkeypatch):
 
 
 @POSIX
-def test_a_disk_that_fails_at_the_end_is_told_by_every_way_of_waiting(tmp_path, way, monkeypatch):
+def test_a_disk_that_fails_at_the_end_is_reported_by_every_way_of_waiting(tmp_path, way, monkeypatch):
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -391,7 +391,7 @@ def test_overwriting_keeps_mode_owner_and_group(tmp_path, way, mode, monkeypatch
 
 
 @POSIX
-def test_a_file_that_grows_too_large_for_its_disk_is_told_and_nothing_is_left(tmp_path, way):
+def test_a_file_that_grows_too_large_for_its_disk_is_reported_and_nothing_is_left(tmp_path, way):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -405,7 +405,7 @@ def test_a_file_that_grows_too_large_for_its_disk_is_told_and_nothing_is_left(tm
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_when_flushed_is_told_and_nothing_is_left(tmp_path, way, monkeypatch, number):
+def test_a_disk_that_is_full_when_flushed_is_reported_and_nothing_is_left(tmp_path, way, monkeypatch, number):
     def full(_number):
         raise OSError(number, os.strerror(number))
 
@@ -425,7 +425,7 @@ def test_a_file_larger_than_the_free_space_is_refused_before_it_is_begun(tmp_pat
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_a_folder_that_may_not_be_written_is_told_before_the_work(tmp_path, monkeypatch, number):
+def test_a_folder_that_may_not_be_written_is_reported_before_the_work(tmp_path, monkeypatch, number):
     original = os.open
 
     def protected(
@@ -442,7 +442,7 @@ def test_a_folder_that_may_not_be_written_is_told_before_the_work(tmp_path, monk
         write_file(tmp_path / "a.safetensors", TENSORS, METADATA)
 
 
-def test_impossible_places_are_told(tmp_path):
+def test_impossible_places_are_reported(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()
     for path, told in [

@@ -67,7 +67,7 @@ def test_01_without_alpha_the_scale_is_1(tmp_path):
     assert_close(weights[SD1_K], 0.5 * product(tensors, SD1_K))
 
 
-def test_02_an_alpha_of_0_is_a_delta_of_0_and_is_told(tmp_path):
+def test_02_an_alpha_of_0_is_a_delta_of_0_and_is_reported(tmp_path):
     tensors = {**lora(SD1_K), **lora(Q, in_=16), f"{Q}.alpha": torch.tensor(0.0)}
     weights, _, report = merged(tmp_path, tensors)
     assert weights.keys() == {SD1_K}
@@ -84,7 +84,7 @@ def test_03_alpha_may_be_of_any_shape_of_one_number_and_any_dtype(tmp_path, alph
     assert_close(weights[SD1_K], 0.5 * 1.5 * product(tensors, SD1_K))
 
 
-def test_04_a_lone_alpha_is_dropped_and_told_and_a_lone_factor_is_an_error_that_names_its_layer(tmp_path):
+def test_04_a_lone_alpha_is_dropped_and_reported_and_a_lone_factor_is_an_error_that_names_its_layer(tmp_path):
     weights, _, report = merged(tmp_path, {**lora(SD1_K), f"{Q}.alpha": torch.tensor(1.0)})
     assert weights.keys() == {SD1_K}
     assert any(f"{Q}.alpha" in text and "dropped" in text for text in report.warnings)
@@ -169,7 +169,7 @@ def test_08_loha_of_unequal_ranks_tucker_and_more_ranks_than_the_layer(tmp_path)
     assert ranks[Q] == 6  # 25 components in a 6 x 7 layer
 
 
-def test_08_the_large_ranks_that_exact_products_have_are_told_unless_a_rank_is_asked_for(tmp_path):
+def test_08_the_large_ranks_that_exact_products_have_are_reported_unless_a_rank_is_asked_for(tmp_path):
     slots = {"w1_a": (256, 16), "w1_b": (16, 768), "w2_a": (256, 16), "w2_b": (16, 768)}
     save(
         tmp_path / "a.safetensors",
@@ -477,7 +477,7 @@ def test_19_the_wider_img_in_of_a_control_adapter_does_not_merge_with_an_ordinar
         plan(tmp_path, "a", "b")
 
 
-def test_20_models_that_share_names_are_told_apart(tmp_path):
+def test_20_models_that_share_names_are_distinguished(tmp_path):
     qkv = "lora_unet_double_blocks_0_img_attn_qkv"
     cases = {
         "flux1": (lora(qkv, 9216, 3072), {}),
@@ -549,7 +549,7 @@ def test_24_embeddings_are_united_and_the_first_of_one_name_wins(tmp_path):
     assert any("13" in text and "Forge" in text for text in report.warnings)
 
 
-def test_25_scale_scalar_and_residuals_follow_the_webuis_and_are_told(tmp_path):
+def test_25_scale_scalar_and_residuals_follow_the_webuis_and_are_reported(tmp_path):
     tensors = lora(SD1_K)
     plain = product(tensors, SD1_K)
     base = {**tensors, f"{SD1_K}.alpha": torch.tensor(1.0)}

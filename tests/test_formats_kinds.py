@@ -299,7 +299,7 @@ def test_files_of_peft_that_no_webui_reads_are_refused_by_name(tmp_path, config,
     LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=_TARGETS),
     LoHaConfig(r=2, alpha=6, target_modules=_TARGETS),
 ], ids=["LoRA", "rsLoRA", "LoHa"])  # fmt: skip
-def test_a_scale_that_only_pefts_configuration_knows_is_told_and_not_applied(tmp_path, config):
+def test_a_scale_that_only_pefts_configuration_knows_is_reported_and_not_applied(tmp_path, config):
     """The WebUIs do not read adapter_config.json, so a merge that did would differ from the prompt."""
     weights, _ = peft_file(tmp_path, config)
     (tmp_path / "saved" / "adapter_config.json").rename(tmp_path / "adapter_config.json")

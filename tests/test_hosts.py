@@ -150,7 +150,7 @@ def test_the_sum_is_the_same_for_every_host(files):
         assert float((got - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_the_host_is_in_the_stored_recipe_and_outside_it_a_line_tells_of_diffusers(files, capsys):
+def test_the_host_is_in_the_stored_recipe_and_outside_it_a_line_shows_of_diffusers(files, capsys):
     target = files / "out.safetensors"
     cli.main(["convert", str(files / "wan.safetensors"), "-o", str(target), "--for", "diffusers"])
     with safe_open(target, "pt") as opened:

@@ -77,7 +77,7 @@ def test_two_of_them_are_cut_as_well():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(SIDE, WIDE), (WIDE, SIDE)])
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
-def test_at_full_rank_nothing_is_cut_and_the_rounding_is_told(dtype, shape, scale):
+def test_at_full_rank_nothing_is_cut_and_the_rounding_is_reported(dtype, shape, scale):
     delta, whole = whole_lokr(*shape, alpha=scale)
     lora = low_rank(*shape, 16, seed=5, scale=0.5 * scale**0.5)
     total = whole + 0.5 * lora.dense()

@@ -147,7 +147,7 @@ def no_memory_for_python(*_: object) -> None:
     ],
 )
 @pytest.mark.usefixtures("on_device")
-def test_a_full_memory_is_told_and_leaves_nothing(folder, monkeypatch, fail, sentence):
+def test_a_full_memory_is_reported_and_leaves_nothing(folder, monkeypatch, fail, sentence):
     monkeypatch.setattr(merging.Merger, "prepare", fail)
     before = sorted(folder.iterdir())
     with pytest.raises(OutputError, match=sentence):

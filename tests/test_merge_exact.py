@@ -292,7 +292,7 @@ class TestSize:
         assert not (large / "out.safetensors").exists()
 
     @pytest.mark.parametrize("mode", ["svd", "average"])
-    def test_what_is_lost_with_layers_that_have_no_room_is_told(self, large, mode):
+    def test_what_is_lost_with_layers_that_have_no_room_is_reported(self, large, mode):
         tensors = load_file(large / "a.safetensors")
         tensors[f"{next(iter(SD1_LAYERS))}.lora_up.weight"] *= 100  # It takes all the room.
         save_file(tensors, large / "a.safetensors")
@@ -304,7 +304,7 @@ class TestSize:
         assert report.from_sum is None or report.from_sum == pytest.approx(error, rel=1e-3)
 
     @pytest.mark.parametrize("mode", ["concat", "add"])
-    def test_a_mode_that_keeps_all_ranks_refuses_it_and_tells_of_an_idle_rank(self, large, mode):
+    def test_a_mode_that_keeps_all_ranks_refuses_it_and_shows_of_an_idle_rank(self, large, mode):
         with pytest.raises(RecipeError, match="keeps all ranks"):
             merge(large, "a", "b", mode=mode, size=0.1)
         report = merge(large, "a", "b", mode=mode, rank=2)
@@ -338,7 +338,7 @@ class TestSize:
         assert relative_error(dense_deltas(large / "out.safetensors"), wanted) < 1e-6
 
 
-def test_add_is_the_original_formula_and_its_error_is_told(tmp_path):
+def test_add_is_the_original_formula_and_its_error_is_reported(tmp_path):
     make_lora(tmp_path / "a.safetensors", SD1_LAYERS, rank=4, alpha=2, seed=1)
     make_lora(tmp_path / "b.safetensors", SD1_LAYERS, rank=4, alpha=8, seed=2)
     report = merge(tmp_path, "a:0.8", "b:-0.5", mode="add")

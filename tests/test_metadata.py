@@ -109,7 +109,7 @@ def test_every_base_model_is_named_so_that_a1111_does_not_take_it_for_sd1(archit
         assert metadata["ss_base_model_version"].startswith("sdxl_")
 
 
-def test_a_parents_base_model_is_told_only_where_it_agrees_with_what_was_recognised():
+def test_a_parents_base_model_is_reported_only_where_it_agrees_with_what_was_recognised():
     def version(architecture: str, *told: str) -> str | None:
         sources = [SourceMeta("x", {"ss_base_model_version": text}) for text in told]
         return built(architecture=ARCHITECTURES[architecture], sources=sources).get("ss_base_model_version")
@@ -207,7 +207,7 @@ def test_broken_tags_of_a_parent_count_as_none(text):
     assert "ss_tag_frequency" not in built(sources=[SourceMeta("x", {"ss_tag_frequency": text})])
 
 
-def test_ranks_and_alphas_that_differ_are_dynamic_and_convolutions_are_told_apart():
+def test_ranks_and_alphas_that_differ_are_dynamic_and_convolutions_are_distinguished():
     metadata = built(ranks=[8, 16], alphas=[4.0, 4.0], conv_ranks=[3, 3], conv_alphas=[1.5, 2.0])
     assert metadata["ss_network_dim"] == "Dynamic"
     assert metadata["ss_network_alpha"] == "4"

@@ -105,7 +105,7 @@ def test_a_negative_strength_is_the_negative_lora(name):
 @pytest.mark.parametrize("name", SUBSPACE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("nearness", [1.0, 1e-3])
-def test_what_is_stored_is_the_best_of_its_rank_and_its_error_is_told_right(name, dtype, nearness):
+def test_what_is_stored_is_the_best_of_its_rank_and_its_error_is_right(name, dtype, nearness):
     a = low_rank(96, 128, 12, seed=1, dtype=torch.float16)
     noise = low_rank(96, 128, 12, seed=2)
     near = LowRank(a.up.double() + nearness * noise.up, a.down.double() + nearness * noise.down, 12.0)
@@ -387,7 +387,7 @@ def test_ctm_with_balance_1_gives_a_quiet_lora_the_same_say():
     assert shares[0] < 0.6 < shares[1] < 1.7
 
 
-def test_the_joint_space_tells_every_delta_from_small_matrices():
+def test_the_joint_space_shows_every_delta_from_small_matrices():
     deltas, weights = [*inputs(), low_rank(OUT, IN, 2, seed=8)], (0.7, 0.0, -0.4)
     space = join(deltas, weights)
     assert space.present == (0, 2)

@@ -85,7 +85,7 @@ def test_every_base_model_has_a_label_and_what_metadata_needs(architecture):
     assert entry.v2 == (architecture == "sd2")
 
 
-def test_a_unet_that_is_not_told_apart_still_has_its_blocks_in_both_spellings():
+def test_a_unet_that_is_not_distinguished_still_has_its_blocks_in_both_spellings():
     import gzip
     import json
     from pathlib import Path

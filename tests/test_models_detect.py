@@ -53,7 +53,7 @@ def test_widths_are_read_from_every_adapter_kind(kind):
     assert out_features(slots(kind, 640, 2048)) == 640
 
 
-def test_oft_tells_the_output_width_only():
+def test_oft_shows_the_output_width_only():
     assert (in_features({"oft_blocks": (10, 32, 32)}), out_features({"oft_blocks": (10, 32, 32)})) == (
         None,
         320,
@@ -66,7 +66,7 @@ def test_oft_tells_the_output_width_only():
     ("context", "expected"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (1280, "sdxl_refiner")]
 )
 @pytest.mark.parametrize("name", [K, K_DIFFUSERS])
-def test_the_context_width_of_cross_attention_tells_the_unet(kind, context, expected, name):
+def test_the_context_width_of_cross_attention_shows_the_unet(kind, context, expected, name):
     found = detect({name: slots(kind, 640, context)}, {})
     assert found.architecture.id == expected
     assert found.reason == f"cross-attention keys read {context} channels"
@@ -106,7 +106,7 @@ def square(*names: str, width: int = 640) -> dict[str, dict[str, tuple[int, ...]
         (["something_else"], {"ss_base_model_version": "sdxl_base_v1-0"}, "unknown"),
     ],
 )  # fmt: skip
-def test_a_unet_without_cross_attention_is_told_by_its_levels_and_depth(names, metadata, expected):
+def test_a_unet_without_cross_attention_is_reported_by_its_levels_and_depth(names, metadata, expected):
     assert detect(square(*names), metadata).architecture.id == expected
 
 
@@ -128,7 +128,7 @@ def test_a_small_file_fits_every_unet_that_has_its_layers_in_their_widths(name, 
     assert found.reason.endswith("alike") == (len(candidates) > 1)
 
 
-def test_a_convolution_in_proj_in_tells_version_1_from_2():
+def test_a_convolution_in_proj_in_distinguishes_version_1_from_2():
     names = {"lora_unet_down_blocks_0_attentions_0_proj_in": slots("lora stored 4-D", 320, 320)}
     assert detect(names, {}).architecture.id == "sd1"
 
@@ -161,7 +161,7 @@ def encoder(prefix: str, layer: int, width: int) -> dict[str, dict[str, tuple[in
         ({}, {"ss_base_model_version": "sd_v1"}, "sd1"),
     ],
 )
-def test_text_encoders_alone_tell_what_they_can(layers, metadata, expected):
+def test_text_encoders_alone_show_what_they_can(layers, metadata, expected):
     assert detect(layers, metadata).architecture.id == expected
 
 
@@ -206,13 +206,13 @@ def test_text_encoders_alone_tell_what_they_can(layers, metadata, expected):
         (["double_stream_blocks_0_block_attn1_to_q"], 2560, {}, "hidream"),
     ],
 )
-def test_transformers_that_share_names_are_told_by_width_depth_and_then_metadata(
+def test_transformers_that_share_names_are_reported_by_width_depth_and_then_metadata(
     names, width, metadata, expected
 ):
     assert detect(square(*names, width=width), metadata).architecture.id == expected
 
 
-def test_linear1_tells_flux_2_of_the_same_width_from_flux_1():
+def test_linear1_distinguishes_flux_2_of_the_same_width_from_flux_1():
     name = "lora_unet_single_blocks_0_linear1"
     assert detect({name: slots("lora", 9 * 3072, 3072)}, {}).architecture.id == "flux2"
     assert detect({name: slots("lora", 7 * 3072, 3072)}, {}).architecture.id == "flux1"
@@ -321,7 +321,7 @@ def test_a_part_of_a_model_is_recognised_and_its_size(layers, metadata, model, s
 
 
 @pytest.mark.parametrize("kind", ["glora", "glora old"])
-def test_a_square_glora_layer_tells_its_width_in_both_orders(kind):
+def test_a_square_glora_layer_shows_its_width_in_both_orders(kind):
     assert (in_features(slots(kind, 3072, 3072)), out_features(slots(kind, 3072, 3072))) == (3072, 3072)
 
 

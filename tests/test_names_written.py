@@ -193,7 +193,7 @@ def twice(equal: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_layer_that_is_there_twice_with_the_same_numbers_counts_once(tmp_path):
+def test_a_layer_that_a_file_holds_twice_with_the_same_numbers_counts_once(tmp_path):
     save_file(twice(True), tmp_path / "a.safetensors")
     report = merge(tmp_path, "a", rank="full", dtype="float32")
     result, given = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "a.safetensors")
@@ -204,7 +204,7 @@ def test_a_layer_that_is_there_twice_with_the_same_numbers_counts_once(tmp_path)
     assert any("counts once" in text for text in report.warnings)
 
 
-def test_a_layer_that_is_there_twice_with_other_numbers_is_an_error(tmp_path):
+def test_a_layer_that_a_file_holds_twice_with_other_numbers_is_an_error(tmp_path):
     save_file(twice(False), tmp_path / "a.safetensors")
     with pytest.raises(IncompatibleError, match="different numbers"):
         open_source(tmp_path / "a.safetensors")

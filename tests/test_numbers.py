@@ -111,7 +111,7 @@ def test_a_lora_taken_from_itself_leaves_the_difference_of_the_strengths(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["factors", "a whole difference"])
-def test_where_float64_does_not_tell_what_is_left_the_error_is_an_upper_bound(tmp_path, kind):
+def test_where_float64_does_not_resolve_what_is_left_the_error_is_an_upper_bound(tmp_path, kind):
     """The same delta of 2^100 by other factors: only rounding is left of the two, which drowns a third."""
     a, b = lora(1, torch.bfloat16), lora(2, torch.float32)
     layer, (_, _, rank) = next(iter(LAYERS.items()))
@@ -138,7 +138,7 @@ def test_where_float64_does_not_tell_what_is_left_the_error_is_an_upper_bound(tm
     assert any(f"In 1 of {len(LAYERS)} layers" in text for text in report.warnings)
 
 
-def test_what_cannot_be_told_from_noise_counts_as_error():
+def test_what_cannot_be_distinguished_from_noise_counts_as_error():
     """Two inputs that differ in the last digits of float32 alone: nothing is written, and that is not called exact."""
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(48, 8, generator=generator), torch.randn(8, 80, generator=generator)

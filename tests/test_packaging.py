@@ -155,7 +155,7 @@ def run_installer(monkeypatch, capsys):
     return run
 
 
-def test_the_installer_installs_and_says_nothing_when_all_is_there(run_installer):
+def test_the_installer_installs_and_says_nothing_when_nothing_is_missing(run_installer):
     assert run_installer() == ([], [])
 
 

@@ -197,7 +197,7 @@ def test_the_same_lora_from_other_factors_gives_the_same_result(folder, mode):
     assert relative_error(turned, plain) < 1e-5
 
 
-def test_the_approximate_mode_tells_how_far_it_is_from_the_sum(tmp_path):
+def test_the_approximate_mode_shows_how_far_it_is_from_the_sum(tmp_path):
     make_lora(tmp_path / "a.safetensors", LAYERS, rank=4, alpha=4, seed=1)
     make_lora(tmp_path / "b.safetensors", LAYERS, rank=4, alpha=4, seed=2)
     report = merge(tmp_path, "a", "b", mode="add")

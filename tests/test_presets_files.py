@@ -59,7 +59,7 @@ def test_every_shipped_rule_resolves(name, lbw):
 @pytest.mark.parametrize(
     ("prefix", "count"), [("", 17), ("26-", 26), ("XL-", 12), ("XL20-", 20), ("FLUX-", 61)]
 )
-def test_the_usual_presets_are_there_for_every_list(prefix, count):
+def test_the_usual_presets_exist_for_every_list(prefix, count):
     for name in USUAL:
         assert len(SHIPPED.weights[prefix + name].split(",")) == count
     texts = {"BASE"} if count < 61 else {"CLIP", "T5"}
@@ -105,7 +105,7 @@ def test_our_format_has_both_kinds_comments_and_a_later_line_wins(tmp_path):
     assert found.problems == ()
 
 
-def test_a_line_that_is_no_preset_is_told_and_stops_nothing(tmp_path):
+def test_a_line_that_is_no_preset_is_reported_and_stops_nothing(tmp_path):
     path = written(tmp_path, "preset.txt", f"A:{TWELVE}\nnonsense\n:1,2\nB:\n")
     found = load_presets([path])
     assert found.weights == {"A": TWELVE}
@@ -145,14 +145,14 @@ def test_a_byte_order_mark_and_any_line_end_are_read(tmp_path, data):
 
 
 @pytest.mark.parametrize("data", ["猫".encode("cp932"), "A".encode("utf-16"), b"#" * 1_000_001])
-def test_a_file_that_is_no_text_of_ours_is_told_and_passed_over(tmp_path, data):
+def test_a_file_that_is_no_text_of_ours_is_reported_and_skipped(tmp_path, data):
     found = load_presets([written(tmp_path, "preset.txt", data), written(tmp_path, "p2.txt", f"A:{TWELVE}")])
     assert found.weights == {"A": TWELVE}
     assert len(found.problems) == 1
     assert found.problems[0].startswith("preset.txt: ")
 
 
-def test_a_missing_file_is_passed_over_and_a_folder_is_told(tmp_path):
+def test_a_missing_file_is_skipped_and_a_folder_is_reported(tmp_path):
     assert load_presets([tmp_path / "none.txt"]) == Presets()
     assert len(load_presets([tmp_path]).problems) == 1
 

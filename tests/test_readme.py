@@ -113,7 +113,7 @@ def test_recipes_in_json_are_recipes(name):
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_every_route_is_told_and_none_is_made_up(name):
+def test_every_route_is_reported_and_none_is_made_up(name):
     source = (ROOT / "lib_loramerge" / "webui" / "api.py").read_text(encoding="utf-8")
     there = set(re.findall(r'_Route\(\s*"(GET|POST|DELETE)", "(/[^"]+)"', source))
     told = set(re.findall(r"`(GET|POST|DELETE) (/[^`]+)`", text_of(name)))

@@ -110,7 +110,7 @@ def test_a_lora_called_like_a_drive_is_still_a_name():
     assert parse_input("C:0.8") == LoraInput("C", 0.8, 0.8)
 
 
-def test_all_tags_of_a_prompt_are_found_and_other_text_is_passed_over():
+def test_all_tags_of_a_prompt_are_found_and_other_text_is_skipped():
     prompt = (
         "1girl, (hat:1.2) <lora:a:0.8>, [x|y] <hypernet:h:1> <lyco:b c:0.5:lbw=MIDD> a < b > c\n<lora:a:1>"
     )
@@ -183,7 +183,7 @@ def test_no_name_or_no_tag_is_refused(text):
 
 
 @pytest.mark.parametrize("field", ["start=5", "stop=10", "step=5-10", "0.5@5", "te=0@0,1@0.5"])
-def test_a_choice_of_sampling_steps_is_refused_with_the_reason_or_left_out_and_told(field):
+def test_a_choice_of_sampling_steps_is_refused_with_the_reason_or_left_out_and_reported(field):
     with pytest.raises(RecipeError, match=r"sampling steps cannot be kept"):
         parse_input(f"a:{field}")
     notes: list[str] = []

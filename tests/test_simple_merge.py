@@ -36,7 +36,7 @@ def test_names_are_found_in_a_folder_and_tags_work(tmp_path):
         lib_loramerge.merge("<lora:a:0.5>", out, lora_dir=tmp_path, ranks=4)
 
 
-def test_the_call_is_there_without_an_import_of_torch():
+def test_the_call_exists_without_an_import_of_torch():
     code = (
         "import sys, lib_loramerge; assert 'torch' not in sys.modules; assert callable(lib_loramerge.merge)"
     )

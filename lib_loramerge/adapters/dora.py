@@ -27,7 +27,7 @@ HOSTS_DIFFER = (
 def axis(shape: Shape, out: int, in_: int, slot: str) -> Literal["out", "in"] | None:
     """The channels that a stored magnitude belongs to, or None if it fits neither.
 
-    ``dora_scale`` tells it by its shape: (out, 1, ...) or (1, in, ...). A bare
+    ``dora_scale`` shows it by its shape: (out, 1, ...) or (1, in, ...). A bare
     vector, and PEFT's (1, out, 1, 1) for convolutions, are per output. For a
     square convolution (1, n, 1, 1) is read per input, as LyCORIS and OneTrainer
     write it; the slot ``magnitude`` is for formats that are always per output.

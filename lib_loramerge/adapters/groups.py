@@ -42,7 +42,7 @@ def endings() -> dict[str, tuple[str, ...]]:
 
 @cache
 def _families() -> dict[str, tuple[tuple[AdapterKind, ...], frozenset[str]]]:
-    """Kinds that share slots, told apart by what there is of them, and those slots."""
+    """Kinds that share slots, and those slots; which of them are present decides the kind."""
     found: dict[str, list[AdapterKind]] = {}
     for kind in ADAPTERS.values():
         if kind.family:
@@ -108,7 +108,7 @@ def _complete_kind(family: str, present: frozenset[str], where: str) -> AdapterK
     if not missing:
         raise IncompatibleError(f"{where}: {there} do not belong together in one {family} layer.")
     raise IncompatibleError(
-        f"{where}: this {family} layer is incomplete: {there} is there, {_listed(missing)} is missing."
+        f"{where}: this {family} layer is incomplete: it has {there} and lacks {_listed(missing)}."
     )
 
 
@@ -119,11 +119,11 @@ def _companions_only(present: frozenset[str], where: str) -> Group:
     if "diff_b" in present:
         rest = sorted(present - {"diff_b", "alpha", "scale", "scalar"})
         if rest:
-            raise IncompatibleError(f"{where}: {_listed(rest)} is there without the factors it belongs to.")
+            raise IncompatibleError(f"{where}: {_listed(rest)} lacks the factors that it belongs to.")
         return Group(ADAPTERS["bias"])
     rest = sorted(present - {"alpha", "scale", "scalar"})
     if rest:
-        raise IncompatibleError(f"{where}: {_listed(rest)} is there without the factors it belongs to.")
+        raise IncompatibleError(f"{where}: {_listed(rest)} lacks the factors that it belongs to.")
     left = _listed(sorted(present))
     return Group(None, None, (f"{left} without any factors was dropped; it changes nothing.",))
 
@@ -132,8 +132,8 @@ def _check_residual(present: frozenset[str], where: str) -> None:
     parts = present & RESIDUAL_PARTS
     if parts and parts != RESIDUAL_PARTS:
         raise IncompatibleError(
-            f"{where}: the sparse residual is incomplete: {_listed(sorted(parts))} is there, "
-            f"{_listed(sorted(RESIDUAL_PARTS - parts))} is missing."
+            f"{where}: the sparse residual is incomplete: it has {_listed(sorted(parts))} and lacks "
+            f"{_listed(sorted(RESIDUAL_PARTS - parts))}."
         )
     if parts and "bias" in present:
         raise UnsupportedError(f"{where}: this layer holds a dense and a sparse residual at once.")

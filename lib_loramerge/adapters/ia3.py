@@ -14,7 +14,7 @@ def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     shape = shapes["ia3_weight"]
     if math.prod(shape) != max(shape, default=1):
         raise IncompatibleError(f"{where}: ia3_weight has the shape {tuple(shape)} where a vector is needed.")
-    # Which side the vector belongs to is a stored value, so only the base weight tells the other size.
+    # A stored value says which side the vector belongs to, so only the base weight has the other size.
     return LayerFacts("ia3", None, None, plain_kernel(kernel or ()), needs_base=True)
 
 

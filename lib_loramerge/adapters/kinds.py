@@ -1,4 +1,4 @@
-"""What an adapter kind is: its slots, its formula and what it needs, told once.
+"""What an adapter kind is: its slots, its formula and what it needs, each in one place.
 
 A kind works on the slots of one layer. ``describe`` looks at shapes alone, so
 that a file can be judged from its header; ``build`` makes the delta weight at a
@@ -27,14 +27,14 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the header alone tells of one layer of one file.
+    """What a header alone shows of one layer.
 
     Attributes:
         kind: Name of the adapter kind in :data:`ADAPTERS`, or ``"orphan"`` when
             only an alpha or another companion is left and there is nothing to
             merge.
-        out: Output channels of the layer; None when only the base weight tells.
-        in_: Input channels, not unfolded; None when only the base weight tells,
+        out: Output channels of the layer; None when only the base weight has them.
+        in_: Input channels, not unfolded; None when only the base weight has them,
             0 for the vectors of normalisation layers.
         kernel: Kernel of a k x k convolution; ``()`` for everything that is a
             plain matrix, 1 x 1 convolutions included.
@@ -144,7 +144,7 @@ def register(kind: AdapterKind) -> AdapterKind:
 
 
 def shapes_of(slots: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Shapes of tensors, as a header would tell them."""
+    """Shapes of tensors, as a header has them."""
     return {slot: tuple(tensor.shape) for slot, tensor in slots.items()}
 
 
@@ -187,8 +187,8 @@ def plain_kernel(kernel: Shape) -> Shape:
 
 def misfit(where: str, shapes: Shapes, *slots: str) -> IncompatibleError:
     """The error for slots of one layer whose shapes contradict each other."""
-    told = " and ".join(f"{slot} {tuple(shapes[slot])}" for slot in slots if slot in shapes)
-    return IncompatibleError(f"{where}: the shapes of {told} do not fit each other.")
+    listed = " and ".join(f"{slot} {tuple(shapes[slot])}" for slot in slots if slot in shapes)
+    return IncompatibleError(f"{where}: the shapes of {listed} do not fit each other.")
 
 
 def require(fits: bool, where: str, shapes: Shapes, *slots: str) -> None:

@@ -39,7 +39,7 @@ def describe(slots: Mapping[str, Shape], *, where: str, kernel: Shape | None = N
         slots: Slot name to shape.
         where: File and layer, for messages.
         kernel: Kernel of the base model's layer if it is known to be a
-            convolution; formats that store factors flat do not tell it.
+            convolution; formats that store factors flat lack it.
 
     Raises:
         UnsupportedError: A kind that cannot be merged.
@@ -65,7 +65,7 @@ def _widths(slots: tuple[tuple[str, Shape], ...]) -> tuple[int | None, int | Non
 
 
 def measured(slots: Mapping[str, Shape]) -> Measured:
-    """What the tensors of a layer tell of its shape, before the base model is known."""
+    """A layer's shape as its tensors show it, before the base model is known."""
     out, in_ = _widths(tuple(sorted(slots.items())))
     down = slots.get("down", ())
     return Measured(out, in_, len(down) == 4 if len(down) > 1 else None)
@@ -169,8 +169,8 @@ def check_base_shape(facts: LayerFacts, shape: Shape, where: str) -> None:
     if same and facts.in_ is not None:
         same = math.prod(facts.kernel) == math.prod(shape[2:])
     if not same:
-        told = (facts.out, facts.in_, *facts.kernel)
+        expected = (facts.out, facts.in_, *facts.kernel)
         raise IncompatibleError(
-            f"{where}: this {ADAPTERS[facts.kind].label} layer was made for a weight of {told} (out, in, "
+            f"{where}: this {ADAPTERS[facts.kind].label} layer was made for a weight of {expected} (out, in, "
             f"kernel), but the base checkpoint's is {shape}."
         )

@@ -35,9 +35,9 @@ class Scale:
 
 
 def scale_notes(shapes: Shapes) -> tuple[str, ...]:
-    """What the report says of a layer's scale, from the slots that are there."""
-    told = {"scale": SCALE_KEY, "scalar": SCALAR_IGNORED}
-    return tuple(note for slot, note in told.items() if slot in shapes)
+    """What the report says of a layer's scale, from the slots present."""
+    notes = {"scale": SCALE_KEY, "scalar": SCALAR_IGNORED}
+    return tuple(note for slot, note in notes.items() if slot in shapes)
 
 
 def read_scale(kind: AdapterKind, slots: Mapping[str, Tensor], where: str) -> Scale:

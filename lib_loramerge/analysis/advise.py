@@ -1,4 +1,4 @@
-"""What each rank would cost and lose, told before merging from the singular values alone."""
+"""What each rank would cost and lose, from the singular values alone, before merging."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIZE_POINTS = 24
 _ELEMENT, _GRAM, _VALUES = 25.0, 0.05, 0.1
 # Modes whose result is another one at each --rank: the curve is that of cutting the present one further.
 _MADE_FOR_RANK = ("tsv", "ctm")
-# Part of the work after which the time it took tells more than the estimate does.
+# Part of the work after which the time spent predicts better than the estimate.
 _TELLING = 0.02
 
 
@@ -120,7 +120,7 @@ def expected_seconds(plan: MergePlan, cores: int | None = None) -> float:
     """About how long :func:`advise` takes where layers have to be formed whole; 0 where none has to.
 
     Elementwise methods give layers of full rank. All their singular values are needed for the error at
-    every rank, and no faster way tells them: a sample of layers or of values would be a guess.
+    every rank, and no faster way gives them: a sample of layers or of values would be a guess.
 
     Args:
         cores: By default those that this process may use.
@@ -138,22 +138,22 @@ def _work(plan: MergePlan, layer: LayerPlan) -> float:
 
 
 def _timed(plan: MergePlan, progress: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
-    """Tell the time left by work and not by the number of layers: large ones come first and take long."""
+    """Progress with the time left by work, not by number of layers: large ones come first and take long."""
     expected = expected_seconds(plan)
     if progress is None or not expected:
         return progress
-    tell = progress
+    report = progress
     # In the order of work: each_layer begins with the largest.
     done = list(accumulate(sorted((_work(plan, layer) for layer in plan.layers), reverse=True), initial=0.0))
     start = perf_counter()
     progress(Progress("look", 0, len(plan.layers), eta=expected))
 
-    def told(step: Progress) -> None:
+    def timed(step: Progress) -> None:
         share, spent = done[step.done] / done[-1], perf_counter() - start
         left = spent * (1 - share) / share if share > _TELLING else max(0.0, expected - spent)
-        tell(replace(step, eta=left))
+        report(replace(step, eta=left))
 
-    return told
+    return timed
 
 
 def advise(

@@ -190,7 +190,7 @@ def norms_by_block(squares: Iterable[tuple[LayerPlan, float]]) -> dict[str, floa
 
 
 def most_opposed_first(pairs: Sequence[PairReport]) -> list[PairReport]:
-    """The pairs by the block in which each fights most, so that a few tell what matters."""
+    """The pairs by the block in which each conflicts most, so that the first few matter."""
     return sorted(pairs, key=lambda pair: min((r.cosine for r in pair.blocks.values()), default=0.0))
 
 

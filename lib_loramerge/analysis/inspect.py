@@ -23,7 +23,7 @@ from ..models import ARCHITECTURES
 from ..report import histogram_text, percent
 from .hosts import hosts_that_load
 
-# Ranks at which the share of the norm kept is told.
+# Ranks at which the share of the norm kept is reported.
 CURVE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SHOWN_METADATA = (
     "ss_output_name", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha",
@@ -33,7 +33,7 @@ _SHOWN_METADATA = (
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Everything ``inspect`` tells of a file.
+    """Everything that ``inspect`` reports of a file.
 
     Attributes:
         reason: Why the base model is thought to be that one.

@@ -58,8 +58,8 @@ def bundled_preset_path() -> Path:
 def load_presets(paths: Sequence[Path]) -> Presets:
     """All presets of some files; of equal names the earlier file's wins.
 
-    A file that is not there is passed over; what cannot be read or understood is
-    told in ``problems``, so that one bad line does not stop every merge.
+    Missing files are skipped; what cannot be read or understood is listed in
+    ``problems``, so that one bad line does not stop every merge.
     """
     weights: dict[str, str] = {}
     elements: dict[str, str] = {}

@@ -92,7 +92,7 @@ def parse_rules(
     """Elemental rules from ``blocks:elements:ratio[,blocks:elements:ratio...]``.
 
     Args:
-        text: The rules; line ends count as commas, empty parts are passed over.
+        text: The rules; line ends count as commas, empty parts are skipped.
         ids: Blocks that ranges may name; ``None`` for those of any base model.
         where: Begins each message.
         own: Blocks of the base model, known beside those of ``ids`` or of any model.

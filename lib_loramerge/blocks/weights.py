@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _X = re.compile(r"X(?:([+-])([0-9.]+))?")
 
-# Blocks that tell SD or Flux apart. IN and OUT do not: other transformers have them too, and of a list
+# Blocks that only SD or only Flux has. IN and OUT are not: other transformers have them too, and of a list
 # for SD such a model takes BASE alone.
 _ONLY_THEIRS = frozenset(SD_FULL + FLUX) - frozenset(OTHER)
 
@@ -259,7 +259,7 @@ def check_reach(
         layers: (component, block, canonical name) of each layer of the LoRA.
 
     Raises:
-        RecipeError: The list, or all rules together, govern no layer that is there.
+        RecipeError: The list, or all rules together, govern none of the layers.
     """
     known, name = list(layers), shown(found.name)
     has = in_ranges(block for block in model.all if block in {block for _, block, _ in known}) or "no block"
@@ -267,14 +267,14 @@ def check_reach(
     for entry, blocks in found.entries:
         if not any(block in blocks for _, block, _ in known):
             raise RecipeError(
-                f"{name}: {shown(entry)} governs no layer that is there: this LoRA has layers of {has} of "
+                f"{name}: {shown(entry)} governs no layer of this LoRA, which has layers of {has} of "
                 f"{model.label}."
             )
     if found.ids:
         left = [layer for _, block, layer in known if block not in found.named]
         if len(left) == len(known):
             raise RecipeError(
-                f"{name}: the block weights govern no layer that is there: this LoRA has layers of {has} of "
+                f"{name}: the block weights govern no layer of this LoRA, which has layers of {has} of "
                 f"{model.label}. The lists are {model.counts_text()}." + presets_text(fitting(presets, model))
             )
         if left:
@@ -287,7 +287,7 @@ def check_reach(
     if found.elements and len(idle) == len(found.elements):
         words = elements_of(model.architecture)
         raise RecipeError(
-            f"{name}: the elemental rules govern no layer that is there: {shown(','.join(idle))}. This LoRA "
+            f"{name}: the elemental rules govern no layer of this LoRA: {shown(','.join(idle))}. It "
             f"has layers of {has} of {model.label}. Words for its elements: {', '.join(words) or 'none'}."
         )
     return [*notes, *(f"{name}: the elemental rule {shown(text)} reaches no layer." for text in idle)]

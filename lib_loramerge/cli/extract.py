@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--no-hash", action="store_true", help="do not hash the checkpoints for the metadata")
     add_settings(parser, "extract")
-    parser.add_argument("--dry-run", action="store_true", help="read and tell everything, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="read and report everything, write nothing")
     add_json(parser)
 
 

@@ -98,8 +98,8 @@ def run_merges(options: argparse.Namespace) -> int:
     if options.dry_run or target is None:
         compute_device(recipe.device)  # the one thing of a run that a plan does not look at
         if options.json:
-            told = [_plan_json(plan, own, notes) for plan, own in merges]
-            print_json(told if options.pairs else told[0])
+            plans = [_plan_json(plan, own, notes) for plan, own in merges]
+            print_json(plans if options.pairs else plans[0])
         else:
             for plan, own in merges:
                 _show_plan(plan, own, notes)
@@ -132,8 +132,8 @@ def _merge_all(
             print(report.to_text())
             print_notes(notes)
     if options.json:
-        told = [{**report.to_json(), "warnings": [*notes, *report.warnings]} for report in reports]
-        print_json(told if options.pairs else told[0])
+        shown = [{**report.to_json(), "warnings": [*notes, *report.warnings]} for report in reports]
+        print_json(shown if options.pairs else shown[0])
 
 
 def _plan_json(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Spectrum:
         mixing: ``mixing(k)`` gives two (R, k) float64 matrices: the best approximation of rank k has
             ``up = source.up @ left`` and ``down = right^T @ source.down``. None when only the values
             were asked for.
-        beyond: Squared norm of what ``values`` do not tell, where only the largest were looked for.
+        beyond: Squared norm of the rest, where only the largest values were computed.
         doubt: Squared norm, at most, of what was left out as noise and stands in no other number here. Where
             it matters, the error has to be measured on the factors.
         small: The Gram matrices of a source that is a sum of parts.
@@ -292,7 +292,7 @@ def _known(delta: LowRank) -> Spectrum:
 
 
 def lost_by_all(spectra: Sequence[Spectrum], mixings: tuple[Tensor, Tensor]) -> Tensor | None:
-    """(n, parts, 2) ``lost_of_parts`` of several that were solved together; None where they do not tell it.
+    """(n, parts, 2) ``lost_of_parts`` of several that were solved together; None where they lack what that takes.
 
     Args:
         mixings: Of their cuts, (n, R, k) each.
@@ -310,12 +310,12 @@ def lost_by_all(spectra: Sequence[Spectrum], mixings: tuple[Tensor, Tensor]) -> 
 
 
 def cancelled(energy: float, size: float) -> bool:
-    """Whether so little of the inputs is left in their sum that Gram matrices do not tell it well."""
+    """Whether the inputs cancel so far that Gram matrices lose most digits of their sum."""
     return size > 0 and energy <= (CANCELLED * size) ** 2
 
 
 def in_float32(size: float) -> bool:
-    """Whether numbers of about this size, and their roundings, have squares that float32 can tell."""
+    """Whether numbers of about this size, and their roundings, have squares within float32's range."""
     return 1e-15 < size < 1e24
 
 
@@ -468,7 +468,7 @@ def decompose_whole(
     wide = whole.shape[0] <= whole.shape[1]
     square = gram(whole if wide else whole.mT)
     energy = _checked(float(square.diagonal().sum()))
-    # The sum stands here to 1e-16 of its inputs, and its Gram matrix tells 1e-8 of it.
+    # The sum is exact to 1e-16 of its inputs here, and its Gram matrix to 1e-8.
     noise = max(NOISE * energy**0.5, _LAST * size)
     if not vectors:
         return _judged(_roots(torch.linalg.eigvalsh(square).cpu()), energy, size, noise)

@@ -23,7 +23,7 @@ def leading(weight: Tensor, rank: int, name: str, kernel: tuple[int, ...] = ()) 
     Args:
         weight: (out, in) float32, not zero.
         rank: How many.
-        name: Of the layer; tells the random start, so that the result does not depend on the order of work.
+        name: The layer's; it seeds the random start, so that the result does not depend on the order of work.
 
     Returns:
         Truncations of its spectrum miss the least error by 1e-6 to 2e-5 of it where the singular values fall

@@ -69,7 +69,7 @@ class Overlaps:
 
 
 def overlaps(deltas: Sequence[Delta]) -> Overlaps:
-    """Similarity of each two deltas of one layer; of low-rank ones from one pass over their factors."""
+    """Similarity of each pair of deltas of one layer, from one pass over the factors of low-rank ones."""
     low = [index for index, delta in enumerate(deltas) if isinstance(delta, LowRank)]
     inputs, outputs = torch.full((2, len(deltas), len(deltas)), math.nan, dtype=torch.float64)
     if not low:
@@ -106,7 +106,7 @@ def relative_error(exact: Delta, written: Delta) -> tuple[float, float]:
     """Squared distance of ``written`` from ``exact``, and the squared norm of ``exact``.
 
     Both on one device. Squares, so that they can be added over the layers of a file. Low-rank deltas that
-    nearly agree go through orthogonal factors, so that a distance of 1e-12 is still told right.
+    nearly agree go through orthogonal factors, so that a distance of 1e-12 is still right.
     """
     if isinstance(exact, Dense) or isinstance(written, Dense):
         difference = exact.dense() - written.dense()

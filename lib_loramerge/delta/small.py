@@ -1,4 +1,4 @@
-"""The R x R matrices that tell all about low-rank deltas, and what is read off them."""
+"""The R x R Gram matrices of low-rank deltas, and what is read off them."""
 
 from __future__ import annotations
 

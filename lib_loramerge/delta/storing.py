@@ -57,7 +57,7 @@ class Stored:
         kernel: (kh, kw) or ().
         error_sq: Squared Frobenius distance of these very tensors from the exact delta.
         exact_sq: Squared Frobenius norm of the exact delta.
-        parts: What the parts of a sum lost, as ``lost_of_parts`` tells it; None where it is not known.
+        parts: What the parts of a sum lost, from ``lost_of_parts``; None where it is not known.
         smaller: Squared error, rounding aside, and ``parts`` at a smaller rank that was asked about.
     """
 

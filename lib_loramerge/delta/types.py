@@ -24,7 +24,7 @@ class LowRank:
         alpha: Numerator of the scale.
         kernel: (kh, kw) of a k x k convolution, else (). 1 x 1 convolutions are plain matrices here.
         parts: Ranks of the summands that were stacked into this one, in order; () when it is one piece.
-            They tell how large the inputs were, which decides what is noise in the sum.
+            They show how large the inputs were, which decides what is noise in the sum.
         gains: (rank,) float64 factor of each component, or None for ones: the delta is then
             ``alpha / rank * up @ diag(gains) @ down``. Only :func:`stack` makes them, so that a sum
             keeps the factors as they are stored and nothing is rounded before the arithmetic.
@@ -105,7 +105,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Grams:
-    """The two small matrices that tell all about a low-rank delta: both (R, R) float64, on the CPU."""
+    """The Gram matrices of a low-rank delta's factors: both (R, R) float64, on the CPU."""
 
     up: Tensor
     down: Tensor
@@ -114,7 +114,7 @@ class Grams:
 @final
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """A delta weight told in the components of the inputs: ``up @ left @ right^T @ down``.
+    """A delta weight in the components of the inputs: ``up @ left @ right^T @ down``.
 
     What the subspace methods give: nothing large has been multiplied yet, and what storing it asks of the
     large factors is known.

@@ -3,7 +3,7 @@
 A key is the name of a layer and, after it, a slot: which tensor of the layer it
 is. ``slots`` knows the endings, ``registry`` the beginnings, and
 ``models`` what lies between. ``parse_file`` reads a whole file, because
-only all names together tell the base model, and only that tells what a name means.
+only all names together show the base model, and a name has a meaning only in one.
 """
 
 from __future__ import annotations

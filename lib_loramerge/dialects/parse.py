@@ -65,7 +65,7 @@ class ParsedFile:
         orphans: Keys of layers that have nothing but an ``alpha``; they change nothing.
         dropped: Keys that every host leaves out.
         unlisted: Layers that the base model's table lacks; they keep the names that the file gives them.
-        size: Of the base model, where the file tells it.
+        size: The base model's size, where the file shows it.
         candidates: Every model and size that the file fits.
         style: How the file spells its slots, to write the layers of an opaque base model again.
     """
@@ -93,7 +93,7 @@ def parse_file(
 ) -> ParsedFile:
     """Read the names of a file.
 
-    A layer that is there under two spellings has overlapping parts; whether they say the same is for
+    A layer under two spellings has overlapping parts; whether they say the same is for
     the caller to find out, who can read their numbers.
 
     Args:
@@ -104,7 +104,7 @@ def parse_file(
 
     Raises:
         UnsupportedError: The file is of a kind that cannot be merged.
-        IncompatibleError: One tensor of a layer is there twice.
+        IncompatibleError: A file has one tensor of a layer twice.
     """
     metadata = metadata or {}
     start = f"{where}: " if where else ""

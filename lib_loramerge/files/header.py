@@ -1,6 +1,6 @@
 """The header of a safetensors file, checked before a byte of data is trusted.
 
-A header is JSON that tells each tensor's dtype, shape and place. Files come from
+A header is JSON with each tensor's dtype, shape and place. Files come from
 strangers, so nothing in it is believed: lengths, offsets, shapes and names are
 checked against the size of the file, and the work is bounded whatever they say.
 """

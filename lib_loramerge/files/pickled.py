@@ -160,7 +160,7 @@ def _from_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, Starts]:
 
 
 def _data_start(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
-    """First byte of a stored entry, behind its own header, whose length the directory does not tell."""
+    """First byte of a stored entry, behind its own header, whose length is not in the directory."""
     file.seek(entry.header_offset)
     head = read_exactly(file, 30)
     if len(head) < 30 or head[:4] != b"PK\3\4":

@@ -48,7 +48,7 @@ class Excessive(Exception):
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers in the file; ``dtype`` is empty where the tensor tells it."""
+    """A run of numbers in the file; ``dtype`` is empty where the tensor has it."""
 
     key: str
     dtype: str
@@ -103,7 +103,7 @@ def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         and the storages by key, in the order in which they are named.
 
     Raises:
-        Harmful: It wants to call something.
+        Harmful: It calls something else than torch's own constructors.
         Excessive: It exceeds our bounds.
         ValueError: It is damaged (so are IndexError, KeyError, TypeError and others of a broken pickle).
     """
@@ -152,7 +152,7 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise ValueError(f"no {kind.__name__} is there to be filled")
+            raise ValueError(f"the {kind.__name__} to be filled is missing")
         return self.stack[-1]
 
     def set_items(self, items: list[Any]) -> None:
@@ -184,10 +184,10 @@ class _Machine:
 
     def load(self) -> None:
         """A storage, by what torch calls its persistent id."""
-        told = self.stack.pop()
-        if not isinstance(told, tuple) or len(told) not in (5, 6):
+        reference = self.stack.pop()
+        if not isinstance(reference, tuple) or len(reference) not in (5, 6):
             raise ValueError("it refers to something else than a storage")
-        (kind, storage, key, _, count), view = told[:5], told[5:]
+        (kind, storage, key, _, count), view = reference[:5], reference[5:]
         known = isinstance(storage, Name) and isinstance(key, (str, int))
         if kind != "storage" or not known or any(part is not None for part in view):
             raise ValueError("it refers to something else than a storage")

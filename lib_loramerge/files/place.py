@@ -96,7 +96,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def free_space(folder: Path) -> int | None:
-    """Free bytes on the disk of a folder, or None if the system does not tell."""
+    """Free bytes on a folder's disk; None if the system does not report them."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:

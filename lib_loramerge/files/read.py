@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TAIL_BYTES, MANY_ZEROS = 4096, 64_000_000
-"""Fewer zeros at the end of a file tell nothing; more need not be counted."""
+"""Fewer zeros at the end of a file are no sign of damage; more need not be counted."""
 
 LORA_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 """What the hosts list as a LoRA."""
@@ -51,7 +51,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises:
         FileError: If the file cannot be read or is not what its name says; the message
-            tells what it is.
+            names what it is.
     """
     path = Path(path)
     with reading(path) as (file, status):

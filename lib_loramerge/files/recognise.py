@@ -50,7 +50,7 @@ def describe_bytes(head: bytes, size: int) -> str | None:
         size: Size of the whole file in bytes.
 
     Returns:
-        None if the bytes tell nothing; they may be safetensors.
+        None if no rule fits the bytes; they may be safetensors.
     """
     for magic, what in MAGIC:
         if head.startswith(magic):

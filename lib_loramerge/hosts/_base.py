@@ -25,7 +25,7 @@ ALL = frozenset(set(ARCHITECTURES) - {"unknown"})
 # beginning ends with an underscore, the dots of the path have become underscores too.
 Form = tuple[str, str]
 CHECKPOINT, DIFFUSERS = "checkpoint", "diffusers"
-# The attention of a U-Net has one more spelling in diffusers, by attention processors; hosts tell them apart.
+# diffusers spells the attention of a U-Net also by attention processors; not every host reads both.
 PROCESSOR, ATTENTION = "processor", "attention"
 # Any other spelling of the path that we read, such as that of the model's own code.
 ALIAS = "alias"
@@ -133,7 +133,7 @@ class Host:
         lone_alphas: It loads a file in which an alpha stands alone.
         placed_share: It refuses a file of whose tensors it cannot place this share; 0 if it never does.
         embeddings: It loads a file with bundled embeddings.
-        attention_as_one: It applies q, k, v and out of an OpenCLIP encoder only when all four are there.
+        attention_as_one: It applies q, k, v and out of an OpenCLIP encoder only when the file has all four.
         control_adapters: It knows BFL's control adapters, which it converts as a whole.
         flattened_alone: It takes names only in kohya's spelling.
         without_alpha: Base models that it takes only in the diffusers spelling without alpha.

@@ -61,7 +61,7 @@ def decide(sources: Sequence[Source], chosen: str | None, dialect: str) -> BaseM
     """Find the base model that all files of a merge fit.
 
     Args:
-        sources: As their own layers and metadata tell.
+        sources: As their own layers and metadata show them.
         chosen: The user's word, which overrules them.
         dialect: The recipe's.
 

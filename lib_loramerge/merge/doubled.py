@@ -24,7 +24,7 @@ _SAME = 1e-3
 def one_spelling(path: Path, layer: str, parts: Sequence[SourcePart]) -> tuple[list[SourcePart], str | None]:
     """The parts of a layer, each row of it once, and a note of the spelling that was left out.
 
-    Reads tensors, of layers that are there twice alone.
+    Reads tensors only of layers that the file holds twice.
 
     Raises:
         IncompatibleError: The two spellings hold different numbers.
@@ -60,7 +60,7 @@ def _compare(file: LoraFile, path: Path, layer: str, first: Sequence[SourcePart]
         same = _same_change(file, path, beside, other)
     if not same:
         raise IncompatibleError(
-            f"{path.name}: one layer is there twice, as {beside[0].part.spelling} and as "
+            f"{path.name} holds one layer twice, as {beside[0].part.spelling} and as "
             f"{other.part.spelling}, with different numbers. Remove one of the two, or load each in a file "
             "of its own."
         )

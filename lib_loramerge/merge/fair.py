@@ -157,7 +157,7 @@ class _Search:
         return np.where(self.there, np.exp(logs - logs[self.there].max()), 0.0)
 
     def tried(self, weights: np.ndarray) -> tuple[float, dict[str, int], np.ndarray]:
-        """(how good it is, ranks, share kept of each LoRA, told both ways) with these weights."""
+        """(how good it is, ranks, share kept of each LoRA, measured both ways) with these weights."""
         gains, shares = self._gains(weights)
         costs = [
             replace(self.costs.layers[layer.layer], values=np.sqrt(gain))

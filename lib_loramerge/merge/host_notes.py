@@ -122,7 +122,7 @@ def _biases(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan
     alone = sum(bias_alone(layer) for layer in layers)
     if alone:
         notes.append(
-            f"A bias alone changes in {_layers(alone)}, and nothing tells the width: Forge applies that, "
+            f"A bias alone changes in {_layers(alone)}, whose width is unknown: Forge applies that, "
             "A1111 refuses the whole file. With the base model (--base CHECKPOINT) both will load it."
         )
     return notes

@@ -118,7 +118,7 @@ def _why_not(host: Host, spelling: Spelling, architecture: str, layer: LayerPlan
 
 
 def bias_alone(layer: LayerPlan) -> bool:
-    """Whether nothing but a bias changes in a layer, and nothing tells the layer's width."""
+    """Whether only a layer's bias changes, and its width is unknown."""
     return layer.in_ == 0 and not layer.vector
 
 

@@ -43,7 +43,7 @@ from .device import compute_device
 from .layout import LayerPlan, MergePlan, output_names, smaller
 from .read import SourceReader
 
-_COUNTS = 1e-8  # Part of a layer from which on what float64 does not tell of it is told.
+_COUNTS = 1e-8  # Part of a layer above which the report states what float64 loses of it.
 
 # For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
 # what of the sum is not in the file, and the squared norm of that delta.
@@ -210,10 +210,10 @@ class Merger:
         )
 
     def _vector(self, layer: LayerPlan, given: Sequence[Delta | Tensor | None], name: str) -> Tensor:
-        """What the method makes of the inputs' norms or biases, at least one of which is there.
+        """The method's merge of the inputs' norms or biases, of which at least one is not None.
 
         Args:
-            name: Tells the layer's vectors apart, so that a random choice in one is not that in another.
+            name: Differs between a layer's vectors, so that random choices do too.
         """
         present = [index for index, entry in enumerate(given) if entry is not None]
         vectors = [
@@ -534,12 +534,12 @@ def _all_doubt(delta: Merged | None) -> bool:
 
 
 def _doubted(result: LayerResult, doubt: float) -> LayerResult:
-    """With what float64 does not tell of the layer, where that counts."""
+    """The result with its doubt, where that is large enough to count."""
     return replace(result, doubt=doubt) if doubt > _COUNTS * result.exact_sq**0.5 else result
 
 
 def _not_written(delta: Merged | None) -> tuple[float, float]:
-    """Squared norm of a delta that is not written, and the norm of what float64 does not tell of it."""
+    """Squared norm of a delta that is not written, and the norm of its doubt."""
     if delta is None:
         return 0.0, 0.0
     if isinstance(delta, Dense):

@@ -298,7 +298,7 @@ def zero_layers(plan: MergePlan) -> tuple[LayerPlan, ...]:
 
 
 def zero_layer(like: LayerPlan, name: str) -> LayerPlan:
-    """A layer of zeros that completes the group of another, which tells its shape."""
+    """A layer of zeros, shaped like another layer, whose group it completes."""
     return LayerPlan(name, like.component, like.block, like.out, like.in_, (), (), (), 1, False, False)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def peak_memory_bytes() -> int | None:
-    """Largest resident size of the process so far; None where the system does not tell."""
+    """Largest resident size of the process so far; None where the system does not report it."""
     try:
-        # Linux hands ``ru_maxrss`` on from the process that started this one, and this number it does not.
+        # On Linux ``ru_maxrss`` includes the process that started this one; this number does not.
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -21,7 +21,7 @@ _KEYS = ("ss_output_name", "modelspec.title", "ss_sd_model_name", "modelspec.arc
 
 
 def noise(source: Source) -> str | None:
-    """``"high"`` or ``"low"``, as a LoRA's name or metadata tell; None if they do not, or it is no Wan."""
+    """``"high"`` or ``"low"``, as a LoRA's name or metadata say; None if they do not, or it is no Wan."""
     if source.architecture.id != "wan":
         return None
     metadata = source.header.metadata

@@ -92,7 +92,7 @@ def _apart(least: float, most: float) -> bool:
 
 
 def _doubtful(results: Sequence[LayerResult]) -> list[str]:
-    """A warning for the layers of which float64 does not tell what is left."""
+    """A warning for layers whose remainder float64 cannot resolve."""
     doubtful = [result for result in results if result.doubt]
     most = max(doubtful, key=lambda result: result.doubt)
     return [
@@ -230,7 +230,7 @@ def _input_report(
 def _resolved_blocks(plan: MergePlan, entry: SourcePlan) -> dict[str, float]:
     """Block to what most of its layers in one input are multiplied by, 0 included.
 
-    Text encoders with strengths of their own are told apart, ``"BASE te2"``.
+    Text encoders with strengths of their own have an entry each, ``"BASE te2"``.
     """
     own = any(getattr(entry.input, part) is not None for part in ("te1", "te2", "te3"))
     counts: dict[str, Counter[float]] = {}

@@ -181,8 +181,7 @@ def _refuse_two_spellings(sources: Sequence[Source]) -> None:
             if name != layer:
                 raise IncompatibleError(
                     f"{before.path.name} has {name} and {source.path.name} has {layer}, which look like two "
-                    "spellings of one layer, and nothing tells how they are related. Load each in a file of "
-                    "its own."
+                    "spellings of one layer of a model that is not known. Load each in a file of its own."
                 )
 
 

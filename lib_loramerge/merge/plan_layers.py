@@ -35,7 +35,7 @@ def plan_layers(
         if shape is None:
             shape = _shape_of_bias(parts[0], base, architecture) if bias_alone else None
         if shape is None:
-            assert base is not None  # without one the adapters that do not tell their shape were refused
+            assert base is not None  # without one, adapters of unknown shape were refused
             shape = _base_shape(base, architecture, layer)
         component, block = models.component(layer), models.block(architecture, layer)
         inputs, input_ranks = [], []
@@ -76,7 +76,7 @@ def _input_rank(plan: SourcePlan, layer: str) -> int | None:
 
 
 def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
-    """The shape that all sources agree on; None when none of them tells it."""
+    """The shape that all sources agree on; None when none of them shows it."""
     known = [(source, shape) for source in sources if (shape := source.shape(layer)) is not None]
     for source, shape in known[1:]:
         if shape != known[0][1]:
@@ -125,7 +125,7 @@ def _base_shape(base: BaseCheckpoint, architecture: str, layer: str) -> LayerSha
 
 
 def _shape_of_bias(part: SourcePart, base: BaseCheckpoint | None, architecture: str) -> LayerShape:
-    """Shape of a layer of which only the bias changes; its inputs are 0 when nothing tells them."""
+    """Shape of a layer whose bias alone changes; 0 inputs when they are unknown."""
     if base is not None:
         try:
             return _base_shape(base, architecture, part.part.layer)

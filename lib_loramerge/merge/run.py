@@ -236,7 +236,7 @@ def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]
         for companion in models.companions(plan.architecture.id, name):
             if companion in written or any(entry.result.layer == companion for entry in added):
                 continue
-            # The four are square and of one size, so any of them tells the others' shape.
+            # The four are square and of one size, so any of them has the others' shape.
             like = shapes.get(companion, shapes[name])
             up, down = torch.zeros(like.out, 1), torch.zeros(1, like.width)
             stored = Stored(up.to(merger.dtype), down.to(merger.dtype), 1.0, (), 0.0, 0.0)

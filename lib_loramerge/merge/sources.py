@@ -29,12 +29,12 @@ LayerShape = tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class SourcePart:
-    """One part of a layer in a file, with what its shapes tell.
+    """One part of a layer in a file, with what its shapes show.
 
     Attributes:
         spans: Row ranges of the whole layer that this part fills, in order;
             None when the part is the whole layer.
-        out: Rows of the whole layer; None when only the base weight tells.
+        out: Rows of the whole layer; None when only the base weight has them.
         taken: Row ranges of what the file has that are this part, where it joins several layers.
         kernel: What the base model is known to have here, for formats that do not say.
     """
@@ -57,7 +57,7 @@ class Source:
         unknown: Tensor names nobody understands.
         orphans: Keys of layers that have nothing but an ``alpha``; they change nothing.
         zeros: Bytes of zeros at the end of the file that no tool writes.
-        size: Of the base model, where the file tells it.
+        size: The base model's size, where the file shows it.
         candidates: Every model and size that the file fits; several where its layers do not decide.
         remarks: Sentences on what was left out of the file, and on names that stay as they are.
     """
@@ -111,7 +111,7 @@ class Source:
         return dict(Counter(info.dtype for info in self.header.tensors.values()).most_common())
 
     def shape(self, layer: str) -> LayerShape | None:
-        """(out, in, kernel) of the whole layer, ``in`` in channels; None when only the base weight tells."""
+        """(out, in, kernel) of the whole layer, ``in`` in channels; None when only the base weight says."""
         for part in self.layers[layer]:
             if part.out is not None and part.facts.in_ is not None:
                 return part.out, part.facts.in_, part.facts.kernel

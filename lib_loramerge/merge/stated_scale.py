@@ -15,7 +15,7 @@ _MOST_BYTES = 1_000_000
 
 
 def stated_scale_note(path: Path, metadata: Mapping[str, str], ranks: Collection[int]) -> str | None:
-    """What to tell of a file without alphas whose configuration states a scale other than 1.
+    """A note on a file without alphas whose configuration states a scale other than 1.
 
     Args:
         ranks: Ranks of the factors in the file. A configuration of another rank was written

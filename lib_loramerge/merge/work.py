@@ -15,14 +15,14 @@ from .layout import LayerPlan, MergePlan
 
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
 LAYERS = 16
-# Numbers of a batch at most: the CPU has a cache, an accelerator wants work.
+# Largest number of elements in a batch: a CPU's cache is small, an accelerator needs work.
 NUMBERS, NUMBERS_ON_DEVICE = 1 << 19, 1 << 22
 # Layers of more numbers than this are merged on fewer threads, so that all of them together keep within the
 # room (bytes); a layer takes so many bytes for each number.
 HUGE, ROOM, PER_NUMBER = 20_000_000, 3e9, 30
 # Batches on their way to an accelerator at once: more would only wait for each other, and need its memory.
 FEEDERS = 2
-# Layers after which the time that they took tells how long the others take.
+# Layers after which the time spent predicts that of the others.
 _TELLING = 8
 
 _Result = TypeVar("_Result")
@@ -36,7 +36,7 @@ class Progress:
     Attributes:
         phase: ``"look"`` (singular values for a size rule), ``"merge"`` or ``"write"``.
         done, total: Layers; tensors while writing.
-        eta: Seconds left in this phase, once that can be told.
+        eta: Seconds left in this phase, once they can be predicted.
     """
 
     phase: str

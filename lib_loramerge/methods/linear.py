@@ -107,7 +107,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not a.numel():
         return False
     last = (-1,) * a.dim()
-    return bool(a[last] == b[last]) and torch.equal(a, b)  # one number tells most others apart at once
+    return bool(a[last] == b[last]) and torch.equal(a, b)  # one number rules out most pairs at once
 
 
 @merge_method(
@@ -129,7 +129,7 @@ def add(deltas: Sequence[Delta], weights: Sequence[float], context: LayerContext
     Args:
         deltas: Deltas of one layer, low-rank and of equal rank.
         weights: Strength times block weight of each; used for a layer of one LoRA.
-        context: Tells strengths and block weights apart.
+        context: Holds strengths and block weights separately.
 
     Raises:
         IncompatibleError: The ranks differ, or a delta is not low-rank.

@@ -94,7 +94,7 @@ class MergeMethod(NamedTuple):
         """Biases or norms of one layer merged, (n,) float64.
 
         Elementwise methods treat them as they treat every other delta. The others look at ranks, directions
-        or angles of a matrix, which a vector has not: it is added up.
+        or angles of a matrix, which a vector lacks: vectors are added up.
 
         Args:
             vectors: (n,) each, of any float dtype.
@@ -108,10 +108,10 @@ class MergeMethod(NamedTuple):
         return torch.stack([w * vector.double() for w, vector in zip(weights, vectors)]).sum(0)
 
     def to_json(self) -> dict[str, Any]:
-        """What people and programs are told of the method; functions left out."""
+        """The method's description for people and programs, without its functions."""
         functions = ("merge", "vector_weights")
-        told = {name: value for name, value in self._asdict().items() if name not in functions}
-        return told | {"params": [param.to_json() for param in self.params]}
+        shown = {name: value for name, value in self._asdict().items() if name not in functions}
+        return shown | {"params": [param.to_json() for param in self.params]}
 
 
 METHODS: dict[str, MergeMethod] = {}

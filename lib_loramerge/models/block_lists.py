@@ -24,7 +24,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """The blocks of one base model, as far as a file tells which size of it.
+    """The blocks of one base model, of its size where the file shows that.
 
     Attributes:
         label: What people call the model.
@@ -80,7 +80,7 @@ def block_map(architecture_id: str, size: Size | None = None, blocks: Iterable[s
     Args:
         size: Of the base model, where it is known.
         blocks: The blocks that a file has layers of. A file with more blocks than the table of its model
-            tells the count.
+            gives the count.
     """
     record = ARCHITECTURES[architecture_id]
     label = f"{record.label} {size.label}".rstrip() if size is not None else record.label

@@ -84,7 +84,7 @@ def _unet_block(path: str) -> str | None:
 
 
 def _diffusers_unet_block(path: str) -> str | None:
-    """Block of a layer by its diffusers name, for files that do not tell which U-Net they are for."""
+    """Block of a layer by its diffusers name, for files that fit several U-Nets."""
     if path.startswith("mid_block_"):
         return "M00"
     if path.startswith("conv_in"):

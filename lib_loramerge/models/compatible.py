@@ -12,7 +12,7 @@ from .dit import Spelled, flatten, look_up, may_be_apart, one_number, spelled
 from .records import ARCHITECTURES
 from .table import measure
 
-# (rows, columns) as a file's tensors tell them; None where they do not.
+# (rows, columns) as a file's tensors show them; None where they do not.
 Widths = tuple[int | None, int | None]
 
 
@@ -220,7 +220,7 @@ _READS = (
 def encoder_part(record: Architecture, part: str, path: str) -> str | None:
     """Component of a base model that a file's text encoder means; None if it has no such encoder."""
     if encoder_kind(path) == "t5":
-        # OneTrainer calls the T5 of Flux te2, and its layers tell.
+        # OneTrainer calls the T5 of Flux te2; its layers show which it is.
         return next((name for name, encoder in record.encoders.items() if encoder.kind == "t5"), None)
     return record.text_encoders.get(part)
 

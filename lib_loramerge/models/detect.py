@@ -20,7 +20,7 @@ from .unet import UNETS, UNetLayer, by_any_name, widths
 
 
 class Measured(NamedTuple):
-    """What the tensors of a layer tell of its shape; None for what they do not tell.
+    """A layer's shape as its tensors show it; None for what they leave open.
 
     Attributes:
         convolution: Its down factor has the axes of a kernel.
@@ -41,9 +41,9 @@ class Detection:
 
     Attributes:
         architecture: The most likely one.
-        size: Of that, where the file tells it.
+        size: The base model's size, where the file shows it.
         candidates: Every model and size that the file fits, the most likely one first. Where there are
-            several, its layers do not tell them apart.
+            several, its layers fit all of them.
     """
 
     architecture: Architecture
@@ -71,7 +71,7 @@ class Layers:
         return any(needle in self._text for needle in needles)
 
     def reads(self, pattern: str) -> int | None:
-        """Input width of the first denoiser layer that matches and whose tensors tell it."""
+        """Input width of the first matching denoiser layer whose tensors show it."""
         widths = (self.shapes[name].in_ for name in self.denoiser if re.search(pattern, name))
         return next((width for width in widths if width), None)
 
@@ -142,7 +142,7 @@ def detect(
 
     Args:
         layers: Flattened layer name, in any spelling and with a ``lora_unet_`` or
-            ``lora_te..._`` prefix, to what its tensors tell of its shape.
+            ``lora_te..._`` prefix, to its shape as its tensors show it.
         metadata: The file's metadata, asked when names and shapes leave it open.
         base_model: A base model's id that overrules all of this.
 

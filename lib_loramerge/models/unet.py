@@ -1,6 +1,6 @@
 """The U-Nets of Stable Diffusion 1, 2, XL and the XL refiner, both spellings of every layer.
 
-The lists are built from the few numbers that tell these U-Nets apart: which
+The lists are built from the few numbers in which these U-Nets differ: which
 level has attention and how deep, and where the width changes.
 """
 

@@ -156,7 +156,7 @@ class _Touch:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_what_a_pickle_wants_to_call_is_not_even_looked_up(tmp_path, monkeypatch, protocol):
+def test_what_a_pickle_calls_is_not_even_looked_up(tmp_path, monkeypatch, protocol):
     monkeypatch.chdir(tmp_path)
     for content in (pickle.dumps({"x": _Touch()}, protocol), zipped(pickle.dumps({"x": _Touch()}, protocol))):
         (tmp_path / "x.pt").write_bytes(content)

@@ -36,8 +36,8 @@ def merged(rule: str, inputs: Sequence[Tensor], density: float, context: LayerCo
 
     Args:
         rule: One of ``RULES``.
-        inputs: At least one (p, q) matrix in any float dtype, all of one shape; not changed. Sizes that
-            differ tell which random numbers an input gets, so their order does not matter.
+        inputs: At least one (p, q) matrix in any float dtype, all of one shape; not changed. An input's
+            place by size selects its random numbers, so the order of inputs does not matter.
         density: Share of the elements that the rule keeps.
         context: Seed and layer, for the rules that draw.
 

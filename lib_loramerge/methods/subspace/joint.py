@@ -38,7 +38,7 @@ from ...delta import (
     truncate,
 )
 
-RELATIVE = 1e-6  # Singular values below this part of the largest one are not there.
+RELATIVE = 1e-6  # Singular values below this part of the largest one count as 0.
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +164,8 @@ def with_values(spectrum: Spectrum, values: Tensor, small: Grams) -> Mixed:
     """The delta with a spectrum's leading singular vectors, but with other singular values, all above 0.
 
     Args:
-        small: The Gram matrices of the spectrum's source. Where inputs nearly cancel they tell what the
-            result is to more digits than the wanted values do.
+        small: The Gram matrices of the spectrum's source. Where inputs nearly cancel they hold more
+            digits of the result than the new values do.
     """
     source = spectrum.source
     assert source is not None
@@ -186,7 +186,7 @@ def nothing(like: Delta) -> LowRank:
 
 
 def numerical_rank(values: Tensor) -> int:
-    """How many of some falling singular values are there, judged by the largest."""
+    """Number of singular values, given in falling order, that are not negligible beside the largest."""
     return int((values > RELATIVE * values[:1]).sum())
 
 
