@@ -292,7 +292,7 @@ def _known(delta: LowRank) -> Spectrum:
 
 
 def lost_by_all(spectra: Sequence[Spectrum], mixings: tuple[Tensor, Tensor]) -> Tensor | None:
-    """(n, parts, 2) ``lost_of_parts`` of several that were solved together; None where they lack what that takes.
+    """(n, parts, 2) ``lost_of_parts`` of several solved together; None where they lack what that takes.
 
     Args:
         mixings: Of their cuts, (n, R, k) each.

@@ -118,7 +118,7 @@ def cut_layers(
         most: For each, the largest rank that its rule can give, where that is known; makes dense deltas much
             faster.
         fixed_alpha: The file has no alpha tensors, so alpha cannot take part of the scale.
-        smaller: Rank to be told about besides; see ``Stored.smaller``.
+        smaller: A rank whose loss is computed as well; see ``Stored.smaller``.
         cache: What merges of one run share.
 
     Returns:
