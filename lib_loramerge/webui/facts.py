@@ -159,15 +159,7 @@ def _look_at_rows(reading: Reading, host: Host, draft: _Draft, chosen: str | Non
     first = next(iter(draft.sources.values()), None)
     for row, source in draft.sources.items():
         fits = first is None or not first.fitting or not set(first.fitting).isdisjoint(source.fitting)
-        draft.rows[row] = render.row_facts(source, fits, _thumbnail(source.path, host))
-
-
-def _thumbnail(lora: Path, host: Host) -> str:
-    """The WebUI's own picture of a LoRA, small; where others see the page, of the LoRA folders alone."""
-    preview = sidecar.preview_of(lora)
-    if preview is None or (host.restricted() and not host.inside(preview)):
-        return ""
-    return sidecar.thumbnail(preview)
+        draft.rows[row] = render.row_facts(source, fits, sidecar.shown_preview(source.path, host))
 
 
 def _row_problems(problems: Mapping[str, str], host: Host) -> dict[int, str]:

@@ -456,10 +456,9 @@ def _input(entry: Mapping[str, Any]) -> str:
     return f'<div class="lm-input">{"<br>".join(lines)}</div>'
 
 
-def name_list(names: Sequence[str]) -> str:
-    """All labels of the lists of LoRAs, for the page's own search."""
-    data = foreign(json.dumps(list(names), ensure_ascii=False))
-    return f'<div data-names="{data}" hidden></div>'
+def data_place(name: str, data: object) -> str:
+    """Data for the page's script: the labels of the lists of LoRAs, or their pictures."""
+    return f'<div data-{name}="{foreign(json.dumps(data, ensure_ascii=False))}" hidden></div>'
 
 
 def page_words(hints: Mapping[str, str], prompts: Iterable[str]) -> str:

@@ -14,9 +14,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import OutputError
+
+if TYPE_CHECKING:
+    from .host import Host
 
 PREVIEW_SUFFIXES = (
     ".png",
@@ -93,6 +96,14 @@ def preview_of(lora: Path) -> Path | None:
     return None
 
 
+def shown_preview(lora: Path, host: Host, side: int = THUMBNAIL) -> str:
+    """The WebUI's own picture of a LoRA, small; where others see the page, of the LoRA folders alone."""
+    preview = preview_of(lora)
+    if preview is None or (host.restricted() and not host.inside(preview)):
+        return ""
+    return thumbnail(preview, side)
+
+
 def thumbnail(picture: Path, side: int = THUMBNAIL) -> str:
     """A small copy of a picture as a ``data:`` address; empty for what is no picture or is too large.
 
@@ -106,7 +117,7 @@ def thumbnail(picture: Path, side: int = THUMBNAIL) -> str:
     return _thumbnail(picture, side, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)  # a few kB each
 def _thumbnail(picture: Path, side: int, size: int, _changed: int) -> str:
     if size > MAX_PREVIEW_BYTES:
         return ""

@@ -13,6 +13,10 @@ from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 from tests.web.browser import SERVED, Tab
 from tests.web.hosting import FakeHost
 
+ON_TOP = """item => {
+    const place = item.getBoundingClientRect();
+    return item.contains(document.elementFromPoint(place.x + 9, place.y + 9));
+}"""
 # Of Gradio and of ours.
 OPTIONS = "#loramerge_row0_lora :is(ul.options, ul[role=listbox]):visible li"
 
@@ -96,6 +100,15 @@ def test_a_file_dropped_onto_a_row_is_the_lora_of_its_name(tab: Tab) -> None:
     tab.expect_text("row1_facts", "There is no LoRA called stranger")
 
 
+def test_what_several_words_found_is_in_view(tab: Tab) -> None:
+    search(tab, "rank sd 1", "styles/ghibli · SD 1 · rank 8", "people/face · SD 1 · rank 4")
+    for item in tab.page.locator(".lm-found li").all():
+        # Neither cut off by the field's box nor behind what stands below it.
+        assert item.evaluate(ON_TOP)
+    tab.field("row0_lora").press("Escape")
+    tab.field("row0_lora").blur()
+
+
 def test_what_several_words_found_is_chosen_by_mouse_and_by_keyboard(tab: Tab) -> None:
     search(tab, "ghibli sdxl", "styles/ghibli xl · SDXL · rank 4")
     tab.page.locator(OPTIONS).first.click()
@@ -174,6 +187,32 @@ def test_people_see_the_pictures_of_their_loras(tab: Tab, host: FakeHost) -> Non
     finally:
         picture.unlink()
         (host.lora_dir / "styles" / "ghibli.png").unlink()
+
+
+def test_the_lists_show_the_pictures_too(tab: Tab, host: FakeHost) -> None:
+    picture = host.lora_dir / "people" / "face.preview.png"
+    Image.new("RGB", (600, 900), (200, 30, 30)).save(picture)
+    try:
+        tab.press("refresh")
+        tab.field("row0_lora").click()
+        with_picture = tab.page.locator(f"{OPTIONS}.lm-pictured")
+        expect(with_picture).to_have_count(1)
+        expect(with_picture).to_contain_text("people/face")
+        expect(with_picture).to_have_attribute("style", re.compile("data:image/jpeg;base64,"))
+        # Gradio uses its elements again for other names while one types.
+        tab.field("row0_lora").fill("ghibli")
+        expect(with_picture).to_have_count(0)
+        search(tab, "face sd", "people/face · SD 1 · rank 4")
+        expect(with_picture).to_have_count(1)
+        tab.field("row0_lora").press("Escape")
+    finally:
+        picture.unlink()
+    tab.press("refresh")
+    tab.field("row0_lora").click()
+    expect(tab.page.locator(OPTIONS).first).to_be_visible()
+    expect(with_picture).to_have_count(0)
+    tab.field("row0_lora").press("Escape")
+    tab.field("row0_lora").blur()
 
 
 def test_an_empty_name_shows_the_one_that_will_be_taken(tab: Tab) -> None:

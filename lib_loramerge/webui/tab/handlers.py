@@ -16,7 +16,7 @@ from .. import baking as bakes
 from .. import compat, form, render, sidecar
 from ..compat import update
 from ..jobs import MergeRequest
-from . import analysing, baking, extracting, picturing, presets
+from . import analysing, baking, extracting, picturing, presets, thumbnails
 from .controls import BUTTONS, CONTROLS, ROW_CONTROLS, param_control
 from .layout import mode_text
 
@@ -128,6 +128,7 @@ class _Wiring:
             extracting.connect(self)
         analysing.connect(self, FORM_NAMES)
         picturing.connect(self, FORM_NAMES)
+        thumbnails.connect(self)
 
     # --- rows --------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class _Wiring:
             (*every_row, *form.NO_RESULT),
             message="rows_message",
         )
-        outputs = (*every_row, "names", "fill_file", "base", "bake_base", "subfolder", "preset_pick")
+        outputs = (*every_row, "names", "pictures", *_LISTS)
         for name in ("refresh", "greet"):
             self.button(
                 name,
@@ -260,7 +261,7 @@ class _Wiring:
             self.host.refresh()
             self.host.refresh_checkpoints()
         names, weights, elements = self._choices()
-        changes: Changes = {"fitted": ""}
+        changes: Changes = {"fitted": "", **({"pictures": ""} if look else {})}
         for row in range(form.row_count(values)):
             # Lists alone, no values: those may have changed since the question was asked.
             for field, choices in (("lora", names), ("blocks", weights), ("elements", elements)):
@@ -272,7 +273,7 @@ class _Wiring:
         names = [entry.label for entry in self.host.loras()]
         picked = {"preset_kind": "", "preset_pick": "", **values}
         return {
-            "names": render.name_list(names),
+            "names": render.data_place("names", names),
             "fill_file": listed(names, values.get("fill_file")),
             "base": listed(["", *self.host.checkpoints()], values.get("base")),
             "bake_base": listed(["", *self.host.checkpoints()], values.get("bake_base")),

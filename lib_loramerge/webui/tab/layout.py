@@ -20,6 +20,9 @@ HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
 RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 # Kept for the page's script and for the handlers alone.
 SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted", "plot")
+SCRIPT_BUTTONS = (
+    *("greet", "ask", "take", "poll", "drop", "refill", "again", "restore", "look", "unlook", "pictures"),
+)
 PRESET_KINDS = ("Block weights", "Elemental weights")
 
 
@@ -349,9 +352,10 @@ class _Layout:
                 if control.hidden:
                     self.control(control._replace(name=f"row{index}.{control.name}"))
         self.place("names")
+        self.place("pictures")
         for name in SCRIPT_FIELDS:
             self.widget(name, "Textbox", label=name, value="")
-        for name in ("greet", "ask", "take", "poll", "drop", "refill", "again", "restore", "look", "unlook"):
+        for name in SCRIPT_BUTTONS:
             self.widget(f"button.{name}", "Button", value=name, elem_id=f"loramerge_do_{name}")
 
 

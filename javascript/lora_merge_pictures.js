@@ -1,0 +1,63 @@
+// Small preview pictures in the lists of LoRAs. They are asked for when a list first opens, and again after a refresh.
+(function () {
+    "use strict";
+
+    const FIELDS = "#loramerge_app [id^=loramerge_row][id$=_lora] input, #loramerge_fill_name input";
+    const ITEMS = "ul.options li, ul[role=listbox] li, .lm-found li";
+
+    let text = ""; // the answer that `pictures` came from
+    let pictures = {};
+    let watching = []; // observers of the list that is open and of the answer
+
+    const data = (id, field) => {
+        const root = typeof window.gradioApp === "function" ? window.gradioApp() : document;
+        const element = root.querySelector(`#${id} [data-${field}]`);
+        return element ? element.dataset[field] : "";
+    };
+
+    function paint(place) {
+        const now = data("loramerge_pictures", "pictures");
+        if (now !== text) {
+            text = now;
+            pictures = now ? JSON.parse(now) : {};
+        }
+        for (const item of place.querySelectorAll(ITEMS)) {
+            const picture = pictures[item.textContent.replace(/^[\s✓]+/, "").trim()];
+            const shown = picture ? `url("${picture}")` : "";
+            // Gradio uses the elements again for other names.
+            if (item.style.getPropertyValue("--lm-picture") === shown) continue;
+            item.style.setProperty("--lm-picture", shown);
+            item.classList.toggle("lm-pictured", Boolean(picture));
+        }
+    }
+
+    function ask() {
+        if (!data("loramerge_pictures", "pictures")) document.querySelector("#loramerge_do_pictures").click();
+    }
+
+    function watch(field) {
+        const place = field.closest("[id$=_lora], #loramerge_fill_name");
+        const answer = document.querySelector("#loramerge_pictures");
+        close();
+        if (!place || !answer) return;
+        const items = new MutationObserver(() => paint(place));
+        items.observe(place, { childList: true, subtree: true, characterData: true });
+        const answers = new MutationObserver(() => { ask(); paint(place); }); // A refresh empties it.
+        answers.observe(answer, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-pictures"] });
+        watching = [items, answers];
+        ask();
+        paint(place);
+    }
+
+    function close() {
+        watching.forEach((observer) => observer.disconnect());
+        watching = [];
+    }
+
+    document.addEventListener("focusin", (event) => {
+        if (event.target.matches && event.target.matches(FIELDS)) watch(event.target);
+    });
+    document.addEventListener("focusout", (event) => {
+        if (event.target.matches && event.target.matches(FIELDS)) close();
+    });
+})();
