@@ -30,7 +30,7 @@ def tests(session: nox.Session) -> None:
 def _web(session: nox.Session, constraints: str) -> None:
     """The browser tests under one Gradio; they need an installed Chromium."""
     session.install("-c", constraints, "-e", ".[web]", "gradio")
-    session.run("pytest", "tests/web", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", "tests/web", *session.posargs)
 
 
 @nox.session(name="web-3.41", python="3.11")
