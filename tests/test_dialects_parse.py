@@ -181,7 +181,7 @@ def test_a_fused_layer_beside_one_of_its_members_is_an_error(tmp_path):
             "transformer.transformer_blocks.0.attn.to_q",
         ]
     )
-    with pytest.raises(IncompatibleError, match="there twice"):
+    with pytest.raises(IncompatibleError, match="one layer twice"):
         open_source(random_file(tmp_path / "twice.safetensors", tensors))
 
 

@@ -262,10 +262,11 @@ def check_reach(
         RecipeError: The list, or all rules together, govern none of the layers.
     """
     known, name = list(layers), shown(found.name)
-    has = in_ranges(block for block in model.all if block in {block for _, block, _ in known}) or "no block"
+    present = {block for _, block, _ in known}
+    has = in_ranges(block for block in model.all if block in present) or "no block"
     notes = []
     for entry, blocks in found.entries:
-        if not any(block in blocks for _, block, _ in known):
+        if present.isdisjoint(blocks):
             raise RecipeError(
                 f"{name}: {shown(entry)} governs no layer of this LoRA, which has layers of {has} of "
                 f"{model.label}."

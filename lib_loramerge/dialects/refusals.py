@@ -19,7 +19,7 @@ class Kind:
         pattern: Searched in a key.
         reason: Why it cannot be merged, or what it is good for.
         whole: It is a model of its own, so keys that end like an adapter's belong to something else.
-        one_key: One such key is enough, also beside layers that read like a LoRA's.
+        one_key: One key that begins so is enough, also beside layers that read like a LoRA's.
     """
 
     name: str
@@ -149,7 +149,7 @@ def refused(keys: Iterable[str], unread: Iterable[str], layers: int) -> Kind | N
         unread: Those that no dialect understands.
         layers: Number of layers that the others make.
     """
-    key = next(filter(_one_key().search, keys), None)
+    key = next(filter(_one_key().match, keys), None)
     if key is not None:
         return next(kind for kind in REFUSED if kind.one_key and kind.claims(key))
     found = claimed(unread)

@@ -93,13 +93,13 @@ def write_file(
         OutputError: If it cannot be written there, the disk is full, the name is taken, or
             a tensor holds NaN or infinity.
     """
-    names = torch_dtypes()
+    path, names = Path(path), torch_dtypes()
     entries = _plan({key: (names[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()})
 
     def data(entry: _Entry) -> memoryview:
-        return _bytes_of(tensors[entry.key], entry, Path(path))
+        return _bytes_of(tensors[entry.key], entry, path)
 
-    return _write(Path(path), entries, data, metadata, overwrite, stop, progress, before_rename)
+    return _write(path, entries, data, metadata, overwrite, stop, progress, before_rename)
 
 
 def write_again(

@@ -60,7 +60,7 @@ def _compare(file: LoraFile, path: Path, layer: str, first: Sequence[SourcePart]
         same = _same_change(file, path, beside, other)
     if not same:
         raise IncompatibleError(
-            f"{path.name} holds one layer twice, as {beside[0].part.spelling} and as "
+            f"{path.name}: the file holds one layer twice, as {beside[0].part.spelling} and as "
             f"{other.part.spelling}, with different numbers. Remove one of the two, or load each in a file "
             "of its own."
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .. import dialects, models, ranks
+from .. import ranks
 from ..delta import (
     Cache,
     Delta,
@@ -25,13 +25,11 @@ from ..delta import (
     decompose_dense,
     directions,
     last_digits,
-    lost_of_inputs,
     moved,
     named,
     near_one,
     norm,
     relative_error,
-    take_rows,
     times_two_to,
     weighted_sum,
 )
@@ -40,62 +38,12 @@ from ..methods import LayerContext
 from ..report import LayerResult
 from .base import BaseCheckpoint
 from .device import compute_device
-from .layout import LayerPlan, MergePlan, output_names, smaller
+from .layout import LayerPlan, MergePlan, smaller
+from .merged import Given, Lost, MergedLayer, Prepared, lost, lost_at_smaller
 from .read import SourceReader
+from .tensors import LayerTensors
 
 _COUNTS = 1e-8  # Part of a layer above which the report states what float64 loses of it.
-
-# For inputs with a part in a layer: index of the source, inner product of the input's weighted delta with
-# what of the sum is not in the file, and the squared norm of that delta.
-Lost = Sequence[tuple[int, float, float]]
-
-
-@dataclass(frozen=True)
-class MergedLayer:
-    """One layer's tensors as they will be written, by key, and how exact they are.
-
-    Attributes:
-        cut: Squared error and what is lost of each input at the rank of a smaller file; None where that
-            needs another look, or where the layer would be the same.
-    """
-
-    tensors: Mapping[str, Tensor]
-    result: LayerResult
-    alpha: float | None
-    conv: bool
-    notes: tuple[str, ...]
-    written_sq: float
-    lost: Lost = ()
-    cut: tuple[float, Lost | None] | None = None
-
-
-@dataclass(frozen=True)
-class Given:
-    """What one input changes in a layer: its place among the layer's inputs, its delta and its weight."""
-
-    place: int
-    delta: Delta
-    weight: float
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A layer merged but not yet cut to rank.
-
-    Attributes:
-        merged: The method's delta; None when only a bias changes.
-        plain: The plain weighted sum, for methods that give something else.
-        whole: It is written whole, without a rank.
-        given: What it was made of; empty for norms.
-    """
-
-    layer: LayerPlan
-    merged: Merged | None
-    plain: Delta | None
-    bias: Tensor | None
-    notes: tuple[str, ...]
-    whole: bool
-    given: Sequence[Given] = ()
 
 
 @contextmanager
@@ -136,9 +84,7 @@ class Merger:
         self.cache = cache
         self.readers = readers
         self.device = device
-        self.dtype: torch.dtype = getattr(torch, plan.dtype)
-        self.has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
-        self.style = dialects.output_style(plan.architecture.id, plan.dialect, plan.style)
+        self.tensors = LayerTensors(plan)
         # Weights of the LoRAs that share what is kept, and the LoRA of a source: one given twice counts once.
         self.weights: tuple[float, ...] | None = None
         known: dict[tuple[object, ...], int] = {}
@@ -192,7 +138,7 @@ class Merger:
             near, weights, self._context(layer, [entry.place for entry in given]), **self.plan.params
         )
         merged = times_two_to(merged, power)
-        if isinstance(merged, LowRank) and not self.has_alpha:
+        if isinstance(merged, LowRank) and not self.tensors.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
             rescaled = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
             merged = named(rescaled, merged.name)
@@ -276,40 +222,14 @@ class Merger:
                 return replace(self._absent(prepared), lost=self._lost(prepared, None))
             merged = self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
             merged = replace(merged, result=_doubted(merged.result, _doubt(prepared.merged)))
-            return replace(merged, lost=self._lost(prepared, stored), cut=self._cut(prepared, stored))
-
-    def _cut(self, prepared: Prepared, stored: Stored) -> tuple[float, Lost | None] | None:
-        """What a file of the smaller rank would lose of a layer."""
-        if stored.smaller is None:
-            return None
-        error_sq, rows = stored.smaller
-        sources = [prepared.layer.inputs[entry.place][0] for entry in prepared.given]
-        if self.plan.method.exact and len(sources) == 1:
-            return error_sq, [(sources[0], error_sq, stored.exact_sq)]
-        if not self.plan.method.exact or rows is None or len(rows) != len(sources):
-            return error_sq, None
-        return error_sq, [(source, *row) for source, row in zip(sources, rows.tolist(), strict=True)]
+            return replace(
+                merged,
+                lost=self._lost(prepared, stored),
+                cut=lost_at_smaller(prepared, stored, self.plan.method.exact),
+            )
 
     def _lost(self, prepared: Prepared, written: Stored | Delta | None) -> Lost:
-        """What of each input is not in the file."""
-        given = prepared.given
-        sources = [prepared.layer.inputs[entry.place][0] for entry in given]
-        if not given:
-            return ()
-        deltas, weights = [entry.delta for entry in given], [entry.weight for entry in given]
-        if isinstance(written, Stored):
-            if self.plan.method.exact:
-                if len(given) == 1:
-                    return [(sources[0], written.error_sq, written.exact_sq)]
-                whole = all(isinstance(delta, LowRank) and len(delta.parts) < 2 for delta in deltas)
-                # Fewer parts than inputs: the same delta came twice, and was added up first.
-                if whole and written.parts is not None and len(written.parts) == len(given):
-                    return [
-                        (source, *row) for source, row in zip(sources, written.parts.tolist(), strict=True)
-                    ]
-            written = moved(written.delta(), self.device)
-        rows = lost_of_inputs(deltas, weights, written).tolist()
-        return [(source, *row) for source, row in zip(sources, rows, strict=True)]
+        return lost(prepared, written, self.plan.method.exact, self.device)
 
     def given(self, layer: LayerPlan) -> list[Given]:
         """The weight deltas of a layer, read and on the device that works."""
@@ -333,11 +253,11 @@ class Merger:
         rules = [self._chooser(p.layer, d, a) for p, d, a in zip(prepared, deltas, allotted, strict=True)]
         most = [self._most(p.layer, a) for p, a in zip(prepared, allotted, strict=True)]
         names = [entry.layer.layer for entry in prepared]
-        fixed = not self.has_alpha
+        fixed = not self.tensors.has_alpha
         if self.weights is None:
             return cut_layers(
                 deltas,
-                self.dtype,
+                self.tensors.dtype,
                 rules,
                 names=names,
                 most=most,
@@ -352,7 +272,7 @@ class Merger:
                 continue
             [stored] = cut_layers(
                 [kept],
-                self.dtype,
+                self.tensors.dtype,
                 [rules[index]],
                 names=[names[index]],
                 fixed_alpha=fixed,
@@ -391,14 +311,6 @@ class Merger:
             return None
         return self._vector(layer, biases, f"{layer.layer}.bias")
 
-    def _rounded(self, layer: LayerPlan, exact: Tensor) -> tuple[Tensor, float, float]:
-        """A tensor in the output dtype, its squared error and its exact squared norm."""
-        rounded = exact.to(self.dtype).cpu()
-        if not bool(rounded.isfinite().all()):
-            raise OutputError(f"the values are too large for {self.plan.dtype}. Save as float32.")
-        error = (rounded.double() - exact.double().cpu()).square().sum()
-        return rounded.contiguous(), float(error), float(exact.double().square().sum())
-
     def _whole(
         self,
         layer: LayerPlan,
@@ -410,7 +322,9 @@ class Merger:
         """A layer written as plain differences: ``diff``/``diff_b``, or ``w_norm``/``b_norm``."""
         if merged is None and bias is not None and layer.in_ and not layer.vector:
             # A1111 refuses a whole file over a bias that stands alone, so it gets factors that do nothing.
-            up, down = (torch.zeros(size, dtype=self.dtype) for size in ((layer.out, 1), (1, layer.width)))
+            up, down = (
+                torch.zeros(size, dtype=self.tensors.dtype) for size in ((layer.out, 1), (1, layer.width))
+            )
             nothing = Stored(up, down, 1.0, layer.kernel, 0.0, 0.0)
             return self.low_rank(layer, nothing, None, bias, notes)
         weight_slot, bias_slot = self._whole_slots(layer)
@@ -426,13 +340,9 @@ class Merger:
             have = {slot for slot, _ in wanted}
             wanted += [(s, Dense(torch.zeros(layer.out))) for s in ("w_norm", "b_norm") if s not in have]
         for slot, delta in wanted:
-            for prefix, piece in self._pieces(layer, delta):
-                value = piece.dense()
-                tensor, error, exact = self._rounded(layer, value)
-                if slot == "diff" and tensor.dim() == 2:
-                    tensor = self._shaped(layer, tensor)
-                error_sq, exact_sq = error_sq + error, exact_sq + exact
-                tensors[self._key(prefix, slot)] = tensor
+            own, error, exact = self.tensors.whole(layer, slot, delta)
+            tensors |= own
+            error_sq, exact_sq = error_sq + error, exact_sq + exact
         away = (0.0, 0.0) if plain is None or merged is None else relative_error(plain, merged)
         result = LayerResult(layer.layer, None, error_sq, exact_sq, *away)
         return MergedLayer(tensors, result, None, bool(layer.kernel), notes, exact_sq)
@@ -478,49 +388,13 @@ class Merger:
             from_sum_sq, sum_sq = relative_error(plain, moved(delta, self.device))
         if plain is not None and self.plan.method.adds_factors:
             error_sq, exact_sq, written_sq = from_sum_sq, sum_sq, norm(delta) ** 2
-        tensors: dict[str, Tensor] = {}
-        for prefix, piece in self._pieces(layer, delta):
-            assert isinstance(piece, LowRank)
-            tensors |= self._factors(layer, prefix, piece)
+        tensors = self.tensors.factors(layer, delta)
         if bias is not None:
-            # Without alphas the scale is 1, so PEFT's bias of the up factor is the bias itself.
-            slot = "diff_b" if self.has_alpha else "up_bias"
-            for prefix, piece in self._pieces(layer, Dense(bias)):
-                tensor, error, exact = self._rounded(layer, piece.dense())
-                error_sq, exact_sq, written_sq = error_sq + error, exact_sq + exact, written_sq + exact
-                tensors[self._key(prefix, slot)] = tensor
+            own, error, exact = self.tensors.whole(layer, self.tensors.bias_slot, Dense(bias))
+            tensors |= own
+            error_sq, exact_sq, written_sq = error_sq + error, exact_sq + exact, written_sq + exact
         result = LayerResult(layer.layer, stored.rank, error_sq, exact_sq, from_sum_sq, sum_sq)
         return MergedLayer(tensors, result, stored.alpha, bool(layer.kernel), notes, written_sq)
-
-    def _factors(self, layer: LayerPlan, prefix: str, delta: LowRank) -> dict[str, Tensor]:
-        """``lora_up``, ``lora_down`` and ``alpha`` of one written layer."""
-        up, down = delta.up.cpu().contiguous(), delta.down.cpu().contiguous()
-        if models.is_conv(self.plan.architecture.id, layer.layer) or layer.kernel:
-            kernel = layer.kernel or (1, 1)
-            up = up.reshape(*up.shape, 1, 1)
-            down = down.reshape(down.shape[0], layer.in_, *kernel)
-        tensors = {self._key(prefix, "up"): up, self._key(prefix, "down"): down}
-        if self.has_alpha:
-            tensors[self._key(prefix, "alpha")] = torch.tensor(delta.alpha, dtype=torch.float32)
-        return tensors
-
-    def _shaped(self, layer: LayerPlan, weight: Tensor) -> Tensor:
-        if layer.kernel:
-            return weight.reshape(weight.shape[0], layer.in_, *layer.kernel)
-        if models.is_conv(self.plan.architecture.id, layer.layer):
-            return weight.reshape(*weight.shape, 1, 1)
-        return weight
-
-    def _pieces(self, layer: LayerPlan, delta: Delta) -> Iterator[tuple[str, Delta]]:
-        """The layer under each name it is written as; several where a fused layer is written split."""
-        for prefix, rows in output_names(self.plan, layer.layer):
-            if rows is None:
-                yield prefix, delta
-            else:
-                yield prefix, take_rows(delta, rows.cut(layer.out))
-
-    def _key(self, prefix: str, slot: str) -> str:
-        return dialects.output_key(prefix, slot, self.plan.dialect, self.style)
 
 
 def _doubt(delta: Merged | None) -> float:

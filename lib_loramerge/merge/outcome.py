@@ -22,9 +22,9 @@ from ..report import (
     relative,
     worst,
 )
-from .layer import Lost, MergedLayer
 from .layout import MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
+from .merged import Lost, MergedLayer
 
 _KNOWN = 1e-3  # Part of an error up to which it may be off without being called an upper bound.
 

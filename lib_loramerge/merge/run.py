@@ -18,8 +18,9 @@ from ..errors import IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
 from ..report import MergeReport
 from . import fair
-from .layer import MergedLayer, Merger, open_merger
+from .layer import Merger, open_merger
 from .layout import LayerPlan, MergePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
+from .merged import MergedLayer
 from .outcome import merge_report
 from .read import Shared, SourceReader
 from .work import Progress, Work
@@ -239,7 +240,7 @@ def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]
             # The four are square and of one size, so any of them has the others' shape.
             like = shapes.get(companion, shapes[name])
             up, down = torch.zeros(like.out, 1), torch.zeros(1, like.width)
-            stored = Stored(up.to(merger.dtype), down.to(merger.dtype), 1.0, (), 0.0, 0.0)
+            stored = Stored(up.to(merger.tensors.dtype), down.to(merger.tensors.dtype), 1.0, (), 0.0, 0.0)
             added.append(merger.low_rank(zero_layer(like, companion), stored, None, None, ()))
     kept = [
         entry
