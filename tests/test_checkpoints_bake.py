@@ -15,9 +15,11 @@ from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, produ
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_loramerge.checkpoints import rewriting
+from lib_loramerge.checkpoints import look, rewriting
 from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
 from lib_loramerge.cli import main
+from lib_loramerge.files import read_header
+from lib_loramerge.metadata import read_recipe
 
 Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 LORA_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -183,6 +185,27 @@ def test_metadata_are_kept_and_show_a1111_of_the_merge(tmp_path, sd1):
     assert json.loads(texts["sd_merge_models"])[digest]["name"] == "base.safetensors"
     assert json.loads(texts["sd_merge_recipe"])["primary_model_hash"] == digest
     assert str(tmp_path) not in "".join(texts.values())
+
+
+def test_the_recipe_of_a_bake_is_kept_and_read_under_either_name(tmp_path, sd1):
+    baked(tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}))
+    texts = dict(read_header(tmp_path / "out.safetensors").metadata)
+    bake = json.loads(texts["loramerge_recipe"])["bake"]
+    digest = hashlib.sha256((tmp_path / "base.safetensors").read_bytes()).hexdigest()
+    assert (bake["base"], bake["base_sha256"]) == ("base.safetensors", digest)
+    assert (bake["rounding"], bake["dtype"]) == ("auto", "same")
+    assert "loramerge_bake" not in texts
+    recipe = read_recipe(texts)  # Merging it again makes the LoRA that was baked.
+    assert [given.name for given in recipe.inputs] == ["a"]
+    told = look(tmp_path / "out.safetensors").baked
+    assert told[1:] == ("base: base.safetensors",)
+    texts["loramerge_bake"] = texts.pop("loramerge_recipe")
+    save_file(load_file(tmp_path / "out.safetensors"), tmp_path / "older.safetensors", texts)
+    assert look(tmp_path / "older.safetensors").baked == told
+    baked(tmp_path, tmp_path / "older.safetensors", lora_of({LORA_Q: (320, 320)}))
+    again = read_header(tmp_path / "out.safetensors").metadata
+    assert json.loads(again["loramerge_recipe"])["bake"]["base"] == "older.safetensors"
+    assert "loramerge_bake" not in again
 
 
 def test_the_report_shows_the_hash_and_what_survives(tmp_path, sd1, capsys):

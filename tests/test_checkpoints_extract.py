@@ -11,8 +11,11 @@ import torch
 from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
 from safetensors.torch import load_file, save_file
 
+from lib_loramerge.checkpoints import ExtractSettings
+from lib_loramerge.checkpoints import extract as run_extract
 from lib_loramerge.cli import main
 from lib_loramerge.delta.krylov import leading
+from lib_loramerge.errors import IncompatibleError
 from lib_loramerge.files import read_header
 from lib_loramerge.merge import open_source
 
@@ -277,6 +280,33 @@ def test_inspect_and_compare_take_checkpoints(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Written      nothing" in text
     assert "1 written" in text
+
+
+def test_progress_is_in_bytes_of_both_checkpoints(tmp_path):
+    base, _ = pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    told = []
+    settings = ExtractSettings(rank=4, parts=("te",))
+    paths = (tmp_path / "tuned.safetensors", tmp_path / "base.safetensors")
+    with pytest.raises(IncompatibleError, match="hold the same model"):
+        run_extract(*paths, None, settings, progress=told.append)
+    layers = [t for k, t in base.items() if k.startswith("cond_stage_model.") and t.is_floating_point()]
+    layers = [t for t in layers if t.dim() == 1 or t.shape[0] != 49408]
+    assert {entry.phase for entry in told} == {"extract"}
+    assert told[-1].done == told[-1].total
+    assert [entry.done for entry in told] == sorted({entry.done for entry in told})
+    assert 0.9 < told[-1].total / (2 * 2 * sum(t.numel() for t in layers)) <= 1
+
+
+def test_the_rank_of_convolutions_is_that_of_the_others_at_most_32_unless_it_is_given(tmp_path, capsys):
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    pair(tmp_path, {Q: planted((320, 320), 64, 0.1), conv: planted((320, 320, 3, 3), 64, 0.1)})
+    for words, expected in (
+        (("--rank", "48"), {"48": 1, "32": 1}),
+        (("--rank", "8"), {"8": 2}),
+        (("--rank", "8", "--conv-rank", "40"), {"40": 1, "8": 1}),
+        (("--rank", "8", "--conv-rank", "0"), {"8": 1}),
+    ):
+        assert extract(tmp_path, capsys, *words)["ranks"] == expected
 
 
 def test_an_extraction_is_the_same_from_any_number_of_threads(tmp_path, capsys, monkeypatch):

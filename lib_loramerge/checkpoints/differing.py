@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,15 @@ class Pair:
         for file in (*self.tuned.files, *self.base.files):
             if output.exists() and os.path.samefile(output, file.path):
                 raise OutputError(f"{output.name} is one of the inputs. Choose another name.")
+
+    def stored_bytes(self, layer: str) -> int:
+        """Bytes of a layer's weight in both."""
+        total = 0
+        for side in (self.tuned, self.base):
+            info = side.info(side.layers[layer][0].key)
+            numbers = math.prod(side.shape(self.identity, layer))
+            total += numbers * (info.end - info.start) // max(1, math.prod(info.shape))
+        return total
 
     def layers(self) -> list[str]:
         """Matrices of the parts asked for that both have, in a fixed order.

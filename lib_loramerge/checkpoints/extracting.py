@@ -40,6 +40,7 @@ def extract(
 
     Args:
         output: None writes nothing and tells all the same.
+        progress: Told of the bytes that were read of both, and that were hashed.
 
     Raises:
         LoraMergeError: Anything a user can cause; nothing was written then.
@@ -115,16 +116,18 @@ def _all_layers(
     progress: Callable[[Progress], None] | None,
     cancel: Callable[[], bool] | None,
 ) -> list[Found]:
-    begin, found = time.perf_counter(), []
+    begin, found, read = time.perf_counter(), [], 0
+    total = sum(map(pair.stored_bytes, names))
     work = parallel_map(lambda name: measure(pair, name), names, workers=WORKERS, cancel=cancel)
     for layer in work:
         write_layer(pair, layer, tensors)
         layer.stored = layer.whole = None
         found.append(layer)
+        read += pair.stored_bytes(layer.name)
         if progress is not None:
             spent = time.perf_counter() - begin
-            eta = spent / len(found) * (len(names) - len(found)) if len(found) > 8 else None
-            progress(Progress("extract", len(found), len(names), layer.name, eta))
+            eta = spent / read * (total - read) if len(found) > 8 and read else None
+            progress(Progress("extract", read, total, layer.name, eta))
     complete_groups(pair, found, tensors)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from .. import models
 from ..dialects import is_adapters
 from ..errors import LoraMergeError
 from ..files import read_header
-from .outcome import BAKE_KEY
+from .outcome import stored_bake
 from .reading import EMA, Checkpoint
 
 
@@ -115,8 +114,8 @@ def look(path: Path) -> CheckpointFacts:
 
 
 def _baked(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    try:
-        bake = json.loads(metadata.get(BAKE_KEY, "{}"))["bake"]
-        return (*(str(text) for text in bake["inputs"]), f"base: {bake['base']}")
-    except (ValueError, KeyError, TypeError, RecursionError):
+    bake = stored_bake(metadata)
+    inputs = bake.get("inputs")
+    if not isinstance(inputs, list) or "base" not in bake:
         return ()
+    return (*map(str, inputs), f"base: {bake['base']}")

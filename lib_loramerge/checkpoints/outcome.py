@@ -10,6 +10,7 @@ from typing import Any
 
 from ..metadata import RECIPE_KEY, RECIPE_LIMIT
 from ..recipe import MergeRecipe, to_json
+from ..recipe.stored import VERSION
 from ..report import percent
 from .rewriting import Sums
 
@@ -154,12 +155,13 @@ def baked_metadata(
     texts.setdefault("format", "pt")
     texts["modelspec.title"] = name
     texts["modelspec.merged_from"] = ", ".join([base.stem, *parents])[:2000]
-    stored: dict[str, Any] = {} if recipe is None else to_json(recipe)
+    stored: dict[str, Any] = {"version": VERSION} if recipe is None else to_json(recipe)
     bake = {"base": base.name, "base_sha256": base_sha256, **how}
     text = json.dumps({**stored, "bake": bake}, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    for key in (RECIPE_KEY, OLD_BAKE_KEY):
+        texts.pop(key, None)
     if len(text.encode("utf-8", "replace")) < RECIPE_LIMIT:
-        texts[BAKE_KEY] = text
-    texts.pop(RECIPE_KEY, None)
+        texts[RECIPE_KEY] = text
     if base_sha256 is None:
         for key in ("sd_merge_recipe", "sd_merge_models"):
             texts.pop(key, None)
@@ -178,8 +180,17 @@ def baked_metadata(
     return texts
 
 
-BAKE_KEY = "loramerge_bake"
-"""A recipe of LoRAs with what it was baked into; a merge's own key would be taken for a LoRA's recipe."""
+OLD_BAKE_KEY = "loramerge_bake"
+"""Where checkpoints of before have what :func:`baked_metadata` writes as ``loramerge_recipe``."""
+
+
+def stored_bake(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """What a baked checkpoint says of its base and of ``how`` it was made; empty where it says nothing."""
+    for key in (RECIPE_KEY, OLD_BAKE_KEY):
+        bake = _object(metadata.get(key)).get("bake")
+        if isinstance(bake, Mapping):
+            return bake
+    return {}
 
 
 def _object(text: str | None) -> dict[str, Any]:

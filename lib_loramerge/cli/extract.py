@@ -10,7 +10,7 @@ from typing import Any
 from .. import interrupts
 from ..errors import RecipeError
 from .options import add_json, add_output, add_settings, command, given_fields, target_of
-from .output import EXIT_DONE, print_report, progress_line
+from .output import EXIT_DONE, in_megabytes, print_report, progress_line
 
 
 def add_parser(commands: Any) -> None:
@@ -70,7 +70,7 @@ def run_extract(options: argparse.Namespace) -> int:
             target,
             _extract_settings(options),
             overwrite=options.overwrite,
-            progress=show,
+            progress=in_megabytes(show),
             cancel=interrupts.asked,
         )
     print_report(report, options)

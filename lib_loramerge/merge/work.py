@@ -34,8 +34,9 @@ class Progress:
     """How far a merge is.
 
     Attributes:
-        phase: ``"look"`` (singular values for a size rule), ``"merge"`` or ``"write"``.
-        done, total: Layers; tensors while writing.
+        phase: ``"look"`` (singular values for a size rule), ``"merge"`` or ``"write"``; ``"hash"``,
+            ``"write"`` or ``"extract"`` of checkpoints.
+        done, total: Layers; tensors while writing; bytes in all phases of checkpoints.
         eta: Seconds left in this phase, once they can be predicted.
     """
 

@@ -64,9 +64,10 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
     version = given.pop("version", VERSION)
     if isinstance(version, bool) or version != VERSION:
         raise RecipeError(f"This recipe has version {shown(version)}; version {VERSION} is what can be read.")
-    _refuse_unknown("A recipe", given, RECIPE_FIELDS)
     if "version" in fields:
+        given.pop("bake", None)  # What a baked checkpoint keeps beside its LoRAs.
         given.setdefault("rank", STORED_RANK)
+    _refuse_unknown("A recipe", given, RECIPE_FIELDS)
     if "inputs" not in given:
         raise RecipeError("A recipe needs inputs, the list of its LoRAs.")
     given["inputs"] = _inputs_from_json(given["inputs"])

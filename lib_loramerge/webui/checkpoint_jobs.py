@@ -188,7 +188,7 @@ class ExtractRequest(Errand):
         return start + (end - start) * share
 
     def unit(self, phase: str) -> str:
-        return "bytes" if phase == "hash" else "layers"
+        return "bytes"
 
 
 def _check_room(output: Path, size: int) -> None:

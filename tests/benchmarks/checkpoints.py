@@ -1,9 +1,10 @@
 """What baking and extracting cost, as ratios of one run.
 
-    python tests/benchmarks/checkpoints.py [--gigabytes 3.4] [--rank 64]
+    python tests/benchmarks/checkpoints.py [--gigabytes 3] [--rank 64]
 
-Baking: a float16 file of SDXL's linear layers, again and again until it has the size, with every one of the
-first 986 changed, against copying that file; CPU seconds of whole processes beyond an empty one of theirs.
+Baking: a float16 file of SDXL's linear layers, as many as the size holds, with every one of them changed at
+rank 32, against copying that file; CPU seconds of whole processes beyond an empty one of theirs, each the
+least of several runs in turns.
 Extraction: one layer of each of SDXL's shapes times its count, against the singular value decomposition that
 other extractors make of it. Memory is anonymous memory beyond an empty process, its largest sample.
 """
@@ -16,12 +17,13 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from merge_sdxl import make_lora, run
+from merge_sdxl import Cost, make_lora, run
 from sdxl_shapes import sdxl_layers, shape_counts
 
 from lib_loramerge.delta.krylov import leading
@@ -34,59 +36,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gigabytes", type=float, default=3.4)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", choices=("bake", "extract"), default=None)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be used")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        baking(Path(name), options.gigabytes)
-    extraction(options.rank)
+    if options.only != "extract":
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            baking(Path(name), options.gigabytes, options.repeat)
+    if options.only != "bake":
+        extraction(options.rank)
 
 
-def baking(folder: Path, gigabytes: float) -> None:
+def baking(folder: Path, gigabytes: float, repeat: int) -> None:
     base, out = folder / "base.safetensors", folder / "out.safetensors"
-    make_checkpoint(base, gigabytes)
-    lora = make_lora(folder / "lora.safetensors", 32, 0)
-    bake = [
-        sys.executable,
-        "-m",
-        "lib_loramerge",
-        "bake",
-        str(base),
-        str(lora),
-        "-o",
-        str(out),
-        "--overwrite",
-    ]
-    empty = run([sys.executable, "-c", "pass"])
-    copied = run([sys.executable, "-c", COPY, str(base), str(out)])
-    idle = run([*bake, "--dry-run"])
-    rows = [("report", run([*bake, "--no-hash"])), ("report and hashes", run(bake))]
-    print(f"{base.stat().st_size / 1e9:.2f} GB copied in {copied.cpu - empty.cpu:.2f} CPU-s")
-    for what, cost in rows:
-        seconds = cost.cpu - idle.cpu
+    layers = some_layers(gigabytes)
+    make_checkpoint(base, layers)
+    lora = make_lora(folder / "lora.safetensors", 32, 0, layers)
+    program = [sys.executable, "-m", "lib_loramerge", "bake", str(base), str(lora)]
+    bake = [*program, "-o", str(out), "--overwrite"]
+    commands = {
+        "empty": [sys.executable, "-c", "pass"],
+        "copy": [sys.executable, "-c", COPY, str(base), str(out)],
+        "dry run": [*bake, "--dry-run"],
+        "report": [*bake, "--no-hash"],
+        "report and hashes": bake,
+    }
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    for _ in range(repeat):
+        for name, command in commands.items():
+            costs[name].append(run(command))
+    cpu = {name: min(cost.cpu for cost in row) for name, row in costs.items()}
+    memory = {name: max(cost.memory for cost in row) for name, row in costs.items()}
+    copied = cpu["copy"] - cpu["empty"]
+    print(f"{base.stat().st_size / 1e9:.2f} GB, {len(layers)} layers, copied in {copied:.2f} CPU-s")
+    for name in ("report", "report and hashes"):
+        seconds = cpu[name] - cpu["dry run"]
         print(
-            f"baked with {what}: {seconds:.2f} CPU-s, {seconds / (copied.cpu - empty.cpu):.2f} x the copy; "
-            f"{(cost.memory - idle.memory) / 2**20:,.0f} MiB more than a dry run"
+            f"baked with {name}: {seconds:.2f} CPU-s, {seconds / copied:.2f} x the copy; "
+            f"{(memory[name] - memory['dry run']) / 2**20:,.0f} MiB more than a dry run"
         )
 
 
-def make_checkpoint(path: Path, gigabytes: float) -> None:
-    """SDXL's linear layers under their names in a checkpoint, and copies of them that nothing changes."""
-    shapes = {_key(name): shape for name, shape in sdxl_layers().items()}
-    numbers = sum(out * width for out, width in shapes.values())
-    copies = max(0, round(gigabytes * 1e9 / 2 / numbers) - 1)
-    for copy in range(copies):
-        shapes |= {f"copy.{copy}.{i}.weight": shape for i, shape in enumerate(sdxl_layers().values())}
+def some_layers(gigabytes: float) -> dict[str, tuple[int, int]]:
+    """Layers of SDXL from all over it whose float16 weights have about that size."""
+    layers = sdxl_layers()
+    whole = sum(2e-9 * out * width for out, width in layers.values())
+    step = max(1, round(whole / gigabytes))
+    return dict(list(layers.items())[::step])
+
+
+def make_checkpoint(path: Path, layers: Mapping[str, tuple[int, int]]) -> None:
+    """The layers under their names in a checkpoint."""
     header, place = {}, 0
-    for key, (out, width) in shapes.items():
-        header[key] = {
-            "dtype": "F16",
-            "shape": [out, width],
-            "data_offsets": [place, place + 2 * out * width],
-        }
-        place += 2 * out * width
+    for name, (out, width) in layers.items():
+        end = place + 2 * out * width
+        header[_key(name)] = {"dtype": "F16", "shape": [out, width], "data_offsets": [place, end]}
+        place = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     chunk = (torch.randn(1 << 22) * 0.03).half().numpy().tobytes()

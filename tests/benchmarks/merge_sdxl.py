@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,12 +123,12 @@ def _whole_processes(rank: int, folder: Path, repeat: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def make_lora(path: Path, rank: int, seed: int) -> Path:
-    """A random float16 SDXL LoRA whose components fall as 1 / sqrt(j)."""
+def make_lora(path: Path, rank: int, seed: int, layers: Mapping[str, tuple[int, int]] | None = None) -> Path:
+    """A random float16 SDXL LoRA whose components fall as 1 / sqrt(j); by default of all layers."""
     generator = torch.Generator().manual_seed(seed)
     fall = torch.arange(1, rank + 1).pow(-0.5)
     tensors = {}
-    for name, (out, in_) in sdxl_layers().items():
+    for name, (out, in_) in (layers or sdxl_layers()).items():
         tensors[f"{name}.lora_up.weight"] = (torch.randn(out, rank, generator=generator) * fall * 0.02).half()
         tensors[f"{name}.lora_down.weight"] = (torch.randn(rank, in_, generator=generator) * 0.02).half()
         tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
