@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..delta import Delta, Dense, check_same_shape, norm
 from ..recipe import Param
-from . import sparsify
+from . import sparsify, votes
 from .linear import svd as weighted_sum
 from .params import DENSITY, LAMBDA, NORMALIZE, factor_of_result
 from .registry import LayerContext, merge_method
@@ -34,9 +34,6 @@ SELECT_TOPK = Param(
 SAME = 1e-12
 
 LOSSY = "at small ranks: the result is of full rank, so storing it as a LoRA always loses a part"
-
-# Up to this many LoRAs all votes of a layer are held at once: no more memory than adding them up takes.
-HELD = 3
 
 Sparsify = Callable[[Tensor, int], None]
 
@@ -333,13 +330,13 @@ def sce(
     voters = [(deltas[index], weights[index]) for index in present]
     kept = _large_variance(voters, select_topk) if select_topk < 1 else None
     largest = max(abs(weight) * norm(delta) for delta, weight in voters) or 1.0
-    election: sparsify.Election | None = None
+    election: votes.Election | None = None
     for delta, weight in voters:
         matrix = sparsify.elements(delta)
         if kept is not None:
             matrix.mul_(kept)
         energy = (abs(weight) * float(torch.linalg.vector_norm(matrix)) / largest) ** 2
-        election = election or sparsify.Election(matrix, weighted=True)
+        election = election or votes.Election(matrix, weighted=True)
         election.cast(matrix, weight, energy)
     assert election is not None
     return Dense(election.result(), deltas[0].kernel, sparsify.row_space(deltas, weights))
@@ -409,16 +406,7 @@ def _elected(
     if whole and len(deltas) == 1:
         return weighted_sum(deltas, [weights[0] * factor], LayerContext())
     prepared = _prepared(deltas, prepare)
-    if len(deltas) <= HELD:
-        result = sparsify.elected(list(prepared), weights, factor, normalize=normalize)
-    else:
-        first = next(prepared)
-        election = sparsify.Election(first)
-        election.cast(first, weights[0])
-        del first
-        for matrix, weight in zip(prepared, weights[1:]):
-            election.cast(matrix, weight)
-        result = election.result(factor, normalize=normalize)
+    result = votes.elect(prepared, weights, factor, normalize=normalize)
     return Dense(result, deltas[0].kernel, sparsify.row_space(deltas, weights))
 
 

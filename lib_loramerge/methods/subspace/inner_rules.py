@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import sparsify
 from ..registry import LayerContext
+from ..votes import elected
 
 _Prepare = Callable[[Tensor, float, sparsify.Draws], None]
 
@@ -54,7 +55,7 @@ def merged(rule: str, inputs: Sequence[Tensor], density: float, context: LayerCo
         matrix = given.to(torch.float32, copy=True).contiguous()
         prepare(matrix, density, sparsify.Draws(context.seed, context.layer, places.index(index)))
         thinned.append(matrix)
-    return (sparsify.elected(thinned) if votes else _sum(thinned)).to(inputs[0].dtype)
+    return (elected(thinned) if votes else _sum(thinned)).to(inputs[0].dtype)
 
 
 def _sum(inputs: Sequence[Tensor]) -> Tensor:
