@@ -5,9 +5,10 @@
 """
 
 from .axes import Axis, Point, combine, expand
-from .running import Sweep, SweepRow, plan_sweep, rows_before, run_sweep, target
+from .running import MOST_FILES, Sweep, SweepRow, plan_sweep, rows_before, run_sweep, target
 
 __all__ = [
+    "MOST_FILES",
     "Axis",
     "Point",
     "Sweep",

@@ -100,6 +100,7 @@ def expand(
     zipped: bool = False,
     prefix: str = "",
     fields: Mapping[str, Any] | None = None,
+    most: int = MOST_POINTS,
 ) -> list[Point]:
     """All recipes of a sweep.
 
@@ -111,6 +112,7 @@ def expand(
         zipped: The n-th values of all axes belong together.
         prefix: How all names begin.
         fields: Other fields of the recipe, the same in all.
+        most: Recipes that there may be.
 
     Raises:
         RecipeError: Nothing varies, two points are the same, or a value makes no sense.
@@ -137,7 +139,7 @@ def expand(
         )
     axes = _distinct(axes)
     points: list[Point] = []
-    for values in combine(axes, zipped=zipped):
+    for values in combine(axes, zipped=zipped, most=most):
         chosen = dict(zip(axes, values, strict=True))
         named = {axis.place: value for axis, value in chosen.items() if isinstance(axis.place, str)}
         given = {name: _typed(name, named.get(name, values[0])) for name, values in settings.items()}
@@ -171,21 +173,21 @@ def _foreign(mode: str | None, params: Mapping[str, str], modes: Sequence[str]) 
     return frozenset(name for name in params if name in others - has(mode))
 
 
-def combine(axes: Sequence[Axis], *, zipped: bool) -> list[tuple[str, ...]]:
+def combine(axes: Sequence[Axis], *, zipped: bool, most: int = MOST_POINTS) -> list[tuple[str, ...]]:
     """The values of all points: every combination, or the n-th of each axis together.
 
     Raises:
         RecipeError: Axes of unequal lengths cannot be zipped, or there are too many combinations.
     """
-    if zipped:
-        if len({len(axis.values) for axis in axes}) > 1:
-            lengths = ", ".join(f"{axis.label} has {len(axis.values)}" for axis in axes)
-            raise RecipeError(f"--zip needs the same number of values everywhere: {lengths}.")
-        return list(zip(*(axis.values for axis in axes), strict=True))
-    count = math.prod(len(axis.values) for axis in axes)
-    if count > MOST_POINTS:
-        raise RecipeError(f"This sweep has {count:,} combinations; at most {MOST_POINTS:,} are possible.")
-    return list(itertools.product(*(axis.values for axis in axes)))
+    lengths = [len(axis.values) for axis in axes]
+    if zipped and len(set(lengths)) > 1:
+        told = ", ".join(f"{axis.label} has {length}" for axis, length in zip(axes, lengths, strict=True))
+        raise RecipeError(f"--zip needs the same number of values everywhere: {told}.")
+    count = lengths[0] if zipped else math.prod(lengths)
+    if count > most:
+        raise RecipeError(f"This sweep has {count:,} combinations; at most {most:,} are possible.")
+    values = [axis.values for axis in axes]
+    return list(zip(*values, strict=True) if zipped else itertools.product(*values))
 
 
 def _bodies(loras: Sequence[str]) -> list[tuple[str, bool]]:

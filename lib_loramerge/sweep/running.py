@@ -93,6 +93,7 @@ def plan_sweep(
     *,
     find: Callable[[str], Path],
     presets: Presets,
+    base_of: Callable[[str], Path | None] = Path,
     most: int = MOST_FILES,
     resume: bool = False,
 ) -> Sweep:
@@ -100,6 +101,7 @@ def plan_sweep(
 
     Args:
         find: LoRA name to its file, as ``plan_merge`` takes it.
+        base_of: The base model's file, from what a recipe calls it.
         most: Files that the sweep may have.
         resume: Skip files that exist and were made from the same recipe and sources.
 
@@ -113,7 +115,7 @@ def plan_sweep(
     for point in points:
         try:
             recipe = point.recipe
-            base = Path(recipe.base) if recipe.base else None
+            base = base_of(recipe.base) if recipe.base else None
             plans.append(plan_merge(recipe, find=find, presets=presets, base=base))
         except LoraMergeError as error:
             raise type(error)(f"{point.name}: {error}") from error

@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..methods import METHODS
 from ..recipe import DTYPES, SETTINGS, MergeRecipe, from_json
-from . import analyse, checkpoint_api, schema
+from . import analyse, checkpoint_api, schema, sweep_jobs
 from .access import Names, Refusal, check_credentials, check_origin, parse_users
 from .host import ClosedError, ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue, MergeRequest
@@ -68,7 +68,7 @@ _PATH = re.compile(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f
 # The library's sentences name options of the command line; a request has fields instead.
 _FLAG = re.compile(
     rf"(?<![\w-])--({'|'.join(entry.flag[2:] for entry in SETTINGS.values())}|"
-    r"allow-changed-sources|overwrite|rounding|drop-ema|max-rank)(?![\w-])(?: CHECKPOINT\b)?"
+    r"allow-changed-sources|overwrite|rounding|drop-ema|max-rank|zip)(?![\w-])(?: CHECKPOINT\b)?"
 )
 
 
@@ -184,6 +184,12 @@ class Service:
             preview=preview,
             strict=True,
         )
+        return self._job_json(self.jobs.submit(request, by_rest=True))
+
+    def sweep(self, body: Mapping[str, Any]) -> Any:
+        request = sweep_jobs.sweep_request(Fields(body, sweep_jobs.FIELDS))
+        for value in (request.subfolder, *(given.name for given in request.points[0].recipe.inputs)):
+            _refuse_path(value)
         return self._job_json(self.jobs.submit(request, by_rest=True))
 
     def checkpoints(self, _: Mapping[str, Any]) -> Any:
@@ -305,6 +311,7 @@ def _routes(service: Service) -> tuple[_Route, ...]:
         _Route("GET", "/presets", service.presets, "Block-weight presets"),
         _Route("POST", "/plan", service.plan, "What a merge would do, without doing it", recipe),
         _Route("POST", "/merge", service.merge, "Queues a merge", schema.merge_schema(), job, 202),
+        _Route("POST", "/sweep", service.sweep, "Queues a sweep", schema.sweep_schema(), job, 202),
         _Route("GET", "/checkpoints", service.checkpoints, "Checkpoints as the host lists them"),
         _Route("POST", "/bake", service.bake, "Queues a bake", schema.bake_schema(), job, 202),
         _Route(

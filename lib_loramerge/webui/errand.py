@@ -61,5 +61,5 @@ class Errand:
         return progress.done / progress.total if progress.total else 0.0
 
     def unit(self, phase: str) -> str:
-        """What ``progress`` counts in this phase: ``"layers"`` or ``"bytes"``."""
+        """What ``progress`` counts in this phase: ``"layers"``, ``"bytes"`` or ``"thousandths"``."""
         return "layers"

@@ -251,6 +251,8 @@ def _job(job: Job) -> str:
     parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
     if job.progress and job.unit == "bytes":
         parts.append(f"{size_text(job.progress.done)} / {size_text(job.progress.total)}")
+    elif job.progress and job.progress.total and job.request.kind == "sweep":
+        parts.append(foreign(job.progress.layer))
     elif job.progress and job.progress.total and job.progress.phase != "write":
         parts.append(f"{job.progress.done} / {job.progress.total} {say('layers')}")
     if job.eta is not None:
@@ -274,6 +276,9 @@ def job_result(job: Job, host: Host) -> str:
         return f"{box}{_title(job)}{text}{_buttons(job, None)}</div>"
     if job.report is None:
         return ""
+    if job.request.kind == "sweep":
+        where = _written(job.output or Path(), host)
+        return f'{box}{_title(job)}<div class="lm-written">{where}</div>{sweep_table(job.report.rows)}</div>'
     if job.request.kind != "merge":
         from . import render_checkpoints  # Not at the WebUI's start, see extension.py.
 
@@ -294,6 +299,25 @@ def job_result(job: Job, host: Host) -> str:
         report_table(report),
     ]
     return f"{box}{''.join(parts)}</div>"
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The files of a sweep: what each is called, its size, its error, and what it keeps of each LoRA."""
+    from ..report import percent  # Not at the WebUI's start, see extension.py.
+
+    loras = list(dict.fromkeys(name for row in rows for name in row["kept"] or ()))
+    heads = [say("File"), say("File size"), say("Error"), *map(foreign, loras)]
+    body = ""
+    for row in rows:
+        kept = row["kept"] or {}
+        cells = [
+            foreign(row["file"]),
+            "" if row["size_bytes"] is None else size_text(row["size_bytes"]),
+            *("" if value is None else percent(value) for value in (row["error"], *map(kept.get, loras))),
+        ]
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th>{head}</th>" for head in heads)
+    return f'<table class="lm-layers lm-numbers" data-table="sweep"><tr>{head}</tr>{body}</table>'
 
 
 def _written(path: Path, host: Host) -> str:
@@ -339,7 +363,7 @@ def _buttons(job: Job, host: Host | None) -> str:
             f'<button type="button" class="lm-button lm-again" data-job="{foreign(job.id)}">'
             f"{say('Merge again keeping everything')} ({size_text(job.exact_bytes)})</button>"
         )
-    if job.request.kind != "extract":
+    if hasattr(job.request, "recipe"):
         parts.append(
             f'<button type="button" class="lm-button lm-refill" data-job="{foreign(job.id)}">'
             f"{say('Fill the form with its settings')}</button>"

@@ -104,6 +104,28 @@ def merge_schema() -> Schema:
     )
 
 
+def sweep_schema() -> Schema:
+    recipe = recipe_schema()
+    texts = text("as in a prompt, with ranges or lists: style:0.2..1/5")
+    recipe["properties"]["inputs"]["items"] = {"anyOf": [input_schema(), texts]}
+    values = {"type": "array", "items": {"anyOf": [number(), text()]}}
+    return object_of(
+        {
+            "recipe": recipe,
+            "axes": {
+                "type": "object",
+                "description": "settings, parameters of the mode or mix, each with its values",
+                "additionalProperties": {"anyOf": [values, text("a range: 0.2..1/5")]},
+            },
+            "name": text("of the folder of the files, below the LoRA folder"),
+            "subfolder": text("folder below the LoRA folder that it is made in", default=""),
+            "zip": {"type": "boolean", "default": False, "description": "the n-th values together"},
+            "resume": {"type": "boolean", "default": False, "description": "keep files of the same recipe"},
+        },
+        ("recipe", "name"),
+    )
+
+
 def bake_schema() -> Schema:
     return object_of(
         {
@@ -166,7 +188,7 @@ def job_schema() -> Schema:
             "phase": text(enum=["look", "merge", "extract", "hash", "write"]),
             "done": {"type": "integer"},
             "total": {"type": "integer"},
-            "unit": text(enum=["layers", "bytes"]),
+            "unit": text(enum=["layers", "bytes", "thousandths"]),
             "layer": text(),
             "fraction": number(minimum=0, maximum=1),
             "seconds_left": number(nullable=True),
@@ -176,7 +198,7 @@ def job_schema() -> Schema:
         {
             "id": text(),
             "state": text(enum=["waiting", "running", "done", "failed", "cancelled"]),
-            "kind": text(enum=["merge", "bake", "extract"]),
+            "kind": text(enum=["merge", "bake", "extract", "sweep"]),
             "title": text(),
             "trial": {"type": "boolean"},
             "position": {"type": "integer", "description": "0 runs, 1 is next"},
