@@ -282,7 +282,7 @@ def test_the_hosts_docs_describe_every_route(host):
             "extract",
             "checkpoints",
         )
-    } | {f"{API}/{p}" for p in ("compare", "advise", "plot")}
+    } | {f"{API}/{p}" for p in ("compare", "advise", "plot", "sweep")}
     body = routes[f"{API}/merge"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"recipe", "name", "overwrite", "trial"} <= set(body["properties"])
     assert "svd" in body["properties"]["recipe"]["properties"]["mode"]["enum"]

@@ -68,7 +68,7 @@ def test_ranges_mixes_and_pairs_make_axes(host):
     assert files(host, "deep/mixed") == [f"mixed_mix-{share}.safetensors" for share in ("0.5", "0", "1")]
     recipes = [row["recipe"] for row in rows]
     assert [
-        (one["inputs"][0]["te"], one["rank"], one["params"]["density"], one["mode"], one["seed"])
+        (one["inputs"][0]["te"], one["rank"], float(one["params"]["density"]), one["mode"], one["seed"])
         for one in recipes
     ] == [(0.1, 1, 0.5, "ties", 3), (0.2, 2, 0.6, "ties", 3)]
 
