@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lib_loramerge.checkpoints import ExtractSettings
 from lib_loramerge.checkpoints import extract as run_extract
 from lib_loramerge.cli import main
+from lib_loramerge.delta import truncate
 from lib_loramerge.delta.krylov import leading
 from lib_loramerge.errors import IncompatibleError
 from lib_loramerge.files import read_header
@@ -93,6 +94,20 @@ def test_leading_values_are_near_the_best(power, shape):
     error = float(found.tail(16) ** 0.5)
     assert error / best - 1 <= (1e-3 if power == 1 else 2e-3)
     assert torch.allclose(found.values[:8], values[:8], rtol=1e-2)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_difference_of_lower_rank_than_wanted_is_found_whole(rank, noise):
+    """As of a baked LoRA: one strong direction, a few weak ones, and beyond them the rounding of the file."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(1280, rank, generator=generator) * torch.logspace(0, -2.5, rank)
+    matrix = left @ torch.randn(rank, 640, generator=generator)
+    matrix += noise * matrix.norm() / (1280 * 640) ** 0.5 * torch.randn(1280, 640, generator=generator)
+    best = float(torch.linalg.svdvals(matrix.double())[8:].norm())
+    for name in range(6):  # The name seeds the random start.
+        found = truncate(leading(matrix, 8, f"layer {name}"), 8)
+        assert float((matrix.double() - found.up @ found.down).norm()) <= 1.001 * best + 1e-5 * matrix.norm()
 
 
 def test_a_baked_lora_comes_back(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .core import Spectrum, cancelled, decompose, decompose_whole, in_float32
+from .krylov import outside
 from .reach import NEAR, largest, times_two_to
 from .small import gram, grams, sizes
 from .types import Dense, Grams, LowRank
@@ -171,9 +172,7 @@ def _krylov(
         if _still_to_gain(found) <= _CONVERGED * (energy - found[-1]):
             largest = torch.linalg.eigh(square).eigenvectors[:, -rank:]
             return torch.linalg.qr((basis @ largest.to(basis)).double()).Q
-        block = times(image[-block.shape[1] :].mT)
-        for _ in range(2):  # once leaves rounding errors of the size of what is taken away
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+        block = outside(basis, times(image[-block.shape[1] :].mT))
         basis, image = torch.cat([basis, block], dim=1), torch.cat([image, onto(block)])
     return None
 

@@ -14,6 +14,9 @@ from .types import Grams, LowRank
 
 _DEPTH, _DEEPEST = 3, 6
 _GAINS = 1e-4  # Part of what is left that one more step has to find to be worth it.
+_ROUNDING = torch.finfo(torch.float32).eps  # Part of the energy that sums of float32 products do not resolve.
+_PASSES = 5
+_KEPT = 0.5  # Part of a direction that has to be left by the last pass.
 _PAYS = 0.6  # Part of the shorter side from which on the whole eigenproblem is the quicker one.
 
 
@@ -42,14 +45,12 @@ def leading(weight: Tensor, rank: int, name: str, kernel: tuple[int, ...] = ()) 
     basis, image = block, block.mT @ weight  # (out, c), (c, in)
     before = 0.0
     for depth in range(1, _DEEPEST + 1):
-        block = weight @ image[-rank:].mT
-        for _ in range(2):  # Once leaves rounding errors of the size of what is taken away.
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+        block = outside(basis, weight @ image[-rank:].mT)
         basis, image = torch.cat([basis, block], dim=1), torch.cat([image, block.mT @ weight])
         if depth < _DEPTH - 1:
             continue
         found = float(torch.linalg.eigvalsh(gram(image))[-rank:].sum())
-        if depth >= _DEPTH and found - before <= _GAINS * max(0.0, energy - found):
+        if depth >= _DEPTH and found - before <= _GAINS * max(0.0, energy - found) + _ROUNDING * energy:
             break
         before = found
     largest = torch.linalg.eigh(gram(image)).eigenvectors[:, -rank:]
@@ -58,3 +59,20 @@ def leading(weight: Tensor, rank: int, name: str, kernel: tuple[int, ...] = ()) 
     small = Grams(torch.eye(rank, dtype=torch.float64), gram(inside.down))
     spectrum = decompose(inside, energy**0.5, small=small)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
+
+
+def outside(basis: Tensor, block: Tensor) -> Tensor:
+    """Orthonormal columns, orthogonal to ``basis`` too, that with it span what ``block`` does.
+
+    Where the matrix has a lower rank than the block, what a pass leaves is rounding that lies in ``basis`` to
+    a large part: so many passes are made until the last one took little away.
+
+    Source: Giraud, Langou and Rozloznik 2005, On the loss of orthogonality in the Gram-Schmidt
+        orthogonalization process, https://doi.org/10.1016/j.camwa.2005.08.009.
+    """
+    for passed in range(_PASSES):
+        found = torch.linalg.qr(block - basis @ (basis.mT @ block))
+        block = found.Q
+        if passed and float(found.R.diagonal().abs().min()) > _KEPT:
+            break
+    return block
