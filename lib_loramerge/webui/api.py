@@ -144,7 +144,7 @@ class Service:
     def methods(self, _: Mapping[str, Any]) -> Any:
         return {
             "version": __version__,
-            "methods": [_method_json(name) for name in METHODS],
+            "methods": [method.to_json() for method in METHODS.values()],
             "dtypes": list(DTYPES),
         }
 
@@ -558,26 +558,6 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     return str(value)
-
-
-def _method_json(name: str) -> dict[str, Any]:
-    method = METHODS[name]
-    fields = (
-        "name",
-        "label",
-        "summary",
-        "exact",
-        "uses_rank",
-        "random",
-        "minimum",
-        "maximum",
-        "experimental",
-        "source",
-    )
-    return {
-        **{field: getattr(method, field, None) for field in fields},
-        "params": [plain(param) for param in method.params],
-    }
 
 
 def _request_body(route: _Route) -> dict[str, Any] | None:

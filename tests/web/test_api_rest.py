@@ -60,6 +60,9 @@ def test_methods_and_presets_are_told_in_full(host):
     methods = {entry["name"]: entry for entry in host.get(f"{API}/methods")["methods"]}
     assert {"svd", "concat", "add"} <= set(methods)
     assert methods["svd"]["summary"]
+    assert methods["svd"]["formula"]
+    assert methods["add"]["avoid"]
+    assert {"name", "type", "default"} <= set(methods["ties"]["params"][0])
     assert "MIDD" in host.get(f"{API}/presets")["weights"]
 
 
