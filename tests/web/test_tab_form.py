@@ -19,13 +19,14 @@ from lib_loramerge.errors import RecipeError
 from lib_loramerge.files import header
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
-from lib_loramerge.webui import facts, form, render, tab
+from lib_loramerge.webui import extracting, facts, form, render, tab
 from lib_loramerge.webui.checkpoint_jobs import BakeRequest
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue, MergeRequest
 from lib_loramerge.webui.origins import stamp_of
 from lib_loramerge.webui.standalone import shared_file
 from lib_loramerge.webui.tab import baking, layout
+from lib_loramerge.webui.tab import extracting as extract_page
 from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
 from lib_loramerge.webui.tab.handlers import FORM_NAMES
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
@@ -505,3 +506,26 @@ def test_rules_for_each_lora_s_share_survive_the_form(host: StandaloneHost) -> N
     for changes in ({"rank_rule": form.RANK_RULES["full"]}, {"mode": METHODS["ties"].label}):
         values = default_form(row0__lora="style", fair=True, **changes)
         assert form.read_form(values, host, METHODS).check().fair is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"rank": 64}),
+        ({"extract_conv_rank": ""}, {"rank": 64}),
+        ({"extract_conv_rank": 0}, {"rank": 64}),  # Gradio 4 makes 0 of an empty field.
+        ({"extract_conv_rank": 16}, {"rank": 64, "conv_rank": 16}),
+        ({"extract_rule": extracting.RULES["auto"]}, {"rank": "auto", "max_rank": 128}),
+        ({"extract_rule": extracting.RULES["retain"]}, {"retain": 0.95, "max_rank": 128}),
+    ],
+)
+def test_the_rank_of_an_extraction_and_an_empty_one_of_convolutions(host, changes, expected):
+    values = {control.name: control.options.get("value") for control in extract_page.CONTROLS}
+    settings = dict(extracting.request_of({**values, "extract_name": "x", **changes}, host).settings)
+    assert {name: settings[name] for name in settings if "rank" in name or name == "retain"} == expected
+
+
+def test_a_rank_of_convolutions_below_one_is_refused(host):
+    values = {control.name: control.options.get("value") for control in extract_page.CONTROLS}
+    with pytest.raises(RecipeError, match="Rank of convolutions"):
+        extracting.request_of({**values, "extract_name": "x", "extract_conv_rank": -1}, host)
