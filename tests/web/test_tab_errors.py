@@ -101,7 +101,7 @@ def expect_error(tab: Tab, where: str, sentence: str) -> None:
 WRONG_ROWS = (
     ({"lora": "stile"}, "There is no LoRA called stile in the LoRA folder. Did you mean style?"),
     ({"lora": "damaged"}, "damaged.safetensors is a text file"),
-    ({"lora": "model"}, "model.safetensors is a whole checkpoint"),
+    ({"lora": "model"}, "model.safetensors: this is a whole checkpoint"),
     ({"lora": "half"}, "this LoRA layer is incomplete"),
     ({"blocks": "MIDDD"}, "there is no preset 'MIDDD'"),
     ({"blocks": "1,0,1"}, "has 3 block weights"),
