@@ -109,6 +109,14 @@ def test_the_default_keeps_everything_and_says_what_a_smaller_file_would(folder)
     assert small.smaller is None
 
 
+def test_a_file_that_came_out_small_already_is_compared_with_no_larger_one(folder):
+    ff.merge(folder, "a:1", "b:1", rank="full", dtype="float32", out="sum")
+    # Nothing but a and b is in these two, so the plan foresees twice the ranks that come out.
+    report = ff.merge(folder, "sum:1", "a:0.5", dtype="float32", out="again")
+    assert max(report.ranks) == max(ff.merge(folder, "sum:1", rank="full", out="alone").ranks)
+    assert report.smaller is None
+
+
 def test_modes_that_choose_elements_keep_the_rank_of_the_inputs(folder):
     plan = ff.plan(folder, "a:1", "b:-0.4", mode="ties", dtype="float32")
     assert plan.rank_histogram == {4: len(plan.layers)}

@@ -222,8 +222,8 @@ def predicted_bytes(plan: MergePlan) -> int:
     return total if plan.recipe.size is None else min(total, int(plan.recipe.size * 1_000_000))
 
 
-# A file that saves less than this part is not worth a word.
-_WORTH = 0.1
+WORTH = 0.9
+"""Part of a file's size above which a smaller one is not worth a word."""
 
 
 def smaller(plan: MergePlan) -> dict[str, int] | None:
@@ -240,7 +240,7 @@ def smaller(plan: MergePlan) -> dict[str, int] | None:
         for layer in plan.layers
     )
     size = predicted_bytes(replace(plan, layers=layers))
-    return {"rank": rank, "size_bytes": size} if size < (1 - _WORTH) * plan.predicted_bytes else None
+    return {"rank": rank, "size_bytes": size} if size < WORTH * plan.predicted_bytes else None
 
 
 @dataclass(frozen=True)

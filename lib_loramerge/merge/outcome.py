@@ -22,7 +22,7 @@ from ..report import (
     relative,
     worst,
 )
-from .layout import MergePlan, SourcePlan, smaller
+from .layout import WORTH, MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
 from .merged import Lost, MergedLayer
 
@@ -82,7 +82,7 @@ def merge_report(
         seconds=dict(seconds),
         peak_memory_bytes=peak_memory_bytes(),
         by_block=_by_block(plan, merged),
-        smaller=_smaller(plan, merged),
+        smaller=_smaller(plan, merged, written.size),
     )
 
 
@@ -144,10 +144,15 @@ def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
     return list(dict.fromkeys(texts))  # one LoRA given twice is one
 
 
-def _smaller(plan: MergePlan, merged: Sequence[MergedLayer]) -> dict[str, Any] | None:
-    """What a file of the largest input's rank would cost and lose, rounding aside, where it is known."""
+def _smaller(plan: MergePlan, merged: Sequence[MergedLayer], size: int) -> dict[str, Any] | None:
+    """What a file of the largest input's rank would cost and lose, rounding aside, where it is known.
+
+    Args:
+        size: Bytes of the file that was written. Where the inputs have directions in common, its ranks are
+            lower than the plan could know.
+    """
     found: dict[str, Any] | None = smaller(plan)
-    if found is None:
+    if found is None or found["size_bytes"] >= WORTH * size:
         return None
     cuts = [
         entry.cut or ((entry.result.error_sq, entry.lost) if not entry.result.rank else None)

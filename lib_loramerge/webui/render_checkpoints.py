@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SURVIVES_MEANS = (
     "What survives is the part of the LoRAs that is in the file after rounding. The noise of rounding "
-    "is told beside it: the model's own numbers are rounded as coarsely."
+    "is given beside it: the model's own numbers are rounded as coarsely."
 )
 NOT_LISTED = "To use it now, press the refresh button beside the WebUI's own list of checkpoints."
 ROUNDED = {
