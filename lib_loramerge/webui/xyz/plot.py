@@ -39,6 +39,7 @@ class Plot:
         self.host = host
         self.trials = Trials(host.register_trial, host.unregister_trial)
         self._shared: Shared | None = None
+        self._plots = 0  # that have begun
         atexit.register(self.end)
 
     def end(self) -> None:
@@ -134,11 +135,22 @@ class Plot:
         return trial.name
 
     def _until_closed(self, p: Any) -> None:
-        """Makes the plot end with the host's object for it, closed or gone after the last picture."""
+        """Makes the plot end with the host's object for it, closed or gone after the last picture.
+
+        Python may notice long afterwards that an object is gone: what the next plot has made stays then.
+        """
         if getattr(p, BOUND, False):
             return
         setattr(p, BOUND, True)  # Copies, which are the pictures, have it too.
-        weakref.finalize(p, self.end)
+        self.end()  # The host makes one plot at a time, so the one before is over.
+        self._plots += 1
+        number = self._plots
+
+        def ended() -> None:
+            if number == self._plots:
+                self.end()
+
+        weakref.finalize(p, ended)
         close = getattr(p, "close", None)
         if close is not None:
 
@@ -146,7 +158,7 @@ class Plot:
                 try:
                     close()
                 finally:
-                    self.end()
+                    ended()
 
             p.close = closed
 
