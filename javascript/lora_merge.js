@@ -54,6 +54,7 @@
     }
 
     // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
+    window.loramergePress = press;
     window.loramergeArgument = (name) => [state.arguments[name] || ""];
 
     function proposals() {

@@ -1,4 +1,5 @@
 // "See it in pictures": the form's LoRAs go into the txt2img prompt, and the WebUI's X/Y/Z plot gets an axis of ours.
+// Back again: a button below the pictures saves the merge that made the chosen one.
 (function () {
     "use strict";
 
@@ -6,13 +7,18 @@
     const PLOT = "#script_txt2img_xyz_plot_";
     const LOOK = 100; // ms between looks, of which there are so many at most
     const TRIES = 100;
-    const SETTLED = 20; // looks in a row at which what was written still stands
+    const OFFER = 2000; // ms between looks for the buttons below the pictures
+    const SETTLED = 80; // looks for as long as an answer of the plot's server may come
+
+    const PAGES = ["txt2img", "img2img"]; // that have pictures
 
     let last = ""; // what was asked for last, with its time
 
+    const root = () => (typeof window.gradioApp === "function" ? window.gradioApp() : document);
+    const say = (text) => (window.localization && window.localization[text]) || text;
+
     function shown(selector) {
-        const root = typeof window.gradioApp === "function" ? window.gradioApp() : document;
-        const element = root.querySelector(`#tab_txt2img ${selector}`);
+        const element = root().querySelector(`#tab_txt2img ${selector}`);
         return element && element.offsetParent !== null ? element : null;
     }
 
@@ -51,14 +57,40 @@
         const field = await until(() => shown(`${PLOT}x_values textarea`) || shown(`${PLOT}x_values input`));
         if (!field) return;
         field.scrollIntoView({ block: "center" });
-        // With tick and axis the plot asks its server, and puts back the values that it was asked with.
+        // With tick and axis the plot asks its server, which may put back the values that it was asked with.
+        const before = field.value;
         let kept = 0;
         await until(() => {
-            kept = field.value === values ? kept + 1 : 0;
-            if (!kept) window.loramergeType(field, values);
-            return kept > SETTLED;
+            if (field.value === before) window.loramergeType(field, values);
+            else if (field.value !== values) return true; // The person writes there.
+            return ++kept > SETTLED;
         });
     }
+
+    function keep(page) {
+        const info = root().querySelector(`#html_info_${page}`);
+        window.loramergePress("keep", info ? info.innerText.trim() : "");
+        const tabs = [...root().querySelectorAll("#tabs > .tab-nav > button, #tabs > div > .tab-nav > button")];
+        const ours = tabs.find((tab) => tab.textContent.trim() === say("LoRA Merge"));
+        if (ours) ours.click();
+    }
+
+    function offerToKeep(page) {
+        const like = root().querySelector(`#image_buttons_${page} button`);
+        if (!like || !root().querySelector("#loramerge_do_keep")) return false;
+        if (root().querySelector(`#loramerge_keep_${page}`)) return true;
+        const button = document.createElement("button");
+        button.id = `loramerge_keep_${page}`;
+        button.className = like.className;
+        button.textContent = "💾 LoRA";
+        button.title = say("Saves the merged LoRA that made the chosen picture.");
+        button.addEventListener("click", () => keep(page));
+        like.parentElement.append(button);
+        return true;
+    }
+
+    // Gradio makes the page late, and makes it again after a lost connection.
+    setInterval(() => PAGES.forEach(offerToKeep), OFFER);
 
     window.loramergePlot = (text) => {
         if (!text || text === last) return;

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import expect
 
+from lib_loramerge.files import read_header
+from lib_loramerge.metadata import read_recipe
+from lib_loramerge.methods import METHODS
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.browser import SERVED, Tab
 from tests.web.hosting import FakeHost
@@ -51,6 +54,43 @@ def test_the_form_s_loras_and_the_axis_are_in_the_plot_and_its_pictures(
                 expect(pictures).to_have_value(containing(label), timeout=PATIENCE)
             tab._turn_to("tabs", "LoRA Merge")
         assert tab.errors == []
+
+
+def test_the_merge_of_a_picture_is_saved_with_one_click(chromium: object, host: FakeHost) -> None:
+    with Tab(chromium, host.url) as tab:
+        tab.fill("row0_lora", "style")
+        tab.fill("row0_strength", 0.3)
+        tab.fill("row1_lora", "face")
+        tab.wait_for_facts("2")
+        tab.choose("see_axis", "Mode")
+        tab.page.locator("#loramerge_see").click()
+        values = tab.page.locator(f"{PLOT}x_values :is(textarea, input)")
+        expect(values).to_have_value("svd,ties,dare_linear", timeout=PATIENCE)
+        tab.page.locator("#txt2img_generate").click()
+        expect(tab.page.locator("#html_info_txt2img").first).to_contain_text("dare_linear", timeout=PATIENCE)
+        tab.page.locator("#loramerge_keep_txt2img").click()
+        # The page turns to the merge, whose form is that of the picture, though it held another mode.
+        tab.expect_text("result", "Written")
+        tab.expect_value("mode", METHODS["dare_linear"].label)
+        tab.expect_value("row0_strength", "0.3")
+        files = list(host.lora_dir.glob("style+face*.safetensors"))
+        assert len(files) == 1
+        recipe = read_recipe(read_header(files[0]).metadata)
+        assert recipe is not None
+        assert (recipe.mode, [(one.name, one.unet) for one in recipe.inputs]) == (
+            "dare_linear",
+            [("style", 0.3), ("face", 1)],
+        )
+        # A picture without LoRAs is refused, and nothing of the form is lost.
+        tab._turn_to("tabs", "txt2img")
+        tab.page.evaluate(
+            "() => { document.querySelector('#html_info_txt2img').innerHTML = '<p>a cat</p>'; }"
+        )
+        tab.page.locator("#loramerge_keep_txt2img").click()
+        tab.expect_text("message", "without a LoRA")
+        tab.expect_value("row0_strength", "0.3")
+        assert tab.errors == []
+        assert len(list(host.lora_dir.glob("*.safetensors"))) == 3
 
 
 def containing(text: str) -> re.Pattern[str]:

@@ -11,8 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from lib_loramerge.blocks import load_presets
+from lib_loramerge.errors import RecipeError
 from lib_loramerge.merge import plan_merge, run_merge
 from lib_loramerge.recipe import MergeRecipe, parse_prompt
+from lib_loramerge.webui.settings import Settings
+from lib_loramerge.webui.xyz.infotext import recipe_of
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 from tests.web.hosting import ROOT, FakeHost
 from tests.web.inprocess import fake_modules
@@ -66,8 +69,11 @@ class Page:
 
     def by_hand(self, name, tags, **settings):
         """The picture with a file that the library merges of the same tags."""
+        return self.of_recipe(name, MergeRecipe(inputs=parse_prompt(tags), **settings))
+
+    def of_recipe(self, name, recipe):
+        """The picture with a file that the library merges by a recipe."""
         folder = self.data / "models" / "Lora"
-        recipe = MergeRecipe(inputs=parse_prompt(tags), **settings)
         plan = plan_merge(
             recipe,
             find=lambda lora: folder / f"{lora}.safetensors",
@@ -180,8 +186,8 @@ def test_mode_and_strength_give_the_pictures_of_the_same_merges_by_hand(page, me
     ]
     assert applied_of(cells) == [*expected, *expected[2:]]
     assert len({str(picture) for picture in expected}) == 4
-    assert cells[0]["infotext"].endswith("LoRA Merge: a:0.4 + b:0.5, svd, rank auto")
-    assert cells[2]["infotext"].endswith("b:0.5, ties, rank auto")
+    assert cells[0]["infotext"].endswith('LoRA Merge: "a:0.4 + b:0.5, svd, rank auto"')
+    assert cells[2]["infotext"].endswith('b:0.5, ties, rank auto"')
     assert page.left() == ([], [])
     assert "LoRA Merge" not in page.p.extra_generation_params
 
@@ -195,7 +201,7 @@ def test_block_weights_alone_cut_nothing(page):
     ]
     assert applied_of(cells) == expected
     assert cells[1]["labels"][0] == "a: MIDD"
-    assert cells[1]["infotext"].endswith("LoRA Merge: a:0.8:lbw=MIDD + b:0.5, svd, rank full")
+    assert cells[1]["infotext"].endswith('LoRA Merge: "a:0.8:lbw=MIDD + b:0.5, svd, rank full"')
 
 
 def test_rank_and_parameter(page):
@@ -219,6 +225,66 @@ def test_a_parameter_goes_to_the_modes_that_have_it(page):
     assert pictures[1] != pictures[3]
     assert "density 0.3" in cells[1]["infotext"]
     assert "density" not in cells[0]["infotext"]
+
+
+def test_a_plot_that_python_forgets_late_takes_nothing_from_the_next_one(page, monkeypatch):
+    """The host's object for a plot is in a circle, which Python collects at some time."""
+    from lib_loramerge import merge
+
+    gc.disable()
+    try:
+        page.plot(BOTH, ("Mode", "svd, ties"))
+        page.p = None
+        run, merged = merge.run_merge, []
+
+        def in_between(*args, **kwargs):
+            gc.collect()  # While the second plot is at work.
+            merged.append(run(*args, **kwargs))
+            return merged[-1]
+
+        monkeypatch.setattr(merge, "run_merge", in_between)
+        cells = page.plot(BOTH, ("Mode", "svd, ties"), ("Strength of LoRA 1", "0.4"))
+    finally:
+        gc.enable()
+    assert len(merged) == 2
+    assert [cell["infotext"].split("b:0.5, ")[1][:4] for cell in cells] == ["svd,", "ties"]
+    assert page.left() == ([], [])
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [("Mode", "svd, ties"), ("Strength of LoRA 1", "0.4, -1")],
+        [("Block weights of LoRA 1", '"1,0,0,0,1,0,0,0,0,0,0,0,0,0,0,0,0", MIDD'), ("Rank", "2, retain 0.9")],
+        [("Parameter of the mode", "density=0.3"), ("Mode", "ties, dare_linear")],
+        [("Mix of LoRA 1 and 2", "0.25, 1")],
+    ],
+)
+def test_the_infotext_of_a_picture_gives_the_recipe_of_its_file(page, axes):
+    for index, cell in enumerate(page.plot(BOTH, *axes)):
+        recipe = recipe_of(cell["infotext"], Settings())
+        made = page.of_recipe(f"again{index}", recipe)
+        if any(name == "Mix of LoRA 1 and 2" for name, _ in axes):  # Two LoRAs of a prompt are not one file.
+            tags = cell["infotext"].splitlines()[0]
+            assert recipe.inputs == parse_prompt(tags)
+            assert made == page.by_hand(f"whole{index}", tags, rank="full", device="cpu")
+        else:
+            assert made == applied(cell["picture"])
+
+
+@pytest.mark.parametrize(
+    ("infotext", "sentence"),
+    [
+        ("a <lora:a:1>\nSteps: 2, Script: X/Y/Z plot, X Type: [LoRA Merge] Mode", "whole grid"),
+        ("a cat\nNegative prompt: <lora:a:1>\nSteps: 2", "without a LoRA"),
+        ("", "without a LoRA"),
+        ("a\nSteps: 2, LoRA Merge: what, Version: 1", "does not say a merge"),
+        ('a\nSteps: 2, LoRA Merge: "a:1, ties, rank 4, nothing 3"', "nothing"),
+    ],
+)
+def test_a_picture_whose_merge_is_not_known_is_refused(infotext, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        recipe_of(infotext, Settings())
 
 
 def test_leaving_out(page, merges):

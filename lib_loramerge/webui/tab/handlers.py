@@ -66,6 +66,10 @@ class _Wiring:
         self.job_places = tuple(
             name for name in ("jobs", "result", extracting.JOBS, extracting.RESULT) if name in widgets
         )
+        # No answer to a question that was asked before may hide from the page that a merge of its own began.
+        self.begun_places = (*self.job_places, "started", "overwrite", "refused")
+        self.form_places = (*FORM_NAMES, *ROW_PLACES, "fitted", *self.shown_by_choice)
+        self.form_and_begun = (*self.form_places, *self.begun_places)
 
     # --- connecting --------------------------------------------------------------------------
 
@@ -219,7 +223,7 @@ class _Wiring:
                 outputs,
                 message="rows_message",
             )
-        everything = (*FORM_NAMES, *ROW_PLACES, "fitted", *_shown_by_choice())
+        everything = self.form_places
         self.button("fill_text", self.fill_from_text, ("fill_text",), everything, message="rows_message")
         self.button(
             "paste_prompt",
@@ -513,8 +517,7 @@ class _Wiring:
 
     def _connect_jobs(self) -> None:
         outputs = self.job_places
-        # No answer to a question that was asked before may hide from the page that a merge of its own began.
-        begun = (*outputs, "started", "overwrite", "refused")
+        begun = self.begun_places
         self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
         self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
         self.button(

@@ -22,6 +22,7 @@ RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted", "plot")
 SCRIPT_BUTTONS = (
     *("greet", "ask", "take", "poll", "drop", "refill", "again", "restore", "look", "unlook", "pictures"),
+    "keep",
 )
 PRESET_KINDS = ("Block weights", "Elemental weights")
 

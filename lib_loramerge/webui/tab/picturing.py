@@ -1,4 +1,4 @@
-"""See it in pictures: the form's LoRAs in the WebUI's X/Y/Z plot, with one of our axes filled in."""
+"""From the form to the WebUI's X/Y/Z plot, with one of our axes filled in, and from a picture to its file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .. import compat
+from ...errors import RecipeError
+from ...methods import METHODS
+from .. import compat, form
+from ..jobs import MergeRequest
 from ..xyz.axes import PREFIX
 
 # What varies, as the page says it, to the axis of the plot and values to begin with.
@@ -36,7 +39,7 @@ def lay_out(layout: Any) -> None:
 
 
 def connect(wiring: Any, form_names: tuple[str, ...]) -> None:
-    """Attach the button: the server reads the form, the page's script fills the plot."""
+    """Attach the way to the plot, which the page's script fills, and that from a picture to its file."""
 
     def see(values: Mapping[str, Any]) -> dict[str, Any]:
         axis, text = AXES.get(str(values["see_axis"]), next(iter(AXES.values())))
@@ -52,3 +55,16 @@ def connect(wiring: Any, form_names: tuple[str, ...]) -> None:
         [],
         js="text => { loramergePlot(text); return []; }",
     )
+
+    def keep(values: Mapping[str, Any]) -> dict[str, Any]:
+        from ..xyz.infotext import recipe_of  # Not at the WebUI's start, see extension.py.
+
+        text = str(values["argument"] or "").strip()
+        if not text:
+            raise RecipeError("Choose a picture first: its settings are shown below it.")
+        recipe = recipe_of(text, wiring.host.settings())
+        shown = wiring.show_form(form.form_of(recipe, wiring.host, METHODS))
+        name = wiring.host.propose_name(recipe.inputs)
+        return {**shown, **wiring.begun(wiring.jobs.submit(MergeRequest(recipe=recipe, name=name)))}
+
+    wiring.button("keep", keep, ("argument",), wiring.form_and_begun, js="() => loramergeArgument('keep')")

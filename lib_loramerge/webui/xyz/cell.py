@@ -15,6 +15,8 @@ from ..settings import Settings
 from . import tags
 
 ALL = "none"
+WHOLE: Mapping[str, Any] = {"mode": "svd", "rank": "full"}
+"""Of a recipe that is what the tags of a prompt are."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,14 @@ class Cell:
             own = {param.name for param in METHODS[mode].params}
             params = {name: value for name, value in params.items() if name in own}
         only_blocks = not (self.mode or self.rank or self.params)
-        rule = "full" if only_blocks else self.rank or defaults.rank
+        rule = {"mode": mode, **rank_fields(self.rank or defaults.rank)}
         return MergeRecipe(
             inputs=parse_prompt(prompt),
-            mode="svd" if only_blocks else mode,
             params=params,
             seed=self.params.get("seed", 0),
             device=defaults.device,
             dtype=defaults.dtype,
-            **rank_fields(rule),
+            **(WHOLE if only_blocks else rule),
         )
 
 

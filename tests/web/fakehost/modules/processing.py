@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 
@@ -43,8 +44,13 @@ class Processed:
         self.comments = "".join(f"{comment}\n" for comment in p.comments)
 
 
+def _quoted(value):
+    """As the hosts write it."""
+    return json.dumps(value, ensure_ascii=False) if set(str(value)) & set(",\n:") else value
+
+
 def create_infotext(p, all_prompts, all_seeds):
-    more = ", ".join(f"{key}: {value}" for key, value in p.extra_generation_params.items())
+    more = ", ".join(f"{key}: {_quoted(value)}" for key, value in p.extra_generation_params.items())
     return f"{all_prompts[0]}\nSteps: {p.steps}, Seed: {all_seeds[0]}" + (f", {more}" if more else "")
 
 

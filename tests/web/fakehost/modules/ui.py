@@ -1,3 +1,5 @@
+import html
+
 import gradio as gr
 
 from modules import call_queue, processing, script_callbacks, scripts, shared
@@ -15,8 +17,11 @@ def create_ui():
         gr.Textbox(label="Negative prompt", elem_id="txt2img_neg_prompt", show_label=False, lines=3)
         generate = gr.Button("Generate", elem_id="txt2img_generate")
         pictures = gr.Textbox(label="Pictures", elem_id="txt2img_pictures", lines=9)
+        with gr.Row(elem_id="image_buttons_txt2img", elem_classes=["image-buttons"]):
+            gr.Button("Open folder")
+        chosen = gr.HTML(elem_id="html_info_txt2img", elem_classes=["infotext"])
         inputs = scripts.scripts_txt2img.setup_ui()
-        generate.click(fn=make_pictures, inputs=[prompt, *inputs], outputs=[pictures])
+        generate.click(fn=make_pictures, inputs=[prompt, *inputs], outputs=[pictures, chosen])
         # The real page is longer than a window, too.
         gr.HTML('<div style="height: 1500px"></div>')
     with gr.Blocks(analytics_enabled=False) as settings:
@@ -43,16 +48,20 @@ def create_ui():
 
 
 def make_pictures(prompt, *args):
-    """The prompts and infotexts of the pictures; what a script raises is said in their place."""
+    """The infotexts of the pictures, and that of the last one as if it were chosen.
+
+    What a script raises is said in their place.
+    """
     p = processing.StableDiffusionProcessingTxt2Img(prompt, scripts.scripts_txt2img, args)
     with call_queue.queue_lock:
         try:
             processed = p.scripts.run(p, *args) or processing.process_images(p)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}", ""
         finally:
             p.close()
-    return "\n\n".join(str(text) for text in processed.infotexts)
+    texts = [str(text) for text in processed.infotexts]
+    return "\n\n".join(texts), "<p>" + "<br>\n".join(map(html.escape, texts[-1].split("\n"))) + "</p>"
 
 
 def _setting(key, info):
