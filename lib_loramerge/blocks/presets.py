@@ -18,7 +18,6 @@ from lib_loramerge.blocks.named import is_elemental, is_named, parts
 from lib_loramerge.blocks.rules import parse_rules
 from lib_loramerge.blocks.weights import check_entry, split_weights
 from lib_loramerge.errors import OutputError, RecipeError
-from lib_loramerge.files.place import output, to_disk
 from lib_loramerge.recipe.check import shown
 
 LARGEST_FILE = 1_000_000  # bytes
@@ -258,6 +257,8 @@ def _line_end(lines: list[tuple[str, str]]) -> str:
 
 
 def _write_lines(path: Path, raw: bytes, lines: list[tuple[str, str]]) -> None:
+    from lib_loramerge.files.place import output, to_disk  # Not where presets are only read: it loads torch.
+
     text = "".join(line + end for line, end in lines)
     data = (_BOM if raw.startswith(_BOM) else b"") + text.encode("utf-8")
     with output(Path(path).resolve(), overwrite=True) as file:  # a link stays a link
