@@ -53,6 +53,9 @@
         // Text in place of the plot's lists: an axis with choices takes a typed list, too.
         const typed = await until(() => shown(`${PLOT}csv_mode input`));
         if (typed && !typed.checked) typed.click();
+        // The grid alone has no picture to choose.
+        const single = shown(`${PLOT}include_lone_images input`);
+        if (single && !single.checked) single.click();
         await choose(`${PLOT}x_type`, axis);
         const field = await until(() => shown(`${PLOT}x_values textarea`) || shown(`${PLOT}x_values input`));
         if (!field) return;
@@ -67,9 +70,20 @@
         });
     }
 
+    // Of the chosen picture. What stands below the pictures of a plot is at first that of another than the grid.
+    function infotext(page) {
+        const all = root().querySelector(`#generation_info_${page} textarea`);
+        try {
+            const texts = JSON.parse(all.value).infotexts;
+            return texts[texts.length > 1 ? window.selected_gallery_index() : 0] || "";
+        } catch (error) {
+            const info = root().querySelector(`#html_info_${page}`);
+            return info ? info.innerText.trim() : "";
+        }
+    }
+
     function keep(page) {
-        const info = root().querySelector(`#html_info_${page}`);
-        window.loramergePress("keep", info ? info.innerText.trim() : "");
+        window.loramergePress("keep", infotext(page));
         const tabs = [...root().querySelectorAll("#tabs > .tab-nav > button, #tabs > div > .tab-nav > button")];
         const ours = tabs.find((tab) => tab.textContent.trim() === say("LoRA Merge"));
         if (ours) ours.click();

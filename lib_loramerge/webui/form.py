@@ -419,7 +419,7 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
 def read_pasted(
     text: str, host: Host, methods: Mapping[str, MergeMethod]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Control values from pasted text: a prompt with LoRA tags, or a recipe as JSON.
+    """Control values from pasted text: a prompt with LoRA tags, a picture's settings, or a recipe as JSON.
 
     Returns:
         The values, and a sentence for everything that was left out.
@@ -431,6 +431,10 @@ def read_pasted(
         raise RecipeError("Paste a prompt with <lora:...> tags, or a recipe, first.")
     if text.lstrip().startswith("{"):
         return form_of(from_json(text), host, methods), []
+    from .xyz.infotext import recipe_of, says_merge  # Not at the WebUI's start, see extension.py.
+
+    if says_merge(text):
+        return form_of(recipe_of(text, host.settings()), host, methods), []
     notes: list[str] = []
     inputs = parse_prompt(text, skip_unsupported=True, notes=notes)
     if not inputs:

@@ -81,6 +81,17 @@ def test_the_merge_of_a_picture_is_saved_with_one_click(chromium: object, host: 
             "dare_linear",
             [("style", 0.3), ("face", 1)],
         )
+        # The host says which of several pictures is chosen; none may be.
+        tab._turn_to("tabs", "txt2img")
+        tab.page.evaluate("() => { window.selected_gallery_index = () => -1; }")
+        tab.page.locator("#loramerge_keep_txt2img").click()
+        tab.expect_text("message", "Choose a picture first")
+        tab._turn_to("tabs", "txt2img")
+        tab.page.evaluate("() => { window.selected_gallery_index = () => 1; }")
+        tab.page.locator("#loramerge_keep_txt2img").click()
+        tab.expect_value("mode", METHODS["ties"].label)
+        tab.expect_text("result", "style+face-2")
+        tab.page.evaluate("() => { delete window.selected_gallery_index; }")
         # A picture without LoRAs is refused, and nothing of the form is lost.
         tab._turn_to("tabs", "txt2img")
         tab.page.evaluate(
@@ -90,7 +101,7 @@ def test_the_merge_of_a_picture_is_saved_with_one_click(chromium: object, host: 
         tab.expect_text("message", "without a LoRA")
         tab.expect_value("row0_strength", "0.3")
         assert tab.errors == []
-        assert len(list(host.lora_dir.glob("*.safetensors"))) == 3
+        assert len(list(host.lora_dir.glob("*.safetensors"))) == 4
 
 
 def containing(text: str) -> re.Pattern[str]:

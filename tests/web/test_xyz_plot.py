@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from lib_loramerge.blocks import load_presets
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.merge import plan_merge, run_merge
+from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import MergeRecipe, parse_prompt
+from lib_loramerge.webui.form import read_pasted
+from lib_loramerge.webui.host.standalone import StandaloneHost
 from lib_loramerge.webui.settings import Settings
 from lib_loramerge.webui.xyz.infotext import recipe_of
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
@@ -270,6 +273,20 @@ def test_the_infotext_of_a_picture_gives_the_recipe_of_its_file(page, axes):
             assert made == page.by_hand(f"whole{index}", tags, rank="full", device="cpu")
         else:
             assert made == applied(cell["picture"])
+
+
+def test_the_settings_of_a_picture_can_be_pasted_into_the_form(page):
+    (cell,) = page.plot(BOTH, ("Mode", "ties"), ("Parameter of the mode", "density=0.3"))
+    host = StandaloneHost([page.data / "models" / "Lora"])
+    values, notes = read_pasted(cell["infotext"], host, METHODS)
+    assert (values["mode"], values["param.ties.density"], values["row0.strength"]) == (
+        METHODS["ties"].label,
+        0.3,
+        0.8,
+    )
+    assert notes == []
+    values, _ = read_pasted(f"{BOTH}\nSteps: 2", host, METHODS)
+    assert "mode" not in values
 
 
 @pytest.mark.parametrize(

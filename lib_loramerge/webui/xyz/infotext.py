@@ -22,6 +22,11 @@ _WORDS = re.compile(
 )
 
 
+def says_merge(infotext: str) -> bool:
+    """Whether a picture was made with a merge of a plot of ours."""
+    return _OURS.search(infotext) is not None
+
+
 def recipe_of(infotext: str, defaults: Settings) -> MergeRecipe:
     """The recipe whose merge gives a picture's LoRA, or that of the LoRA tags of its prompt.
 
@@ -29,7 +34,9 @@ def recipe_of(infotext: str, defaults: Settings) -> MergeRecipe:
         RecipeError: It is the picture of a whole grid, or one without LoRAs.
     """
     if _GRID in infotext:
-        raise RecipeError("This is the whole grid. Choose one of its pictures.")
+        raise RecipeError(
+            "This is the whole grid. Choose one of its pictures, which the plot shows with Include Sub Images."
+        )
     prompt = re.split(r"\n(?:Negative prompt|Steps): ", infotext.replace("\r\n", "\n"))[0]
     ours = _OURS.search(infotext, len(prompt))
     chosen: dict[str, Any] = {"dtype": defaults.dtype, "device": defaults.device}

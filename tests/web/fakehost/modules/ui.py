@@ -1,4 +1,5 @@
 import html
+import json
 
 import gradio as gr
 
@@ -20,8 +21,9 @@ def create_ui():
         with gr.Row(elem_id="image_buttons_txt2img", elem_classes=["image-buttons"]):
             gr.Button("Open folder")
         chosen = gr.HTML(elem_id="html_info_txt2img", elem_classes=["infotext"])
+        every = gr.Textbox(visible=False, elem_id="generation_info_txt2img")
         inputs = scripts.scripts_txt2img.setup_ui()
-        generate.click(fn=make_pictures, inputs=[prompt, *inputs], outputs=[pictures, chosen])
+        generate.click(fn=make_pictures, inputs=[prompt, *inputs], outputs=[pictures, chosen, every])
         # The real page is longer than a window, too.
         gr.HTML('<div style="height: 1500px"></div>')
     with gr.Blocks(analytics_enabled=False) as settings:
@@ -57,11 +59,12 @@ def make_pictures(prompt, *args):
         try:
             processed = p.scripts.run(p, *args) or processing.process_images(p)
         except Exception as error:
-            return f"{type(error).__name__}: {error}", ""
+            return f"{type(error).__name__}: {error}", "", ""
         finally:
             p.close()
     texts = [str(text) for text in processed.infotexts]
-    return "\n\n".join(texts), "<p>" + "<br>\n".join(map(html.escape, texts[-1].split("\n"))) + "</p>"
+    shown = "<p>" + "<br>\n".join(map(html.escape, texts[-1].split("\n"))) + "</p>"
+    return "\n\n".join(texts), shown, json.dumps({"infotexts": texts})
 
 
 def _setting(key, info):
