@@ -35,7 +35,8 @@ def recipe_of(infotext: str, defaults: Settings) -> MergeRecipe:
     """
     if _GRID in infotext:
         raise RecipeError(
-            "This is the whole grid. Choose one of its pictures, which the plot shows with Include Sub Images."
+            "This is the whole grid. Choose one of its pictures, which the plot shows with Include Sub "
+            "Images."
         )
     prompt = re.split(r"\n(?:Negative prompt|Steps): ", infotext.replace("\r\n", "\n"))[0]
     ours = _OURS.search(infotext, len(prompt))
