@@ -5,6 +5,9 @@
     const FIELDS = "#loramerge_app [id^=loramerge_row][id$=_lora] input, #loramerge_fill_name input";
     const ITEMS = "ul.options li, ul[role=listbox] li, .lm-found li";
 
+    const PATIENCE = 15000; // ms that an answer may take; while it is awaited Gradio changes the place, too
+
+    let asked = 0; // when, 0 with the answer
     let text = ""; // the answer that `pictures` came from
     let pictures = {};
     let watching = []; // observers of the list that is open and of the answer
@@ -32,7 +35,12 @@
     }
 
     function ask() {
-        if (!data("loramerge_pictures", "pictures")) document.querySelector("#loramerge_do_pictures").click();
+        if (data("loramerge_pictures", "pictures")) {
+            asked = 0;
+        } else if (Date.now() - asked > PATIENCE) {
+            asked = Date.now();
+            window.loramergePress("pictures");
+        }
     }
 
     function watch(field) {
