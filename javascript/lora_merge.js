@@ -53,8 +53,8 @@
         return element ? element.value : "";
     }
 
-    // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
     window.loramergePress = press;
+    // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
     window.loramergeArgument = (name) => [state.arguments[name] || ""];
 
     function proposals() {

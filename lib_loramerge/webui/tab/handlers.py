@@ -69,7 +69,6 @@ class _Wiring:
         # No answer to a question that was asked before may hide from the page that a merge of its own began.
         self.begun_places = (*self.job_places, "started", "overwrite", "refused")
         self.form_places = (*FORM_NAMES, *ROW_PLACES, "fitted", *self.shown_by_choice)
-        self.form_and_begun = (*self.form_places, *self.begun_places)
 
     # --- connecting --------------------------------------------------------------------------
 
@@ -524,7 +523,7 @@ class _Wiring:
             "again",
             self.again,
             ("argument", *FORM_NAMES),
-            (*begun, "conv_rank", *_shown_by_choice()),
+            (*begun, "conv_rank", *self.shown_by_choice),
             js=f"(...v) => [...loramergeArgument('again'), ...v.slice(1, {len(FORM_NAMES) + 1})]",
         )
         self.button("poll", self.poll, ("argument",), outputs, message="argument", js=_argument("poll"))

@@ -67,4 +67,5 @@ def connect(wiring: Any, form_names: tuple[str, ...]) -> None:
         name = wiring.host.propose_name(recipe.inputs)
         return {**shown, **wiring.begun(wiring.jobs.submit(MergeRequest(recipe=recipe, name=name)))}
 
-    wiring.button("keep", keep, ("argument",), wiring.form_and_begun, js="() => loramergeArgument('keep')")
+    places = (*wiring.form_places, *wiring.begun_places)
+    wiring.button("keep", keep, ("argument",), places, js="() => loramergeArgument('keep')")
