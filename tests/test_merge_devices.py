@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_loramerge.delta import device as device_module
+from lib_loramerge.delta.device import devices
 from lib_loramerge.errors import OutputError
-from lib_loramerge.merge import device as device_module
 from lib_loramerge.merge import layer as merging
-from lib_loramerge.merge.device import devices
 from lib_loramerge.methods import METHODS
 from tests import format_files as ff
 from tests.fixtures import SD1_LAYERS, lora_tensors

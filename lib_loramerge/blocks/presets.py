@@ -257,11 +257,8 @@ def _line_end(lines: list[tuple[str, str]]) -> str:
 
 
 def _write_lines(path: Path, raw: bytes, lines: list[tuple[str, str]]) -> None:
-    from lib_loramerge.files.place import output, to_disk  # Not where presets are only read: it loads torch.
+    from lib_loramerge.files.place import write_whole  # Not where presets are only read: it loads torch.
 
     text = "".join(line + end for line, end in lines)
     data = (_BOM if raw.startswith(_BOM) else b"") + text.encode("utf-8")
-    with output(Path(path).resolve(), overwrite=True) as file:  # a link stays a link
-        file.write(data)
-        file.flush()
-        to_disk(file.fileno())
+    write_whole(Path(path).resolve(), data)  # a link stays a link

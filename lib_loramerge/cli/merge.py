@@ -78,8 +78,8 @@ def add_parser(commands: Any, *, with_methods: bool) -> None:
 
 
 def run_merges(options: argparse.Namespace) -> int:
+    from ..delta.device import compute_device
     from ..files import check_target, refuse_inputs
-    from ..merge.device import compute_device
 
     if options.each or (options.recipe is not None and options.recipe.suffix.lower() == ".jsonl"):
         return run_many(many_merges(options), options)

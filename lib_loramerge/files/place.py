@@ -156,6 +156,18 @@ def output(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
         raise unwritable(path, error) from error
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole, in the place of another of its name, and wait until it is durable.
+
+    Raises:
+        OutputError: If it cannot be written; what was there is left as it was.
+    """
+    with output(path, overwrite=True) as file:
+        file.write(content)
+        file.flush()
+        to_disk(file.fileno())
+
+
 @contextmanager
 def _unnamed(folder: Path) -> Iterator[BinaryIO | None]:
     """A file that vanishes with the process, where the system has such files (Linux)."""

@@ -17,12 +17,11 @@ from .simple import merge_files
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
-    from .device import devices
     from .read import Shared
     from .run import run_merge
     from .work import Progress
 
-_LATER = {"Progress": "work", "Shared": "read", "run_merge": "run", "devices": "device"}
+_LATER = {"Progress": "work", "Shared": "read", "run_merge": "run"}
 
 __all__ = [
     "LayerPlan",
@@ -31,7 +30,6 @@ __all__ = [
     "Shared",
     "Source",
     "SourcePlan",
-    "devices",
     "merge_files",
     "open_source",
     "plan_merge",

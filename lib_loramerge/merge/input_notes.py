@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..delta.device import WITHOUT_DOUBLE
 from ..recipe import MergeRecipe
 from .noise import noise
 
@@ -19,7 +20,6 @@ _STEP_DISTILLED = ("lcm", "lightning", "turbo", "hyper-sd", "hypersd", "hyper_sd
 _PRODUCTS = frozenset({"loha", "loha_tucker", "lokr"})
 _LARGE_RANK = 128
 # Accelerators without float64, or with an emulated one.
-WITHOUT_DOUBLE = ("mps", "xpu")
 
 
 def input_notes(plans: Sequence[SourcePlan]) -> list[str]:

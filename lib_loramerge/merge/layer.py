@@ -33,11 +33,11 @@ from ..delta import (
     times_two_to,
     weighted_sum,
 )
+from ..delta.device import compute_device
 from ..errors import OutputError
 from ..methods import LayerContext
 from ..report import LayerResult
 from .base import BaseCheckpoint
-from .device import compute_device
 from .layout import LayerPlan, MergePlan, smaller
 from .merged import Given, Lost, MergedLayer, Prepared, lost, lost_at_smaller
 from .read import SourceReader

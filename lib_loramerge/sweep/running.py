@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lib_loramerge.blocks import Presets
 from lib_loramerge.errors import LoraMergeError, OutputError
 from lib_loramerge.files import check_target, free_space, make_folder, model_hash, read_header
-from lib_loramerge.files.place import output
+from lib_loramerge.files.place import write_whole
 from lib_loramerge.merge import MergePlan, Progress, Shared, plan_merge, run_merge
 from lib_loramerge.metadata import read_recipe
 from lib_loramerge.recipe import MergeRecipe, from_json, to_json
@@ -245,8 +245,7 @@ def rows_before(folder: Path) -> dict[str, dict[str, Any]]:
 def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = json.dumps({"version": 1, "files": list(rows)}, ensure_ascii=False, indent=2, allow_nan=False)
     for name, content in zip(TABLES, (text + "\n", _csv(rows)), strict=True):
-        with output(folder / name, True) as file:
-            file.write(content.encode())
+        write_whole(folder / name, content.encode())
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,8 +8,6 @@ Always on the CPU: a look must not take the GPU from a picture. Knows no Gradio.
 from __future__ import annotations
 
 import json
-import secrets
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Cancelled, FileError, LoraMergeError, RecipeError
 from ..recipe import to_json
+from .background import CANCELLED, DONE, FAILED, Line, Piece
 from .host import ConflictError
 
 if TYPE_CHECKING:
@@ -69,46 +68,32 @@ class Findings:
     unreadable: str = ""
 
 
-class Look:
+class Look(Piece):
     """One question on its way; read-only for everyone but :class:`Looks`.
 
     Attributes:
-        state: ``waiting``, ``running``, ``done``, ``failed`` or ``cancelled``.
         stage: A kind, or ``draw``.
         eta: Seconds left in this stage, where that can be estimated.
         error: What went wrong, once ``failed``.
     """
 
     def __init__(self, question: Question) -> None:
-        self.id = secrets.token_hex(8)
+        super().__init__()
         self.question = question
-        self.state = "waiting"
         self.stage = ""
         self.fraction = 0.0
         self.eta: float | None = None
         self.findings: Findings | None = None
         self.error: Exception | None = None
-        self._stop = threading.Event()
-        self._deadline: float | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.state not in ("waiting", "running")
+        self.deadline: float | None = None
 
     @property
     def late(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
-
-    def start(self) -> None:
-        self.state = "running"
-        self._deadline = time.monotonic() + self.question.limit
-
-    def stop(self) -> None:
-        self._stop.set()
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     def stopped(self) -> bool:
         """Whether the work is to end: asked to, or out of time."""
-        return self._stop.is_set() or self.late
+        return self.stopping or self.late
 
 
 class Looks:
@@ -120,9 +105,7 @@ class Looks:
 
     def __init__(self, log: Callable[[str, Exception], None]) -> None:
         self._log = log
-        self._changed = threading.Condition()
-        self._looks: OrderedDict[str, Look] = OrderedDict()
-        self._thread: threading.Thread | None = None
+        self._line: Line[Look] = Line("loramerge-analyse", self._do)
         self._memory = _Memory()
 
     def ask(self, question: Question) -> Look:
@@ -134,67 +117,37 @@ class Looks:
         """
         check(question)
         look = Look(question)
-        with self._changed:
-            if sum(not known.finished for known in self._looks.values()) > MAX_WAITING:
-                raise ConflictError(f"{MAX_WAITING} analyses are waiting already. Try again in a while.")
-            self._looks[look.id] = look
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="loramerge-analyse", daemon=True)
-                self._thread.start()
+        if not self._line.add(look, MAX_WAITING, _LOOKS_KEPT):
+            raise ConflictError(f"{MAX_WAITING} analyses are waiting already. Try again in a while.")
         return look
 
     def get(self, look_id: str) -> Look | None:
-        with self._changed:
-            return self._looks.get(look_id)
+        return self._line.get(look_id)
 
     def cancel(self, look_id: str) -> Look | None:
         """End a look; one that runs stops within moments."""
-        with self._changed:
-            look = self._looks.get(look_id)
-            if look is not None and not look.finished:
-                look.stop()
-                if look.state == "waiting":
-                    look.state = "cancelled"
-                self._changed.notify_all()
-            return look
+        return self._line.cancel(look_id)
 
     def wait(self, look: Look, timeout: float) -> bool:
         """Whether the look has finished within ``timeout`` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: look.finished, timeout)
+        return self._line.wait_for(lambda: look.finished, timeout)
 
     def close(self, timeout: float = 5.0) -> None:
         """Ends everything that runs or waits. More can be asked afterwards."""
-        with self._changed:
-            for look_id in list(self._looks):
-                self.cancel(look_id)
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+        self._line.close(timeout)
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                look = next((known for known in self._looks.values() if known.state == "waiting"), None)
-                if look is None:
-                    self._thread = None
-                    return
-                look.start()
-            state = self._finish(look)
-            with self._changed:
-                look.state = state
-                finished = [known.id for known in self._looks.values() if known.finished]
-                for old in finished[:-_LOOKS_KEPT]:
-                    del self._looks[old]
-                self._changed.notify_all()
+    def _do(self, look: Look) -> None:
+        if self._line.begin(look):
+            look.deadline = time.monotonic() + look.question.limit
+            self._line.end(look, self._found(look))
 
-    def _finish(self, look: Look) -> str:
+    def _found(self, look: Look) -> str:
         try:
             look.findings = find(look.question, self._memory, look)
-            return "done"
+            return DONE
         except Cancelled:
             if not look.late:
-                return "cancelled"
+                return CANCELLED
             look.error = LoraMergeError(
                 f"The analysis took longer than {look.question.limit:.0f} seconds and was ended. "
                 "The command line has no such limit."
@@ -204,7 +157,7 @@ class Looks:
         except Exception as error:  # A bug of ours: the page gets a sentence, the console the traceback.
             self._log("An analysis failed unexpectedly", error)
             look.error = error
-        return "failed"
+        return FAILED
 
 
 def check(question: Question) -> None:

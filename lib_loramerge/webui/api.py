@@ -36,8 +36,9 @@ from ..recipe import DTYPES, SETTINGS, MergeRecipe, from_json
 from . import analyse, checkpoint_api, schema, sweep_jobs
 from .access import Names, Refusal, check_credentials, check_origin, parse_users
 from .host import ClosedError, ConflictError, Host, UnknownNameError, without
-from .jobs import JobQueue, MergeRequest
+from .jobs import JobQueue
 from .listing import readable
+from .merge_jobs import MergeRequest
 from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
 from .sidecar import UserMetadata
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Cancelled, OutputError
 from ..recipe import MergeRecipe
-from .errand import Errand
-from .host import ConflictError, Host
+from .errand import Errand, Task, as_conflict
+from .host import Host
 
 if TYPE_CHECKING:
     from ..checkpoints import Bake, BakeReport, ExtractReport, ExtractSettings, Foreseen
@@ -78,26 +77,16 @@ class BakeRequest(Errand):
             stop=stop,
         )
 
-    def run(
-        self,
-        host: Host,
-        output: Path,
-        progress: Callable[[Progress], None],
-        cancel: Callable[[], bool],
-    ) -> BakeReport:
-        def stop() -> None:
-            if cancel():
-                raise Cancelled("Stopped. Nothing was written.")
+    def run(self, task: Task) -> BakeReport:
+        with self.prepared(task.host, check_hashes=not self.changed_sources, stop=task.stop) as bake:
+            return bake.run(task.output, overwrite=self.overwrite, progress=task.progress, cancel=task.cancel)
 
-        with self.prepared(host, check_hashes=not self.changed_sources, stop=stop) as bake:
-            return bake.run(output, overwrite=self.overwrite, progress=progress, cancel=cancel)
-
-    def publish(self, host: Host, output: Path, replaced: bool) -> list[str]:
-        host.refresh_checkpoints()
-        if replaced and host.is_webui:
+    def publish(self, task: Task, report: BakeReport) -> list[str]:
+        task.host.refresh_checkpoints()
+        if task.replaced and task.host.is_webui:
             return [
-                f"{output.name} was replaced. If the WebUI has it loaded, choose another checkpoint and then "
-                "this one again."
+                f"{task.output.name} was replaced. If the WebUI has it loaded, choose another checkpoint "
+                "and then this one again."
             ]
         return []
 
@@ -158,28 +147,22 @@ class ExtractRequest(Errand):
 
         return ExtractSettings(**dict(self.settings))  # type: ignore[arg-type]
 
-    def run(
-        self,
-        host: Host,
-        output: Path,
-        progress: Callable[[Progress], None],
-        cancel: Callable[[], bool],
-    ) -> ExtractReport:
+    def run(self, task: Task) -> ExtractReport:
         from ..checkpoints import extract
 
         return extract(
-            *self._paths(host),
-            output,
+            *self._paths(task.host),
+            task.output,
             self._settings(),
             overwrite=self.overwrite,
-            progress=progress,
-            cancel=cancel,
+            progress=task.progress,
+            cancel=task.cancel,
         )
 
-    def publish(self, host: Host, output: Path, replaced: bool) -> list[str]:
-        if replaced:
-            return [note for note in (host.after_overwrite(output),) if note]
-        host.announce(output)
+    def publish(self, task: Task, report: ExtractReport) -> list[str]:
+        if task.replaced:
+            return [note for note in (task.host.after_overwrite(task.output),) if note]
+        task.host.announce(task.output)
         return []
 
     def fraction(self, progress: Progress) -> float:
@@ -200,7 +183,5 @@ def _check_room(output: Path, size: int) -> None:
     from ..checkpoints.rewriting import check_room
 
     folder = next(folder for folder in output.parents if folder.exists())
-    try:
+    with as_conflict():
         check_room(folder / output.name, size)
-    except OutputError as error:
-        raise ConflictError(str(error)) from error

@@ -1,14 +1,47 @@
-"""A job of the queue that is no merge."""
+"""What a job of the queue does: a merge, a sweep, a bake, an extraction. Knows no Gradio."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError
+from .host import ConflictError
 
 if TYPE_CHECKING:
     from ..merge import Progress
     from .host import Host
+    from .trial import Made, Trials
+
+
+@dataclass
+class Task:
+    """What the queue gives an errand for one run, and what the run leaves for its end.
+
+    Attributes:
+        output: The file to be written.
+        replaced: Whether it takes the place of another.
+        progress: To be called often.
+        cancel: Whether to stop.
+        stop: Raises ``Cancelled`` if so.
+        made: What a merge was made of.
+        exact_bytes: Size at most of a file that keeps everything, where this one does not.
+        notes: What to tell the user of the result.
+    """
+
+    host: Host
+    trials: Trials
+    output: Path
+    replaced: bool
+    progress: Callable[[Progress], None]
+    cancel: Callable[[], bool]
+    stop: Callable[[], None]
+    made: Made | None = None
+    exact_bytes: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class Errand:
@@ -16,7 +49,7 @@ class Errand:
 
     Attributes:
         kind: What it is, in one word.
-        trial: Never: what it makes is a file.
+        trial: Whether the host lists what it makes until it ends, and nothing goes to the LoRA folder.
         in_prompts: Whether the file is a LoRA.
         name: Of the file, without folder.
         overwrite: Replace a file of that name.
@@ -30,21 +63,25 @@ class Errand:
     overwrite: bool
     strict: bool
 
-    def check(self, host: Host) -> Path:
-        """Everything that can be checked without computing; the file that will be written.
+    def check(self, host: Host) -> Path | None:
+        """Everything that can be checked without computing; the file that will be written, None for a trial.
 
         Raises:
             LoraMergeError: Whatever stops it.
         """
         raise NotImplementedError
 
-    def run(
-        self,
-        host: Host,
-        output: Path,
-        progress: Callable[[Progress], None],
-        cancel: Callable[[], bool],
-    ) -> Any:
+    def place(self, host: Host) -> Path:
+        """The file to be written, checked again: the errand may have waited.
+
+        Raises:
+            LoraMergeError: Whatever stops it.
+        """
+        output = self.check(host)
+        assert output is not None
+        return output
+
+    def run(self, task: Task) -> Any:
         """Write the file; its report, with ``to_json``.
 
         Raises:
@@ -52,7 +89,7 @@ class Errand:
         """
         raise NotImplementedError
 
-    def publish(self, host: Host, output: Path, replaced: bool) -> list[str]:
+    def publish(self, task: Task, report: Any) -> list[str]:
         """Make the host know the file; what to tell the user."""
         raise NotImplementedError
 
@@ -63,3 +100,34 @@ class Errand:
     def unit(self, phase: str) -> str:
         """What ``progress`` counts in this phase: ``"layers"``, ``"bytes"`` or ``"thousandths"``."""
         return "layers"
+
+
+@contextmanager
+def as_conflict() -> Iterator[None]:
+    """What the library refuses because of files or the disk is a conflict here.
+
+    Raises:
+        ConflictError: With the library's sentence.
+    """
+    try:
+        yield
+    except OutputError as error:
+        raise ConflictError(str(error)) from error
+
+
+@contextmanager
+def folder_for(output: Path) -> Iterator[None]:
+    """Makes the folder of a file to be written; what was made goes again when the work fails."""
+    missing = [folder for folder in output.parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"The folder {output.parent.name} could not be made: {reason}.") from error
+    try:
+        yield
+    except BaseException:
+        for folder in missing:  # The innermost first; one that is in use by now stays.
+            with suppress(OSError):
+                folder.rmdir()
+        raise

@@ -12,7 +12,7 @@ from ..errors import LoraMergeError
 from . import baking, render, sidecar
 from .form import NO_PREVIEW, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
 from .host import ConflictError
-from .jobs import check_beside, check_no_input
+from .merge_jobs import check_beside, check_no_input
 from .origins import changed_sources
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ a background thread reads headers, slowly on purpose: it shares the interpreter 
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import LoraMergeError
+from .background import Worker
 from .listing import FoundFile
 
 PAUSE_SECONDS = 0.005
@@ -107,9 +107,8 @@ class Labels:
     def __init__(self, metadata_of: Callable[[FoundFile], Mapping[str, object]]) -> None:
         self._metadata_of = metadata_of
         self._known: OrderedDict[tuple[str, tuple[int, int]], Label] = OrderedDict()
-        self._lock = threading.Lock()
-        self._waiting: list[FoundFile] = []
-        self._thread: threading.Thread | None = None
+        self._waiting: deque[FoundFile] = deque()
+        self._worker: Worker[FoundFile] = Worker("loramerge-labels", self._next, self._read)
         self.version = 0
 
     def get(self, file: FoundFile) -> Label:
@@ -123,60 +122,47 @@ class Labels:
         """
         missing = []
         for file in files:
-            key = (str(file.path), file.stamp)
-            if key in self._known:
+            if (str(file.path), file.stamp) in self._known:
                 continue
             label = from_metadata(self._metadata_of(file))
             if label is not None:
-                self._keep(key, label)
+                self._keep(file, label)
             else:
                 missing.append(file)
-        with self._lock:
-            self._waiting = missing if read else []
-            if self._waiting and self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="loramerge-labels", daemon=True)
-                self._thread.start()
+        with self._worker.changed:
+            self._waiting = deque(missing if read else ())
+            if self._waiting:
+                self._worker.wake()
 
     def close(self, timeout: float = 2.0) -> None:
         """Ends the background thread."""
-        with self._lock:
-            self._waiting = []
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+        with self._worker.changed:
+            self._waiting.clear()
+        self._worker.join(timeout)
 
     @property
     def busy(self) -> bool:
         """Whether files are still being read."""
-        return self._thread is not None
+        return self._worker.busy
 
     def wait(self, timeout: float) -> bool:
         """Blocks until nothing is left to read, for tests; False after ``timeout``."""
-        limit = time.monotonic() + timeout
-        while time.monotonic() < limit:
-            with self._lock:
-                if self._thread is None:
-                    return True
-            time.sleep(0.01)
-        return False
+        return self._worker.wait_for(lambda: not self._worker.busy, timeout)
 
-    def _keep(self, key: tuple[str, tuple[int, int]], label: Label) -> None:
-        with self._lock:
-            self._known[key] = label
+    def _keep(self, file: FoundFile, label: Label) -> None:
+        with self._worker.changed:
+            self._known[str(file.path), file.stamp] = label
             self.version += 1
             while len(self._known) > MAX_LABELS:
                 self._known.popitem(last=False)
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._thread = None
-                    return
-                file = self._waiting.pop(0)
-            try:
-                label = from_file(file.path)
-            except Exception:  # A label is decoration: whatever a strange file does, the list stays.
-                label = Label()
-            self._keep((str(file.path), file.stamp), label)
-            time.sleep(PAUSE_SECONDS)
+    def _next(self) -> FoundFile | None:
+        return self._waiting.popleft() if self._waiting else None
+
+    def _read(self, file: FoundFile) -> None:
+        try:
+            label = from_file(file.path)
+        except Exception:  # A label is decoration: whatever a strange file does, the list stays.
+            label = Label()
+        self._keep(file, label)
+        time.sleep(PAUSE_SECONDS)

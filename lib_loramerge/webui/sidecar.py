@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -160,21 +159,16 @@ def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite
             f"{existing[0].name} exists already and was left as it is; allow overwriting to replace it."
         )
     written = []
-    try:
-        if data is not None and not data.empty:
-            path = _json_path(lora)
-            content = {**_read_json(path), **{key: getattr(data, field) for field, key in _KEYS.items()}}
-            text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
-            _replace(path, text.encode("utf-8", "replace"))
-            written.append(path)
-        if preview is not None:
-            path = _png_path(lora)
-            _replace(path, _png_bytes(preview))
-            written.append(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path.name} could not be written beside the merged LoRA: {error.strerror or error}."
-        ) from error
+    if data is not None and not data.empty:
+        path = _json_path(lora)
+        content = {**_read_json(path), **{key: getattr(data, field) for field, key in _KEYS.items()}}
+        text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+        _replace(path, text.encode("utf-8", "replace"))
+        written.append(path)
+    if preview is not None:
+        path = _png_path(lora)
+        _replace(path, _png_bytes(preview))
+        written.append(path)
     return written
 
 
@@ -213,19 +207,21 @@ def _joined(texts: Iterable[str]) -> str:
 
 def _png_bytes(preview: Path) -> bytes:
     """The picture as PNG; a PNG is copied as it is."""
-    if preview.stat().st_size > MAX_PREVIEW_BYTES:
-        raise OutputError(
-            f"The preview {preview.name} is larger than {MAX_PREVIEW_BYTES >> 20} MiB and was not copied."
-        )
-    content = preview.read_bytes()
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content
     try:
+        if preview.stat().st_size > MAX_PREVIEW_BYTES:
+            raise OutputError(
+                f"The preview {preview.name} is larger than {MAX_PREVIEW_BYTES >> 20} MiB and was not copied."
+            )
+        content = preview.read_bytes()
+        if content.startswith(b"\x89PNG\r\n\x1a\n"):
+            return content
         from PIL import Image
 
         with Image.open(io.BytesIO(content)) as image:
             buffer = io.BytesIO()
             image.convert("RGBA" if "A" in image.getbands() else "RGB").save(buffer, format="PNG")
+    except OutputError:
+        raise
     except Exception as error:  # Pillow raises many kinds for a damaged or hostile picture.
         raise OutputError(
             f"The preview {preview.name} is not a picture that can be read, so it was not copied."
@@ -234,12 +230,10 @@ def _png_bytes(preview: Path) -> bytes:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Writes beside ``path`` and renames, so that a crash leaves the old file."""
-    from ..files import temporary_beside  # Not at the WebUI's start, see extension.py.
+    from ..files.place import write_whole  # Not at the WebUI's start, see extension.py.
 
-    temporary = temporary_beside(path).with_suffix(".tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_whole(path, content)
+    except OutputError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise OutputError(f"{path.name} could not be written beside the merged LoRA: {reason}.") from error

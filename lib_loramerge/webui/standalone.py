@@ -32,10 +32,11 @@ from ..errors import FileError, LoraMergeError
 from ..recipe import LoraInput
 from . import api, compat
 from .access import Names, allowed_hosts
+from .background import DONE
 from .guard import Guard
 from .host import Host, StandaloneHost
 from .host.standalone import FILES
-from .jobs import DONE, JobQueue
+from .jobs import JobQueue
 from .tab import fill_tab
 
 ADDRESS, EVERYWHERE = "127.0.0.1", "0.0.0.0"

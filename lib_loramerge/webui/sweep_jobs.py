@@ -6,7 +6,7 @@ What reads files is imported when used, not at the WebUI's start; see extension.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoraMergeError, RecipeError
 from ..recipe import SETTINGS, format_input, from_json
 from ..recipe.check import plain
-from .errand import Errand
+from .errand import Errand, Task
 from .host import Host
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ class SweepRequest(Errand):
             resume=self.resume,
         )
 
-    def run(
-        self, host: Host, output: Path, progress: Callable[[Progress], None], cancel: Callable[[], bool]
-    ) -> SweepReport:
+    def run(self, task: Task) -> SweepReport:
         from ..merge import Progress
         from ..sweep import run_sweep
 
@@ -108,21 +106,21 @@ class SweepRequest(Errand):
             eta = passed / share - passed if share and passed > _TELLING else None
             # In thousandths of a file, so that the bar moves while one is merged.
             done = round(1000 * (index + within))
-            progress(Progress(found.phase, done, 1000 * count, self.points[index].name, eta))
+            task.progress(Progress(found.phase, done, 1000 * count, self.points[index].name, eta))
 
         rows, warnings = [], dict[str, None]()
         try:
-            for row in run_sweep(self._planned(host, output), progress=show, cancel=cancel):
+            for row in run_sweep(self._planned(task.host, task.output), progress=show, cancel=task.cancel):
                 rows.append(row.to_json())
                 warnings |= dict.fromkeys(row.report.to_json()["warnings"] if row.report else ())
         except LoraMergeError:
             with suppress(OSError):
-                output.rmdir()  # Only where nothing was written.
+                task.output.rmdir()  # Only where nothing was written.
             raise
-        return SweepReport(output, rows, tuple(warnings), time.perf_counter() - start)
+        return SweepReport(task.output, rows, tuple(warnings), time.perf_counter() - start)
 
-    def publish(self, host: Host, output: Path, replaced: bool) -> list[str]:
-        host.refresh()
+    def publish(self, task: Task, report: SweepReport) -> list[str]:
+        task.host.refresh()
         return []
 
     def unit(self, phase: str) -> str:

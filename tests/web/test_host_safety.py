@@ -18,7 +18,8 @@ from lib_loramerge.errors import LoraMergeError, OutputError
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import settings
 from lib_loramerge.webui.host import UnknownNameError, WebuiHost
-from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.jobs import JobQueue
+from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.trial import PREFIX, remove_stale_folders
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.inprocess import fake_modules

@@ -11,7 +11,8 @@ from lib_loramerge.hosts import HOSTS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui.host import SdnextHost, WebuiHost, host_of_this_process
 from lib_loramerge.webui.host.known import KNOWN
-from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.jobs import JobQueue
+from lib_loramerge.webui.merge_jobs import MergeRequest
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.hosting import ROOT, FakeHost
 from tests.web.inprocess import fake_modules

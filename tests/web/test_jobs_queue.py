@@ -17,7 +17,8 @@ from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import jobs as jobs_module
 from lib_loramerge.webui import sidecar
 from lib_loramerge.webui.host import ConflictError, StandaloneHost, WebuiHost
-from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.jobs import JobQueue
+from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.schema import job_schema
 from lib_loramerge.webui.sidecar import UserMetadata
 from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, weighted_sum
@@ -308,13 +309,13 @@ def test_the_name_may_be_taken_while_a_job_waits(queue, gate, folder):
 @pytest.mark.parametrize(("size", "phases"), [(None, ["merge", "write"]), (1, ["look", "merge", "write"])])
 def test_progress_is_told_while_a_job_runs_and_never_goes_back(queue, monkeypatch, size, phases):
     seen = []
-    tell = queue._tell
+    tell = queue._show
 
     def telling(job, progress):
         tell(job, progress)
         seen.append((progress.phase, job.fraction, progress.done, progress.total))
 
-    monkeypatch.setattr(queue, "_tell", telling)
+    monkeypatch.setattr(queue, "_show", telling)
     recipe = replace(BOTH, mode="svd", size=size)
     job = end(queue, queue.submit(MergeRequest(recipe, "merged")))
     assert job.state == "done", job.error

@@ -12,8 +12,10 @@ from lib_loramerge import cli
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import sidecar
+from lib_loramerge.webui.background import DONE
 from lib_loramerge.webui.host import StandaloneHost
-from lib_loramerge.webui.jobs import DONE, JobQueue, MergeRequest
+from lib_loramerge.webui.jobs import JobQueue
+from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.sidecar import UserMetadata
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.hosting import FakeHost

@@ -22,7 +22,8 @@ from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import extracting, facts, form, render, tab
 from lib_loramerge.webui.checkpoint_jobs import BakeRequest
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
-from lib_loramerge.webui.jobs import JobQueue, MergeRequest
+from lib_loramerge.webui.jobs import JobQueue
+from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.origins import stamp_of
 from lib_loramerge.webui.standalone import shared_file
 from lib_loramerge.webui.tab import baking, layout

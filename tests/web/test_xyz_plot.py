@@ -433,7 +433,7 @@ def test_nothing_is_left_where_the_host_closes_nothing(page, monkeypatch):
 
 def test_trials_of_the_tab_stay(page):
     from lib_loramerge.webui import extension
-    from lib_loramerge.webui.jobs import MergeRequest
+    from lib_loramerge.webui.merge_jobs import MergeRequest
 
     _, jobs = extension.services()
     job = jobs.submit(MergeRequest(MergeRecipe(parse_prompt("<lora:a:1>")), trial=True))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # At least so long between two looks through the folders for names that are not known.
 RESCAN_SECONDS = 0.2
 TEMPORARY = Path(tempfile.gettempdir())
+DEVICES = {"cpu": "CPU", "cuda": "GPU (CUDA)", "xpu": "GPU (XPU)", "mps": "GPU (Apple)"}
 
 
 class LoraEntry(NamedTuple):
@@ -268,16 +269,12 @@ class Host(CheckpointFolder):
 
     def devices(self) -> list[tuple[str, str]]:
         """(label, value) of the devices of this machine, the CPU first."""
-        torch = sys.modules.get("torch")
-        found = [("CPU", "cpu")]
-        if torch is None:
-            return found
-        for kind, label in (("cuda", "GPU (CUDA)"), ("xpu", "GPU (XPU)"), ("mps", "GPU (Apple)")):
-            count = _device_count(torch, kind)
-            if count == 1:
-                found.append((label, kind))
-            else:
-                found += [(f"{label} {index}", f"{kind}:{index}") for index in range(count)]
+        if "torch" not in sys.modules:  # A WebUI's start imports it when it needs it.
+            return [("CPU", "cpu")]
+        from ...delta.device import devices
+
+        named = [(name, *name.partition(":")) for name in devices()]
+        found = [(f"{DEVICES[kind]} {index}".rstrip(), name) for name, kind, _, index in named]
         return [*found, ("Automatic", "auto")]
 
     def preset_path(self) -> Path:
@@ -403,16 +400,6 @@ class Host(CheckpointFolder):
         print(f"LoRA Merge: {message}", file=sys.stderr)
         if error is not None:
             traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
-
-
-def _device_count(torch: Any, kind: str) -> int:
-    try:
-        if kind == "mps":
-            return int(torch.backends.mps.is_available())
-        backend = getattr(torch, kind, None)
-        return int(backend.device_count()) if backend is not None and backend.is_available() else 0
-    except Exception:  # A broken driver must not hide the tab.
-        return 0
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ...recipe import format_prompt, to_command, to_json
 from .. import baking as bakes
 from .. import compat, form, render, sidecar
 from ..compat import update
-from ..jobs import MergeRequest
+from ..merge_jobs import MergeRequest
 from . import analysing, baking, extracting, picturing, presets, thumbnails
 from .controls import BUTTONS, CONTROLS, ROW_CONTROLS, param_control
 from .layout import mode_text

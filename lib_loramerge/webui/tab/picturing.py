@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import RecipeError
 from ...methods import METHODS
 from .. import compat, form
-from ..jobs import MergeRequest
+from ..merge_jobs import MergeRequest
 from ..xyz.axes import PREFIX
 
 # What varies, as the page says it, to the axis of the plot and values to begin with.

@@ -1,11 +1,13 @@
-"""Which device does the arithmetic."""
+"""Which device does the arithmetic, and which there are."""
 
 from __future__ import annotations
 
 import torch
 
 from ..errors import RecipeError
-from .input_notes import WITHOUT_DOUBLE
+
+# Devices whose arithmetic ends at float32.
+WITHOUT_DOUBLE = ("mps", "xpu")
 
 
 def compute_device(name: str) -> torch.device:
@@ -34,15 +36,19 @@ def compute_device(name: str) -> torch.device:
 
 
 def devices() -> list[str]:
-    """Devices of this machine, the CPU first."""
+    """Devices of this machine, as a recipe names them, the CPU first."""
     found = ["cpu"]
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        found += ["cuda"] if count == 1 else [f"cuda:{index}" for index in range(count)]
-    xpu = getattr(torch, "xpu", None)
-    if xpu is not None and xpu.is_available():
-        found.append("xpu")
-    mps = getattr(torch.backends, "mps", None)
-    if mps is not None and mps.is_available():
-        found.append("mps")
+    for kind in ("cuda", "xpu", "mps"):
+        count = _count(kind)
+        found += [kind] if count == 1 else [f"{kind}:{index}" for index in range(count)]
     return found
+
+
+def _count(kind: str) -> int:
+    try:
+        if kind == "mps":
+            return int(torch.backends.mps.is_available())
+        backend = getattr(torch, kind, None)  # Older versions of torch have no xpu.
+        return int(backend.device_count()) if backend is not None and backend.is_available() else 0
+    except Exception:  # A broken driver is as good as no device.
+        return 0
