@@ -26,7 +26,8 @@ NOT_OF_THE_TAB = frozenset({
     "sweep/axes.py", "sweep/running.py", "merge/simple.py",  # the command line and the library
     "webui/standalone.py",  # what it says when it starts
     # REST, whose words are English
-    "webui/api.py", "webui/checkpoint_api.py", "webui/schema.py", "webui/access.py", "webui/guard.py",
+    "webui/api.py", "webui/routes.py", "webui/fields.py", "webui/checkpoint_api.py", "webui/schema.py",
+    "webui/access.py", "webui/guard.py",
     "webui/enter.py",  # before the page, in both languages
     "models/flux.py", "models/image.py",  # tables of names
     "models/sd.py", "models/video.py", "models/table.py",

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import MergeRecipe
 from . import schema
 from .checkpoint_jobs import BakeRequest, ExtractRequest
 
 if TYPE_CHECKING:
-    from .api import Fields
-
-BAKE = ("recipe", "base", "name", "overwrite", "rounding", "dtype", "drop_ema", "hash")
-SETTINGS = ("rank", "conv_rank", "retain", "max_rank", "parts", "vectors", "dtype", "skip_unsupported")
-EXTRACT = ("tuned", "base", "name", "subfolder", "overwrite", *SETTINGS)
+    from .fields import Fields
 
 
-def bake_request(fields: Fields, recipe: MergeRecipe) -> BakeRequest:
+def bake_request(fields: Fields) -> BakeRequest:
     """A bake as a client asks for it."""
     return BakeRequest(
-        recipe=recipe,
+        recipe=fields.recipe(),
         base=fields.text("base"),
         name=fields.name("name"),
         overwrite=fields.flag("overwrite"),

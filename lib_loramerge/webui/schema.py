@@ -26,9 +26,7 @@ VECTORS = ("unet", "none")
 Schema = Mapping[str, Any]
 
 
-def object_of(
-    properties: Mapping[str, Schema], required: tuple[str, ...] = (), closed: bool = True
-) -> Schema:
+def object_of(properties: Mapping[str, Schema], required: tuple[str, ...] = ()) -> Schema:
     return {
         "type": "object",
         "properties": dict(properties),

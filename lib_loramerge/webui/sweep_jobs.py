@@ -21,9 +21,8 @@ from .host import Host
 if TYPE_CHECKING:
     from ..merge import Progress
     from ..sweep import Point, Sweep
-    from .api import Fields
+    from .fields import Fields
 
-FIELDS = ("recipe", "axes", "name", "subfolder", "zip", "resume")
 # After so many seconds the time that files took tells how long the others take.
 _TELLING = 2.0
 
