@@ -134,7 +134,7 @@ class Tab:
 
     def set_form(self, changes: dict[str, Any]) -> None:
         """A fresh form but for ``changes``, put in as the page puts back what a reload has lost."""
-        from lib_loramerge.webui.tab.handlers import worth_keeping
+        from lib_loramerge.webui.tab.asking import worth_keeping
 
         wanted = {**fresh_form(), **changes}
         kept = {name: value for name, value in wanted.items() if worth_keeping(name, value)}

@@ -29,7 +29,7 @@ from lib_loramerge.webui.standalone import shared_file
 from lib_loramerge.webui.tab import baking, layout
 from lib_loramerge.webui.tab import extracting as extract_page
 from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
-from lib_loramerge.webui.tab.handlers import FORM_NAMES
+from lib_loramerge.webui.tab.wiring import FORM_NAMES
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
 
 WEBUI = Path(render.__file__).parent
@@ -482,7 +482,7 @@ def test_a_row_offers_the_presets_that_fit_its_base_model(host: StandaloneHost, 
     assert "MIDD" not in found.presets[1]
     assert any(text.startswith("@") for text in map(host.presets().weights.get, found.presets[1]))
 
-    page = tab.handlers._Wiring({}, host, JobQueue(host))
+    page = tab.asking.Asking({}, host, JobQueue(host))
     shown = page.preset_lists(default_form(row0__lora="style", row1__lora="z", fitted=""), found.presets)
     assert shown["row1.blocks"]["choices"] == ["", *found.presets[1]]
     again = page.preset_lists(default_form(fitted=shown["fitted"]), found.presets)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...methods import METHODS
 from .. import form
+from .wiring import FORM_NAMES
 
 if TYPE_CHECKING:
     from ..analyse import Look
-    from ..host import Host
-    from ..jobs import JobQueue
+    from .wiring import Wiring
 
 STATE, RESULT = "analyse_state", "analyse_result"
 
 
-def connect(wiring: Any, form_names: Sequence[str]) -> None:
+def connect(wiring: Wiring) -> None:
     """Attach the handlers of the button and of the page's questions about a running look."""
-    host: Host = wiring.host
-    jobs: JobQueue = wiring.jobs
+    host, jobs = wiring.host, wiring.jobs
 
     def start(values: Mapping[str, Any]) -> dict[str, Any]:
         from .. import analyse  # Not at the WebUI's start, see extension.py.
@@ -46,7 +45,7 @@ def connect(wiring: Any, form_names: Sequence[str]) -> None:
         jobs.looks.wait(look, 1.0)
         return told(look)
 
-    names = ("argument", *form_names)
+    names = ("argument", *FORM_NAMES)
     wiring.button(
         "analyse",
         start,

@@ -12,6 +12,7 @@ from .controls import BUTTONS, Control
 if TYPE_CHECKING:
     from ..facts import Facts
     from ..host import Host
+    from .filling import Filling
 
 CONTROLS = (
     Control(
@@ -130,7 +131,7 @@ def by_facts(found: Facts, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def connect(wiring: Any) -> None:
+def connect(wiring: Filling) -> None:
     """Attach the handlers of the choice."""
 
     def choose(values: Mapping[str, Any]) -> dict[str, Any]:

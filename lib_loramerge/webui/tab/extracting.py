@@ -12,6 +12,7 @@ from .controls import Control, element_id
 
 if TYPE_CHECKING:
     from ..host import Host
+    from .running import Running
 
 TITLE = "Extract"
 _LIST = {"choices": [], "value": "", "allow_custom_value": True, "scale": 1, "min_width": 240}
@@ -161,7 +162,7 @@ def lay_out(layout: Any) -> None:
             layout.place(RESULT)
 
 
-def connect(wiring: Any) -> None:
+def connect(wiring: Running) -> None:
     """Attach the handlers of the page."""
     host: Host = wiring.host
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError
 from ...methods import METHODS
 from .. import compat, form
-from ..merge_jobs import MergeRequest
 from ..xyz.axes import PREFIX
+from .copying import as_prompt
+from .wiring import FORM_NAMES
+
+if TYPE_CHECKING:
+    from .running import Running
 
 # What varies, as the page says it, to the axis of the plot and values to begin with.
 AXES: Mapping[str, tuple[str, str]] = {
@@ -38,16 +42,16 @@ def lay_out(layout: Any) -> None:
         layout.button("see", scale=1, min_width=140)
 
 
-def connect(wiring: Any, form_names: tuple[str, ...]) -> None:
+def connect(wiring: Running) -> None:
     """Attach the way to the plot, which the page's script fills, and that from a picture to its file."""
 
     def see(values: Mapping[str, Any]) -> dict[str, Any]:
         axis, text = AXES.get(str(values["see_axis"]), next(iter(AXES.values())))
         # The time tells two presses apart; after a refusal the page's script finds what it has seen.
-        asked = [wiring.as_prompt(values), PREFIX + axis, text, time.time()]
+        asked = [as_prompt(values, wiring.host), PREFIX + axis, text, time.time()]
         return {"plot": json.dumps(asked)}
 
-    event = wiring.button("see", see, (*form_names, "see_axis"), ("plot",))
+    event = wiring.button("see", see, (*FORM_NAMES, "see_axis"), ("plot",))
     compat.on(
         event.then,
         None,
@@ -64,8 +68,7 @@ def connect(wiring: Any, form_names: tuple[str, ...]) -> None:
             raise RecipeError("Choose a picture first: its settings are shown below it.")
         recipe = recipe_of(text, wiring.host.settings())
         shown = wiring.show_form(form.form_of(recipe, wiring.host, METHODS))
-        name = wiring.host.propose_name(recipe.inputs)
-        return {**shown, **wiring.begun(wiring.jobs.submit(MergeRequest(recipe=recipe, name=name)))}
+        return {**shown, **wiring.merge(recipe)}
 
     places = (*wiring.form_places, *wiring.begun_places)
     wiring.button("keep", keep, ("argument",), places, js="() => loramergeArgument('keep')")

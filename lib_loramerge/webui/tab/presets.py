@@ -12,6 +12,7 @@ from ..compat import update
 
 if TYPE_CHECKING:
     from ..host import Host
+    from .wiring import Wiring
 
 ELEMENTS = "Elemental weights"
 
@@ -46,9 +47,9 @@ def chosen_row(value: object) -> int:
     return form.whole(str(value or "").partition(":")[0], "Row") - 1
 
 
-def connect(wiring: Any) -> None:
+def connect(wiring: Wiring) -> None:
     """Attach the handlers of the page."""
-    host: Host = wiring.host
+    host = wiring.host
     widgets = wiring.widgets
     place = "preset_message"
 

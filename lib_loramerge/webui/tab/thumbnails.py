@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import render, sidecar
 
 if TYPE_CHECKING:
     from ..host import Host
+    from .wiring import Wiring
 
 SIDE = 48  # pixels, twice what the list shows
 MOST = 600
 SECONDS = 10.0  # A slow disk gets no longer; what was read is remembered, and the rest comes after a refresh.
 
 
-def connect(wiring: Any) -> None:
+def connect(wiring: Wiring) -> None:
     """Attach what the page's script presses when a list first opens."""
     wiring.button("pictures", lambda _: {"pictures": found(wiring.host)}, (), ("pictures",))
 

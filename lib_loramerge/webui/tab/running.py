@@ -1,0 +1,125 @@
+"""Merging: the buttons that begin, repeat and drop a merge, and the page's questions about it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from ...errors import LoraMergeError, RecipeError
+from ...methods import METHODS
+from ...recipe import MergeRecipe
+from .. import baking as bakes
+from .. import form, render
+from ..compat import update
+from ..merge_jobs import MergeRequest
+from . import extracting
+from .asking import Asking
+from .wiring import FORM_NAMES, Changes, Form, argument, with_values
+
+if TYPE_CHECKING:
+    from ..jobs import Job
+
+SHOWN_FIRST = 60 * 60  # A finished merge is shown again after a reload for an hour.
+
+
+class Running(Asking):
+    """What begins merges and shows how they are."""
+
+    def connect_jobs(self) -> None:
+        outputs = self.job_places
+        begun = self.begun_places
+        self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
+        self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
+        self.button(
+            "again",
+            self.again,
+            ("argument", *FORM_NAMES),
+            (*begun, "conv_rank", *self.shown_by_choice),
+            js=f"(...v) => [...loramergeArgument('again'), ...v.slice(1, {len(FORM_NAMES) + 1})]",
+        )
+        self.button("poll", self.poll, ("argument",), outputs, message="argument", js=argument("poll"))
+        self.button("drop", self.drop, ("argument",), outputs, message="argument", js=argument("drop"))
+
+    def start(self, values: Form, *, trial: bool) -> Changes:
+        from .. import facts  # Not at the WebUI's start, see extension.py.
+
+        found = facts.gather(values, self.host, METHODS)
+        reasons = found.reasons(trial)
+        try:
+            if not reasons:
+                return self._begin(values, trial)
+        except LoraMergeError as error:
+            reasons = [str(error)]
+        changes = self.refusal(reasons, "trial" if trial else "merge")
+        return changes if found.overwrite else {**changes, "overwrite": False}
+
+    def _begin(self, values: Form, trial: bool) -> Changes:
+        recipe = form.read_form(values, self.host, METHODS).check()
+        overwrite = form.may_overwrite(values, self.host.loras())
+        name = str(values["name"] or "").strip()
+        if bakes.is_bake(values):
+            name = name or bakes.propose_name(values, recipe.inputs, self.host)
+            job = self.jobs.submit(bakes.request_of(values, recipe, name, overwrite))
+            return {**self.begun(job), "overwrite": False}
+        preview = str(values["preview"] or "")
+        begun = self.merge(
+            recipe,
+            name=name,
+            subfolder=str(values["subfolder"] or "").strip(),
+            overwrite=overwrite,
+            trial=trial,
+            user_metadata=None if trial else form.user_metadata(values),
+            preview="" if preview == form.NO_PREVIEW or trial else preview,
+            changed_sources=True,
+        )
+        # The tick was for this merge alone.
+        return begun if trial else {**begun, "overwrite": False}
+
+    def merge(self, recipe: MergeRecipe, name: str = "", **more: Any) -> Changes:
+        """Begin a merge; without a name it gets a free one made of the inputs'."""
+        request = MergeRequest(recipe, name or self.host.propose_name(recipe.inputs), **more)
+        return self.begun(self.jobs.submit(request))
+
+    def again(self, values: Form) -> Changes:
+        """A merge once more, keeping everything; the form says so where it is still that merge's."""
+        job = self.jobs.get(str(values["argument"] or ""))
+        if job is None:
+            raise RecipeError("That merge is not remembered any more.")
+        same = form.read_form(values, self.host, METHODS).recipe == getattr(job.request, "recipe", None)
+        begun = self.jobs.again_exactly(job)
+        changes = self.begun(begun)
+        if same:
+            full = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
+            changes |= {"conv_rank": None, **with_values(self.by_choice({**values, **full}), full)}
+        return changes
+
+    def begun(self, job: Job) -> Changes:
+        return {**self._state(job), "started": f"{job.id} {job.created}", "refused": ""}
+
+    def poll(self, values: Form) -> Changes:
+        return {**self._state(self._followed(str(values["argument"] or ""))), "argument": update()}
+
+    def drop(self, values: Form) -> Changes:
+        job = self.jobs.cancel(str(values["argument"] or ""))
+        if job is not None:
+            deadline = time.monotonic() + 1.0
+            while not job.finished and time.monotonic() < deadline:
+                self.jobs.wait(self.jobs.version, 0.1)
+        return {**self._state(job), "argument": update()}
+
+    def _followed(self, job_id: str) -> Job | None:
+        """The job that a page shows: its own, else the one at work, else the last one done."""
+        job = self.jobs.get(job_id) or self.jobs.current()
+        if job is None:
+            recent = [job for job in self.jobs.list() if job.ended and time.time() - job.ended < SHOWN_FIRST]
+            job = recent[-1] if recent else None
+        return job
+
+    def _state(self, job: Job | None) -> Changes:
+        known = self.jobs.list()
+        shown = render.job_list(known, job, f"{time.time()}", self.host.labels_state())
+        changes: Changes = {"jobs": shown, extracting.JOBS: shown}
+        if job is not None:
+            place = extracting.RESULT if job.request.kind == "extract" else "result"
+            changes[place] = render.job_result(job, self.host) if job.finished else ""
+        return changes

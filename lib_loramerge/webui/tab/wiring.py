@@ -1,0 +1,127 @@
+"""How a handler is attached to its component. Values travel by name; no Gradio component is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...errors import LoraMergeError
+from ...methods import METHODS
+from .. import compat, form, render
+from ..compat import update
+from . import baking, extracting
+from .controls import CONTROLS, ROW_CONTROLS, param_control
+
+if TYPE_CHECKING:
+    from ..host import Host
+    from ..jobs import JobQueue
+
+Form = Mapping[str, Any]
+Changes = dict[str, Any]
+
+ROW_NAMES = tuple(f"row{index}.{control.name}" for index in range(form.MAX_ROWS) for control in ROW_CONTROLS)
+FORM_NAMES = (
+    *ROW_NAMES,
+    *(control.name for control in CONTROLS),
+    *baking.NAMES,
+    *(param_control(method.name, param).name for method in METHODS.values() for param in method.params),
+)
+ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
+
+
+class Wiring:
+    """The tab's components by name, and how to attach handlers to them."""
+
+    def __init__(self, widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
+        self.widgets = widgets
+        self.host = host
+        self.jobs = jobs
+        self.shown_by_choice = shown_by_choice()
+        # Where running jobs and their ends are shown, on each page that begins some.
+        self.job_places = tuple(
+            name for name in ("jobs", "result", extracting.JOBS, extracting.RESULT) if name in widgets
+        )
+        # No answer to a question that was asked before may hide from the page that a merge of its own began.
+        self.begun_places = (*self.job_places, "started", "overwrite", "refused")
+        self.form_places = (*FORM_NAMES, *ROW_PLACES, "fitted", *self.shown_by_choice)
+
+    def on(
+        self,
+        trigger: Callable[..., Any],
+        handler: Callable[[Form], Changes],
+        inputs: Iterable[str] = (),
+        outputs: Iterable[str] = (),
+        *,
+        message: str = "message",
+        js: str | None = None,
+    ) -> Any:
+        """Connect a handler that takes and gives values by name.
+
+        A :class:`LoraMergeError` is shown in the place ``message``; all else stays as it is.
+        """
+        names, places = list(inputs), list(dict.fromkeys([*outputs, message]))
+
+        def run(*values: Any) -> list[Any]:
+            try:
+                changes = {message: "", **handler(dict(zip(names, values)))}
+            except LoraMergeError as error:
+                changes = {message: render.error_box(self.host.shown(str(error)))}
+            return [changes.get(place, update()) for place in places]
+
+        return compat.on(
+            trigger,
+            run,
+            [self.widgets[name] for name in names],
+            [self.widgets[name] for name in places],
+            js=js,
+        )
+
+    def button(self, name: str, handler: Callable[[Form], Changes], *args: Any, **kwargs: Any) -> Any:
+        return self.on(self.widgets[f"button.{name}"].click, handler, *args, **kwargs)
+
+    def browser(
+        self, trigger: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str], js: str
+    ) -> None:
+        """Connect a piece of JavaScript that needs nothing of the server."""
+        compat.on(
+            trigger,
+            None,
+            [self.widgets[name] for name in inputs],
+            [self.widgets[name] for name in outputs],
+            js=js,
+        )
+
+
+# JavaScript of the page, called with the values of the inputs.
+def argument(name: str) -> str:
+    return f"() => loramergeArgument('{name}')"
+
+
+def shown_by_choice() -> tuple[str, ...]:
+    """What is seen or not, depending on mode, rank rule and kind of result."""
+    return (
+        "rank_rule",
+        "rank",
+        "retain",
+        "size",
+        "fair",
+        "mode_text",
+        *baking.SEEN,
+        *(f"params.{name}" for name, method in METHODS.items() if method.params),
+    )
+
+
+def listed(choices: list[str], value: object) -> Any:
+    """New choices for a list that keeps its value; some versions of Gradio drop a value that is no choice."""
+    text = str(value or "")
+    return update(choices=choices if text in choices or not text else [text, *choices])
+
+
+def with_values(changes: Changes, wanted: Form) -> Changes:
+    """Visibility and value of a control in one change."""
+    merged = {}
+    for name, change in changes.items():
+        if name in wanted and isinstance(change, dict):
+            change = {**change, "value": wanted[name]}
+        merged[name] = change
+    return merged
