@@ -53,7 +53,13 @@
         return element ? element.value : "";
     }
 
+    window.loramergeRoot = root;
     window.loramergePress = press;
+    // What the server left for the scripts in the place of this name, as text; "" before it did.
+    window.loramergeData = (name) => {
+        const element = find(`#loramerge_${name} [data-${name}]`);
+        return element ? element.dataset[name] : "";
+    };
     // Called by Gradio as the JavaScript of an event: what it returns is what the server gets.
     window.loramergeArgument = (name) => [state.arguments[name] || ""];
 

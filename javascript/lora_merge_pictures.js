@@ -2,9 +2,6 @@
 (function () {
     "use strict";
 
-    const FIELDS = "#loramerge_app [id^=loramerge_row][id$=_lora] input, #loramerge_fill_name input";
-    const ITEMS = "ul.options li, ul[role=listbox] li, .lm-found li";
-
     const PATIENCE = 15000; // ms that an answer may take; while it is awaited Gradio changes the place, too
 
     let asked = 0; // when, 0 with the answer
@@ -12,20 +9,15 @@
     let pictures = {};
     let watching = []; // observers of the list that is open and of the answer
 
-    const data = (id, field) => {
-        const root = typeof window.gradioApp === "function" ? window.gradioApp() : document;
-        const element = root.querySelector(`#${id} [data-${field}]`);
-        return element ? element.dataset[field] : "";
-    };
-
     function paint(place) {
-        const now = data("loramerge_pictures", "pictures");
+        const now = window.loramergeData("pictures");
         if (now !== text) {
             text = now;
             pictures = now ? JSON.parse(now) : {};
         }
-        for (const item of place.querySelectorAll(ITEMS)) {
-            const picture = pictures[item.textContent.replace(/^[\s✓]+/, "").trim()];
+        const { items, nameOf } = window.loramergeLists;
+        for (const item of items(place)) {
+            const picture = pictures[nameOf(item)];
             const shown = picture ? `url("${picture}")` : "";
             // Gradio uses the elements again for other names.
             if (item.style.getPropertyValue("--lm-picture") === shown) continue;
@@ -35,7 +27,7 @@
     }
 
     function ask() {
-        if (data("loramerge_pictures", "pictures")) {
+        if (window.loramergeData("pictures")) {
             asked = 0;
         } else if (Date.now() - asked > PATIENCE) {
             asked = Date.now();
@@ -63,9 +55,9 @@
     }
 
     document.addEventListener("focusin", (event) => {
-        if (event.target.matches && event.target.matches(FIELDS)) watch(event.target);
+        if (window.loramergeLists.isField(event.target)) watch(event.target);
     });
     document.addEventListener("focusout", (event) => {
-        if (event.target.matches && event.target.matches(FIELDS)) close();
+        if (window.loramergeLists.isField(event.target)) close();
     });
 })();

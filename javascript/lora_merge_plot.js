@@ -14,7 +14,7 @@
 
     let last = ""; // what was asked for last, with its time
 
-    const root = () => (typeof window.gradioApp === "function" ? window.gradioApp() : document);
+    const root = () => window.loramergeRoot();
     const say = (text) => (window.localization && window.localization[text]) || text;
 
     function shown(selector) {

@@ -9,11 +9,13 @@
 
     let found = null; // the list: {field, list, place}
 
-    function names() {
-        const root = typeof window.gradioApp === "function" ? window.gradioApp() : document;
-        const element = root.querySelector("#loramerge_names [data-names]");
-        return element ? JSON.parse(element.dataset.names) : [];
-    }
+    // The lists of LoRAs, their choices, and the name that a choice shows; Gradio puts a tick before the chosen one.
+    const isField = (element) => Boolean(element.matches && element.matches(FIELDS));
+    const items = (place) => [...place.querySelectorAll("ul.options li, ul[role=listbox] li")];
+    const nameOf = (item) => item.textContent.replace(/^[\s✓]+/, "").trim();
+    window.loramergeLists = { isField, items, nameOf };
+
+    const names = () => JSON.parse(window.loramergeData("names") || "[]");
 
     function close() {
         if (!found) return;
@@ -76,8 +78,7 @@
         const place = field.closest(".secondary-wrap").parentElement.parentElement;
         let tries = 0;
         const timer = setInterval(() => {
-            const items = [...place.querySelectorAll("ul.options li, ul[role=listbox] li")];
-            const item = items.find((one) => one.textContent.replace(/^[\s✓]+/, "").trim() === name);
+            const item = items(place).find((one) => nameOf(one) === name);
             if (item) item.dispatchEvent(new MouseEvent("mousedown", { bubbles: true, cancelable: true }));
             if (!item && ++tries < TRIES) return;
             clearInterval(timer);
@@ -104,16 +105,16 @@
     window.loramergePick = pick;
 
     function move(step) {
-        const items = [...found.list.children];
-        const now = items.findIndex((item) => item.getAttribute("aria-selected") === "true");
-        items[now].setAttribute("aria-selected", "false");
-        const next = items[(now + step + items.length) % items.length];
+        const all = [...found.list.children];
+        const now = all.findIndex((item) => item.getAttribute("aria-selected") === "true");
+        all[now].setAttribute("aria-selected", "false");
+        const next = all[(now + step + all.length) % all.length];
         next.setAttribute("aria-selected", "true");
         next.scrollIntoView({ block: "nearest" });
     }
 
     document.addEventListener("input", (event) => {
-        if (event.isTrusted && event.target.matches && event.target.matches(FIELDS)) search(event.target);
+        if (event.isTrusted && isField(event.target)) search(event.target);
     });
     document.addEventListener("keydown", (event) => {
         if (!found || event.target !== found.field) return;

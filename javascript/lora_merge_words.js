@@ -247,8 +247,7 @@
     });
 
     function watch() {
-        const root = typeof window.gradioApp === "function" ? window.gradioApp() : document;
-        const tab = root.querySelector("#loramerge_app");
+        const tab = window.loramergeRoot && window.loramergeRoot().querySelector("#loramerge_app");
         if (!tab || tab === watched || !window.localization) return;
         compile(window.localization);
         if (!templates.length) return;
