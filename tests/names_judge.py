@@ -143,7 +143,7 @@ def finds_again(architecture: str, model: str, layer: str, target: str, slot: st
     """Whether all that we write for a layer leads the host to the parameter again."""
     known = accepted("comfyui").names(model)
     try:
-        parts = output_parts(architecture, layer, "auto", style)
+        parts = output_parts(architecture, layer, "auto")
     except LoraMergeError:
         return False
     for prefix, _ in parts:

@@ -21,7 +21,7 @@ def spelled_again(parsed, dialect: str) -> set[str]:
     style = parsed.style if parsed.architecture.opaque else None
     keys = set()
     for part in parsed.parts:
-        for prefix, rows in output_parts(parsed.architecture.id, part.layer, dialect, style):
+        for prefix, rows in output_parts(parsed.architecture.id, part.layer, dialect):
             if part.rows is None or rows == part.rows:
                 keys |= {output_key(prefix, slot, dialect, style) for slot in part.slots}
     return keys
@@ -48,7 +48,7 @@ def test_what_is_written_is_read_as_the_same_layers_and_rows(name):
     for dialect in compared:
         for part in parsed.parts:
             try:
-                written = output_parts(parsed.architecture.id, part.layer, dialect, style)
+                written = output_parts(parsed.architecture.id, part.layer, dialect)
             except UnsupportedError:
                 assert dialect == "diffusers"
                 continue

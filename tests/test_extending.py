@@ -120,7 +120,39 @@ SETTING = """    comment: str | None = setting(
     )
 """
 
-APPENDED = {"methods/linear.py": METHOD, "models/image.py": MODEL, "dialects/registry.py": DIALECT}
+WORD = """DIALECTS["towerfile"] = "Tower Tool"
+"""
+
+WRITTEN = """
+
+def _towers(architecture_id: str, layer: str) -> Parts:
+    names = _comfy(architecture_id, layer)
+    return tuple((name.replace("diffusion_model.", "tt~"), rows) for name, rows in names)
+
+
+WRITTEN["towerfile"] = Written(PEFT_STYLE, _towers)
+"""
+
+ROUTE = """    @route("GET", "/kinds", "Kinds of adapters that can be merged")
+    def kinds(self, _: Fields) -> Any:
+        from ..adapters import ADAPTERS
+
+        return {"kinds": [kind.label for kind in ADAPTERS.values()]}
+
+"""
+
+APPENDED = {
+    "methods/linear.py": METHOD,
+    "models/image.py": MODEL,
+    "dialects/registry.py": DIALECT,
+    "dialects/output.py": WRITTEN,
+}
+# File to what is put before which of its lines.
+INSERTED = (
+    ("recipe/model.py", SETTING, "    skip_unsupported: bool = setting("),
+    ("recipe/model.py", WORD, "_FIRST = ("),
+    ("webui/routes.py", ROUTE, "    def _queue(self"),
+)
 NEW = {"adapters/half.py": ADAPTER, "hosts/towerui.py": HOST}
 
 
@@ -138,11 +170,10 @@ def copy(tmp_path_factory) -> Path:
         (package / name).write_text(text, encoding="utf-8")
     for name, text in APPENDED.items():
         (package / name).write_text((package / name).read_text(encoding="utf-8") + text, encoding="utf-8")
-    model = package / "recipe" / "model.py"
-    before = "    skip_unsupported: bool = setting("
-    text = model.read_text(encoding="utf-8")
-    assert text.count(before) == 1
-    model.write_text(text.replace(before, SETTING + before), encoding="utf-8")
+    for name, added, before in INSERTED:
+        text = (package / name).read_text(encoding="utf-8")
+        assert text.count(before) == 1
+        (package / name).write_text(text.replace(before, added + before), encoding="utf-8")
     return folder
 
 
@@ -210,6 +241,36 @@ def test_all_of_them_work_on_the_command_line_in_plan_and_inspect(copy, lora):
     assert "--comment TEXT" in run(copy, "-m", "lib_loramerge", "merge", "--help")
 
 
+def test_the_written_spelling_is_chosen_by_its_word_and_read_again(copy, lora):
+    run(
+        copy,
+        "-m",
+        "lib_loramerge",
+        "convert",
+        "a.safetensors",
+        "-o",
+        "t.safetensors",
+        "--dialect",
+        "towerfile",
+    )
+    with safe_open(copy / "t.safetensors", "pt") as file:
+        assert "tt~towers.0.mlp.0.lora_A.weight" in file.keys()  # noqa: SIM118
+    looked = json.loads(run(copy, "-m", "lib_loramerge", "inspect", "t.safetensors", "--json"))
+    assert (looked["base_model"], looked["dialect"]) == ("Towers", "towertool")
+
+
+def test_the_route_is_served_and_has_its_schema(copy):
+    code = (
+        "from lib_loramerge.webui.fields import Fields\n"
+        "from lib_loramerge.webui.routes import ROUTES, Service\n"
+        "route = next(route for route in ROUTES if route.path == '/kinds')\n"
+        "print(route.method, route.name, route.answer(Service(None, None), Fields({}, route.fields)))"
+    )
+    said = run(copy, "-c", code)
+    assert said.startswith("GET kinds ")
+    assert "Half LoRA" in said
+
+
 def test_the_tables_of_readme_and_docs_have_them(copy):
     code = (
         "from tests import facts, readme_tables as t\n"
@@ -220,6 +281,6 @@ def test_the_tables_of_readme_and_docs_have_them(copy):
         assert word in tables
 
 
-@pytest.mark.parametrize("text", [METHOD, ADAPTER, MODEL, DIALECT, HOST, SETTING])
+@pytest.mark.parametrize("text", [METHOD, ADAPTER, MODEL, DIALECT, WORD, WRITTEN, HOST, SETTING, ROUTE])
 def test_the_page_shows_what_is_added_here(text):
     assert text.strip() in PAGE.read_text(encoding="utf-8")

@@ -256,7 +256,7 @@ def _written_as(source: Source) -> str:
     style = source.style if source.architecture.opaque else None
     for layer in sorted(source.layers, key=lambda layer: _written_slot(source, layer) != "up"):
         try:
-            prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto", style)[0]
+            prefix, _ = dialects.output_parts(source.architecture.id, layer, "auto")[0]
         except LoraMergeError as error:
             return str(error)
         chosen = dialects.output_style(source.architecture.id, "auto", style)

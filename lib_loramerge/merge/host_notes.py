@@ -75,7 +75,7 @@ def _unread_by_diffusers(
         return []
     for layer in layers:
         try:
-            names = dialects.output_parts(architecture.id, layer.layer, spelling.dialect, spelling.style)
+            names = dialects.output_parts(architecture.id, layer.layer, spelling.dialect)
         except LoraMergeError:
             continue
         if not all(host.finds(architecture.id, layer.layer, name) for name, _ in names):

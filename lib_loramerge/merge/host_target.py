@@ -110,7 +110,7 @@ def _why_not(host: Host, spelling: Spelling, architecture: str, layer: LayerPlan
     if bias_alone(layer) and not host.lone_biases:
         return f"{host.label} refuses a file in which a bias stands alone"
     try:
-        names = dialects.output_parts(architecture, layer.layer, spelling.dialect, spelling.style)
+        names = dialects.output_parts(architecture, layer.layer, spelling.dialect)
     except LoraMergeError:
         return f"{host.label} has no name for such layers"
     lost = [name for name, _ in names if not host.finds(architecture, layer.layer, name)]

@@ -379,4 +379,4 @@ def merged_metadata(
 
 def output_names(plan: MergePlan, layer: str) -> tuple[tuple[str, models.Rows | None], ...]:
     """Names under which a layer is written, with the rows each of them holds."""
-    return dialects.output_parts(plan.architecture.id, layer, plan.dialect, plan.style)
+    return dialects.output_parts(plan.architecture.id, layer, plan.dialect)

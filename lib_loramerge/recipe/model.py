@@ -20,7 +20,7 @@ from lib_loramerge.recipe.check import (
 from lib_loramerge.recipe.settings import Setting, setting
 
 DTYPES = ("same", "float32", "float16", "bfloat16")
-DIALECTS = ("auto", "kohya", "diffusers")
+DIALECTS = {"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"}
 # Each has a module in ``hosts``, which is not imported for its name: a WebUI's start needs no base model.
 _FIRST = ("a1111", "forge", "reforge", "neo", "sdnext", "comfyui", "diffusers")
 HOSTS = (
@@ -298,10 +298,10 @@ class MergeRecipe:
         "auto",
         lambda value: check_choice("dialect", value, DIALECTS),
         "how layers are named in the file; auto is right for all WebUIs",
-        words=DIALECTS,
+        words=tuple(DIALECTS),
         commands=("merge", "convert", "extract", "subtract"),
         label="Names in the file",
-        labels={"auto": "Automatic", "kohya": "kohya (all WebUIs)", "diffusers": "diffusers"},
+        labels=DIALECTS,
     )
     host: str | None = setting(
         None,
