@@ -1,4 +1,4 @@
-"""What docs/METHODS.md and README.ja.md say of each method, made by ``python -m tests.readme_methods``."""
+"""What docs/METHODS.md and docs/GUIDE.ja.md say of each method, made by ``python -m tests.readme_methods``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def japanese() -> Mapping[str, str]:
 
 
 def notes(words: Mapping[str, str]) -> str:
-    """README.ja.md's list of methods: label, summary, what it is not for, formula, source.
+    """The Japanese guide's list of methods: label, summary, what it is not for, formula, source.
 
     Args:
         words: English to Japanese.
@@ -116,7 +116,7 @@ def regenerated(text: str, made: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Each page with such a part, and what the part is."""
-    return {ROOT / "README.ja.md": notes(japanese()), PAGE: sections()}
+    return {ROOT / "docs" / "GUIDE.ja.md": notes(japanese()), PAGE: sections()}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The README's tables, made from the registries: ``python -m tests.readme_tables`` writes them anew."""
+"""The guide's tables, made from the registries: ``python -m tests.readme_tables`` writes them anew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lib_loramerge.dialects.refusals import REFUSED as REFUSED_FILES
 from lib_loramerge.methods import METHODS
 from lib_loramerge.models import ARCHITECTURES
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "GUIDE.md"
 
 # What comes along with a kind instead of being one.
 _COMPANIONS = (
@@ -86,7 +86,7 @@ TABLES = {"kinds": kinds_table, "models": models_text, "methods": methods_table}
 
 
 def regenerated(text: str) -> str:
-    """The README with every table made anew.
+    """The guide with every table made anew.
 
     Raises:
         ValueError: A pair of markers is missing.
@@ -96,13 +96,13 @@ def regenerated(text: str) -> str:
         before, found, rest = text.partition(start)
         _, ended, after = rest.partition(end)
         if not found or not ended:
-            raise ValueError(f"The README has no {start} ... {end}.")
+            raise ValueError(f"The guide has no {start} ... {end}.")
         text = f"{before}{start}\n{make()}{end}{after}"
     return text
 
 
 def main() -> None:
-    README.write_text(regenerated(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    PAGE.write_text(regenerated(PAGE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's tables are those of the registries."""
+"""The guide's tables are those of the registries."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import pytest
 
 from lib_loramerge.adapters import ADAPTERS
 from lib_loramerge.methods import METHODS
-from tests.readme_tables import README, TABLES, regenerated
+from tests.readme_tables import PAGE, TABLES, regenerated
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_table_is_what_the_registry_says(name):
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     shown = text.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
     assert shown == TABLES[name](), "run: python -m tests.readme_tables"
 
 
 def test_making_the_tables_anew_changes_nothing_else():
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     emptied = text
     for name in TABLES:
         before, _, rest = emptied.partition(f"<!-- {name} -->")
