@@ -1,4 +1,4 @@
-"""What docs/METHODS.md and docs/GUIDE.ja.md say of each method, made by ``python -m tests.readme_methods``."""
+"""What docs/METHODS.md and docs/GUIDE.ja.md say of each method: ``python -m tests.readme_methods``."""
 
 from __future__ import annotations
 
