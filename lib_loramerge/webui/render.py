@@ -12,13 +12,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..merge import MergePlan, Source
-    from .host import Host
-    from .jobs import Job
 
 MANY_RANKS = 4
 # Names of the safetensors format, as everybody else calls them.
@@ -151,7 +148,7 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _dots(parts: Sequence[str]) -> str:
+def dots(parts: Sequence[str]) -> str:
     return '<i class="lm-dot">·</i>'.join(part for part in parts if part)
 
 
@@ -173,7 +170,7 @@ def row_facts(source: Source, fits: bool = True, picture: str = "") -> str:
     ]
     # The name stands above: the picture says nothing more to who cannot see it.
     image = f'<img class="lm-thumb" alt="" src="{foreign(picture)}">' if picture else ""
-    return f'<div class="lm-row-facts">{image}<span>{_dots(parts)}</span></div>'
+    return f'<div class="lm-row-facts">{image}<span>{dots(parts)}</span></div>'
 
 
 def plan_facts(
@@ -204,171 +201,6 @@ def _layers(facts: Mapping[str, Any]) -> str:
     left_out = facts.get("layers_left_out") or 0
     extra = f" ({left_out} {say('left out, their weight is 0')})" if left_out else ""
     return f"{facts['layers']}{extra}"
-
-
-# --- jobs --------------------------------------------------------------------------------
-
-STATES = {
-    "waiting": "Waiting",
-    "running": "Merging",
-    "done": "Done",
-    "failed": "Not merged",
-    "cancelled": "Cancelled",
-}
-PHASES = {
-    "look": "Reading",
-    "merge": "Merging",
-    "write": "Writing",
-    "hash": "Hashing",
-    "extract": "Extracting",
-}
-
-
-def job_list(jobs: Sequence[Job], followed: Job | None, stamp: str, labels: str = "") -> str:
-    """Running and waiting merges with their bars and buttons.
-
-    The attributes of the outer element tell the page's script whether to ask
-    again, for which job, and when the lists of LoRAs know more than before.
-    """
-    active = [job for job in jobs if not job.finished]
-    state = "active" if active else "idle"
-    body = "".join(_job(job) for job in active)
-    follow = f' data-follow="{foreign(followed.id)}" data-created="{followed.created}"' if followed else ""
-    marks = f'data-state="{state}" data-stamp="{foreign(stamp)}" data-labels="{labels}"'
-    return f'<div class="lm-jobs" {marks}{follow}>{body}</div>'
-
-
-def _job(job: Job) -> str:
-    head = (
-        f'<div class="lm-job-head"><b>{foreign(job.title)}</b>{_elsewhere(job)}<span class="lm-grow"></span>'
-        f'<button type="button" class="lm-button lm-drop" data-job="{foreign(job.id)}">'
-        f"{say('Cancel')}</button></div>"
-    )
-    box = f'<div class="lm-job" data-job="{foreign(job.id)}">'
-    if job.state == "waiting":
-        return f'{box}{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
-    share = max(0.0, min(1.0, job.fraction))
-    parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
-    if job.progress and job.unit == "bytes":
-        parts.append(f"{size_text(job.progress.done)} / {size_text(job.progress.total)}")
-    elif job.progress and job.progress.total and job.request.kind == "sweep":
-        parts.append(foreign(job.progress.layer))
-    elif job.progress and job.progress.total and job.progress.phase != "write":
-        parts.append(f"{job.progress.done} / {job.progress.total} {say('layers')}")
-    if job.eta is not None:
-        parts.append(f"{say('time left')} {time_text(job.eta)}")
-    return (
-        f"{box}{head}"
-        '<div class="lm-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-valuenow="{share * 100:.0f}"><div style="width:{share * 100:.1f}%"></div></div>'
-        f'<div class="lm-quiet">{_dots(parts)}</div></div>'
-    )
-
-
-def job_result(job: Job, host: Host) -> str:
-    """How a merge ended: its report, its error, or that it was cancelled."""
-    box = f'<div class="lm-result" data-job="{foreign(job.id)}">'
-    if job.state == "failed":
-        return f"{box}{_title(job)}{error_box(host.shown(job.error))}{_buttons(job, None)}</div>"
-    if job.state == "cancelled":
-        why = say("The WebUI reloaded its interface, which ends merges. Nothing was written.")
-        text = f'<div class="lm-quiet">{why if job.closed else say("Cancelled. Nothing was written.")}</div>'
-        return f"{box}{_title(job)}{text}{_buttons(job, None)}</div>"
-    if job.report is None:
-        return ""
-    if job.request.kind == "sweep":
-        where = _written(job.output or Path(), host)
-        return f'{box}{_title(job)}<div class="lm-written">{where}</div>{sweep_table(job.report.rows)}</div>'
-    if job.request.kind != "merge":
-        from . import render_checkpoints  # Not at the WebUI's start, see extension.py.
-
-        where = _written(job.output or Path(), host)
-        return f"{box}{_title(job)}{render_checkpoints.result(job, host, where, _buttons(job, host))}</div>"
-    report = job.report.to_json()
-    trial = job.request.trial
-    where = (
-        say("Not saved: it is gone when the WebUI ends. Press Merge and save to keep it.")
-        if trial
-        else _written(job.output or Path(job.report.output), host)
-    )
-    parts = [
-        _title(job),
-        f'<div class="lm-written">{where}</div>',
-        _buttons(job, host),
-        warning_box(map(host.shown, (*report["warnings"], *job.notes))),
-        report_table(report),
-    ]
-    return f"{box}{''.join(parts)}</div>"
-
-
-def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The files of a sweep: what each is called, its size, its error, and what it keeps of each LoRA."""
-    from ..report import percent  # Not at the WebUI's start, see extension.py.
-
-    loras = list(dict.fromkeys(name for row in rows for name in row["kept"] or ()))
-    heads = [say("File"), say("File size"), say("Error"), *map(foreign, loras)]
-    body = ""
-    for row in rows:
-        kept = row["kept"] or {}
-        cells = [
-            foreign(row["file"]),
-            "" if row["size_bytes"] is None else size_text(row["size_bytes"]),
-            *("" if value is None else percent(value) for value in (row["error"], *map(kept.get, loras))),
-        ]
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    head = "".join(f"<th>{head}</th>" for head in heads)
-    return f'<table class="lm-layers lm-numbers" data-table="sweep"><tr>{head}</tr>{body}</table>'
-
-
-def _written(path: Path, host: Host) -> str:
-    shown, link = foreign(host.shown_path(path)), host.file_link(path)
-    if link:
-        return f'{say("Written")} <a href="{foreign(link)}" target="_blank" download>{shown}</a>'
-    return f"{say('Written')} <code>{shown}</code>"
-
-
-def _title(job: Job) -> str:
-    return (
-        f'<div class="lm-job-head lm-{foreign(job.state)}"><b>{foreign(job.title)}</b>'
-        f'<em class="lm-badge">{say(_state_word(job))}</em>'
-        f"{_elsewhere(job)}</div>"
-    )
-
-
-def _state_word(job: Job) -> str:
-    if job.closed:
-        return "Ended"
-    if job.state == "failed" and job.request.kind != "merge":
-        return "Failed"
-    return STATES.get(job.state, job.state)
-
-
-def _elsewhere(job: Job) -> str:
-    """Whose merge it is; the page's script shows it where the page did not begin it."""
-    text = say("Begun by REST") if job.by_rest else say("Begun in another window")
-    return f'<em class="lm-badge lm-elsewhere">{text}</em>'
-
-
-def _buttons(job: Job, host: Host | None) -> str:
-    parts = []
-    if host is not None and job.prompt_name and host.prompts:
-        tag = foreign(f"<lora:{job.prompt_name}:1>")
-        parts.append(
-            f'<button type="button" class="lm-button lm-send" data-tag="{tag}" '
-            f'data-replaces="{foreign(json.dumps(job.in_place_of))}">'
-            f"{say('Send to txt2img prompt')}</button>"
-        )
-    if job.exact_bytes:
-        parts.append(
-            f'<button type="button" class="lm-button lm-again" data-job="{foreign(job.id)}">'
-            f"{say('Merge again keeping everything')} ({size_text(job.exact_bytes)})</button>"
-        )
-    if hasattr(job.request, "recipe"):
-        parts.append(
-            f'<button type="button" class="lm-button lm-refill" data-job="{foreign(job.id)}">'
-            f"{say('Fill the form with its settings')}</button>"
-        )
-    return f'<div class="lm-buttons">{"".join(parts)}</div>'
 
 
 def report_table(report: Mapping[str, Any]) -> str:
@@ -419,7 +251,7 @@ def _shares(inputs: Sequence[Mapping[str, Any]]) -> str:
         worst = entry.get("worst_block")
         where = f" ({foreign(worst['block'])} {percent(max(0.0, worst['kept']))})" if worst else ""
         parts.append(f"{foreign(entry['name'])} {percent(max(0.0, entry['kept']))}{where}")
-    return _dots(parts)
+    return dots(parts)
 
 
 def _smaller(smaller: Mapping[str, Any]) -> str:
@@ -432,7 +264,7 @@ def _smaller(smaller: Mapping[str, Any]) -> str:
     if "kept" in smaller:
         kept = percent(max(0.0, smaller["kept"]))
         parts.append(f"{say('least kept of')} {foreign(smaller['weakest'])}: {kept}")
-    return _dots(parts)
+    return dots(parts)
 
 
 def details(title: str, body: str) -> str:
@@ -463,7 +295,7 @@ def _input(entry: Mapping[str, Any]) -> str:
     blocks = entry["blocks"]
     lines = [
         f"<b>{foreign(entry['name'])}</b>",
-        _dots(
+        dots(
             [
                 f"{say('text encoder')} {entry['te']:g}",
                 f"{say('denoiser')} {entry['unet']:g}",

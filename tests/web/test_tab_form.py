@@ -19,7 +19,7 @@ from lib_loramerge.errors import RecipeError
 from lib_loramerge.files import header
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
-from lib_loramerge.webui import extracting, facts, form, render, tab
+from lib_loramerge.webui import extracting, facts, form, render, render_jobs, tab
 from lib_loramerge.webui.checkpoint_jobs import BakeRequest
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue
@@ -411,7 +411,12 @@ def shown_words(components: list[dict]) -> set[str]:
         words |= set(said(path))
     words |= {*form.RANK_RULES.values(), form.NO_PREVIEW}
     words |= {label for entry in form.PLAIN.values() for label in entry.labels.values()}
-    words |= {*render.STATES.values(), *render.PHASES.values(), *layout.PRESET_KINDS, *layout.PRESET_LAYOUTS}
+    words |= {
+        *render_jobs.STATES.values(),
+        *render_jobs.PHASES.values(),
+        *layout.PRESET_KINDS,
+        *layout.PRESET_LAYOUTS,
+    }
     words |= set(render.CONTROL_OF_FLAG.values())
     words |= {"LoRAs", "How", "Result", "What will come out", "Block presets", "Experimental"}
     for method in METHODS.values():

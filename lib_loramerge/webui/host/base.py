@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from ...errors import FileError, IncompatibleError, LoraMergeError, OutputError,
 from ...recipe import LoraInput, MergeRecipe, nearest
 from ..labels import Label, Labels
 from ..listing import FoundFile, Listing, readable, scan, subfolders
-from ..origins import SourceHashes
+from ..origins import SourceHashes, stamp_of
 from ..settings import Settings
 from .checkpoints import CheckpointFolder
 from .refusals import ConflictError, UnknownNameError
@@ -288,7 +287,7 @@ class Host(CheckpointFolder):
     def presets(self) -> blocks.Presets:
         """All presets, read again when a file has changed."""
         paths = [path for path in self.preset_paths() if path.is_file()]
-        stamp = tuple((str(path), _stamp(path)) for path in paths)
+        stamp = tuple((str(path), stamp_of(path)) for path in paths)
         if self._presets is None or self._presets[0] != stamp:
             self._presets = (stamp, blocks.load_presets(paths))
         return self._presets[1]
@@ -364,10 +363,9 @@ class Host(CheckpointFolder):
 
     def free_bytes(self, folder: Path | None = None) -> int | None:
         """Free space where merged files go, or in another folder; None where the system does not tell."""
-        try:
-            return shutil.disk_usage(folder or self.write_dir()).free
-        except OSError:
-            return None
+        from ...files.place import free_space  # Not at the WebUI's start, see extension.py.
+
+        return free_space(folder or self.write_dir())
 
     # What only a WebUI can do
 
@@ -400,14 +398,6 @@ class Host(CheckpointFolder):
         print(f"LoRA Merge: {message}", file=sys.stderr)
         if error is not None:
             traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return (0, 0)
-    return (status.st_size, status.st_mtime_ns)
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...blocks import BLOCK_IDS
 from ...methods import METHODS
-from .. import compat, render
+from .. import compat, render, render_jobs
 from ..form import MAX_ROWS, PLAIN, RANK_RULES, START_ROWS, row_of
 from . import baking, extracting, picturing
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
@@ -255,7 +255,7 @@ class _Layout:
             self.button("try", size="lg", min_width=140, visible=self.host.can_try)
         picturing.lay_out(self)
         self.place("message")
-        self.place("jobs", render.job_list([], None, ""))
+        self.place("jobs", render_jobs.job_list([], None, ""))
         self.place("result")
         with compat.make("Accordion", label="Copy", open=False, elem_id="loramerge_copy"):
             with compat.make("Row"):

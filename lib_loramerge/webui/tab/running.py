@@ -9,7 +9,7 @@ from ...errors import LoraMergeError, RecipeError
 from ...methods import METHODS
 from ...recipe import MergeRecipe
 from .. import baking as bakes
-from .. import form, render
+from .. import form, render_jobs
 from ..compat import update
 from ..merge_jobs import MergeRequest
 from . import extracting
@@ -117,9 +117,9 @@ class Running(Asking):
 
     def _state(self, job: Job | None) -> Changes:
         known = self.jobs.list()
-        shown = render.job_list(known, job, f"{time.time()}", self.host.labels_state())
+        shown = render_jobs.job_list(known, job, f"{time.time()}", self.host.labels_state())
         changes: Changes = {"jobs": shown, extracting.JOBS: shown}
         if job is not None:
             place = extracting.RESULT if job.request.kind == "extract" else "result"
-            changes[place] = render.job_result(job, self.host) if job.finished else ""
+            changes[place] = render_jobs.job_result(job, self.host) if job.finished else ""
         return changes
