@@ -12,19 +12,15 @@ from lib_loramerge import models
 from lib_loramerge.blocks import (
     WORDS,
     Presets,
-    bundled_preset_path,
     check_reach,
     elements_of,
-    load_presets,
     resolve,
 )
 from lib_loramerge.cli import main
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import LoraInput
-from tests.test_blocks_models import TRANSFORMERS, layers_of
+from tests.test_blocks_models import PRESETS, TRANSFORMERS, UNETS, layers_of
 
-PRESETS = load_presets([bundled_preset_path()])
-UNETS = ("sd1", "sd2", "sdxl")
 Layers = list[tuple[str, "str | None", str]]
 # Layer of a model -> its word; ATTENTION goes with each that ends in it.
 EXPECTED = {

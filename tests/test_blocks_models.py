@@ -15,6 +15,7 @@ from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import LoraInput
 
 PRESETS = load_presets([bundled_preset_path()])
+UNETS = ("sd1", "sd2", "sdxl")
 # Model, size -> length of the whole list, and of the list without BASE, IN and OUT.
 LENGTHS = {
     ("flux1", ""): (61, 57), ("chroma", ""): (61, 57), ("flux2", "dev"): (59, 56),

@@ -12,7 +12,6 @@ from lib_loramerge import models
 from lib_loramerge.blocks import (
     BlockWeights,
     Presets,
-    bundled_preset_path,
     check_reach,
     fitting,
     load_presets,
@@ -21,10 +20,8 @@ from lib_loramerge.blocks import (
 )
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import LoraInput, format_input, parse_input
-from tests.test_blocks_models import TRANSFORMERS, layers_of
+from tests.test_blocks_models import PRESETS, TRANSFORMERS, UNETS, layers_of
 
-PRESETS = load_presets([bundled_preset_path()])
-UNETS = ("sd1", "sd2", "sdxl")
 NONE = Presets()
 
 

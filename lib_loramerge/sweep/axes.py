@@ -181,8 +181,8 @@ def combine(axes: Sequence[Axis], *, zipped: bool, most: int = MOST_POINTS) -> l
     """
     lengths = [len(axis.values) for axis in axes]
     if zipped and len(set(lengths)) > 1:
-        told = ", ".join(f"{axis.label} has {length}" for axis, length in zip(axes, lengths, strict=True))
-        raise RecipeError(f"--zip needs the same number of values everywhere: {told}.")
+        counts = ", ".join(f"{axis.label} has {length}" for axis, length in zip(axes, lengths, strict=True))
+        raise RecipeError(f"--zip needs the same number of values everywhere: {counts}.")
     count = lengths[0] if zipped else math.prod(lengths)
     if count > most:
         raise RecipeError(f"This sweep has {count:,} combinations; at most {most:,} are possible.")

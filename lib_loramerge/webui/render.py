@@ -117,7 +117,7 @@ def time_text(seconds: float) -> str:
 def _box(kind: str, text: str, attributes: str = "") -> str:
     """A sentence of the library in a place of its own, where the page's script can translate it.
 
-    With controls in it, it is told whole beside, too.
+    With controls in it, the whole sentence stands beside, too.
     """
     shown = sentence(text)
     says = f' data-says="{foreign(text)}"' if shown != foreign(text) else ""

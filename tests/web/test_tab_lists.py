@@ -34,26 +34,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def window(chromium: object, host: FakeHost) -> Iterator[Tab]:
-    with Tab(chromium, host.url) as opened:
-        yield opened
-
-
 @pytest.fixture
 def own(chromium: object, host: FakeHost) -> Iterator[Tab]:
     """A window that no other test uses: what was typed into a list of Gradio 3 outlives a fresh form."""
     with Tab(chromium, host.url) as opened:
         yield opened
         assert opened.errors == []
-
-
-@pytest.fixture
-def tab(window: Tab) -> Iterator[Tab]:
-    """The window with a fresh form."""
-    window.reset()
-    yield window
-    assert window.errors == []
 
 
 def search(tab: Tab, text: str, *found: str) -> None:

@@ -31,20 +31,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def window(chromium: object, host: FakeHost) -> Iterator[Tab]:
-    with Tab(chromium, host.url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def tab(window: Tab) -> Iterator[Tab]:
-    """The window with a fresh form."""
-    window.reset()
-    yield window
-    assert window.errors == []
-
-
 def error_of(written: Path, parts: dict[Path, tuple[float, float]]) -> float:
     """Relative Frobenius error of a file against the weighted sum, in float64, by a route of the test's own.
 

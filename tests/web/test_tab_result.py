@@ -25,20 +25,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def window(chromium: object, host: FakeHost) -> Iterator[Tab]:
-    with Tab(chromium, host.url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def tab(window: Tab) -> Iterator[Tab]:
-    """The window with a fresh form."""
-    window.reset()
-    yield window
-    assert window.errors == []
-
-
 @pytest.fixture
 def taken(host: FakeHost) -> Iterator[Path]:
     """A file that somebody made, under a name of its own."""

@@ -32,18 +32,18 @@ def connect(wiring: Wiring) -> None:
         theme = theme if theme in analyse.THEMES else analyse.THEMES[0]
         question = analyse.Question(plan, analyse.kinds_for(plan), theme, analyse.limit_for(plan))
         look = jobs.looks.ask(question)
-        return told(look)
+        return shown(look)
 
     def follow(values: Mapping[str, Any]) -> dict[str, Any]:
         look = jobs.looks.get(str(values["argument"] or ""))
-        return {STATE: ""} if look is None else told(look)
+        return {STATE: ""} if look is None else shown(look)
 
     def stop(values: Mapping[str, Any]) -> dict[str, Any]:
         look = jobs.looks.cancel(str(values["argument"] or ""))
         if look is None:
             return {STATE: ""}
         jobs.looks.wait(look, 1.0)
-        return told(look)
+        return shown(look)
 
     names = ("argument", *FORM_NAMES)
     wiring.button(
@@ -59,7 +59,7 @@ def connect(wiring: Wiring) -> None:
         wiring.button(name, handler, ("argument",), (STATE, RESULT), message=STATE, js=js)
 
 
-def told(look: Look) -> dict[str, Any]:
+def shown(look: Look) -> dict[str, Any]:
     """What the page shows of a look; findings stay until the next ones are there."""
     from .. import render_analysis  # Not at the WebUI's start, see extension.py.
 
