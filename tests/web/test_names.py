@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lib_loramerge import cli
 from lib_loramerge.errors import LoraMergeError
+from lib_loramerge.files import LoraFolder
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import sidecar
 from lib_loramerge.webui.background import DONE
@@ -128,6 +131,21 @@ def test_the_longest_name_keeps_its_notes_and_a_longer_one_is_refused(folder):
     assert (folder / f"{name}.json").exists()
     with pytest.raises(LoraMergeError, match="too long"):
         finish(host, MergeRequest(RECIPE, name + "nnn"))
+    host.close()
+
+
+def test_the_tab_alone_finds_a_file_by_the_name_that_its_trainer_gave_it_as_the_command_line_does(folder):
+    save_file(
+        {"lora_unet_x.lora_up.weight": torch.ones(2, 1)},
+        folder / "renamed.safetensors",
+        {"ss_output_name": "inkstyle"},
+    )
+    host = StandaloneHost([folder])
+    assert host.find("inkstyle") == LoraFolder([folder]).find("inkstyle") == folder / "renamed.safetensors"
+    (folder / "again.safetensors").write_bytes((folder / "renamed.safetensors").read_bytes())
+    host.refresh()
+    with pytest.raises(LoraMergeError, match="Several LoRAs are called inkstyle"):
+        host.find("inkstyle")
     host.close()
 
 

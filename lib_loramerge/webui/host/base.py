@@ -358,9 +358,6 @@ class Host(CheckpointFolder):
             name = f"{start}-{number}"
         return name
 
-    def prompt_tag(self, name: str, strength: float = 1.0) -> str:
-        return f"<lora:{name}:{strength:g}>"
-
     def free_bytes(self, folder: Path | None = None) -> int | None:
         """Free space where merged files go, or in another folder; None where the system does not tell."""
         from ...files.place import free_space  # Not at the WebUI's start, see extension.py.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 from ...recipe import LoraInput
-from ..listing import natural_key
+from ..listing import FoundFile, Listing, natural_key
 from .base import Host
 
 FILES = "loramerge/file/"
@@ -46,10 +46,28 @@ class StandaloneHost(Host):
         self.first_inputs = tuple(first_inputs)
         self.serves_files = False
         self._shared = shared
+        self._stored: tuple[Listing, Mapping[str, tuple[FoundFile, ...]]] | None = None
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).absolute()
 
     def lora_dirs(self) -> tuple[Path, ...]:
         return self._lora_dirs
+
+    def _look_up(self, name: str) -> tuple[FoundFile, ...]:
+        """By file name, or as the command line does: by ``ss_output_name``."""
+        return super()._look_up(name) or self._stored_names().get(name, ())
+
+    def _stored_names(self) -> Mapping[str, tuple[FoundFile, ...]]:
+        from ...files.header import stored_name  # Not at the WebUI's start, see extension.py.
+
+        listing = self.listing()
+        if self._stored is None or self._stored[0] is not listing:
+            found: dict[str, tuple[FoundFile, ...]] = {}
+            for file in listing.files:
+                name = stored_name(file.path) if file.path.suffix.lower() == ".safetensors" else None
+                if name:
+                    found[name] = (*found.get(name, ()), file)
+            self._stored = (listing, found)
+        return self._stored[1]
 
     def file_link(self, path: Path) -> str | None:
         folder = self.write_dir()
