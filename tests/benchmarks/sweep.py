@@ -1,13 +1,15 @@
-"""What a sweep of two SDXL LoRAs costs, next to as many merges.
+"""What a sweep, or the pictures of an X/Y/Z plot, of two SDXL LoRAs costs next to as many merges.
 
     python tests/benchmarks/sweep.py [--rank 32] [--side 5] [--folder DIR]
 
-Two comparisons, in CPU seconds:
+Three comparisons, in CPU seconds:
 
 - arithmetic, on one thread: reading layers, merging, cutting, rounding and measuring them, for a merge by
   itself and for one of a sweep; the first of a sweep computes what the others share.
 - files to files, whole processes: ``python -m lib_loramerge sweep`` with side x side strengths, and ``merge``
   (least of several runs) times their number. The sweep's files need 230 MB each at rank 32.
+- pictures of a plot, on one thread: what is done before each, from its prompt to the file that the WebUI
+  loads, next to the arithmetic of a merge.
 
 Run it on a quiet machine.
 """
@@ -15,6 +17,7 @@ Run it on a quiet machine.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -29,6 +32,9 @@ from lib_loramerge.delta import Cache  # noqa: E402
 from lib_loramerge.merge.layer import open_merger  # noqa: E402
 from lib_loramerge.merge.layout import MergePlan  # noqa: E402
 from lib_loramerge.merge.work import Work  # noqa: E402
+from lib_loramerge.webui.host.standalone import StandaloneHost  # noqa: E402
+from lib_loramerge.webui.xyz.cell import Cell  # noqa: E402
+from lib_loramerge.webui.xyz.plot import CELL, Plot  # noqa: E402
 from tests import format_files as ff  # noqa: E402
 from tests.benchmarks.merge_sdxl import make_lora, run  # noqa: E402
 
@@ -47,6 +53,11 @@ def main() -> None:
         print(f"{count} pairs of strengths, SDXL, rank {options.rank} and {options.rank} to {options.rank}")
         print(f"arithmetic: a merge {alone:.2f} s, first of a sweep {first:.2f}, each further {further:.2f}")
         print(f"arithmetic of {count}: sweep {sweep:.1f} s, merges {merges:.1f} s: {sweep / merges:.2f} x")
+        first, further = _pictures(folder, options.rank)
+        print(
+            f"pictures of a plot: the first {first:.2f} s, each further {further:.2f}: "
+            f"{first / alone:.2f} x and {further / alone:.2f} x the arithmetic of a merge"
+        )
         one, wall = _merge(folder, options.rank)
         print(f"a merge, files to file: {one:.2f} s CPU, {wall:.2f} s wall")
         cost = run([*_program("sweep", folder, options.rank, f"0.2..1/{options.side}"), str(folder / "out")])
@@ -71,6 +82,38 @@ def _arithmetic(folder: Path, rank: int) -> tuple[float, float, float]:
     cache = Cache()
     first = seconds(0.1, cache)
     return alone, first, min(seconds(0.1 * n, cache) for n in range(2, 2 + _FURTHER))
+
+
+class _Host(StandaloneHost):
+    """Takes trials, as a WebUI does."""
+
+    def register_trial(self, name: str, path: Path) -> None:
+        pass
+
+    def unregister_trial(self, name: str) -> None:
+        pass
+
+
+class _Picture:
+    """The host's object for one picture."""
+
+    def __init__(self, rank: int) -> None:
+        self.prompt, self.styles = "", []
+        setattr(self, CELL, Cell(rank=str(rank)))
+
+
+def _pictures(folder: Path, rank: int) -> tuple[float, float]:
+    """CPU seconds of the first picture of a plot over strengths and a rank, and of each further one."""
+    plot, plotted, costs = Plot(_Host((folder,))), _Picture(rank), []
+    plot._until_closed(plotted)
+    for n in range(1, 1 + _MERGES):
+        picture = copy.copy(plotted)
+        picture.prompt = f"<lora:a:{0.1 * n}><lora:b:{1 - 0.1 * n}>"
+        start = time.process_time()
+        plot.before_process(picture)
+        costs.append(time.process_time() - start)
+    plot.end()
+    return costs[0], min(costs[1:])
 
 
 def _all_layers(plan: MergePlan, cache: Cache | None) -> None:

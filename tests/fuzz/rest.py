@@ -3,7 +3,8 @@
 ``python -m tests.fuzz.rest --url http://127.0.0.1:7865 --token T --seconds 3600 [--seed N]`` against a
 running ``loramerge ui``: ends with status 1 at the first request whose answer is a 5xx (but a 503 that says
 why), is no JSON with an ``error``, or takes more than thirty seconds. ``POST merge`` is sent as a trial, so
-that nothing is written.
+that nothing is written. With ``--write``, for folders that may be thrown away, merges, sweeps, bakes and
+extractions are asked for, too: LoRAs ``a`` and ``b``, and checkpoints ``tuned`` and ``base``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PREFIX = "/loramerge/v1"
 LIMIT_SECONDS = 30.0
 RECIPE = {
     "inputs": [
-        {"name": "a", "te": 0.5, "unet": 0.5, "lbw": "MIDD"},
+        {"name": "a", "te": 0.5, "unet": 0.5, "lbw": "OUTALL"},
         {"name": "b", "te": 0.7, "unet": 0.7, "dyn": 2},
     ],
     "mode": "svd", "rank": "full", "dtype": "float32", "params": {},
@@ -35,6 +36,33 @@ BODIES: dict[str, Any] = {
     "compare": {"recipe": RECIPE},
     "advise": {"recipe": RECIPE},
     "plot": {"recipe": RECIPE, "kind": "spectrum", "theme": "light"},
+}
+WRITING: dict[str, Any] = {
+    "merge": {"recipe": RECIPE, "name": "merged", "subfolder": "sub", "overwrite": True, "preview": "a"},
+    "sweep": {"recipe": RECIPE, "name": "swept", "axes": {"rank": [1, 2], "mix": "0.2..0.8/3"}, "zip": False},
+    "bake": {
+        "recipe": RECIPE,
+        "base": "base.safetensors",
+        "name": "baked",
+        "overwrite": True,
+        "rounding": "auto",
+        "dtype": "same",
+        "drop_ema": False,
+        "hash": True,
+    },
+    "extract": {
+        "tuned": "tuned.safetensors",
+        "base": "base.safetensors",
+        "name": "extracted",
+        "subfolder": "",
+        "overwrite": True,
+        "rank": 4,
+        "conv_rank": 1,
+        "parts": ["unet"],
+        "vectors": "unet",
+        "dtype": "float16",
+        "skip_unsupported": False,
+    },
 }
 VALUES: list[Any] = [
     None, True, False, 0, -1, 2**31, 2**63, 2**200, -(10**400), 1e308, -1e-308, 0.1, "", " ", "full", "same",
@@ -100,12 +128,13 @@ def changed(body: Any, chance: random.Random) -> Any:
     return body
 
 
-def requests(chance: random.Random) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
+def requests(chance: random.Random, write: bool = False) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
     """Method, path, body and headers, without end."""
+    bodies = BODIES | WRITING if write else BODIES
     while True:
-        name = chance.choice(list(BODIES))
+        name = chance.choice(list(bodies))
         method, path, headers = "POST", f"{PREFIX}/{name}", {"Content-Type": "application/json"}
-        body = json.dumps(changed(BODIES[name], chance)).encode()
+        body = json.dumps(changed(bodies[name], chance)).encode()
         kind = chance.randrange(12)
         if kind == 0:
             body = chance.choice(RAW)
@@ -116,8 +145,8 @@ def requests(chance: random.Random) -> Iterator[tuple[str, str, bytes, dict[str,
             body = body[:place] + bytes([chance.randrange(256)]) + body[place + chance.randrange(3) :]
         elif kind == 3:
             method = chance.choice(["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])
-            path = PREFIX + chance.choice([*PATHS, *(f"/{other}" for other in BODIES)])
-        if name == "merge" and b'"trial": true' not in body:
+            path = PREFIX + chance.choice([*PATHS, *(f"/{other}" for other in bodies)])
+        if name == "merge" and not write and b'"trial": true' not in body:
             continue  # Nothing is written by this.
         yield method, path, body, headers
 
@@ -140,11 +169,13 @@ def wrong(status: int, content: bytes, seconds: float) -> str:
     return ""
 
 
-def fuzz(url: str, token: str, seconds: float, seed: int, most: int | None = None) -> tuple[int, str]:
+def fuzz(
+    url: str, token: str, seconds: float, seed: int, most: int | None = None, write: bool = False
+) -> tuple[int, str]:
     """How many requests were sent, and what was wrong with the last one; nothing when empty."""
     place, chance, sent = urlsplit(url), random.Random(seed), 0
     end = time.monotonic() + seconds
-    for method, path, body, headers in requests(chance):
+    for method, path, body, headers in requests(chance, write):
         if time.monotonic() > end or sent == most:
             break
         sent += 1
@@ -172,8 +203,9 @@ def main() -> int:
     parser.add_argument("--token", default="", help="of the page alone; empty for a WebUI without a password")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="ask for what writes files, too")
     options = parser.parse_args()
-    sent, problem = fuzz(options.url, options.token, options.seconds, options.seed)
+    sent, problem = fuzz(options.url, options.token, options.seconds, options.seed, write=options.write)
     print(f"{sent} requests{': ' + problem if problem else ', nothing wrong'}")
     return 1 if problem else 0
 
