@@ -33,6 +33,18 @@ def test_the_fast_way_misses_the_optimum_by_less_than_a_hundred_thousandth(out, 
     assert spectrum.energy == pytest.approx(size(weight) ** 2, rel=1e-9)
 
 
+@pytest.mark.parametrize(("out", "in_", "rank"), [(24, 16, 1), (300, 260, 4), (260, 300, 8)])
+@pytest.mark.parametrize("factor", [1.0, 1e24])
+def test_a_dense_delta_of_low_rank_keeps_the_digits_of_its_dtype(out, in_, rank, factor):
+    """Judged by the matrix itself: its products in float32 would leave 1e-7."""
+    weight = dense(low_rank(out, in_, rank, seed=3)).double() * factor
+    spectrum = decompose_dense(Dense(weight), rank)
+    assert spectrum.rank < min(out, in_) / 2, "the fast way was not taken"
+    true = size(dense(truncate(spectrum, rank)).double() - weight)
+    assert true < 1e-13 * size(weight)
+    assert spectrum.tail(rank) ** 0.5 < 1e-13 * size(weight)
+
+
 def test_pure_noise_is_the_hardest_and_is_cut_as_well():
     weight = torch.randn(500, 500, generator=torch.Generator().manual_seed(1))
     got = truncate(decompose_dense(Dense(weight), 8), 8)

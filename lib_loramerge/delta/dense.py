@@ -19,6 +19,7 @@ from .types import Dense, Grams, LowRank
 _WIDTH = 2  # Columns of the start block per wanted rank.
 _CONVERGED = 4e-6  # Part of the squared error by which all further blocks may still lower it.
 _PAYS = 0.4  # Part of the shorter side up to which the iteration is faster than the whole eigenproblem.
+_RESOLVED = 1e-10  # Part of the energy, from which on a difference of energies says what is left.
 
 
 def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = True) -> Spectrum:
@@ -54,10 +55,34 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
         )
     if basis is None:
         return decompose_whole(weight.double(), energy**0.5, delta.kernel, vectors=vectors)
-    inside = LowRank(basis, basis.mT @ weight.double(), float(basis.shape[1]), delta.kernel)
-    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(inside.down).cpu())
+    basis, image, beyond = _projected(weight.double(), basis, energy)
+    inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
+    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image).cpu())
     spectrum = decompose(inside, energy**0.5, vectors=vectors, small=small)
-    return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
+    if beyond is None:
+        beyond = max(0.0, energy - spectrum.energy)
+    return replace(spectrum, energy=energy, beyond=beyond)
+
+
+def _projected(weight: Tensor, basis: Tensor, energy: float) -> tuple[Tensor, Tensor, float | None]:
+    """A basis, its product with a matrix, and what lies outside where a difference of energies does not say it.
+
+    There the matrix has no higher rank than the basis, which was found in float32: one more step makes it
+    exact to float64.
+
+    Args:
+        weight: (out, in) float64.
+        basis: (out, c) float64, orthonormal.
+
+    Returns:
+        (out, c), (c, in) float64, and a squared norm or None.
+    """
+    image = basis.mT @ weight
+    if energy - float(image.square().sum()) > _RESOLVED * energy:
+        return basis, image, None
+    basis = torch.linalg.qr(weight @ image.mT).Q
+    image = basis.mT @ weight
+    return basis, image, float((weight - basis @ image).square().sum())
 
 
 def decompose_large(delta: LowRank, rank: int) -> Spectrum | None:
