@@ -65,7 +65,7 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
 
 
 def _projected(weight: Tensor, basis: Tensor, energy: float) -> tuple[Tensor, Tensor, float | None]:
-    """A basis, its product with a matrix, and what lies outside where a difference of energies does not say it.
+    """A basis, its product with a matrix, and what lies outside if a difference of energies does not say.
 
     There the matrix has no higher rank than the basis, which was found in float32: one more step makes it
     exact to float64.
