@@ -82,6 +82,7 @@ def _base_model(record: Architecture) -> tuple[str, ...]:
         shape = "; ".join(sizes)
     encoders = ", ".join(
         f"`{part}` {encoder.comfy}, {encoder.layers} x {encoder.width}"
+        + "".join(f" (or {name}, {width} wide)" for name, width in encoder.sizes.items())
         for part, encoder in record.encoders.items()
     )
     return record.label, f"`{record.id}`", _code(record.words), shape, encoders, record.spelling
@@ -186,8 +187,9 @@ def _rules(host: Host) -> list[str]:
     ):
         if getattr(host, name):
             found.append(f"{text}: {_labels(getattr(host, name))}.")
-    if host.dora:
-        found.append(f"{host.dora[:1].upper()}{host.dora[1:]}.")
+    if not host.biases_beside:
+        found.append("It ignores a bias (`diff_b`) beside a low-rank change.")
+    found += [f"{what[:1].upper()}{what[1:]}." for what in host.kinds_differ.values()]
     return found
 
 

@@ -159,9 +159,17 @@ def test_the_host_is_in_the_stored_recipe_and_outside_it_a_line_shows_of_diffuse
     assert recipe.host == "diffusers"
     capsys.readouterr()
     cli.main(["convert", str(files / "wan.safetensors"), "-o", str(target), "--overwrite"])
-    assert "diffusers cannot read the names of this file" in capsys.readouterr().out
+    assert "do not look for the names of this file: SD.Next, diffusers. --for" in capsys.readouterr().out
     cli.main(["convert", str(files / "flux1.safetensors"), "-o", str(target), "--overwrite"])
-    assert "diffusers cannot read" not in capsys.readouterr().out
+    assert "do not look for the names" not in capsys.readouterr().out
+
+
+def test_the_programs_that_look_for_none_of_the_names_are_those_whose_records_say_so(files, capsys):
+    target = files / "out.safetensors"
+    for dialect, others in (("auto", "A1111, SD.Next, diffusers"), ("diffusers", "Forge, SD.Next")):
+        given = ["convert", str(files / "sd3.safetensors"), "-o", str(target), "--dialect", dialect]
+        cli.main([*given, "--overwrite"])
+        assert f"do not look for the names of this file: {others}. --for" in capsys.readouterr().out
 
 
 def test_the_words_of_the_option_are_the_hosts():

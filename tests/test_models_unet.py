@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from lib_loramerge.hosts import companions
 from lib_loramerge.models import (
     block,
     canonical_path,
-    companions,
     diffusers_layers,
     is_conv,
     kernel,

@@ -263,15 +263,72 @@ def test_two_sizes_of_one_model_are_refused(tmp_path):
         merge(tmp_path, "a", "b")
 
 
-@pytest.mark.parametrize(("prefix", "model"), [("lora_te1_", "sdxl"), ("lora_te_", "sd1")])
-def test_a_clip_alone_keeps_the_prefix_that_its_hosts_look_for(prefix, model, tmp_path):
-    name = f"{prefix}text_model_encoder_layers_0_mlp_fc1"
-    save_file(lora([name], kohya=True, out=3072, in_=768), tmp_path / "a.safetensors")
+@pytest.mark.parametrize("prefix", ["lora_te1_", "lora_te_"])
+def test_a_clip_alone_keeps_the_prefix_that_its_hosts_look_for_and_claims_no_model(prefix, tmp_path):
+    names = [f"{prefix}text_model_encoder_layers_0_mlp_fc1", f"{prefix}text_model_encoder_layers_3_mlp_fc1"]
+    save_file(lora(names, kohya=True, out=3072, in_=768), tmp_path / "a.safetensors")
+    report = merge(tmp_path, "a")
+    assert {f"{name}.lora_up.weight" for name in names} <= set(load_file(tmp_path / "out.safetensors"))
+    metadata = metadata_of(tmp_path / "out.safetensors")
+    assert not {"ss_base_model_version", "modelspec.architecture"} & metadata.keys()
+    assert any("Flux.1" in text and "Stable Diffusion XL" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "width", "leaf"),
+    [
+        ("qwen25_7b", 3584, "model.layers.0.self_attn.q_proj"),
+        ("qwen3_8b", 4096, "model.layers.35.self_attn.q_proj"),
+        ("mistral3_24b", 5120, "model.layers.39.self_attn.q_proj"),
+        ("llama", 4096, "model.layers.0.mlp.gate_proj"),
+        ("clip_g", 1280, "text_model.encoder.layers.0.mlp.fc1"),
+        ("t5xxl", 4096, "encoder.block.0.layer.0.SelfAttention.q"),
+        ("byt5_small", 1472, "encoder.block.0.layer.0.SelfAttention.q"),
+        ("some_new_one", 2048, "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_text_encoder_that_comfyui_names_is_written_where_comfyui_looks_for_it(
+    encoder, width, leaf, tmp_path
+):
+    name = f"text_encoders.{encoder}.transformer.{leaf}"
+    save_file(lora([name], out=width, in_=width), tmp_path / "a.safetensors")
     merge(tmp_path, "a")
+    result = load_file(tmp_path / "out.safetensors")
+    written = {key.partition(".lora_")[0].removesuffix(".alpha") for key in result}
+    if encoder in ("qwen3_8b", "mistral3_24b"):  # Flux.2's alone, whose hosts also look for kohya's names.
+        name = "lora_te_" + leaf.removeprefix("model.").replace(".", "_")
+    assert written == {name}
+
+
+def test_a_language_model_that_several_base_models_have_keeps_the_name_they_share(tmp_path):
+    name = "lora_te_layers_0_self_attn_q_proj"
+    save_file(lora([name], kohya=True, out=4096, in_=2560), tmp_path / "a.safetensors")
+    report = merge(tmp_path, "a")
     assert f"{name}.lora_up.weight" in load_file(tmp_path / "out.safetensors")
-    assert metadata_of(tmp_path / "out.safetensors")["ss_base_model_version"].startswith(
-        {"sdxl": "sdxl", "sd1": "sd_v1"}[model]
-    )
+    assert "ss_base_model_version" not in metadata_of(tmp_path / "out.safetensors")
+    assert any("Z-Image" in text and "Krea 2" in text for text in report.warnings)
+
+
+def test_a_t5_whose_names_differ_between_the_models_is_refused_with_the_way_out(tmp_path):
+    name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    save_file(lora([name], kohya=True, out=4096, in_=4096), tmp_path / "a.safetensors")
+    with pytest.raises(UnsupportedError, match=r"Flux.1.*Chroma.*--base-model"):
+        merge(tmp_path, "a")
+    merge(tmp_path, "a", base_model="flux1")
+    assert f"{name}.lora_up.weight" in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "", "lora_unet_"])
+def test_names_that_are_looked_for_in_one_of_the_models_alone_stay_as_they_are(prefix, tmp_path):
+    name = f"{prefix}transformer_blocks.0.attn1.to_q"
+    if prefix == "lora_unet_":
+        name = name.replace(".", "_")
+    save_file(lora([name], kohya=prefix == "lora_unet_", out=2048, in_=2048), tmp_path / "a.safetensors")
+    report = merge(tmp_path, "a")
+    # ComfyUI's name in LTX-Video; it has this layer of Anima and Cosmos-Predict2 under another.
+    result = load_file(tmp_path / "out.safetensors")
+    assert "diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.weight" in result
+    assert any("LTX-Video" in text and "Anima" in text for text in report.warnings)
 
 
 def test_the_t5_of_chroma_is_its_first_text_encoder(tmp_path):

@@ -19,8 +19,8 @@ from .scaling import dense_product, plain_delta, wide
 
 INNER = (LORA, TUCKER, LOHA, LOHA_TUCKER, LOKR)
 HOSTS_DIFFER = (
-    "DoRA is merged as its trainers compute it. A1111 takes every length per input, and Forge takes a length "
-    "per output from the unchanged weight, so the file on its own may look different there."
+    "DoRA is merged as its trainers compute it. Some programs compute it in another way, so the file on its "
+    "own may look different there."
 )
 
 

@@ -9,8 +9,8 @@ from ..errors import IncompatibleError
 from .kinds import AdapterKind, Layer, LayerFacts, Shape, Shapes, plain_kernel, register
 from .scaling import wide
 
-FOREIGN_BIAS = "A bias without a weight: Forge applies it, A1111 refuses the whole file."
-LONE_NORM = "A norm without b_norm: Forge applies it, A1111 refuses the whole file."
+FOREIGN_BIAS = "A bias without a weight: not every program loads such a file."
+LONE_NORM = "A norm without b_norm: not every program loads such a file."
 
 
 def _describe_full(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:

@@ -11,7 +11,7 @@ from ..delta import Delta, Dense, LowRank
 from .kinds import AdapterKind, Layer, LayerFacts, Shape, Shapes, matrix, register, require, split_kernel
 from .scaling import wide
 
-ALPHA_DIFFERS = "The scale of GLoRA is alpha / rank, as in Forge and SD.Next; A1111 ignores its alpha."
+ALPHA_DIFFERS = "The scale of GLoRA is alpha / rank; not every program reads its alpha."
 TUCKER_DIFFERS = "The Tucker core of GLoRA is applied as LyCORIS trains it; the WebUIs ignore it."
 
 GLORA_SLOTS = ("a1", "a2", "b1", "b2")

@@ -29,7 +29,7 @@ DYN_IGNORED = "dyn= is applied to plain LoRA layers only, as in the WebUIs; this
 # A file has hundreds of layers and a dozen shapes; what is wrong with one is not kept, as it names the layer.
 _DESCRIBED: dict[tuple[object, ...], LayerFacts] = {}
 _MOST_DESCRIBED = 4096
-RESIDUAL = "A residual is added before the scale, as in A1111 and SD.Next; Forge and reForge ignore it."
+RESIDUAL = "A residual is added before the scale; not every program reads it."
 
 
 def describe(slots: Mapping[str, Shape], *, where: str, kernel: Shape | None = None) -> LayerFacts:

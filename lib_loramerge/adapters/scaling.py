@@ -14,7 +14,7 @@ from ..errors import IncompatibleError
 from .kinds import AdapterKind, Layer, Shapes, shapes_of
 
 ALPHA_ZERO = "alpha is 0, so this layer changes nothing: the WebUIs apply the stored number."
-SCALE_KEY = "`scale` replaces alpha / rank, as in A1111 and SD.Next; Forge and reForge ignore it."
+SCALE_KEY = "`scale` replaces alpha / rank; not every program reads it."
 SCALAR_IGNORED = "`scalar` is ignored, as every WebUI does; current LyCORIS has it folded into the factors."
 SCALAR_FOLDED = "`scalar` was multiplied in, which no WebUI does."
 ALPHA_UNUSED = "alpha is no scale in this kind and is ignored, as the WebUIs do."
@@ -87,7 +87,7 @@ def apply_scale(delta: Delta, scale: Scale) -> Delta:
 def plain_delta(kind: AdapterKind, layer: Layer) -> Delta | None:
     """The delta of a layer with its scale.
 
-    Order as in A1111: a residual is added to the product before the scale.
+    In this order: a residual is added to the product before the scale.
     """
     delta = kind.build(layer)
     if delta is None or kind.scales_itself:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from ..adapters import GLORA_SLOTS, is_old_glora
 from ..dialects import split_key
-from ..hosts import HOSTS, Host
+from ..hosts import HOSTS, Host, companions
 from ..merge.sources import Source, SourcePart
-from ..models import companions, component
+from ..models import component
 
 _FLATTENED = ("lora_unet_", "lora_te", "oft_unet_")
 _ADAPTER_NAME = re.compile(r"lora_[AB]\.([^.]+)\.weight")
@@ -53,12 +53,19 @@ def _reading(host: Host, source: Source) -> tuple[int, list[str], list[str]]:
     """Layers found, a name of each layer that is not, and tensors that are not read."""
     found, lost, unread = 0, [], []
     ignored = host.ignores - {"up_bias"} if _is_control(source) else host.ignores
+    if not host.biases_beside:
+        ignored |= {"diff_b"}
     for layer, parts in source.layers.items():
         known = True
         for part in parts:
             reads = _finds(host, source, part)
             known = known and reads
-            unread += [key for slot, key in part.part.slots.items() if not reads or slot in ignored]
+            whole = part.facts.kind in ("full", "bias")
+            unread += [
+                key
+                for slot, key in part.part.slots.items()
+                if not reads or (slot in ignored and not (whole and slot == "diff_b"))
+            ]
         found += known
         if not known:
             lost.append(next(part.part.spelling for part in source.layers[layer]))
@@ -182,4 +189,4 @@ def _new_glora(source: Source) -> bool:
 
 def _remarks(host: Host, source: Source) -> list[str]:
     """What else is worth knowing of a file that a host loads."""
-    return [host.dora] if host.dora and "dora" in source.kinds else []
+    return [what for kind, what in host.kinds_differ.items() if kind in source.kinds]

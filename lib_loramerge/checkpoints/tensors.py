@@ -14,6 +14,7 @@ from .. import dialects, models
 from ..delta import LowRank, Stored, take_rows
 from ..errors import OutputError
 from ..files.decode import tensor_bytes
+from ..hosts import companions
 from .differing import Found, Pair
 from .reading import LayerRows
 
@@ -87,7 +88,7 @@ def complete_groups(pair: Pair, found: list[Found], tensors: Spill) -> None:
     written = {layer.name for layer in found if layer.rank}
     dtype = getattr(torch, pair.settings.dtype)
     for name in sorted(written):
-        for other in models.companions(pair.identity, name):
+        for other in companions(pair.identity, name):
             if other in written:
                 continue
             written.add(other)

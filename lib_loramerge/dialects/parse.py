@@ -262,12 +262,20 @@ def _detect(
         layer_name(raw.part, raw.path): measured({slot: tensors[key] for slot, key in raw.slots.items()})
         for raw in layers.values()
     }
-    detection = detect(shapes, metadata, base_model)
+    encoders = {name for name in map(_encoder, layers) if name is not None}
+    detection = detect(shapes, metadata, base_model, encoders)
     if detection.architecture.id == "unknown":
         # Some tool may have changed the case of the names; no two layers differ in that alone.
         lower = {name.lower(): shape for name, shape in shapes.items()}
-        detection = detect(lower, metadata, base_model)
+        detection = detect(lower, metadata, base_model, encoders)
     return detection
+
+
+def _encoder(spelling: str) -> str | None:
+    """ComfyUI's name of the text encoder that a layer is in; None where its name does not say."""
+    root, _, rest = spelling.partition(".")
+    name = rest.partition(".")[0]
+    return name if root == "text_encoders" and name not in ("transformer", "model") else None
 
 
 def _begins_otherwise(layer: str) -> bool:

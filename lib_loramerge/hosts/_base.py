@@ -75,11 +75,13 @@ def _flat(path: str) -> str:
 Encoders = Mapping[str, Mapping[str, tuple[str, ...]]]
 ONE_CLIP = {"te": ("lora_te_", "lora_te1_", "text_encoder.")}
 FIRST, SECOND = ("lora_te_", "lora_te1_", "text_encoder."), ("lora_te2_", "text_encoder_2.")
+# A larger CLIP without a smaller one beside it.
+CLIP_G_ALONE = ("lora_prior_te_", "lora_te2_text_projection")
 COMFY_CLIPS: Encoders = {
     "sd1": ONE_CLIP,
     "sd2": ONE_CLIP,
     "sdxl": {"te1": FIRST, "te2": SECOND},
-    "sdxl_refiner": {"te": ("lora_te_", "text_encoder.", "lora_prior_te_")},
+    "sdxl_refiner": {"te": ("lora_te_", "text_encoder.", *CLIP_G_ALONE)},
     "sd3": {"te1": FIRST, "te2": SECOND, "te3": ("lora_te3_",)},
     "sd3_large": {"te1": FIRST, "te2": SECOND, "te3": ("lora_te3_",)},
     "flux1": {"te1": FIRST, "te3": ("lora_te2_", "lora_te3_")},
@@ -87,7 +89,7 @@ COMFY_CLIPS: Encoders = {
 }
 COMFY_ENCODERS: Encoders = {
     **COMFY_CLIPS,
-    "stable_cascade": {"te": ("lora_te_", "text_encoder.", "lora_prior_te_")},
+    "stable_cascade": {"te": ("lora_te_", "text_encoder.", *CLIP_G_ALONE)},
     "wan": {},
     "auraflow": {},
     "": {"te": ("lora_te_",), "te1": FIRST, "te2": SECOND, "te3": ("lora_te3_",)},
@@ -129,6 +131,7 @@ class Host:
         whole_layers: It reads layers stored whole (``diff``), norms and biases.
         unplaced_limit: It refuses a file with more tensors than this that it cannot place.
         lone_biases: It loads a file in which a bias stands alone.
+        biases_beside: It applies a bias (diff_b) beside a low-rank change.
         lone_norms: It loads a file with ``w_norm`` but no ``b_norm``.
         lone_alphas: It loads a file in which an alpha stands alone.
         placed_share: It refuses a file of whose tensors it cannot place this share; 0 if it never does.
@@ -141,7 +144,7 @@ class Host:
         alpha_needed: Base models of which kohya's spelling needs an alpha in each layer.
         denoiser_alone: Base models of which it loads no file that changes a text encoder too.
         new_glora: It computes GLoRA of the order of factors that LyCORIS 2 has.
-        dora: How its DoRA differs from what trainers compute.
+        kinds_differ: Adapter kind to how it computes that otherwise than trainers.
     """
 
     id: str
@@ -162,6 +165,7 @@ class Host:
     whole_layers: bool = True
     unplaced_limit: int | None = None
     lone_biases: bool = True
+    biases_beside: bool = True
     lone_norms: bool = True
     lone_alphas: bool = True
     placed_share: float = 0.0
@@ -174,7 +178,7 @@ class Host:
     alpha_needed: frozenset[str] = frozenset()
     denoiser_alone: frozenset[str] = frozenset()
     new_glora: bool = True
-    dora: str = ""
+    kinds_differ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read_from(self) -> str:

@@ -29,7 +29,10 @@ HOST = Host(
         "sd3": re.compile(r"(?!.*\.attn\.(?:to_[qkv]|to_out\.0)$).*"),
     },
     dialects={"sd3": "diffusers"}, ignores=A1111_IGNORES, lone_biases=False,
-    lone_norms=False, lone_alphas=False, attention_as_one=True, control_adapters=False,
+    biases_beside=False, lone_norms=False, lone_alphas=False, attention_as_one=True, control_adapters=False,
     flattened_alone=True, without_alpha=some("sd3"), new_glora=False,
-    dora="its DoRA scales input columns, whatever the file was trained with",
+    kinds_differ={
+        "dora": "its DoRA scales input columns, whatever the file was trained with",
+        "glora": "it ignores the alpha of GLoRA",
+    },
 )  # fmt: skip

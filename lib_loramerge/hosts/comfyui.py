@@ -45,7 +45,7 @@ HOST = Host(
                             "ltx2")},
         {PIPELINE_OWN: some("hidream", "qwen_image", "ernie_image", "kandinsky5", "hunyuan_video",
                                 "hunyuan_video15")},
-        {LYCORIS_OWN: some("hidream", "qwen_image", "ace_step15")},
+        {LYCORIS_OWN: some("hidream", "qwen_image", "ace_step15"), LYCORIS: some("ace_step15")},
         dict.fromkeys((COMFY_DIFFUSERS, PIPELINE, LYCORIS, BARE), some("zimage", "krea2")),
         dict.fromkeys(ALIASES, some("krea2")),
         {("diffusion_model.", ALIAS): FLUX_FAMILY | {"hunyuan_video", "hunyuan_video15"}},

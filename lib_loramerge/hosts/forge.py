@@ -32,5 +32,5 @@ HOST = Host(
     FORGE_ENCODERS, lost={**FLUX_NORMS, **NORMS_AND_QKV},
     kinds_missing=NO_FORMULA | {"oft", "boft"}, ignores=COMFY_IGNORES,
     endings=some("lora_B", "lora_B.default.weight"), unplaced_limit=12,
-    dora="its DoRA takes the norm of the unchanged weight",
+    kinds_differ={"dora": "its DoRA takes the norm of the unchanged weight"},
 )  # fmt: skip

@@ -45,7 +45,7 @@ HOST = Host(
     ),
     {**COMFY_CLIPS, "anima": {"te": ("lora_te_",)}}, RAW_ENCODERS,
     lost={**FLUX_NORMS, "sd1": TEXT_PROJECTION, "sdxl": TEXT_PROJECTION,
-          "sdxl_refiner": re.compile(r"lora_prior_te_text_projection"),
+          "sdxl_refiner": re.compile(r"lora_(?:prior_te|te2)_text_projection"),
           "anima": re.compile(
               r"lora_te_(?:embed_tokens|norm)|text_encoders\.qwen3_06b\.transformer\..*"
           ),

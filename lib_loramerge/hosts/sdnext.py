@@ -52,7 +52,9 @@ HOST = Host(
         "sdxl": re.compile(r"lora_te1_text_projection"),
         **dict.fromkeys(SD3, re.compile(r"lycoris_(?!.*transformer).*")), "flux1": OUTSIDE_BLOCKS,
         "anima": re.compile(r"lora_unet_llm_adapter_.*"),
-        "zimage": re.compile(r"(?:cap_embedder|t_embedder|all_x_embedder|all_final_layer)\..*"),
+        "zimage": re.compile(
+            r"(?:cap_embedder|t_embedder|all_x_embedder|all_final_layer)\..*|diffusion_model\..*_pad_token"
+        ),
         "chroma": re.compile(r".*(?:query|key)_norm"), "flux2": re.compile(r".*(?:query|key)_norm"),
     },
     dialects={**dict.fromkeys(PIPELINES - SDNEXT_OWN, "diffusers"),

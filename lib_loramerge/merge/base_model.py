@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .. import dialects, models
 from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..hosts import HOSTS
 from ..models import ARCHITECTURES, Architecture, Model
 from ..recipe import nearest_hint
 from .sources import Source, open_source
@@ -82,12 +84,11 @@ def decide(sources: Sequence[Source], chosen: str | None, dialect: str) -> BaseM
     if len(names) < 2:
         return BaseModel(architecture, tuple(sources), (first.base_model,), dialect, ())
     labels = tuple(ARCHITECTURES[name].label for name in names)
-    if architecture.unet is not None:
-        if not any(models.component(layer) == "unet" for source in sources for layer in source.layers):
-            return BaseModel(architecture, tuple(sources), (first.base_model,), dialect, ())
+    denoiser = any(models.component(layer) == "unet" for source in sources for layer in source.layers)
+    if architecture.unet is not None and (denoiser or not _comfys(sources)):
         # Every host looks for both spellings of a U-Net's layers, so the names of one will do for all.
         return BaseModel(_unnamed(architecture), tuple(sources), labels, dialect, (_unsaid(_listed(labels)),))
-    return _undecided(sources, names, labels, dialect)
+    return _undecided(sources, names, labels, dialect, denoiser)
 
 
 def _sized(architecture: Architecture, label: str | None) -> Architecture:
@@ -156,18 +157,28 @@ def _refuse_strangers(sources: Sequence[Source]) -> None:
             )
 
 
+def _comfys(sources: Sequence[Source]) -> bool:
+    """Whether all files have ComfyUI's names, which say of a text encoder which one it is."""
+    return all(source.dialect == models.COMFY for source in sources)
+
+
 def _undecided(
-    sources: Sequence[Source], names: Sequence[str], labels: tuple[str, ...], dialect: str
+    sources: Sequence[Source], names: Sequence[str], labels: tuple[str, ...], dialect: str, denoiser: bool
 ) -> BaseModel:
     """Write names that are right for every model that fits, and claim none of them."""
     listed = _listed(labels)
     readings = {name: [open_source(source.path, name) for source in sources] for name in names}
-    own = readings[sources[0].architecture.id]
     note = _unsaid(listed)
+    # Names that no program looks for in a model speak against it.
+    names = [name for name in names if _found_as_spelled(readings[name], name)] or names
+    first = sources[0].architecture.id
+    own = readings[first if first in names else names[0]]
+    if not denoiser and dialect == "auto" and _comfys(sources):
+        dialect = models.COMFY
     spelling = dialects.spelling_of(own[0].architecture.id, dialect)
     if len({_written(readings[name], name, spelling) for name in names}) == 1:
         return BaseModel(_unnamed(own[0].architecture), tuple(own), labels, dialect, (note,))
-    if dialect not in ("auto", models.DIFFUSERS):
+    if dialect not in ("auto", models.COMFY, models.DIFFUSERS):
         raise UnsupportedError(
             f"The layers fit {listed} alike, and the names to write in this spelling differ between them. "
             "Name the base model (--base-model NAME)."
@@ -176,11 +187,14 @@ def _undecided(
     # would write the other members too.
     written = {name: _written(readings[name], name, models.DIFFUSERS) for name in names}
     least = min(names, key=lambda name: len(written[name]) or 10**9)
-    if not written[least] or not all(written[least] <= written[name] for name in names):
+    shared = all(written[least] <= written[name] for name in names)
+    # No WebUI looks for diffusers' names of a text encoder alone.
+    if not written[least] or not shared or not (denoiser or dialect == models.DIFFUSERS):
         raise UnsupportedError(
             f"The layers fit {listed} alike, and each of them has other names for them. Name the base model "
             "(--base-model NAME)."
         )
+    listed = _listed([ARCHITECTURES[name].label for name in names])
     note = (
         f"The layers fit {listed} alike, so they are written in diffusers' names, which all of them share. "
         "--base-model NAME chooses one, and its own names."
@@ -209,6 +223,20 @@ def _written(sources: Sequence[Source], name: str, dialect: str) -> frozenset[st
         )
     except UnsupportedError:
         return frozenset()
+
+
+_ENOUGH = 100
+
+
+def _found_as_spelled(sources: Sequence[Source], name: str) -> bool:
+    """Whether some program finds the layers of a base model under the names that the files have."""
+    parts = (
+        (layer, part.part) for source in sources for layer in source.layers for part in source.layers[layer]
+    )
+    return all(
+        any(host.finds(name, layer, part.spelling) for host in HOSTS.values())
+        for layer, part in itertools.islice(parts, _ENOUGH)
+    )
 
 
 def _unnamed(architecture: Architecture) -> Architecture:

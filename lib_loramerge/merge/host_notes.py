@@ -1,28 +1,23 @@
-"""Which WebUI will leave out something of the file that a merge writes, and what can be done about it.
+"""Which program will leave out something of the file that a merge writes, and what can be done about it.
 
 A merged file is written so that as many hosts as possible take all of it. Where that cannot
-be, the plan says so before any work.
-
-Source: the hosts' own loaders.
+be, the plan says so before any work. What each host reads stands in its record alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .. import dialects
+from ..dialects.slots import KOHYA_STYLE
 from ..errors import LoraMergeError
-from ..hosts import HOSTS
+from ..hosts import HOSTS, Host
 from ..models import Architecture
 from .host_target import Spelling, bias_alone
 
 if TYPE_CHECKING:
     from .layout import LayerPlan
-
-# Base models whose names A1111 takes in kohya's spelling alone.
-_A1111 = HOSTS["a1111"]
-_FLATTENED = _A1111.base_models - _A1111.without_alpha
 
 
 def host_notes(
@@ -39,93 +34,92 @@ def host_notes(
         host: The one that the file is for; what others make of it is then nobody's concern.
         embeddings: Number of bundled embedding tensors.
     """
-    dialect = spelling.dialect
-    if host is not None:
-        if architecture.id == "unknown":
-            return [
-                f"The base model is not known, so neither is what {HOSTS[host].label} reads of this file. "
-                "Names are kept as they are."
-            ]
-        beside = sum(layer.bias for layer in layers if layer.rank is not None and not bias_alone(layer))
-        if host == "a1111" and beside:
-            return [f"A bias (diff_b) changes too in {_layers(beside)}: A1111 ignores it."]
-        return []
-    notes = [*_spelling(architecture, dialect, layers), *_biases(architecture, dialect, layers)]
-    whole = sum(layer.rank is None and not bias_alone(layer) for layer in layers)
-    if whole and dialect == "diffusers":
-        notes.append(
-            f"{_layers(whole)} will be stored whole (diff, w_norm), which diffusers does not read from a "
-            "LoRA. Use the kohya dialect, or a rank rule for those that have a rank."
+    if architecture.id == "unknown":
+        if host is None:
+            return []
+        return [
+            f"The base model is not known, so neither is what {HOSTS[host].label} reads of this file. "
+            "Names are kept as they are."
+        ]
+    known = [each for each in HOSTS.values() if architecture.id in each.base_models]
+    unread = [each for each in known if not _reads_any(each, architecture.id, spelling, layers)]
+    concerned = [each for each in known if each not in unread] if host is None else [HOSTS[host]]
+    return list(_notes(architecture, unread if host is None else [], concerned, layers, embeddings))
+
+
+def _notes(
+    architecture: Architecture,
+    unread: Sequence[Host],
+    hosts: Sequence[Host],
+    layers: Sequence[LayerPlan],
+    embeddings: int,
+) -> Iterator[str]:
+    """Args:
+    unread: Hosts that look for none of the file's names.
+    hosts: Those that read it.
+    """
+
+    def those(what: Callable[[Host], bool]) -> str:
+        return ", ".join(each.label for each in hosts if what(each))
+
+    if unread:
+        yield (
+            f"Not for these programs, which do not look for the names of this file: {_labels(unread)}. "
+            "--for NAME writes it for one of them."
         )
-    limit = HOSTS["forge"].unplaced_limit or 0
-    if embeddings > limit:
-        notes.append(
-            f"{embeddings} embedding tensors are kept; Forge refuses a LoRA with more than {limit} "
-            "tensors that it does not know."
-        )
-    return [*notes, *_unread_by_diffusers(architecture, spelling, layers)]
-
-
-def _unread_by_diffusers(
-    architecture: Architecture, spelling: Spelling, layers: Sequence[LayerPlan]
-) -> list[str]:
-    """Said where a base model is mostly used in diffusers, which has no converter for kohya's names of it."""
-    host = HOSTS["diffusers"]
-    if spelling.dialect != "auto" or architecture.id not in host.base_models or architecture.id in _FLATTENED:
-        return []
-    for layer in layers:
-        try:
-            names = dialects.output_parts(architecture.id, layer.layer, spelling.dialect)
-        except LoraMergeError:
-            continue
-        if not all(host.finds(architecture.id, layer.layer, name) for name, _ in names):
-            return [
-                "diffusers cannot read the names of this file; for diffusers write it with --for diffusers."
-            ]
-    return []
-
-
-def _spelling(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan]) -> list[str]:
-    notes = []
-    if dialect == "diffusers" and architecture.id in _FLATTENED:
-        notes.append(
-            "The diffusers dialect is for diffusers: A1111 cannot load its names for "
-            f"{architecture.label}. For a WebUI use the dialect auto."
-        )
-    if architecture.id in ("sd3", "sd3_large"):
-        if dialect == "diffusers":
-            notes.append("Forge takes SD3 LoRAs only in the kohya dialect.")
-        else:
-            notes.append(
-                "A1111 takes SD3 LoRAs only in the diffusers dialect (--dialect diffusers), Forge only in "
-                "this one."
-            )
     components = {layer.component for layer in layers}
-    alone = [host.label for host in HOSTS.values() if architecture.id in host.denoiser_alone]
-    if alone and "unet" in components and len(components) > 1:
-        notes.append(
-            f"{', '.join(alone)} does not load a {architecture.label} LoRA that changes a text encoder too; "
+    names = those(lambda each: architecture.id in each.denoiser_alone)
+    if names and "unet" in components and len(components) > 1:
+        yield (
+            f"{names} does not load a {architecture.label} LoRA that changes a text encoder too; "
             "for it, merge once more with a text encoder strength of 0."
         )
-    return notes
-
-
-def _biases(architecture: Architecture, dialect: str, layers: Sequence[LayerPlan]) -> list[str]:
-    """A1111 takes a bias only beside a whole weight, and refuses a file with one that stands alone."""
-    if architecture.id not in _FLATTENED or dialect == "diffusers":
-        return []
-    notes = []
-    low_rank = [layer for layer in layers if layer.rank is not None and not bias_alone(layer)]
-    beside = sum(layer.bias for layer in low_rank)
-    if beside:
-        notes.append(f"A bias (diff_b) changes too in {_layers(beside)}: Forge applies it, A1111 ignores it.")
+    beside = sum(layer.bias for layer in layers if layer.rank is not None and not bias_alone(layer))
+    names = those(lambda each: not each.biases_beside)
+    if beside and names:
+        yield f"A bias (diff_b) changes too in {_layers(beside)}. These programs ignore it: {names}."
     alone = sum(bias_alone(layer) for layer in layers)
-    if alone:
-        notes.append(
-            f"A bias alone changes in {_layers(alone)}, whose width is unknown: Forge applies that, "
-            "A1111 refuses the whole file. With the base model (--base CHECKPOINT) both will load it."
+    names = those(lambda each: not each.lone_biases)
+    if alone and names:
+        yield (
+            f"A bias alone changes in {_layers(alone)}, whose width is unknown. These programs refuse the "
+            f"whole file: {names}. With the base model (--base CHECKPOINT) they will load it."
         )
-    return notes
+    whole = sum(layer.rank is None and not bias_alone(layer) for layer in layers)
+    names = those(lambda each: not each.whole_layers)
+    if whole and names:
+        yield (
+            f"{_layers(whole)} will be stored whole (diff, w_norm), which these programs do not read from a "
+            f"LoRA: {names}. A rank rule cuts those that have a rank."
+        )
+    names = those(lambda each: each.unplaced_limit is not None and embeddings > each.unplaced_limit)
+    if names:
+        yield (
+            f"{embeddings} embedding tensors are kept. These programs refuse a LoRA with so many tensors "
+            f"that they do not know: {names}."
+        )
+
+
+def _reads_any(host: Host, architecture: str, spelling: Spelling, layers: Sequence[LayerPlan]) -> bool:
+    """Whether a host looks for the name of some layer, of some fifty; True where no layer has a name."""
+    style = dialects.output_style(architecture, spelling.dialect, spelling.style)
+    dotted = architecture in host.kohya_endings and style != KOHYA_STYLE
+    named = False
+    for layer in layers[:: max(1, len(layers) // 50)]:
+        try:
+            names = dialects.output_parts(architecture, layer.layer, spelling.dialect)
+        except LoraMergeError:
+            continue
+        named = True
+        if all(
+            host.finds(architecture, layer.layer, name) and not (dotted and "." in name) for name, _ in names
+        ):
+            return True
+    return not named
+
+
+def _labels(hosts: Sequence[Host]) -> str:
+    return ", ".join(host.label for host in hosts)
 
 
 def _layers(count: int) -> str:

@@ -10,8 +10,7 @@ from .. import dialects
 from ..dialects.slots import KOHYA_STYLE
 from ..errors import LoraMergeError, UnsupportedError
 from ..hosts import HOSTS, Host
-from ..models import Architecture
-from ..recipe import MergeRecipe
+from ..models import COMFY, Architecture
 
 if TYPE_CHECKING:
     from .layout import LayerPlan
@@ -31,19 +30,20 @@ class Spelling:
     style: str | None
 
 
-def spelling_for(recipe: MergeRecipe, architecture: Architecture, style: str) -> Spelling:
-    """The spelling that the recipe asks for, or that its host reads best.
+def spelling_for(name: str | None, dialect: str, architecture: Architecture, style: str) -> Spelling:
+    """The spelling of a dialect, or the one that a host reads best where the dialect was not chosen.
 
     Args:
+        name: The host, if the file is for one.
         style: Of the first input, kept for base models whose names are kept.
 
     Raises:
         UnsupportedError: The host has no such base model.
     """
     kept = style if architecture.opaque else None
-    if recipe.host is None or architecture.id == "unknown":
-        return Spelling(recipe.dialect, kept)
-    host = HOSTS[recipe.host]
+    if name is None or architecture.id == "unknown":
+        return Spelling(dialect, kept)
+    host = HOSTS[name]
     if architecture.id not in host.base_models:
         others = [other.label for other in HOSTS.values() if architecture.id in other.base_models]
         known = f"These load it: {', '.join(others)}." if others else "No program is known to load it."
@@ -51,7 +51,7 @@ def spelling_for(recipe: MergeRecipe, architecture: Architecture, style: str) ->
             f"{host.label} has no {architecture.label}. {known} "
             "Write the file for another program, or for any."
         )
-    dialect = host.dialect(architecture.id) if recipe.dialect == "auto" else recipe.dialect
+    dialect = host.dialect(architecture.id) if dialect in ("auto", COMFY) else dialect
     if dialect == "diffusers" and architecture.id in host.kohya_endings:
         kept = KOHYA_STYLE
     return Spelling(dialect, kept)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import blocks, dialects, models, ranks
+from ..hosts import companions
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe
 from .sources import Source
@@ -274,7 +275,7 @@ def file_costs(plan: MergePlan, spectra: Sequence[Spectrum | None], name: str = 
         if spectrum is None:
             fixed += layer.bytes(item) + entry
             continue
-        grouped = bool(models.companions(plan.architecture.id, layer.layer))
+        grouped = bool(companions(plan.architecture.id, layer.layer))
         if grouped and not spectrum.rank:
             fixed += zero_layer(layer, layer.layer).bytes(item) + entry  # the others may need it
         costs[layer.layer] = ranks.LayerCost(
@@ -291,7 +292,7 @@ def zero_layers(plan: MergePlan) -> tuple[LayerPlan, ...]:
     planned = {layer.layer for layer in plan.layers}
     missing: dict[str, LayerPlan] = {}
     for layer in plan.layers:
-        for name in models.companions(plan.architecture.id, layer.layer):
+        for name in companions(plan.architecture.id, layer.layer):
             if name not in planned:
                 missing.setdefault(name, zero_layer(layer, name))
     return tuple(missing.values())

@@ -56,10 +56,11 @@ def plan_merge(
         _check_hashes(recipe.inputs, sources, stop)
     found = decide(sources, recipe.base_model, recipe.dialect)
     sources, architecture = list(found.sources), found.architecture
-    recipe = replace(recipe, dialect=found.dialect)
+    if found.dialect != models.COMFY:
+        recipe = replace(recipe, dialect=found.dialect)
     skipped = _leftovers(sources, recipe.skip_unsupported)
     _refuse_two_spellings(sources)
-    spelling = spelling_for(recipe, architecture, sources[0].style)
+    spelling = spelling_for(recipe.host, found.dialect, architecture, sources[0].style)
     _check_base(sources, base)
     reach: list[str] = []
     plans = tuple(

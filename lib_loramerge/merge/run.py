@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import models, ranks
+from .. import ranks
 from ..delta import Stored, full_precision
 from ..errors import IncompatibleError, OutputError
 from ..files import check_space, check_target, refuse_inputs, write_file
+from ..hosts import companions
 from ..report import MergeReport
 from . import fair
 from .layer import Merger, open_merger
@@ -234,7 +235,7 @@ def _completed_groups(plan: MergePlan, merger: Merger, merged: list[MergedLayer]
     shapes = {layer.layer: layer for layer in plan.layers}
     added: list[MergedLayer] = []
     for name in sorted(written):
-        for companion in models.companions(plan.architecture.id, name):
+        for companion in companions(plan.architecture.id, name):
             if companion in written or any(entry.result.layer == companion for entry in added):
                 continue
             # The four are square and of one size, so any of them has the others' shape.

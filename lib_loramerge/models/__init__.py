@@ -22,7 +22,7 @@ from .base import (
     plain_path,
 )
 from .block_lists import EDGES, SD_FULL, TEXT_ENCODERS, UNET_LISTS, BlockList, BlockMap, block_map, in_ranges
-from .blocks import block, companions, is_conv, kernel, layers
+from .blocks import block, is_conv, kernel, layers, open_clip_attention
 from .checkpoints import CheckpointKey, bias_place, checkpoint_keys, numbered_layers
 from .compatible import encoder_part
 from .detect import Detection, Measured, Model, detect
@@ -55,7 +55,6 @@ __all__ = [
     "canonical_path",
     "checkpoint_keys",
     "comfy_layer",
-    "companions",
     "component",
     "detect",
     "diffusers_layers",
@@ -69,5 +68,6 @@ __all__ = [
     "layer_path",
     "layers",
     "numbered_layers",
+    "open_clip_attention",
     "plain_path",
 ]

@@ -137,7 +137,8 @@ class TextEncoder:
         width: Width that its attention reads.
         dotted: Hosts know its layers only by dotted names.
         places: What stands before its layers' names in checkpoints, in Hugging Face's layout.
-        open_clip: The same in OpenCLIP's layout; A1111 holds such an encoder in it, too.
+        open_clip: The same in OpenCLIP's layout.
+        sizes: Encoders of the base model's other sizes in its place: ComfyUI's name to width.
     """
 
     kind: str
@@ -147,6 +148,7 @@ class TextEncoder:
     dotted: bool = False
     places: tuple[str, ...] = ("text_encoder.",)
     open_clip: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 KOHYA, COMFY, DIFFUSERS = "kohya", "comfy", "diffusers"
@@ -219,6 +221,7 @@ TWO = {"te": "te1", "te1": "te1", "te2": "te2"}
 THREE = {"te": "te1", "te1": "te1", "te2": "te2", "te3": "te3"}
 CLIP_AND_T5 = {"te": "te1", "te1": "te1", "te2": "te3", "te3": "te3"}
 T5_ALONE = {"te": "te1", "te1": "te1", "te2": "te1", "te3": "te1"}
+CLIP_AFTER = {"te": "te", "te1": "te1", "te2": "te1"}
 SAME = {"te": "te", "te1": "te", "te2": "te2", "te3": "te3"}
 
 CLIP_L = TextEncoder("clip", "clip_l", 12, 768)

@@ -120,12 +120,8 @@ def is_conv(architecture_id: str, layer: str) -> bool:
     return kernel(architecture_id, layer) is not None
 
 
-def companions(architecture_id: str, layer: str) -> tuple[str, ...]:
-    """Layers that must be written together with this one, itself included; () if it stands alone.
-
-    A1111 applies the attention of an OpenCLIP text encoder only when q, k, v
-    and out are all in the file.
-    """
+def open_clip_attention(architecture_id: str, layer: str) -> tuple[str, ...]:
+    """q, k, v and out of an OpenCLIP text encoder's attention, of which the layer is one; () for others."""
     part = OPEN_CLIPS.get(architecture_id)
     if part is None or component(layer) != part:
         return ()

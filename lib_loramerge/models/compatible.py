@@ -197,32 +197,40 @@ def _compare(shape: tuple[int | None, ...], widths: Widths) -> tuple[int, bool]:
 # --- Text encoders ------------------------------------------------------------------------
 
 
+_STARTS = {
+    "t5": ("encoder_block_", "encoder_final_layer_norm", "shared"),
+    "clip": (
+        "text_model_", "encoder_layers_", "transformer_resblocks_", "resblocks_", "text_projection",
+        "embeddings_", "final_layer_norm", "token_embedding", "positional_embedding", "ln_final",
+    ),
+    "llama": ("layers_", "embed_tokens", "norm", "lm_head"),
+}  # fmt: skip
+
+
 def encoder_kind(path: str) -> str | None:
     """Which kind of text encoder has a layer of such a flattened path."""
-    path = path.removeprefix("transformer_").removeprefix("model_")
-    if path.startswith(("encoder_block_", "encoder_final_layer_norm")):
-        return "t5"
-    if path.startswith(("text_model_", "encoder_layers_", "transformer_resblocks_", "resblocks_")):
-        return "clip"
-    return "llama" if path.startswith("layers_") else None
+    path = path.removeprefix("transformer_").removeprefix("model_").removeprefix("language_model_")
+    return next((kind for kind, starts in _STARTS.items() if path.startswith(starts)), None)
 
 
-_READS = (
-    "self_attn_q_proj",
-    "self_attn_k_proj",
-    "self_attn_v_proj",
-    "mlp_fc1",
-    "SelfAttention_q",
-    "gate_proj",
-)
+# Endings of layers that read as many channels as the encoder is wide.
+_READS = {
+    "clip": ("q_proj", "k_proj", "v_proj", "self_attn_out_proj", "mlp_fc1", "mlp_c_fc"),
+    "t5": ("SelfAttention_q", "SelfAttention_k", "SelfAttention_v", "_wi", "_wi_0", "_wi_1"),
+    "llama": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+}
+_READ_FOUR_TIMES = ("mlp_fc2", "mlp_c_proj")
 
 
 def encoder_part(record: Architecture, part: str, path: str) -> str | None:
     """Component of a base model that a file's text encoder means; None if it has no such encoder."""
-    if encoder_kind(path) == "t5":
-        # OneTrainer calls the T5 of Flux te2; its layers show which it is.
-        return next((name for name, encoder in record.encoders.items() if encoder.kind == "t5"), None)
-    return record.text_encoders.get(part)
+    kind, named = encoder_kind(path), record.text_encoders.get(part)
+    encoder = record.encoders.get(named or "")
+    if (encoder is not None and encoder.kind == kind) or (named is None and kind != "t5"):
+        return named
+    # Tools number the encoders differently, and diffusers puts some language models before a CLIP: the
+    # layers show which it is.
+    return next((name for name, each in record.encoders.items() if each.kind == kind), named)
 
 
 def _takes(record: Architecture, name: str, width: int | None) -> bool:
@@ -234,22 +242,34 @@ def _takes(record: Architecture, name: str, width: int | None) -> bool:
     _, number = one_number(path)
     if number and int(number) >= encoder.layers:
         return False
-    return not (width and path.endswith(_READS)) or width == encoder.width
+    if not width:
+        return True
+    widths = (encoder.width, *encoder.sizes.values())
+    if path.endswith(_READ_FOUR_TIMES):
+        return width in (4 * each for each in widths)
+    return not path.endswith(_READS[encoder.kind]) or width in widths
 
 
-def with_encoders(encoders: Mapping[str, int | None]) -> list[Architecture]:
+def _has_encoders(record: Architecture, names: Iterable[str]) -> bool:
+    known = {name for encoder in record.encoders.values() for name in (encoder.comfy, *encoder.sizes)}
+    return known.issuperset(names)
+
+
+def with_encoders(encoders: Mapping[str, int | None], called: Iterable[str] = ()) -> list[Architecture]:
     """Base models that have all of some text encoder layers, the most natural one first.
 
     Args:
         encoders: Layer name with its component, to the width that it reads.
+        called: ComfyUI's names of the encoders, as far as the file has them.
     """
     if not encoders:
         return []
+    records = [record for record in _by_use() if _has_encoders(record, called)]
     fitting = [
-        record for record in _by_use() if all(_takes(record, name, width) for name, width in encoders.items())
+        record for record in records if all(_takes(record, name, width) for name, width in encoders.items())
     ]
     # Where no model has these widths, the names alone decide.
-    named = [record for record in _by_use() if all(_takes(record, name, None) for name in encoders)]
+    named = [record for record in records if all(_takes(record, name, None) for name in encoders)]
     fitting = fitting or named
     # A file that says te1 is more likely for a model whose encoder is called te1.
     return sorted(fitting, key=lambda record: -sum(component(name) in record.encoders for name in encoders))

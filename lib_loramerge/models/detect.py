@@ -8,7 +8,7 @@ choose among them, and never beyond them, because they are often wrong or copied
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -58,8 +58,9 @@ class Layers:
     Names may be spelled in any flattened way.
     """
 
-    def __init__(self, layers: Mapping[str, Measured]):
+    def __init__(self, layers: Mapping[str, Measured], called: Collection[str]):
         self.shapes = layers
+        self.called = called
         self.denoiser: list[str] = []
         self.encoders: list[str] = []
         for name in layers:
@@ -98,6 +99,10 @@ def _fitting_unets(layers: Layers) -> list[Architecture]:
     best = min(found.values())
     if -best[0] * 2 < max(1, len(paths)):
         return []
+    if best[1]:
+        others, _ = fitting(groups_of(_widths(layers)))
+        if others and (others[0].found, -others[0].contradicted) > (-best[0], -best[1]):
+            return []
     return [ARCHITECTURES[name] for name, fit in found.items() if fit == best]
 
 
@@ -136,7 +141,10 @@ def _by_start() -> tuple[tuple[str, str, str], ...]:
 
 
 def detect(
-    layers: Mapping[str, Measured], metadata: Mapping[str, str] | None = None, base_model: str | None = None
+    layers: Mapping[str, Measured],
+    metadata: Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    encoders: Collection[str] = (),
 ) -> Detection:
     """Recognise the base model of a file.
 
@@ -145,12 +153,13 @@ def detect(
             ``lora_te..._`` prefix, to its shape as its tensors show it.
         metadata: The file's metadata, asked when names and shapes leave it open.
         base_model: A base model's id that overrules all of this.
+        encoders: ComfyUI's names of text encoders, where the file has such.
 
     Returns:
         The architecture, ``unknown`` if nothing fits, and why.
     """
     metadata = metadata or {}
-    prepared = Layers(layers)
+    prepared = Layers(layers, encoders)
     if base_model is not None:
         return _overruled(prepared, base_model)
     return (
@@ -222,7 +231,7 @@ def _as_encoders(layers: Layers, metadata: Mapping[str, str]) -> Detection | Non
     """Base model of a file without a denoiser; several share their text encoders."""
     if layers.denoiser:
         return None
-    fits = with_encoders(_reading_widths(layers))
+    fits = with_encoders(_reading_widths(layers), layers.called)
     if not fits:
         return None
     reason = f"it changes text encoders alone, and {fits[0].label} has these"

@@ -5,7 +5,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .base import CLIP_AND_T5, CLIP_L, COMFY, SAME, T5_ALONE, T5_XXL, Architecture, Names, Size, TextEncoder
+from .base import (
+    CLIP_AFTER,
+    CLIP_AND_T5,
+    CLIP_L,
+    COMFY,
+    SAME,
+    T5_ALONE,
+    T5_XXL,
+    Architecture,
+    Names,
+    Size,
+    TextEncoder,
+)
 from .table import parse_table
 
 _BFL = "https://github.com/black-forest-labs/flux"
@@ -67,8 +79,10 @@ def _with_aliases(text: str, *needles: str) -> Names:
     return replace(names, aliases=kept)
 
 
-# XLabs' names, and those of LyCORIS for the newer feed-forward.
-_FLUX_ALIASES = ("processor", "linear1_qkv", "linear_in", "linear_out", "ff.net", "ff_context.net")
+# XLabs' names, those of LyCORIS for the newer feed-forward, and Flux.1's of what Flux.2 calls otherwise.
+_FLUX_ALIASES = (
+    "processor", "linear1_qkv", "linear_in", "linear_out", "ff.net", "ff_context.net", "time_text_embed",
+)  # fmt: skip
 # Names of the models' own code.
 _OWN = (
     "_attn_",
@@ -92,7 +106,7 @@ distilled_guidance_layer.layers.{}.{in,out}_layer 5120,5120 > distilled_guidance
 distilled_guidance_layer.norms.{} 5120 > =
 """, *_FLUX_ALIASES)  # fmt: skip
 LONGCAT = _with_aliases(_DOUBLE + _DOUBLE_MODULATION + _SINGLE + _SINGLE_MODULATION + _EDGES + _FINAL_MODULATION + """
-time_in.{in,out}_layer h,{256,h} > time_embed.timestep_embedder.linear_{1,2}
+time_in.{in,out}_layer h,{256,h} > time_embed.timestep_embedder.linear_{1,2} | time_text_embed.timestep_embedder.linear_{1,2}
 """, *_FLUX_ALIASES)  # fmt: skip
 FLUX2 = _with_aliases(_DOUBLE_ATTENTION + """
 img_mlp.0 6h,h > ff.linear_in          | ff.net.0.proj
@@ -100,7 +114,7 @@ img_mlp.2 h,3h > ff.linear_out         | ff.net.2
 txt_mlp.0 6h,h > ff_context.linear_in  | ff_context.net.0.proj
 txt_mlp.2 h,3h > ff_context.linear_out | ff_context.net.2
 [single_blocks.{S} > single_transformer_blocks.{}]
-linear1 9h,h > attn.to_qkv_mlp_proj
+linear1 9h,h > attn.to_qkv_mlp_proj | linear1_qkv<9:0-3
 linear2 h,4h > attn.to_out
 norm.{query,key}_norm 128 > attn.norm_{q,k}
 !norm.{query,key}_norm.scale 128
@@ -108,8 +122,8 @@ norm.{query,key}_norm 128 > attn.norm_{q,k}
 img_in h,128 > x_embedder
 txt_in h,c > context_embedder
 final_layer.linear 128,h > proj_out
-time_in.{in,out}_layer h,{256,h} > time_guidance_embed.timestep_embedder.linear_{1,2}
-guidance_in.{in,out}_layer h,{256,h} > time_guidance_embed.guidance_embedder.linear_{1,2}
+time_in.{in,out}_layer h,{256,h} > time_guidance_embed.timestep_embedder.linear_{1,2} | time_text_embed.timestep_embedder.linear_{1,2}
+guidance_in.{in,out}_layer h,{256,h} > time_guidance_embed.guidance_embedder.linear_{1,2} | time_text_embed.guidance_embedder.linear_{1,2}
 double_stream_modulation_{img,txt}.lin 6h,h > double_stream_modulation_{img,txt}.linear
 single_stream_modulation.lin 3h,h > single_stream_modulation.linear
 """ + _FINAL_MODULATION, *_FLUX_ALIASES)  # fmt: skip
@@ -193,7 +207,10 @@ RECORDS = (
                 "flux2_klein_4b", "flux-2-klein-4b",
             ),
         ),
-        encoders={"te": TextEncoder("llama", "qwen3_4b", 36, 2560)},
+        # Klein's are 36 layers long, and dev's 40.
+        encoders={
+            "te": TextEncoder("llama", "qwen3_4b", 40, 2560, sizes={"qwen3_8b": 4096, "mistral3_24b": 5120})
+        },
         blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(
@@ -205,9 +222,11 @@ RECORDS = (
     ),
     Architecture(
         "hunyuan_video", "HunyuanVideo", "hunyuan_video", "hunyuan-video",
-        "https://github.com/Tencent-Hunyuan/HunyuanVideo", resolution="", text_encoders=SAME,
+        "https://github.com/Tencent-Hunyuan/HunyuanVideo", resolution="", text_encoders=CLIP_AFTER,
         words=("hunyuan-video", "hunyuanvideo"), names=HUNYUAN_VIDEO,
-        sizes=(Size("", {"h": 3072, "D": 20, "S": 40, "c": 4096}),), encoders={"te": _LLAMA},
+        sizes=(Size("", {"h": 3072, "D": 20, "S": 40, "c": 4096}),),
+        encoders={"te": _LLAMA, "te1": replace(CLIP_L, places=("text_encoder_2.",))},
+        pipeline={"te1": "text_encoder_2"},
         blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),
     Architecture(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from .base import CLIP_G, CLIP_L, COMFY, SAME, T5_XXL, Architecture, Names, Size, TextEncoder
+from dataclasses import replace
+
+from .base import CLIP_AFTER, CLIP_G, CLIP_L, COMFY, SAME, T5_XXL, Architecture, Names, Size, TextEncoder
 from .table import parse_table
 
 # --- Lumina 2 and Z-Image -----------------------------------------------------------------
@@ -300,14 +302,18 @@ RECORDS = (
     ),
     Architecture(
         "kandinsky5", "Kandinsky 5", "kandinsky5", "kandinsky-5",
-        "https://github.com/kandinskylab/kandinsky-5", text_encoders=SAME, words=("kandinsky",),
+        "https://github.com/kandinskylab/kandinsky-5", text_encoders=CLIP_AFTER, words=("kandinsky",),
         names=_KANDINSKY5,
         sizes=(
             Size("Pro", {"h": 4096, "f": 16384, "t": 1024, "T": 4, "V": 60}),
             Size("image Lite", {"h": 2560, "f": 10240, "t": 512, "T": 2, "V": 50}),
             Size("Lite", {"h": 1792, "f": 7168, "t": 512, "T": 2, "V": 32}),
         ),
-        encoders={"te": TextEncoder("llama", "qwen25_7b", 28, 3584, dotted=True)}, spelling=COMFY,
+        encoders={
+            "te": TextEncoder("llama", "qwen25_7b", 28, 3584, dotted=True),
+            "te1": replace(CLIP_L, places=("text_encoder_2.",)),
+        },
+        pipeline={"te1": "text_encoder_2"}, spelling=COMFY,
         blocks="BASE IN text_transformer_blocks:TB visual_transformer_blocks:B OUT",
     ),
 )  # fmt: skip

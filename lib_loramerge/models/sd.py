@@ -165,7 +165,7 @@ RECORDS = (
         unet=UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, 1024),
         encoders={
             "te": TextEncoder(
-                "clip", "clip_h", 23, 1024,
+                "clip", "clip_h", 24, 1024,
                 # The second is SD-Turbo's.
                 open_clip=("cond_stage_model.model.", "conditioner.embedders.0.model."),
             ),

@@ -35,9 +35,11 @@ T5_LEAVES = (
     "layer.0.SelfAttention.o",
     "layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo",
     "layer.0.layer_norm", "layer.1.layer_norm",
+    # The first T5 has one of the former two; some have a bias in each block, most in the first alone.
+    "layer.1.DenseReluDense.wi", "layer.0.SelfAttention.relative_attention_bias",
 )  # fmt: skip
 
-# The encoders that A1111 and the checkpoints hold in OpenCLIP's layout.
+# The encoders that checkpoints hold in OpenCLIP's layout.
 OPEN_CLIPS: dict[str, str] = {
     record.id: part
     for record in ARCHITECTURES.values()
@@ -65,6 +67,7 @@ def t5_paths(layers: int) -> Iterator[str]:
         for leaf in T5_LEAVES:
             yield f"encoder.block.{number}.{leaf}"
     yield "encoder.final_layer_norm"
+    yield "shared"
 
 
 def llama_paths(layers: int) -> Iterator[str]:
@@ -74,6 +77,7 @@ def llama_paths(layers: int) -> Iterator[str]:
             yield f"layers.{number}.{leaf}"
     yield "embed_tokens"
     yield "norm"
+    yield "lm_head"
 
 
 _PATHS = {"clip": clip_paths, "t5": t5_paths, "llama": llama_paths}
@@ -124,7 +128,7 @@ def _other_spellings(path: str) -> Iterator[str]:
             yield f"text_model.encoder.layers.{number}.self_attn.to_{leaf[10:-5]}"
     elif path in CLIP_EDGES and CLIP_EDGES[path] != path:
         yield CLIP_EDGES[path]
-    if path.startswith(("layers.", "embed_tokens", "norm")):
+    if path.startswith(("layers.", "embed_tokens", "norm", "lm_head")):
         yield f"model.{path}"
         yield f"transformer.model.{path}"
         yield f"model.language_model.{path}"

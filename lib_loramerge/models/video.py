@@ -244,8 +244,8 @@ mlp.{gate,up,down}_proj {6144,6144,h},{h,h,6144} > =
 mlp_norm h > =
 !scale_shift_table
 []
-decoder.proj_in.1 * > proj_in_conv
-decoder.proj_out.1 * > proj_out_conv
+decoder.proj_in.1 * > proj_in_conv | proj_in.1
+decoder.proj_out.1 * > proj_out_conv | proj_out.1
 decoder.time_embed.linear_{1,2} h,{256,h} > time_embed.linear_{1,2}
 decoder.time_embed.time_proj 6h,h > time_embed.time_proj
 decoder.time_embed_r.linear_{1,2} h,{256,h} > time_embed_r.linear_{1,2}

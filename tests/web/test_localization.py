@@ -95,8 +95,8 @@ def test_every_sentence_gets_its_names_in_the_right_places(page: Any) -> None:
         ),
         # Numbers with their nouns; words of ours side by side need no space in Japanese.
         (
-            "A bias (diff_b) changes too in 3 layers: Forge applies it, A1111 ignores it.",
-            "3 層ではバイアス（diff_b）も変わります。Forge は適用しますが、A1111 は無視します。",
+            "A bias (diff_b) changes too in 3 layers. These programs ignore it: A1111.",
+            "3 層ではバイアス（diff_b）も変わります。次のプログラムはこれを無視します：A1111。",
         ),
         ("Strength must be a number, got 'much'.", "強さは数値にしてください（'much'）。"),
         # Nothing of ours.
