@@ -15,6 +15,8 @@ from tests.names_judge import header, parameter, spellings
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 _ATTENTION = re.compile(r"attn|attention|linear1(?!\d)|qkv", re.I)
 _FEED_FORWARD = re.compile(r"mlp|ff[._]|feed_forward|ffn|linear2", re.I)
+# These have the same paths as other spellings.
+ALIKE = ("lycoris_", "lora_transformer_")
 # Names by which ComfyUI's code finds layers of a model that are another model's.
 ANOTHERS = {
     "lumina2": r"(?:transformer\.|lycoris_|diffusion_model\. other|bare)",  # Z-Image's
@@ -54,7 +56,7 @@ def test_a_part_of_a_model_is_never_taken_for_another_one_alone(architecture, mo
     for spelling, names in spellings(model).items():
         if spelling.endswith(" bias") or re.match(ANOTHERS.get(model, "(?!)"), spelling):
             continue
-        if spelling.startswith(("lora_te", "lora_prior_te", "text_encoders.transformer.", "lycoris_", "lora_tr")):
+        if spelling.startswith(("lora_te", "lora_prior_te", "text_encoders.transformer.", *ALIKE)):
             continue
         for part, chosen in parts(model, names):
             tensors = header(model, chosen)
