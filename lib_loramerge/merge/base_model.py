@@ -226,10 +226,15 @@ def _written(sources: Sequence[Source], name: str, dialect: str) -> frozenset[st
 
 
 _ENOUGH = 100
+_OF_DIFFUSERS = ("diffusers", "peft")
 
 
 def _found_as_spelled(sources: Sequence[Source], name: str) -> bool:
-    """Whether some program finds the layers of a base model under the names that the files have."""
+    """Whether some program finds the layers of a base model under the names that the files have.
+
+    diffusers' names are those of a trainer, whatever reads them.
+    """
+    sources = [source for source in sources if source.dialect not in _OF_DIFFUSERS]
     parts = (
         (layer, part.part) for source in sources for layer in source.layers for part in source.layers[layer]
     )

@@ -225,7 +225,7 @@ RECORDS = (
         "https://github.com/Tencent-Hunyuan/HunyuanVideo", resolution="", text_encoders=CLIP_AFTER,
         words=("hunyuan-video", "hunyuanvideo"), names=HUNYUAN_VIDEO,
         sizes=(Size("", {"h": 3072, "D": 20, "S": 40, "c": 4096}),),
-        encoders={"te": _LLAMA, "te1": replace(CLIP_L, places=("text_encoder_2.",), dotted=True)},
+        encoders={"te": _LLAMA, "te1": replace(CLIP_L, places=("text_encoder_2.",))},
         pipeline={"te1": "text_encoder_2"},
         blocks="BASE IN double_blocks:D single_blocks:S OUT",
     ),

@@ -42,14 +42,21 @@ def comfy_layer(architecture_id: str, layer: str) -> str | None:
     return f"diffusion_model.{dotted}" if dotted is not None else None
 
 
+_LINEAR = ("_proj", "_fc1", "_fc2", "text_projection")
+
+
 def has_dotted_name_alone(architecture_id: str, layer: str) -> bool:
     """Whether hosts know a layer only by its dotted name, never by a flattened one."""
     part = component(layer)
     if not layer.startswith("lora_"):
         return True
     if part != "unet":
-        encoder = ARCHITECTURES[architecture_id].encoders.get(part)
-        return encoder is not None and encoder.dotted
+        record = ARCHITECTURES[architecture_id]
+        encoder = record.encoders.get(part)
+        if encoder is None or encoder.dotted:
+            return encoder is not None
+        # The hosts of transformers know of a CLIP only its linear layers by flattened names.
+        return encoder.kind == "clip" and record.unet is None and not layer.endswith(_LINEAR)
     return is_parameter(architecture_id, layer_path(layer))
 
 
