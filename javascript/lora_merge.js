@@ -395,6 +395,8 @@
             press("again", target.dataset.job);
         } else if (target.matches(".lm-refill")) {
             press("refill", target.dataset.job);
+        } else if (target.matches(".lm-use")) {
+            press("use", target.dataset.use);
         } else if (target.matches(".lm-stop-look")) {
             target.disabled = true;
             press("unlook", target.dataset.look);

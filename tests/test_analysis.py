@@ -324,6 +324,23 @@ def test_inspect_measures_norm_and_rank_by_another_route(folder):
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_the_effective_rank_of_each_block_is_the_mean_of_its_layers(folder):
+    report = inspect(folder / "b.safetensors")
+    found = {}
+    for name, delta in dense_deltas(folder / "b.safetensors").items():
+        values = torch.linalg.svdvals(delta)[:8]
+        shares = values / values.sum()
+        found.setdefault("te" if "_te_" in name else name, []).append(
+            float((-(shares * shares.log()).sum()).exp())
+        )
+    te = found.pop("te")
+    assert report.effective_rank_by_block["BASE"] == pytest.approx(sum(te) / len(te), rel=1e-6)
+    middle = next(values for name, values in found.items() if "_mid_block_" in name)
+    assert report.effective_rank_by_block["M00"] == pytest.approx(middle[0], rel=1e-6)
+    assert set(report.effective_rank_by_block) == set(report.norm_by_block)
+    assert f"effective rank {report.effective_rank_by_block['M00']:.1f}" in report.to_text()
+
+
 def test_hosts_are_reported_what_stops_them(tmp_path):
     plain = make_lora(tmp_path / "plain.safetensors", SD1_LAYERS)
     report = inspect(plain)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lib_loramerge.errors import RecipeError
 from tests import format_files as ff
@@ -103,6 +104,65 @@ def test_no_choice_of_ranks_by_singular_values_is_clearly_smaller(folder, keep, 
     )
     ranks = sum(rank * count for rank, count in report.ranks.items())
     assert ranks * min(costs) <= best + 2 * max(costs)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_lora_that_looks_like_a_stronger_one_keeps_what_was_asked(folder, sign):
+    """Its inner product with the sum is many times its own square, or less than nothing."""
+    a, own = load_file(folder / "a.safetensors"), load_file(folder / "b.safetensors")
+    for layer in LAYERS:
+        up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
+        own[up] = torch.cat([own[up], a[up] * sign / 3], dim=1)
+        own[down] = torch.cat([own[down], a[down]])
+        own[f"{layer}.alpha"] = torch.tensor(8.0)
+    save_file(own, folder / "like.safetensors")
+    for keep in (0.5, 0.9):
+        least, report = merged(folder, {"a": 1.0, "like": 0.05}, keep=keep, dtype="float32")
+        assert least >= keep - 1e-5
+        # No rank of every layer keeps as much in a clearly smaller file.
+        for rank in range(1, max(report.ranks)):
+            fair, other = merged(folder, {"a": 1.0, "like": 0.05}, rank=rank, fair=True, dtype="float32")
+            assert fair < keep or other.size_bytes > 0.95 * report.size_bytes
+
+
+def bound(pairs, rank, steps=400):
+    """An upper bound of the least share that any directions can keep, by the dual problem, and its minimum.
+
+    Args:
+        pairs: For each layer the weighted deltas.
+    """
+    own = [sum(float(parts[i].square().sum()) for parts in pairs) for i in range(len(pairs[0]))]
+    kernels = []
+    for parts in pairs:
+        total = sum(parts)
+        with_sum = [(total @ part.mT + part @ total.mT) / 2 for part in parts]
+        alone = [part @ part.mT for part in parts]
+        kernels.append([kernel / own[i % len(own)] for i, kernel in enumerate([*with_sum, *alone])])
+    shift = [
+        1 - sum(float((sum(parts) * parts[i]).sum()) for parts in pairs) / own[i] for i in range(len(own))
+    ]
+    shift = torch.tensor([*shift, *([0.0] * len(own))])
+    logs, best, step = torch.zeros(len(shift), dtype=torch.float64), 1.0, 1.0
+    for _ in range(steps):
+        weights = logs.softmax(0)
+        shares, value = shift.clone().double(), float((weights * shift).sum())
+        for kernel in kernels:
+            values, vectors = torch.linalg.eigh(sum(w * k for w, k in zip(weights, kernel)))
+            value += float(values[-rank:].clamp(min=0).sum())
+            first = vectors[:, -rank:]
+            shares += torch.tensor([float((first * (k @ first)).sum()) for k in kernel])
+        best, apart = min(best, value), shares.mean() - shares
+        logs, step = logs + step * apart / apart.abs().max().clamp(min=1e-12), step * 0.98
+    return best
+
+
+@pytest.mark.parametrize(("rank", "weights"), [(1, (1.0, 0.1)), (2, (1.0, 0.02)), (3, (1.0, -0.3, 0.05))])
+def test_no_directions_keep_clearly_more_of_the_lora_that_is_kept_least(folder, rank, weights):
+    weights = dict(zip("abc", weights))
+    deltas = {name: dense_deltas(folder / f"{name}.safetensors") for name in weights}
+    pairs = [[weight * deltas[name][layer] for name, weight in weights.items()] for layer in deltas["a"]]
+    fair, _ = merged(folder, weights, rank=rank, fair=True, dtype="float32")
+    assert fair >= bound(pairs, rank) - 0.01
 
 
 def test_what_cannot_be_shared_is_a_sentence(folder):

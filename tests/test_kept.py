@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lib_loramerge.analysis import advise
 from lib_loramerge.merge import run_merge
 from lib_loramerge.methods import METHODS
+from lib_loramerge.report import percent
 from tests import format_files as ff
 from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, sample_data, weighted_sum
 
@@ -155,3 +159,46 @@ def test_the_block_of_which_least_is_kept_is_named(folder):
     assert worst["block"] == least
     assert worst["kept"] == pytest.approx(1 - blocks[least][0] / blocks[least][1], abs=2e-6)
     assert f"of its block {least}" in next(text for text in report.warnings if text.startswith("c: only"))
+
+
+@pytest.mark.parametrize("names", ["ab", "abcde", "ca"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if METHODS[mode].uses_rank])
+def test_advice_says_what_each_rank_keeps_of_each_lora(folder, mode, names):
+    """Against dense sums of the files that are made at these ranks."""
+    names = list(names)[: METHODS[mode].maximum or 5]
+    inputs = [f"{name}:{WEIGHTS[name]}" for name in names]
+    # Modes that make another result for each rank are looked at for one.
+    made_for = {"rank": 3} if mode in ("tsv", "ctm") else {}
+    advice = advise(ff.plan(folder, *inputs, mode=mode, dtype="float32", **made_for))
+    points = [point for point in advice.uniform if point.rank in ((3,) if made_for else (1, 3, 8, 24))]
+    assert points
+    for point in points:
+        (folder / "out.safetensors").unlink(missing_ok=True)
+        report = ff.merge(folder, *inputs, mode=mode, dtype="float32", rank=point.rank)
+        wanted = {name: own[""] for name, own in shares(folder, names, Path(report.output)).items()}
+        assert point.kept_of == pytest.approx(wanted, abs=3e-6)
+        assert point.kept_of == pytest.approx({one.name: one.kept for one in report.inputs}, abs=3e-6)
+
+
+def test_advice_says_what_a_size_keeps_of_each_lora(folder):
+    inputs = [f"{name}:{WEIGHTS[name]}" for name in "acd"]
+    advice = advise(ff.plan(folder, *inputs, dtype="float32"))
+    for point in advice.allotted[10::5]:
+        (folder / "out.safetensors").unlink(missing_ok=True)
+        ff.merge(folder, *inputs, dtype="float32", size=point.size_bytes / 1e6)
+        wanted = {name: own[""] for name, own in shares(folder, "acd", folder / "out.safetensors").items()}
+        # The file's own header is a little shorter than the one that was foreseen.
+        assert point.kept_of == pytest.approx(wanted, abs=0.02)
+    assert advice.allotted[-1].kept_of == pytest.approx(dict.fromkeys("acd", 1), abs=1e-9)
+
+
+def test_the_text_of_an_advice_names_the_shares_of_few_loras_and_the_least_of_many(folder):
+    two = advise(ff.plan(folder, "a:1", "c:0.05"))
+    shown = ", ".join(f"{name} {percent(share)}" for name, share in two.uniform[1].kept_of.items())
+    assert shown.startswith("a ")
+    assert f"  {shown}\n" in two.to_text()
+    many = advise(ff.plan(folder, *(f"{name}:{WEIGHTS[name]}" for name in WEIGHTS)))
+    line = next(line for line in many.to_text().splitlines() if line.split()[:1] == ["1"])
+    least = min(many.uniform[0].kept_of, key=many.uniform[0].kept_of.get)
+    assert line.endswith(f"least: {least} {percent(max(0.0, many.uniform[0].kept_of[least]))}")
+    assert "kept of each" not in advise(ff.plan(folder, "a:1")).to_text()

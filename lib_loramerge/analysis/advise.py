@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from .. import ranks
+from .. import models, ranks
 from ..delta import Dense, Spectrum, available_cores, norm
+from ..merge.components import Components, components
 from ..merge.layer import Merger, open_merger
-from ..merge.layout import FileCosts, LayerPlan, MergePlan, file_costs
+from ..merge.layout import FileCosts, LayerPlan, MergePlan, file_costs, smaller
+from ..merge.loudness import normalized
+from ..merge.outcome import shares_kept
 from ..merge.work import Progress, Work
 from ..methods import METHODS
 from ..report import percent
@@ -30,6 +34,8 @@ _ELEMENT, _GRAM, _VALUES = 25.0, 0.05, 0.1
 _MADE_FOR_RANK = ("tsv", "ctm")
 # Part of the work after which the time spent predicts better than the estimate.
 _TELLING = 0.02
+# LoRAs up to which the share kept of each is printed at every rank.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -39,20 +45,25 @@ class RankPoint:
     Attributes:
         error: Relative Frobenius error of the cut, rounding aside.
         kept: Part of the norm that is kept, kept^2 + error^2 = 1; in JSON only, as it reads like a share.
+        kept_of: Name of each LoRA to the share of it that is kept, as the merge's report states it. Empty
+            where that takes far longer than the singular values: in modes that choose single elements, and
+            for whole matrices beside factors.
     """
 
     rank: int
     size_bytes: int
     error: float
     kept: float
+    kept_of: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SizePoint:
-    """A file size with the ranks allotted for the least total error."""
+    """A file size with the ranks allotted for the least total error; ``kept_of`` as of a rank."""
 
     size_bytes: int
     error: float
+    kept_of: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,18 +105,26 @@ class AdviceReport:
 
     def to_text(self) -> str:
         whole = "the exact sum" if METHODS[self.mode].exact else f"mode {self.mode}'s own result"
+        shared = bool(self.uniform) and len(self.uniform[0].kept_of) > 1
         rows = [
             f"{self.base_model}, mode {self.mode}, {self.dtype}, {self.layers} layers",
             f"error: what a rank loses of {whole}, as a part of its norm",
-            "A LoRA far weaker than the others can be lost in a small error; see `loramerge compare`.",
+            (
+                "kept of each LoRA: 1 less the part of it, at its strength, that the file lacks"
+                if shared
+                else "A LoRA far weaker than others can be lost in a small error; see `loramerge compare`."
+            ),
             *(
                 ["This mode makes its result for the rank that is asked for: give the wanted one as --rank."]
                 if self.mode in _MADE_FOR_RANK
                 else []
             ),
             f"True rank: up to {self.numerical_rank}, {self.mean_rank:.1f} on average",
-            f"{'rank':>6}{'size':>12}{'error':>10}",
-            *(f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}" for p in self.uniform),
+            f"{'rank':>6}{'size':>12}{'error':>10}{'  kept of each LoRA' if shared else ''}",
+            *(
+                f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{shares_text(p.kept_of)}"
+                for p in self.uniform
+            ),
             "Smallest rank or file for an error of at most",
             *(
                 f"  {percent(float(target)):>6}: rank {rank}, or {self.smallest_size[target] / 1e6:.2f} MB "
@@ -114,6 +133,21 @@ class AdviceReport:
             ),
         ]
         return "\n".join(rows)
+
+
+def weakest(kept_of: Mapping[str, float]) -> tuple[str, float] | None:
+    """The LoRA of which least is kept, and its share; None where that is not known."""
+    return min(kept_of.items(), key=lambda entry: entry[1], default=None)
+
+
+def shares_text(kept_of: Mapping[str, float]) -> str:
+    """Shares of two LoRAs or more, to go on with after an error; of many the least alone."""
+    if len(kept_of) < 2:
+        return ""
+    least = weakest(kept_of)
+    shown = kept_of.items() if len(kept_of) <= _NAMED or least is None else [least]
+    texts = [f"{Path(name).stem} {percent(max(0.0, share))}" for name, share in shown]
+    return f"  {'least: ' if len(texts) < len(kept_of) else ''}{', '.join(texts)}"
 
 
 def expected_seconds(plan: MergePlan, cores: int | None = None) -> float:
@@ -170,25 +204,38 @@ def advise(
     Raises:
         LoraMergeError: What the merge would refuse, too.
     """
+    plan = normalized(plan, progress=progress, cancel=cancel)
     with open_merger(plan) as merger:
         look = partial(_look, merger)
         looked = Work(_timed(plan, progress), cancel).each_layer(plan, look, "look")
-    spectra = [spectrum for spectrum, _ in looked]
+    spectra = [entry.spectrum for entry in looked]
     costs = file_costs(plan, spectra)
     squares = {name: np.asarray(cost.values) ** 2 for name, cost in costs.layers.items() if len(cost.values)}
     top = max(map(len, squares.values()), default=0)
     tails = _tails(squares.values(), top)
     total = float(tails[0])
     chosen, chosen_bytes = _chosen_rank(plan, top), _chosen_bytes(plan, costs)
-    points = _shown_ranks(top, chosen)
+    points, allotted = (
+        _shown_ranks(top, chosen, (smaller(plan) or {}).get("rank")),
+        _allotted(costs, chosen_bytes),
+    )
+    kept_of = _kept_of(
+        plan, looked, costs, [*([rank] * len(costs.layers) for rank in points), *allotted.values()]
+    )
     smallest = partial(ranks.smallest, list(costs.layers.values()), one_rank=costs.one_rank)
     return AdviceReport(
         base_model=plan.architecture.label,
         mode=plan.method.name,
         dtype=plan.dtype,
         layers=len(plan.layers),
-        uniform=[_rank_point(costs, rank, float(tails[rank]), total) for rank in points],
-        allotted=_allotted(costs, total, chosen_bytes),
+        uniform=[
+            _rank_point(costs, rank, float(tails[rank]), total, shares)
+            for rank, shares in zip(points, kept_of)
+        ],
+        allotted=[
+            _size_point(costs, size, ranks_there, total, shares)
+            for (size, ranks_there), shares in zip(allotted.items(), kept_of[len(points) :], strict=True)
+        ],
         smallest_rank={
             f"{target:g}": int(np.argmax(tails <= target**2 * total * (1 + 1e-12))) for target in TARGETS
         },
@@ -198,7 +245,7 @@ def advise(
         whole_bytes=costs.fixed,
         kept_by_block=_kept_by_block(plan, squares, points),
         norm_by_block=norms_by_block(
-            (layer, square) for layer, (_, square) in zip(plan.layers, looked, strict=True)
+            (layer, entry.square) for layer, entry in zip(plan.layers, looked, strict=True)
         ),
         spectrum=np.sqrt(np.maximum(tails[:-1] - tails[1:], 0) / total).tolist() if total else [],
         chosen_rank=chosen,
@@ -206,13 +253,47 @@ def advise(
     )
 
 
-def _look(merger: Merger, layer: LayerPlan) -> tuple[Spectrum | None, float]:
-    """Singular values and squared norm of what the mode makes of a layer."""
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """Singular values and squared norm of what the mode makes of a layer, and what it has of each LoRA.
+
+    Attributes:
+        shares: None where that is not known.
+    """
+
+    spectrum: Spectrum | None
+    square: float
+    shares: Components | None = None
+
+
+def _look(merger: Merger, layer: LayerPlan) -> _Looked:
+    found = components(merger, layer)
+    if found is not None:
+        return _Looked(found.spectrum, found.spectrum.energy, found)
     spectrum = merger.spectrum(layer)
     if spectrum is not None:
-        return spectrum, spectrum.energy
+        return _Looked(spectrum, spectrum.energy)
     merged, _ = merger.combine(layer, merger.inputs(layer)) if layer.vector else (None, None)
-    return None, norm(merged) ** 2 if isinstance(merged, Dense) else 0.0
+    return _Looked(None, norm(merged) ** 2 if isinstance(merged, Dense) else 0.0)
+
+
+def _kept_of(
+    plan: MergePlan, looked: Sequence[_Looked], costs: FileCosts, choices: Sequence[Sequence[int]]
+) -> list[dict[str, float]]:
+    """Share kept of each LoRA for choices of the ranks of ``costs.layers``; empty where it is not known."""
+    if any(entry.spectrum is not None and entry.shares is None for entry in looked):
+        return [{}] * len(choices)
+    chosen = dict(zip(costs.layers, np.array(choices, dtype=np.int64).reshape(len(choices), -1).T))
+    rows = [
+        (layer.layer, entry.shares.lost(chosen[layer.layer]))
+        for layer, entry in zip(plan.layers, looked, strict=True)
+        if entry.shares is not None
+    ]
+    found = {
+        source.input.name: np.broadcast_to(shares_kept(plan, index, rows, models.component)[""], len(choices))
+        for index, source in enumerate(plan.sources)
+    }
+    return [{name: float(shares[place]) for name, shares in found.items()} for place in range(len(choices))]
 
 
 def _chosen_rank(plan: MergePlan, top: int) -> int | None:
@@ -245,10 +326,12 @@ def _bytes(costs: FileCosts, rank: int | None) -> int:
     )
 
 
-def _shown_ranks(top: int, chosen: int | None) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 ... up to the largest rank, which is always among them, and the chosen one."""
+def _shown_ranks(top: int, *chosen: int | None) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 ... up to the largest rank, which is always there, and the chosen ones."""
     ranks_shown = (
-        {1, 3, top, chosen or top} | {1 << bit for bit in range(12)} | {3 << bit for bit in range(11)}
+        {1, 3, top, *(rank or top for rank in chosen)}
+        | {1 << bit for bit in range(12)}
+        | {3 << bit for bit in range(11)}
     )
     return sorted(rank for rank in ranks_shown if 0 < rank <= top)
 
@@ -261,24 +344,30 @@ def _tails(squares: Iterable[np.ndarray], top: int) -> np.ndarray:
     return tails
 
 
-def _rank_point(costs: FileCosts, rank: int, tail: float, total: float) -> RankPoint:
+def _rank_point(
+    costs: FileCosts, rank: int, tail: float, total: float, kept_of: Mapping[str, float]
+) -> RankPoint:
     share = tail / total if total else 0.0
-    return RankPoint(rank, costs.fixed + _bytes(costs, rank), share**0.5, max(0.0, 1 - share) ** 0.5)
+    return RankPoint(rank, costs.fixed + _bytes(costs, rank), share**0.5, max(0.0, 1 - share) ** 0.5, kept_of)
 
 
-def _allotted(costs: FileCosts, total: float, wanted: int | None) -> list[SizePoint]:
+def _size_point(
+    costs: FileCosts, size: int, chosen: Sequence[int], total: float, kept_of: Mapping[str, float]
+) -> SizePoint:
+    tail = sum(layer.tail(rank) for layer, rank in zip(costs.layers.values(), chosen, strict=True))
+    return SizePoint(size, (tail / total) ** 0.5 if total else 0.0, kept_of)
+
+
+def _allotted(costs: FileCosts, wanted: int | None) -> dict[int, list[int]]:
+    """Sizes of files from small to whole, and the ranks of all layers in each."""
     layers = list(costs.layers.values())
     largest = _bytes(costs, None)
     if not largest:
-        return []
+        return {}
     least = max(largest // 64, ranks.least_bytes(layers, one_rank=costs.one_rank))
     budgets = {int(size) for size in np.geomspace(least, largest, _SIZE_POINTS)}
-    points = []
-    for budget in sorted(budgets | ({wanted - costs.fixed} if wanted else set())):
-        chosen = ranks.allot(layers, budget, one_rank=costs.one_rank)
-        tail = sum(layer.tail(rank) for layer, rank in zip(layers, chosen, strict=True))
-        points.append(SizePoint(costs.fixed + budget, (tail / total) ** 0.5 if total else 0.0))
-    return points
+    sizes = sorted(budgets | ({wanted - costs.fixed} if wanted else set()))
+    return {costs.fixed + size: ranks.allot(layers, size, one_rank=costs.one_rank) for size in sizes}
 
 
 def _kept_by_block(

@@ -18,6 +18,7 @@ from ..blocks import BLOCK_IDS
 from ..delta import Delta, Dense, conflict_of, overlaps, sampled_rows
 from ..merge.layer import open_merger
 from ..merge.layout import LayerPlan, MergePlan
+from ..merge.loudness import PARTS, Sizes, normalized, quieter, ratios, sizes_of
 from ..merge.work import Progress, Work
 from ..report import percent
 
@@ -25,6 +26,8 @@ from ..report import percent
 SAME, AGREE, UNRELATED, OPPOSED = 0.9, 0.3, 0.05, -0.1
 # From this ratio of norms on, one is called much stronger.
 LOUD = 3.0
+# Part by which a sum may be stronger than its strongest LoRA without a word.
+_AS_LOUD = 0.005
 # Lists of block weights of each architecture, the shortest first; those of others are too long to show.
 _LISTS = {"sd1": (17, 26), "sd2": (17, 26), "sdxl": (12, 20, 26)}
 _LOWERED = "0.5"
@@ -92,6 +95,11 @@ class CompareReport:
     Attributes:
         norms: For each input, block id to the norm of its delta, strength included.
         sum_norms: The same of their plain sum: less than the inputs' where they fight.
+        louder: Block id to the norm of the sum as a multiple of that of its strongest LoRA there, at the
+            strength that this was given before ``normalize``.
+        louder_in: The same for ``"unet"`` and ``"te"`` as a whole.
+        quieter: For each input the strengths, ``name``, ``te`` and ``unet``, at which the sum is as strong as
+            its strongest LoRA is now; empty where it is no stronger, and after ``normalize``.
     """
 
     base_model: str
@@ -99,6 +107,9 @@ class CompareReport:
     pairs: Sequence[PairReport]
     norms: Sequence[Mapping[str, float]] = ()
     sum_norms: Mapping[str, float] = field(default_factory=dict)
+    louder: Mapping[str, float] = field(default_factory=dict)
+    louder_in: Mapping[str, float] = field(default_factory=dict)
+    quieter: Sequence[Mapping[str, Any]] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,16 +121,22 @@ class CompareReport:
             "ways, 50 % is chance. norms: how strong each is, strengths and block weights included.",
         ]
         pairs = [_pair_text(pair) for pair in self.pairs]
-        return "\n\n".join([f"Base model   {self.base_model}", *pairs, "\n".join(legend)])
+        together = _together_text(self)
+        return "\n\n".join([f"Base model   {self.base_model}", *pairs, *together, "\n".join(legend)])
+
+    @property
+    def loudest(self) -> tuple[str, float] | None:
+        """The block in which the sum is strongest beside its strongest LoRA, and by how much."""
+        return max(self.louder.items(), key=lambda entry: entry[1], default=None)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Squared norms in one layer: of each input, 0 where it has no part in it, and of their sum."""
+    """Squared norms in one layer: of each input, 0 where it has no part in it, and of LoRAs and their sum."""
 
     layer: LayerPlan
     inputs: Sequence[float]
-    total: float
+    loras: Sizes
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,8 @@ def compare(
     Raises:
         LoraMergeError: What a merge would refuse, too.
     """
+    lowered = plan.recipe.normalize is not None
+    plan = normalized(plan, progress=progress, cancel=cancel)
     pairs = list(combinations(range(len(plan.sources)), 2))
     with open_merger(plan) as merger:
 
@@ -159,12 +178,19 @@ def compare(
                 )
                 if built.weight is not None
             ]
-            return _look(layer, pairs, present, len(plan.sources)) if present else (None, [])
+            return _look(layer, pairs, present, merger.loras) if present else (None, [])
 
         by_layer = Work(progress, cancel).each_layer(plan, look, "compare")
     seen = [entry for _, entries in by_layer for entry in entries]
     sizes = [entry for entry, _ in by_layer if entry is not None]
     names = [entry.name for entry in plan.recipe.inputs]
+    louder_in = ratios((entry.loras for entry in sizes), lambda size: size.part)
+    loud = any(ratio > 1 + _AS_LOUD for ratio in louder_in.values()) and not lowered
+    louder = ratios((entry.loras for entry in sizes), lambda size: size.layer.block or "other")
+    if lowered:
+        parts = {entry.layer.block or "other": entry.loras.part for entry in sizes}
+        louder = {block: ratio / max(1.0, louder_in[parts[block]]) for block, ratio in louder.items()}
+        louder_in = {part: min(1.0, ratio) for part, ratio in louder_in.items()}
     return CompareReport(
         base_model=plan.architecture.label,
         names=names,
@@ -176,7 +202,14 @@ def compare(
             norms_by_block((entry.layer, entry.inputs[index]) for entry in sizes)
             for index in range(len(plan.sources))
         ],
-        sum_norms=norms_by_block((entry.layer, entry.total) for entry in sizes),
+        sum_norms=norms_by_block((entry.layer, entry.loras.total) for entry in sizes),
+        louder=louder,
+        louder_in=louder_in,
+        quieter=[
+            {"name": given.name, "te": given.te, "unet": given.unet}
+            for given in (quieter(entry, louder_in) for entry in plan.recipe.inputs)
+            if loud
+        ],
     )
 
 
@@ -198,13 +231,13 @@ def _look(
     layer: LayerPlan,
     pairs: Sequence[tuple[int, int]],
     present: Sequence[tuple[int, float, Delta]],
-    count: int,
+    loras: Sequence[int],
 ) -> tuple[_Sizes, list[_Seen]]:
     """What each pair has to do with each other in one layer; pairs without content there are left out.
 
     Args:
         present: Index, weight and delta of each input that has the layer.
-        count: Number of all inputs.
+        loras: The LoRA of each input of the plan.
     """
     deltas = [delta for _, _, delta in present]
     places = {index: place for place, (index, _, _) in enumerate(present)}
@@ -212,10 +245,11 @@ def _look(
     common = overlaps(deltas)
     products = common.products * weights[:, None] * weights
     vector = any(isinstance(delta, Dense) and delta.weight.dim() == 1 for delta in deltas)
-    squares = [0.0] * count
+    squares = [0.0] * len(loras)
     for index, place in places.items():
         squares[index] = max(0.0, float(products[place, place]))
-    sizes = _Sizes(layer, squares, max(0.0, float(products.sum())))
+    owners = [loras[index] for index, _, _ in present]
+    sizes = _Sizes(layer, squares, sizes_of(layer, products, owners, len(set(loras))))
     rows = [] if vector or len(deltas) < 2 else [sampled_rows(delta) for delta in deltas]
     seen = []
     for pair in pairs:
@@ -355,6 +389,20 @@ def _pair_text(pair: PairReport) -> str:
         *(_row(block, relation) for block, relation in pair.blocks.items()),
     ]
     return "\n".join(rows)
+
+
+def _together_text(report: CompareReport) -> list[str]:
+    """How strong the sum is beside its strongest LoRA."""
+    if len(report.names) < 2 or not report.louder_in:
+        return []
+    parts = ", ".join(f"{ratio:.2f} times ({PARTS[part]})" for part, ratio in report.louder_in.items())
+    rows = [f"Together     {parts} as strong as the strongest LoRA"]
+    if report.loudest is not None:
+        rows.append(f"             most in {report.loudest[0]}: {report.loudest[1]:.2f} times")
+    if report.quieter:
+        inputs = " ".join(f"{row['name']}:{row['te']:g}:{row['unet']:g}" for row in report.quieter)
+        rows.append(f"             no stronger at {inputs} (--normalize strongest)")
+    return ["\n".join(rows)]
 
 
 def _rounded(cosine: float) -> float:

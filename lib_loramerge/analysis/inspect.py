@@ -45,6 +45,8 @@ class InspectReport:
         host_versions: Program to the version of its code that this was read from.
         written_as: A tensor name as the merge would write it.
         norm_by_block: Block id to the Frobenius norm of its delta weights.
+        effective_rank_by_block: Block id to the mean over its layers of the exponential of the entropy of the
+            singular values, taken as shares of their sum (Roy and Vetterli 2007, The effective rank).
         kept_at_rank: Rank to the share of the whole norm that it would keep.
         numerical_rank: Largest and mean numerical rank over the layers.
     """
@@ -71,6 +73,7 @@ class InspectReport:
     notes: Sequence[str]
     norm: float
     norm_by_block: Mapping[str, float]
+    effective_rank_by_block: Mapping[str, float]
     kept_at_rank: Mapping[int, float]
     numerical_rank: Mapping[str, float]
     metadata: Mapping[str, str]
@@ -90,7 +93,7 @@ class InspectReport:
             ("Alphas", ", ".join(f"{alpha} ({count})" for alpha, count in list(self.alphas.items())[:8])),
             ("Stored as", ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())),
             ("Norm", f"{self.norm:.4g}"),
-            *(("", f"{block:<6}{value:10.4g}") for block, value in self.norm_by_block.items()),
+            *(("", self._block_text(block)) for block in self.norm_by_block),
             ("Norm kept", _listed(f"{percent(v)} at rank {rank}" for rank, v in self.kept_at_rank.items())),
             ("True rank", "up to {largest:.0f}, {mean:.1f} on average".format(**self.numerical_rank)),
             ("Written as", self.written_as),
@@ -105,6 +108,11 @@ class InspectReport:
               for index, key in enumerate(k for k in _SHOWN_METADATA if k in self.metadata)),
         ]  # fmt: skip
         return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+
+    def _block_text(self, block: str) -> str:
+        rank = self.effective_rank_by_block.get(block)
+        more = "" if rank is None else f"   effective rank {rank:.1f}"
+        return f"{block:<6}{self.norm_by_block[block]:10.4g}{more}"
 
 
 def inspect(
@@ -127,7 +135,7 @@ def inspect(
         FileError: Not readable, damaged, or not a LoRA.
     """
     source = open_source(path, model_id(base_model) if base_model is not None else None)
-    measured = _measure(source, base, cancel) if tensors else _Measured({}, {}, {}, [], [])
+    measured = _measure(source, base, cancel) if tensors else _Measured({}, {}, {}, [], [], {})
     whole = sum(measured.norm_sq.values())
     return InspectReport(
         file=str(path),
@@ -152,6 +160,9 @@ def inspect(
         notes=sorted({*source.notes(), *measured.notes}),
         norm=whole**0.5,
         norm_by_block={block: value**0.5 for block, value in sorted(measured.norm_sq.items())},
+        effective_rank_by_block={
+            block: sum(values) / len(values) for block, values in sorted(measured.effective.items())
+        },
         kept_at_rank=_curve(measured),
         numerical_rank={
             "largest": float(max(measured.ranks, default=0)),
@@ -172,11 +183,12 @@ class _Measured:
     kept_sq: dict[int, float]
     ranks: list[int]
     notes: list[str]
+    effective: dict[str, list[float]]
 
 
 def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | None) -> _Measured:
     checkpoint = BaseCheckpoint(base) if base is not None else None
-    measured = _Measured({}, {}, {}, [], [])
+    measured = _Measured({}, {}, {}, [], [], {})
     alphas: Counter[str] = Counter()
     try:
         with SourceReader(source, checkpoint) as reader:
@@ -207,6 +219,8 @@ def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | Non
                 measured.notes += notes
                 if values is not None:
                     _add_curve(measured, values, energy)
+                    if len(values):
+                        measured.effective.setdefault(block, []).append(_effective_rank(values))
             for part in (part for parts in source.layers.values() for part in parts):
                 key = part.part.slots.get("alpha")
                 alphas["none" if key is None else f"{float(reader.read(key).reshape(-1)[0]):g}"] += 1
@@ -223,6 +237,11 @@ def _add_curve(measured: _Measured, values: torch.Tensor, energy: float) -> None
     for rank in CURVE_RANKS:
         kept = float(squares[:rank].sum()) if rank < len(squares) else energy
         measured.kept_sq[rank] = measured.kept_sq.get(rank, 0.0) + kept
+
+
+def _effective_rank(values: torch.Tensor) -> float:
+    shares = values.double() / values.double().sum()
+    return float(torch.special.entr(shares).sum().exp())
 
 
 def _curve(measured: _Measured) -> dict[int, float]:

@@ -14,6 +14,7 @@ from ..files import size_text
 from ..merge import LayerPlan, MergePlan, open_source, plan_merge
 from ..merge.input_notes import input_notes
 from ..merge.layer import open_merger
+from ..merge.loudness import normalized
 from ..models import CheckpointKey, component
 from ..recipe import MergeRecipe
 from .baking import Bake, BakeSettings
@@ -46,6 +47,7 @@ def prepare_bake(
         checkpoint = stack.enter_context(Checkpoint(base, settings.encoders))
         recipe = _for_checkpoint(recipe, checkpoint, find)
         plan = plan_merge(recipe, find=find, presets=presets, base=base, check_hashes=check_hashes, stop=stop)
+        plan = normalized(plan, cancel=_asking(stop))
         merger = stack.enter_context(open_merger(plan))
         for reader in merger.readers:
             reader.base = checkpoint  # It has the separate text encoders, too.
@@ -77,6 +79,11 @@ def prepare_bake(
             notes,
             unchanged=merger.check_unchanged,
         )
+
+
+def _asking(stop: Callable[[], None] | None) -> Callable[[], bool] | None:
+    """``stop`` for work that asks: it raises by itself."""
+    return stop and (lambda: bool(stop()))
 
 
 def _ema_note(checkpoint: Checkpoint, settings: BakeSettings) -> list[str]:

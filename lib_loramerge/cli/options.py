@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, RecipeError
-from ..recipe import SETTINGS, MergeRecipe, Param, parse_rank
+from ..recipe import NORMALIZE, SETTINGS, MergeRecipe, Param, parse_rank
 
 if TYPE_CHECKING:
     from ..blocks import Presets
@@ -102,8 +102,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         for param in method.params:
             owners.setdefault(param.name, []).append((method.name, param))
     group = parser.add_argument_group("parameters of merge methods")
+    settings = {entry.flag for entry in SETTINGS.values()}
     for name, uses in owners.items():
         param = uses[0][1]
+        if f"--{name}" in settings:
+            continue  # One option for both, see `given_fields`: their words differ.
         defaults = " or ".join(sorted({str(use.default) for _, use in uses}))
         text = f"{param.help} For {', '.join(owner for owner, _ in uses)}; default {defaults}."
         group.add_argument(
@@ -122,9 +125,16 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name.startswith("param_") and value is not None
     }
+    if not _are_words(fields.get("normalize"), NORMALIZE):
+        params["normalize"] = fields.pop("normalize")
     if params:
         fields["params"] = params
     return fields
+
+
+def _are_words(value: object, words: Sequence[str]) -> bool:
+    """Whether an option was not given, or holds words of a setting; a sweep has lists of them."""
+    return value is None or all(word in words for word in (value if isinstance(value, list) else [value]))
 
 
 def target_of(options: argparse.Namespace, folder: Path | None = None) -> Path | None:

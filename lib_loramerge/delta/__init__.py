@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .cache import Cache
-from .core import NOISE, Spectrum, decompose, truncate
-from .counted import all_values
+from .core import NOISE, Spectrum, added_to_parts, decompose, truncate
+from .counted import all_values, is_counted
 from .dense import decompose_dense
 from .fair import directions
 from .measure import (
     Overlaps,
+    added_by_components,
     conflict_of,
     inner,
     inner_products,
@@ -57,6 +58,8 @@ __all__ = [
     "Overlaps",
     "Spectrum",
     "Stored",
+    "added_by_components",
+    "added_to_parts",
     "all_values",
     "as_double",
     "available_cores",
@@ -73,6 +76,7 @@ __all__ = [
     "helpful_threads",
     "inner",
     "inner_products",
+    "is_counted",
     "largest",
     "last_digits",
     "lost_of_inputs",

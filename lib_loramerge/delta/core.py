@@ -309,6 +309,25 @@ def lost_by_all(spectra: Sequence[Spectrum], mixings: tuple[Tensor, Tensor]) -> 
     return lost_of_parts(small, gains, sums[0][1].parts, *mixings)
 
 
+def added_to_parts(spectrum: Spectrum) -> tuple[Tensor, Tensor] | None:
+    """What each singular component of a sum holds of each of its parts.
+
+    Returns:
+        (parts, k) inner products of every part with every component; and (parts, 2) each part's inner
+        product with the sum, and its squared norm. None where the spectrum lacks what that takes.
+    """
+    source, small = spectrum.source, spectrum.small
+    if small is None or spectrum.mixing is None or not isinstance(source, LowRank):
+        return None
+    left, right = spectrum.mixing(spectrum.rank)
+    gains, parts = source.component_gains(), list(source.parts)
+    rows = gains[:, None] * (small.up @ left) * (small.down @ right)
+    added = torch.stack([part.sum(0) for part in rows.split(parts)])
+    product = gains[:, None] * small.up * small.down * gains
+    whole = torch.stack([part.sum() for part in product.sum(1).split(parts)])
+    return added, torch.stack([whole, lost_of_parts(small, gains, parts, None, None)[:, 1]], 1)
+
+
 def cancelled(energy: float, size: float) -> bool:
     """Whether the inputs cancel so far that Gram matrices lose most digits of their sum."""
     return size > 0 and energy <= (CANCELLED * size) ** 2

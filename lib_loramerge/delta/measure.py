@@ -136,6 +136,24 @@ def lost_of_inputs(deltas: Sequence[Delta], weights: Sequence[float], written: D
     return torch.stack([rest, products.diagonal()], 1)
 
 
+def added_by_components(deltas: Sequence[Delta], weights: Sequence[float], best: LowRank) -> Tensor:
+    """(n, k) float64 on the CPU: each weighted delta's inner product with every component of ``best``.
+
+    Args:
+        deltas: Of the shape of ``best``, on its device.
+        weights: One strength per delta.
+    """
+    gains, rows = best.component_gains().to(best.up.device), []
+    for delta, weight in zip(deltas, weights, strict=True):
+        if isinstance(delta, LowRank):
+            own = delta.component_gains().to(best.up.device)
+            row = own @ (cross(delta.up.mT, best.up.mT) * cross(delta.down, best.down))
+        else:
+            row = ((delta.weight.double() @ best.down.double().mT) * best.up.double()).sum(0)
+        rows.append(weight * row * gains)
+    return torch.stack(rows).cpu()
+
+
 def squared_distance(exact: LowRank, written: LowRank) -> float:
     """Squared Frobenius distance of two low-rank deltas on one device, true also where it is tiny."""
     if exact.rank + written.rank >= min(exact.out, exact.in_):

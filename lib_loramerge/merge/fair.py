@@ -23,10 +23,10 @@ from ..delta import (
     Dense,
     LowRank,
     Spectrum,
+    added_by_components,
     decompose,
     decompose_dense,
     directions,
-    inner,
     lost_of_inputs,
     truncate,
 )
@@ -46,12 +46,15 @@ class _Looked:
     Attributes:
         spectrum: Its singular values; None where it is written whole.
         own: (2 n,) squared norm of each LoRA's part, twice.
+        shift: (2 n,) what is to be added to the shares: all of them together make the inner product with the
+            sum, and 1 is the share of a LoRA of which nothing is lacking.
         matrices: (2 n, m, m) float32, see ``Directions``; None where the layer keeps its singular vectors:
         shares: (2 n, k) what each of these adds to each LoRA.
     """
 
     spectrum: Spectrum | None
     own: np.ndarray
+    shift: np.ndarray | float = 0.0
     matrices: Tensor | None = None
     shares: np.ndarray | None = None
 
@@ -81,12 +84,15 @@ def look(merger: Merger, layer: LayerPlan) -> _Looked:
         found = directions(merged, owners, count)
         if found is not None:
             spectrum = decompose(merged, small=found.small, vectors=False)
-            return _Looked(spectrum, np.tile(found.own.numpy(), 2), found.matrices.float())
-    signed = lost_of_inputs(deltas, weights, None)[:, 1].clamp(min=0).sqrt()
-    own = np.zeros(count)
+            apart = found.own - found.matrices[:count].diagonal(dim1=1, dim2=2).sum(1)
+            shift = np.concatenate([apart.numpy(), np.zeros(count)])
+            return _Looked(spectrum, np.tile(found.own.numpy(), 2), shift, found.matrices.float())
+    whole, signed = (column.numpy() for column in lost_of_inputs(deltas, weights, None).T)
+    own, apart_of = np.zeros(count), np.zeros(count)
     for owner in set(owners):
         picked = [place for place, other in enumerate(owners) if other == owner]
-        own[owner] = float(sum(np.sign(weights[place]) * signed[place] for place in picked)) ** 2
+        own[owner] = sum(np.sign(weights[place]) * max(0.0, signed[place]) ** 0.5 for place in picked) ** 2
+        apart_of[owner] = own[owner] - whole[picked].sum()
     own = np.tile(own, 2)
     if not isinstance(merged, LowRank) and layer.rank is None:
         return _Looked(None, own)
@@ -95,14 +101,11 @@ def look(merger: Merger, layer: LayerPlan) -> _Looked:
     if len(given) == 1:
         shares[owners[0]] = spectrum.values.numpy() ** 2
     elif spectrum.rank:
-        best = truncate(spectrum, spectrum.rank)
+        added = added_by_components(deltas, weights, truncate(spectrum, spectrum.rank)).numpy()
         for place, owner in enumerate(owners):
-            for rank in range(spectrum.rank):
-                one = LowRank(best.up[:, rank : rank + 1], best.down[rank : rank + 1], 1.0, best.kernel)
-                shares[owner, rank] += weights[place] * inner(deltas[place], one)
-    return _Looked(
-        replace(spectrum, source=None, mixing=None, small=None), own, None, np.tile(shares, (2, 1))
-    )
+            shares[owner] += added[place]
+    known = replace(spectrum, source=None, mixing=None, small=None)
+    return _Looked(known, own, np.tile(apart_of, 2), None, np.tile(shares, (2, 1)))
 
 
 def allot(plan: MergePlan, looked: Sequence[_Looked], name: str) -> Allotment:
@@ -127,7 +130,7 @@ class _Search:
         self.there = self.own > 0
         pairs = [(layer, entry) for layer, entry in zip(plan.layers, looked, strict=True) if entry.spectrum]
         self.layers, self.looked = [layer for layer, _ in pairs], [entry for _, entry in pairs]
-        self.base = self.own - np.sum([entry.own for entry in self.looked], axis=0)
+        self.base = self.own - np.sum([entry.own - entry.shift for entry in self.looked], axis=0)
         self.budget = None if recipe.size is None else int(recipe.size * 1_000_000) - costs.fixed
 
     def best(self) -> tuple[dict[str, int], np.ndarray | None]:

@@ -75,6 +75,13 @@ def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe:
     ]
 
 
+def loudness_notes(recipe: MergeRecipe) -> list[str]:
+    """What ``normalize`` will do to the strengths."""
+    if recipe.normalize is None:
+        return []
+    return ["All strengths will be lowered until the sum is no stronger than its strongest LoRA."]
+
+
 def unused_rank_notes(recipe: MergeRecipe, method: MergeMethod) -> list[str]:
     """A method that keeps all ranks passes over a rank, which its user should know."""
     if method.uses_rank or (isinstance(recipe.rank, str) and recipe.conv_rank is None):

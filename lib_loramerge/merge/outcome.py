@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..report import (
 )
 from .layout import WORTH, MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
-from .merged import Lost, MergedLayer
+from .merged import MergedLayer
 
 _KNOWN = 1e-3  # Part of an error up to which it may be off without being called an upper bound.
 
@@ -166,21 +166,24 @@ def _smaller(plan: MergePlan, merged: Sequence[MergedLayer], size: int) -> dict[
     lost = [rows for _, rows in known if rows is not None]
     if len(lost) == len(cuts):
         rows = [(entry.result.layer, own) for entry, own in zip(merged, lost)]
-        kept = [_kept(plan, index, rows, models.component)[""] for index in range(len(plan.sources))]
+        kept = [shares_kept(plan, index, rows, models.component)[""] for index in range(len(plan.sources))]
         found["kept"] = min(kept)
         found["weakest"] = plan.sources[kept.index(min(kept))].path.stem
     return found
 
 
-def _kept(
-    plan: MergePlan, index: int, merged: Sequence[tuple[str, Lost]], part_of: Callable[[str], str]
-) -> dict[str, float]:
+def shares_kept(
+    plan: MergePlan,
+    index: int,
+    merged: Iterable[tuple[str, Iterable[tuple[int, Any, float]]]],
+    part_of: Callable[[str], str],
+) -> dict[str, Any]:
     """Share of an input that is in the file, by part of it and, under an empty name, as a whole.
 
     A LoRA that was given several times is judged as one, at the sum of its strengths.
 
     Args:
-        merged: Layers, and what each lacks of its inputs.
+        merged: Layers, and what each lacks of its inputs, as in ``Lost``; arrays of several cuts give arrays.
         part_of: Part of a layer.
     """
     chosen = plan.sources[index]
@@ -195,7 +198,7 @@ def _kept(
         for (source, _, _), weight in zip(layer.inputs, layer.weights, strict=True)
         if weight < 0 and source in same
     }
-    sums: dict[str, list[float]] = {"": [0.0, 0.0]}
+    sums: dict[str, list[Any]] = {"": [0.0, 0.0]}
     for layer, rows in merged:
         own = [row for row in rows if row[0] in same]
         lost = sum(row[1] for row in own)
@@ -210,9 +213,9 @@ def _input_report(
     plan: MergePlan, index: int, source_hash: str, merged: Sequence[MergedLayer]
 ) -> InputReport:
     entry, rows = plan.sources[index], [(layer.result.layer, layer.lost) for layer in merged]
-    kept = _kept(plan, index, rows, models.component)
+    kept = shares_kept(plan, index, rows, models.component)
     blocks = {layer.layer: layer.block or "other" for layer in plan.layers}
-    by_block = _kept(plan, index, rows, lambda layer: blocks.get(layer, "other"))
+    by_block = shares_kept(plan, index, rows, lambda layer: blocks.get(layer, "other"))
     whole = by_block.pop("")
     worst = min(by_block, key=by_block.__getitem__, default=None) if whole < WHOLE else None
     return InputReport(

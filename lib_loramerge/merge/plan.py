@@ -20,7 +20,7 @@ from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .base_model import decide
 from .host_notes import host_notes
 from .host_target import for_the_host, spelling_for
-from .input_notes import device_notes, input_notes, rank_notes, unused_rank_notes
+from .input_notes import device_notes, input_notes, loudness_notes, rank_notes, unused_rank_notes
 from .layout import LayerPlan, MergePlan, SourcePlan, predicted_bytes
 from .plan_layers import base_checkpoint, plan_layers
 from .sources import Source, open_source
@@ -98,6 +98,7 @@ def plan_merge(
             *rank_notes(plans, layers, recipe),
             *unused_rank_notes(recipe, method),
             *device_notes(recipe),
+            *loudness_notes(recipe),
             *notes,
             *clashes,
             *host_notes(architecture, spelling, recipe.host, layers, len(embeddings)),
@@ -142,6 +143,11 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
         raise RecipeError(
             f"{rule} shares out the exact sum, and mode {method.name} makes something else. Leave it out, or "
             "use mode svd."
+        )
+    if recipe.normalize is not None and not method.exact:
+        raise RecipeError(
+            f"normalize brings down the exact sum, and mode {method.name} makes something else. Leave it "
+            "out, or use mode svd."
         )
     return method, params
 

@@ -21,6 +21,7 @@ from ..report import MergeReport
 from . import fair
 from .layer import Merger, open_merger
 from .layout import LayerPlan, MergePlan, file_costs, merged_metadata, needs_one_rank, zero_layer
+from .loudness import normalized
 from .merged import MergedLayer
 from .outcome import merge_report
 from .read import Shared, SourceReader
@@ -67,6 +68,7 @@ def run_merge(
     clock, work = _Clock(), Work(progress, cancel, workers)
     check_target(output, overwrite)
     refuse_inputs(output, plan.files())
+    plan = normalized(plan, progress=progress, cancel=cancel)
     check_space(output.parent, plan.predicted_bytes)
     with ExitStack() as stack:
         merger = stack.enter_context(open_merger(plan, shared.cache if shared else None))

@@ -31,6 +31,7 @@ HOSTS = (
         if path.stem not in _FIRST
     ),
 )
+NORMALIZE = ("none", "strongest")
 RANK_WORDS = ("auto", "same", "full")
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 
@@ -87,6 +88,10 @@ def _check_device(value: object) -> str:
     if not (isinstance(value, str) and _DEVICE.fullmatch(value)):
         raise RecipeError(f"device must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {shown(value)}.")
     return value
+
+
+def _check_normalize(value: object) -> str | None:
+    return None if check_choice("normalize", value, NORMALIZE) == NORMALIZE[0] else NORMALIZE[1]
 
 
 def _check_retain(value: object) -> float:
@@ -256,6 +261,16 @@ class MergeRecipe:
         kind=bool,
         commands=("merge",),
         label="Fair to the weaker LoRA",
+    )
+    normalize: str | None = setting(
+        None,
+        _check_normalize,
+        "strongest lowers all strengths by one factor until the sum is no stronger than its strongest LoRA",
+        words=NORMALIZE,
+        metavar="none|strongest",
+        commands=("merge", "bake", "compare", "advise"),
+        label="Strength of the sum",
+        labels={"": "As the strengths say", "strongest": "That of the strongest LoRA"},
     )
     seed: int = setting(
         0,

@@ -16,6 +16,7 @@ from lib_loramerge.errors import LoraMergeError, OutputError
 from lib_loramerge.files import check_target, free_space, make_folder, model_hash, read_header
 from lib_loramerge.files.place import write_whole
 from lib_loramerge.merge import MergePlan, Progress, Shared, plan_merge, run_merge
+from lib_loramerge.merge.loudness import normalized
 from lib_loramerge.metadata import read_recipe
 from lib_loramerge.recipe import MergeRecipe, from_json, to_json
 from lib_loramerge.report import percent
@@ -152,6 +153,7 @@ def _same(path: Path, plan: MergePlan, hash_of: Callable[[Path], str]) -> bool:
     stored = read_recipe(read_header(path).metadata)
     if stored is None:
         return False
+    plan = normalized(plan)
     inputs = tuple(
         replace(entry, hash=hash_of(source.path))
         for entry, source in zip(plan.recipe.inputs, plan.sources, strict=True)

@@ -121,6 +121,11 @@ class Looks:
             raise ConflictError(f"{MAX_WAITING} analyses are waiting already. Try again in a while.")
         return look
 
+    def known(self, plan: MergePlan) -> AdviceReport | None:
+        """What a look found out about the ranks of a plan, where that was asked before."""
+        found: AdviceReport | None = self._memory.find(identity(plan, "advise"))
+        return found
+
     def get(self, look_id: str) -> Look | None:
         return self._line.get(look_id)
 
@@ -265,7 +270,8 @@ def identity(plan: MergePlan, kind: str) -> Hashable:
     """Equal for two plans of which this kind of look finds the same."""
     recipe = to_json(plan.recipe)
     recipe.pop("device", None)
-    subject = {"inspect": None, "compare": recipe["inputs"], "advise": recipe}[kind]
+    loud = recipe["inputs"], recipe.get("normalize")
+    subject = {"inspect": None, "compare": loud, "advise": recipe}[kind]
     files = stamps((*(entry.path for entry in plan.sources), plan.base))
     return (kind, files, json.dumps(subject, sort_keys=True, default=str))
 
@@ -293,6 +299,10 @@ class _Memory:
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def find(self, key: Hashable) -> Any:
+        """What is known; None where nothing is."""
+        return self._known.get(key)
 
     def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._known:

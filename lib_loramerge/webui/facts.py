@@ -18,6 +18,7 @@ from .origins import changed_sources
 if TYPE_CHECKING:
     from ..merge import Source
     from ..methods import MergeMethod
+    from .analyse import Looks
     from .host import Host
 
 
@@ -75,12 +76,20 @@ class _Draft:
     taken: str = ""
     replaced: tuple[str, ...] = ()
     overwrite: bool = False
+    looks: Looks | None = None
 
 
-def gather(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod]) -> Facts:
-    """Look at every row and at the whole; never raises for what a user typed."""
+def gather(
+    form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod], looks: Looks | None = None
+) -> Facts:
+    """Look at every row and at the whole; never raises for what a user typed.
+
+    Args:
+        looks: What was analysed before.
+    """
     reading = read_form(form, host, methods)
-    draft = _Draft(problems=dict(reading.problems), overwrite=may_overwrite(form, host.loras()))
+    overwrite = may_overwrite(form, host.loras())
+    draft = _Draft(problems=dict(reading.problems), overwrite=overwrite, looks=looks)
     bake = baking.is_bake(form)
     if not bake:
         _check_base(form, host, draft)
@@ -202,11 +211,13 @@ def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
     from . import forecast  # Not at the WebUI's start, see extension.py.
 
     expected = forecast.seconds(plan)
+    less = forecast.less_of(plan, None if draft.looks is None else draft.looks.known(plan))
     return render.plan_facts(
         plan,
         [*_changed(reading, host, draft), *warnings],
-        forecast.notes(plan),
+        forecast.notes(plan, None if less is None or "error" in less else less),
         expected if expected >= forecast.WORTH_TELLING else 0.0,
+        less,
     )
 
 

@@ -10,9 +10,10 @@ import math
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..delta import available_cores
 from ..merge.layout import predicted_bytes, smaller
@@ -20,6 +21,7 @@ from ..report import percent
 from .render import size_text, time_text
 
 if TYPE_CHECKING:
+    from ..analysis import AdviceReport
     from ..merge import MergePlan
     from ..merge.layout import LayerPlan
 
@@ -114,10 +116,28 @@ def _layer(layer: LayerPlan, rank: int | None) -> float:
     return work + short * long * _RANK * rank
 
 
-def notes(plan: MergePlan) -> list[str]:
-    """Sentences on what the rank rule may lose, and on a time that another rule makes far shorter."""
+def less_of(plan: MergePlan, advice: AdviceReport | None = None) -> dict[str, Any] | None:
+    """A smaller file than the default makes: ``rank`` and ``size_bytes``.
+
+    Args:
+        advice: What is known about the ranks; then ``error``, and what is ``kept`` of the ``weakest`` LoRA.
+    """
+    less: dict[str, Any] | None = smaller(plan) if plan.recipe.rank == "auto" else None
+    point = next((p for p in advice.uniform if p.rank == less["rank"]), None) if advice and less else None
+    if less is None or point is None:
+        return less
+    name, kept = min(point.kept_of.items(), key=lambda entry: entry[1], default=("", None))
+    known = {} if kept is None else {"kept": kept, "weakest": name}
+    return {"rank": point.rank, "size_bytes": point.size_bytes, "error": point.error, **known}
+
+
+def notes(plan: MergePlan, less: Mapping[str, Any] | None = None) -> list[str]:
+    """Sentences on what the rank rule may lose, and on a time that another rule makes far shorter.
+
+    Args:
+        less: A smaller file of which it is not known what it loses.
+    """
     found = [_loss(plan)]
-    less = smaller(plan) if plan.recipe.rank == "auto" else None
     if less is not None:
         size = size_text(less["size_bytes"])
         found.append(f"At rank {less['rank']} the file would have {size}. Press Analyse for what that loses.")

@@ -285,6 +285,8 @@ def _read_how(
             problems["rank_rule"] = str(error)
     if method is not None and not (method.uses_rank and method.exact):
         settings["fair"] = False  # Its control is hidden.
+    if method is not None and not method.exact:
+        settings["normalize"] = None  # So is this one.
     if method is not None:
         settings["params"] = {}
         for param in method.params:

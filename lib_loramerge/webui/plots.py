@@ -66,8 +66,8 @@ def png(figure: Any) -> bytes:
 
 
 def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> Any:
-    """Norm by block of each file, and the share of the norm that each rank keeps."""
-    figure, (left, right) = _figure(1, 2, theme, size=(12, 4.2))
+    """Norm and effective rank by block of each file, and the share of the norm that each rank keeps."""
+    figure, (left, middle, right) = _figure(1, 3, theme, size=(16, 4.2))
     blocks = sorted({block for report in reports for block in report.norm_by_block}, key=_block_order)
     names = [_short(Path(report.file).stem) for report in reports]
     _bars(left, blocks, [(name, report.norm_by_block) for name, report in zip(names, reports)])
@@ -75,6 +75,9 @@ def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> An
         colour = _COLOURS[index % len(_COLOURS)]
         right.plot(*_curve(report.kept_at_rank), marker="o", color=colour, label=label)
     left.set_ylabel("norm of the delta weights")
+    ranked = [(name, report.effective_rank_by_block) for name, report in zip(names, reports)]
+    _bars(middle, [block for block in blocks if any(block in own for _, own in ranked)], ranked)
+    middle.set_ylabel("effective rank, mean of the layers")
     _rank_axis(right, sorted({int(rank) for report in reports for rank in report.kept_at_rank}))
     right.set_xlabel("rank")
     right.set_ylabel("share of the norm kept")
@@ -112,9 +115,15 @@ def compare_figure(
 
 
 def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
-    """The spectrum, error against rank and against file size with the chosen point, and what blocks keep."""
-    figure, axes = _figure(2, 2, theme, size=(13, 8.4))
-    (spectrum, by_rank), (by_size, by_block) = axes
+    """The spectrum, error against rank and against file size with the chosen point, and what blocks keep.
+
+    Above them, for several LoRAs, what is kept of each.
+    """
+    shared = bool(report.uniform) and len(report.uniform[0].kept_of) > 1
+    figure, axes = _figure(2 + shared, 2, theme, size=(13, 8.4 + 4.2 * shared))
+    if shared:
+        _shares(axes[0], report, theme)
+    (spectrum, by_rank), (by_size, by_block) = axes[-2:]
     _spectrum(spectrum, report)
     ranks = [point.rank for point in report.uniform]
     errors = [point.error for point in report.uniform]
@@ -133,6 +142,25 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
     _legend(by_size, theme)
     _kept_map(figure, by_block, report, theme)
     return figure
+
+
+def _shares(axes: Any, report: AdviceReport, theme: str) -> None:
+    """What is kept of each LoRA, against the rank of all layers and against the file size."""
+    by_rank, by_size = axes
+    for index, name in enumerate(report.uniform[0].kept_of):
+        look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
+        shares = [point.kept_of[name] for point in report.uniform]
+        label = _short(Path(name).stem)
+        by_rank.plot([point.rank for point in report.uniform], shares, marker="o", label=label, **look)
+        sizes = [point.size_bytes / 1e6 for point in report.allotted]
+        by_size.plot(sizes, [point.kept_of[name] for point in report.allotted], label=label, **look)
+    _rank_axis(by_rank, [point.rank for point in report.uniform])
+    by_rank.set_xlabel("rank of all layers")
+    by_size.set_xlabel("file size, MB, ranks allotted")
+    for axis in axes:
+        axis.set_ylabel("share kept of each LoRA")
+        axis.set_ylim(top=1.04)
+    _legend(by_rank, theme, "lower right")
 
 
 def sweep_figure(rows: Sequence[Mapping[str, Any]], theme: str = "light") -> Any:

@@ -174,13 +174,18 @@ def row_facts(source: Source, fits: bool = True, picture: str = "") -> str:
 
 
 def plan_facts(
-    plan: MergePlan, warnings: Sequence[str], notes: Sequence[str] = (), expected: float = 0.0
+    plan: MergePlan,
+    warnings: Sequence[str],
+    notes: Sequence[str] = (),
+    expected: float = 0.0,
+    less: Mapping[str, Any] | None = None,
 ) -> str:
     """What will come out, before anything is computed.
 
     Args:
         notes: Sentences to know that are no warnings.
         expected: Seconds that the merge takes; 0 where that is not worth a word.
+        less: A smaller file: its ``rank`` and, where it is known, what it costs and loses.
     """
     facts = plan.to_json()
     upper = "" if facts["ranks_known"] else say("at most") + " "
@@ -194,7 +199,13 @@ def plan_facts(
     ]
     if expected:
         rows.append((say("Time"), f"{say('about')} {time_text(expected)}"))
-    return table(rows) + note_box(notes) + warning_box((*facts["warnings"], *facts["skipped"], *warnings))
+    offered = ""
+    if less is not None and "error" in less:
+        rows.append((say("A smaller file"), _smaller(less)))
+    elif less is not None:
+        offered = f'<div class="lm-buttons">{offer(say("Use this rank"), rank=less["rank"])}</div>'
+    said = warning_box((*facts["warnings"], *facts["skipped"], *warnings))
+    return table(rows) + note_box(notes) + offered + said
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
@@ -264,7 +275,17 @@ def _smaller(smaller: Mapping[str, Any]) -> str:
     if "kept" in smaller:
         kept = percent(max(0.0, smaller["kept"]))
         parts.append(f"{say('least kept of')} {foreign(smaller['weakest'])}: {kept}")
-    return dots(parts)
+    return dots([*parts, offer(say("Use this rank"), rank=smaller["rank"])])
+
+
+def offer(text: str, **wanted: Any) -> str:
+    """A button that puts a rank, a size in MB or the strength of the sum into the form.
+
+    Args:
+        text: What it says, HTML already.
+    """
+    data = foreign(json.dumps(wanted))
+    return f'<button type="button" class="lm-button lm-use" data-use="{data}">{text}</button>'
 
 
 def details(title: str, body: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.advise import weakest
 from ..errors import LoraMergeError
-from ..report import percent
+from ..merge.loudness import PARTS
+from ..report import WELL_KEPT, percent
 from .analyse import MAX_COMPARED
-from .render import ERROR_MEANS, error_box, foreign, note_box, say, size_text, time_text
+from .render import ERROR_MEANS, error_box, foreign, note_box, offer, say, size_text, time_text
 
 if TYPE_CHECKING:
     from ..analysis import AdviceReport, CompareReport, InspectReport
@@ -18,7 +21,12 @@ if TYPE_CHECKING:
     from ..merge import MergePlan
     from .analyse import Look
 
+KEPT_MEANS = (
+    "Kept of a LoRA is how much of it, at its strength, is in the file: 100 % is all, 0 % as if it had not "
+    "been merged. A weak LoRA beside a strong one can be lost although the error of the sum is small."
+)
 PAIRS_OPEN = 4
+MOST_COLUMNS = 5  # LoRAs with a column of their own.
 NO_ERROR = 1e-6
 SOON = 5.0  # Seconds; a shorter rest is not shown.
 STAGES = {
@@ -29,12 +37,13 @@ STAGES = {
 }
 # Kind of picture: what it shows, for people who cannot see it.
 PICTURES = {
-    "inspect": "Chart: norm of each file by block, and the share of the norm that each rank keeps.",
+    "inspect": "Charts: norm and effective rank of each file by block, and the share of the norm that each "
+    "rank keeps.",
     "compare": "Bars: how strong each LoRA, their sum and the result of the mode are, by block. "
     "Map: where two LoRAs agree (blue) and where they pull against each other (red), "
     "by block and kind of layer.",
-    "advise": "Charts: how fast the components fall off, error against rank, error against file size, "
-    "and what each block keeps.",
+    "advise": "Charts: what is kept of each LoRA against rank and file size, how fast the components fall "
+    "off, error against rank and file size, and what each block keeps.",
 }
 
 
@@ -97,8 +106,13 @@ def look_page(look: Look) -> str:
     if found.compare is not None:
         body = _verdicts(found.compare)
         parts.append(_part(say("How they get on"), body, "compare", found.pictures))
-    if found.advise is not None:
-        parts.append(_part(say("Which rank is needed"), _advice(found.advise), "advise", found.pictures))
+    if found.advise is not None and len(found.advise.uniform[0].kept_of if found.advise.uniform else ()) > 1:
+        parts.append(_part(say("Which rank is needed"), _targets(found.advise)))
+        body = note_box([KEPT_MEANS]) + _ranks(found.advise)
+        parts.append(_part(say("What a rank keeps of each LoRA"), body, "advise", found.pictures))
+    elif found.advise is not None:
+        body = _targets(found.advise) + _ranks(found.advise)
+        parts.append(_part(say("Which rank is needed"), body, "advise", found.pictures))
     if found.inspect:
         parts.append(_part(say("What is in each file"), _files(found.inspect), "inspect", found.pictures))
     return f'<div class="lm-result lm-analysis" data-look="{foreign(look.id)}">{"".join(parts)}</div>'
@@ -114,7 +128,8 @@ def _head(plan: MergePlan) -> str:
     )
 
 
-def _part(title: str, body: str, kind: str, pictures: Mapping[str, bytes]) -> str:
+def _part(title: str, body: str, kind: str = "", pictures: Mapping[str, bytes] | None = None) -> str:
+    pictures = pictures or {}
     return f'<section class="lm-part"><h4>{title}</h4>{body}{_picture(kind, pictures)}</section>'
 
 
@@ -142,7 +157,28 @@ def _verdicts(report: CompareReport) -> str:
     rest = "".join(_pair(pair) for pair in pairs[PAIRS_OPEN:])
     if rest:
         shown += f'<details class="lm-details"><summary>{say("More pairs")}</summary>{rest}</details>'
-    return shown
+    return shown + _together(report)
+
+
+def _together(report: CompareReport) -> str:
+    """How strong the sum is beside its strongest LoRA, and the strengths at which it is no stronger."""
+    if len(report.names) < 2 or not report.louder_in:
+        return ""
+    shown = [f"<i>{say(PARTS[part])}</i> {ratio:.2f} ×" for part, ratio in report.louder_in.items()]
+    if report.loudest is not None:
+        shown.append(f"<i>{say('most in')} {foreign(report.loudest[0])}</i> {report.loudest[1]:.2f} ×")
+    cells = "".join(f"<span>{cell}</span>" for cell in shown)
+    offered = ""
+    if report.quieter:
+        rows = [[row["name"], row["te"], row["unet"]] for row in report.quieter]
+        numbers = ", ".join(
+            f"{foreign(name)} {unet:g}" + (f" ({say('text encoder')} {te:g})" if te != unet else "")
+            for name, te, unet in rows
+        )
+        button = offer(say("Lower all strengths to that"), normalize="strongest")
+        offered = f'<div class="lm-buttons">{button}<span class="lm-quiet">{numbers}</span></div>'
+    title = say("The sum beside its strongest LoRA")
+    return f'<div class="lm-pair"><b>{title}</b><div class="lm-blocks">{cells}</div>{offered}</div>'
 
 
 def _pair(pair: PairReport) -> str:
@@ -165,25 +201,58 @@ def _pair(pair: PairReport) -> str:
     )
 
 
-def _advice(report: AdviceReport) -> str:
-    targets = "".join(
+def _targets(report: AdviceReport) -> str:
+    """The smallest rank and file for some errors, each a click away."""
+    rows = "".join(
         f"<tr><td>{foreign(percent(float(target)))}</td><td><b>{rank}</b></td>"
-        f"<td>{size_text(report.smallest_size[target])}</td></tr>"
+        f"<td>{size_text(report.smallest_size[target])}</td>"
+        f"<td>{offer(say('Use this rank'), rank=rank)} "
+        f"{offer(say('Use this size'), size=_megabytes(report.smallest_size[target]))}</td></tr>"
         for target, rank in report.smallest_rank.items()
     )
-    smallest = _table(
-        (say("Error at most"), say("Rank of all layers"), say("File, ranks allotted")), targets, "targets"
-    )
-    points = "".join(
-        f"<tr><td>{point.rank}</td><td>{size_text(point.size_bytes)}</td><td>{_error(point.error)}</td></tr>"
-        for point in report.uniform
-    )
-    every = _table((say("Rank"), say("File size"), say("Error")), points, "ranks")
+    heads = (say("Error at most"), say("Rank of all layers"), say("File, ranks allotted"), "")
     true = (
         f'<div class="lm-quiet">{say("True rank, at most")} {report.numerical_rank} · '
         f"{say('on average')} {report.mean_rank:.1f}</div>"
     )
-    return f'<div class="lm-tables">{smallest}{every}</div>{note_box([ERROR_MEANS])}{true}'
+    return f'<div class="lm-tables">{_table(heads, rows, "targets")}</div>{note_box([ERROR_MEANS])}{true}'
+
+
+def _megabytes(count: int) -> float:
+    """In MB, rounded up to a kilobyte."""
+    return math.ceil(count / 1000) / 1000
+
+
+def _ranks(report: AdviceReport) -> str:
+    """What every rank costs, loses, and keeps of each LoRA."""
+    names = list(report.uniform[0].kept_of) if report.uniform else []
+    each = 1 < len(names) <= MOST_COLUMNS
+    body = ""
+    for point in report.uniform:
+        cells = [str(point.rank), size_text(point.size_bytes), _error(point.error)]
+        least = weakest(point.kept_of)
+        if each:
+            cells += [_share(point.kept_of[name]) for name in names]
+        elif len(names) > 1 and least is not None:
+            cells.append(f"{_share(least[1])} {foreign(_short(least[0]))}")
+        chosen = point.rank == report.chosen_rank
+        cells.append(say("chosen") if chosen else offer(say("Use"), rank=point.rank))
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    kept = (
+        [foreign(_short(name)) for name in names] if each else [say("Least kept")] if len(names) > 1 else []
+    )
+    heads = (say("Rank"), say("File size"), say("Error"), *kept, "")
+    return f'<div class="lm-tables">{_table(heads, body, "ranks")}</div>'
+
+
+def _short(name: str) -> str:
+    return Path(name).stem
+
+
+def _share(share: float) -> str:
+    """A share kept, marked where the LoRA is cut off."""
+    text = foreign(percent(max(0.0, share)))
+    return f'<b class="lm-lost">{text}</b>' if share < WELL_KEPT else text
 
 
 def _error(error: float) -> str:
@@ -198,7 +267,7 @@ def _table(heads: Sequence[str], rows: str, name: str) -> str:
 
 def _files(reports: Sequence[InspectReport]) -> str:
     rows = "".join(_file(report) for report in reports)
-    heads = (say("File"), say("Norm"), say("True rank"), say("File size"))
+    heads = (say("File"), say("Norm"), say("True rank"), say("Effective rank"), say("File size"))
     return _table(heads, rows, "files")
 
 
@@ -206,5 +275,14 @@ def _file(report: InspectReport) -> str:
     largest: Any = report.numerical_rank["largest"]
     return (
         f"<tr><td>{foreign(Path(report.file).stem)}</td><td>{report.norm:.3g}</td>"
-        f"<td>{largest:.0f}</td><td>{size_text(report.size_bytes)}</td></tr>"
+        f"<td>{largest:.0f}</td><td>{_effective(report)}</td><td>{size_text(report.size_bytes)}</td></tr>"
     )
+
+
+def _effective(report: InspectReport) -> str:
+    """The range over the blocks."""
+    found = sorted(report.effective_rank_by_block.values())
+    if not found:
+        return "–"
+    low, high = (f"{value:.1f}" for value in (found[0], found[-1]))
+    return low if low == high else f"{low}–{high}"

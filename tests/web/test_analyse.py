@@ -330,9 +330,26 @@ def test_analyse_shows_verdict_ranks_and_pictures_while_the_page_stays_usable(ch
                 str(point.rank),
                 size_text(point.size_bytes),
                 percent(point.error) if point.error > 1e-6 else "none",
+                *(percent(share) for share in point.kept_of.values()),
+                "chosen" if point.rank == advice.chosen_rank else "Use",
             ]
             for point in advice.uniform
         ]
+        # One click each: a rank, a size, and strengths at which the sum is no stronger than its strongest.
+        before = tab.page.locator("#loramerge_facts [data-stamp]").first.get_attribute("data-stamp")
+        tab.page.locator("#loramerge_analyse_result [data-table=ranks] .lm-use").nth(1).click()
+        tab.expect_value("rank_rule", "A number")
+        tab.expect_value("rank", "2")
+        expect(tab.page.locator("#loramerge_facts [data-stamp]").first).not_to_have_attribute(
+            "data-stamp", before, timeout=PATIENCE
+        )
+        tab.page.locator("#loramerge_analyse_result [data-table=targets] .lm-use").nth(1).click()
+        tab.expect_value("rank_rule", "Fit a size")
+        assert float(tab.value("size")) * 1e6 == pytest.approx(advice.smallest_size["0.01"], abs=1000)
+        assert compared.quieter
+        tab.page.locator("#loramerge_analyse_result .lm-pair .lm-use").click()
+        tab.expect_value("normalize", "That of the strongest LoRA")
+        tab.wait_for_facts("All strengths will be lowered")
         images = tab.page.locator("#loramerge_analyse_result >> nth=0").locator("img")
         expect(images).to_have_count(3, timeout=PATIENCE)
         for image in images.all():

@@ -83,7 +83,7 @@ class Asking(Filling):
         """The facts, for the form as it is now."""
         from .. import facts  # Not at the WebUI's start, see extension.py.
 
-        found = facts.gather(values, self.host, METHODS)
+        found = facts.gather(values, self.host, METHODS, self.jobs.looks)
         changes: Changes = {f"row{row}.facts": found.rows.get(row, "") for row in range(form.MAX_ROWS)}
         changes |= self.preset_lists(values, found.presets)
         how = [

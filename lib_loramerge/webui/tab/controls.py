@@ -246,6 +246,7 @@ CONTROLS = (
         "Empty is the rule above. Convolutions often need less rank than the rest.",
         ("recipe.conv_rank",),
     ),
+    _plain("normalize", scale=2, min_width=160),
     _plain("base_model", scale=2, min_width=190, visible=False),
     _plain("host", scale=2, min_width=160),
     _plain("dialect", scale=2, min_width=160),

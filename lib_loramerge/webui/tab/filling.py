@@ -221,7 +221,7 @@ class Filling(Wiring):
         rest = {name: value for name, value in wanted.items() if name in FORM_NAMES and name not in ROW_NAMES}
         changes = {**rest, **self.show_rows(rows), "overwrite": False}
         if "mode" in wanted:
-            changes |= with_values(self.by_choice(wanted), wanted)
+            changes |= self.chosen({}, wanted)
         return changes
 
     def restore(self, values: Form) -> Changes:
@@ -260,6 +260,7 @@ class Filling(Wiring):
             "fair": update(
                 visible=ranked and rule in form.FAIR_RULES and method is not None and method.exact
             ),
+            "normalize": update(visible=method is None or method.exact),
             "mode_text": mode_text(mode)
             if method is not None
             else render.error_box(f"There is no mode {mode}."),
@@ -268,6 +269,10 @@ class Filling(Wiring):
             if other.params:
                 changes[f"params.{name}"] = update(visible=name == mode)
         return {**changes, **baking.by_choice(values, self.host)}
+
+    def chosen(self, values: Form, wanted: Form) -> Changes:
+        """What is seen, and the values of controls that something else than their user sets."""
+        return with_values(self.by_choice({**values, **wanted}), wanted)
 
 
 def _spread(rows: Iterable[Mapping[str, Any]]) -> Changes:

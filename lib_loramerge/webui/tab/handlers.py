@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import analysing, baking, copying, extracting, picturing, presets, thumbnails
+from . import analysing, baking, copying, extracting, offers, picturing, presets, thumbnails
 from .running import Running
 
 if TYPE_CHECKING:
@@ -25,5 +25,6 @@ def connect(widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
     if extracting.RESULT in widgets:
         extracting.connect(wiring)
     analysing.connect(wiring)
+    offers.connect(wiring)
     picturing.connect(wiring)
     thumbnails.connect(wiring)

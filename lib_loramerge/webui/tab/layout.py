@@ -16,13 +16,13 @@ from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, ele
 if TYPE_CHECKING:
     from ..host import Host
 
-HOW_MORE = ("conv_rank", "dialect", "skip_unsupported")
+HOW_MORE = ("conv_rank", "normalize", "dialect", "skip_unsupported")
 RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 # Kept for the page's script and for the handlers alone.
 SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted", "plot")
 SCRIPT_BUTTONS = (
     *("greet", "ask", "take", "poll", "drop", "refill", "again", "restore", "look", "unlook", "pictures"),
-    "keep",
+    *("keep", "use"),
 )
 PRESET_KINDS = ("Block weights", "Elemental weights")
 

@@ -14,7 +14,7 @@ from ..compat import update
 from ..merge_jobs import MergeRequest
 from . import extracting
 from .asking import Asking
-from .wiring import FORM_NAMES, Changes, Form, argument, with_values
+from .wiring import FORM_NAMES, Changes, Form, argument
 
 if TYPE_CHECKING:
     from ..jobs import Job
@@ -90,7 +90,7 @@ class Running(Asking):
         changes = self.begun(begun)
         if same:
             full = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
-            changes |= {"conv_rank": None, **with_values(self.by_choice({**values, **full}), full)}
+            changes |= {"conv_rank": None, **self.chosen(values, full)}
         return changes
 
     def begun(self, job: Job) -> Changes:

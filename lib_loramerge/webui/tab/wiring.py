@@ -105,6 +105,7 @@ def shown_by_choice() -> tuple[str, ...]:
         "retain",
         "size",
         "fair",
+        "normalize",
         "mode_text",
         *baking.SEEN,
         *(f"params.{name}" for name, method in METHODS.items() if method.params),
