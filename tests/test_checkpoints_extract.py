@@ -335,3 +335,191 @@ def test_an_extraction_is_the_same_from_any_number_of_threads(tmp_path, capsys, 
         extract(tmp_path, capsys, "--rank", "8")
         data.append((tmp_path / "lora.safetensors").read_bytes())
     assert data[0] == data[1]
+
+
+NORM = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.norm1.weight"
+
+
+def spread(shape, power, size, seed):
+    """A matrix whose singular values fall as 1/j^power."""
+    generator = torch.Generator().manual_seed(seed)
+    width = int(np.prod(shape[1:]))
+    side = min(shape[0], width)
+    left = torch.linalg.qr(torch.randn(shape[0], side, generator=generator).double()).Q
+    right = torch.linalg.qr(torch.randn(width, side, generator=generator).double()).Q
+    matrix = (left * torch.arange(1, side + 1).double() ** -power) @ right.mT
+    return (matrix * size / matrix.norm()).float().reshape(shape)
+
+
+def test_a_file_of_limited_size_has_the_best_ranks_and_is_at_most_so_large(tmp_path, capsys):
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    changes = {
+        Q: spread((320, 320), 1, 3.0, 1),
+        conv: spread((320, 320, 3, 3), 1, 1.0, 2),
+        TE_Q: spread((768, 768), 0.5, 1.0, 3),
+        NORM: torch.full((320,), 0.01),
+    }
+    base, tuned = pair(tmp_path, changes, dtype=torch.float32)
+    asked = ["--max-rank", "100", "--conv-rank", "100"]
+    sizes = {}
+    for size in (0.12, 0.3, 0.5):
+        report = extract(tmp_path, capsys, "--size", str(size), *asked)
+        sizes[size] = (tmp_path / "lora.safetensors").stat().st_size
+        # As near as one rank of the largest layer and the room kept for the header allow.
+        assert 0 <= size * 1e6 - sizes[size] <= 2 * (320 + 2880) + 1500
+        lora = load_file(tmp_path / "lora.safetensors")
+        assert sum(key.endswith("w_norm") for key in lora) == 1
+        names = {Q: LORA_Q, conv: "lora_unet_down_blocks_0_resnets_0_conv1"}
+        names[TE_Q] = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+        lost, exact, worth = 0.0, 0.0, []
+        for key, name in names.items():
+            difference = (tuned[key].double() - base[key].double()).flatten(1)
+            written = product(lora, name).flatten(1) if f"{name}.alpha" in lora else 0 * difference
+            rank = lora[f"{name}.alpha"].item() if f"{name}.alpha" in lora else 0
+            lost += float((difference - written).square().sum())
+            exact += float(difference.square().sum())
+            values = np.linalg.svd(difference.numpy(), compute_uv=False) ** 2 / (2 * sum(difference.shape))
+            worth.append((values[int(rank) - 1] if rank else np.inf, values[int(rank)]))
+        assert report["error"] == pytest.approx((lost / exact) ** 0.5, abs=1e-4)
+        # No rank that is left out is worth more a byte than one that is written, but for the entries' bytes.
+        assert max(left for _, left in worth) <= 1.05 * min(kept for kept, _ in worth)
+    assert extract(tmp_path, capsys, "--size", "0.5", *asked)["capped"] == 0
+
+
+def test_a_file_of_generous_size_holds_what_the_largest_rank_does(tmp_path, capsys):
+    pair(tmp_path, {Q: spread((320, 320), 1, 3.0, 1), TE_Q: spread((768, 768), 0.5, 1.0, 3)})
+    by_rank = extract(tmp_path, capsys, "--rank", "16")
+    by_size = extract(tmp_path, capsys, "--size", "500", "--max-rank", "16")
+    assert by_size["ranks"] == by_rank["ranks"] == {"16": 2}
+    assert by_size["error"] == pytest.approx(by_rank["error"], rel=1e-6)
+    assert by_size["capped"] == 2
+
+
+def test_a_size_that_holds_nothing_is_refused_with_the_least_one(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    error = extract(tmp_path, capsys, "--size", "0.001", rc=1)
+    least = error.split("at least ")[1].split(" MB")[0]
+    assert not (tmp_path / "lora.safetensors").exists()
+    assert extract(tmp_path, capsys, "--size", least)["ranks"] == {"1": 1}
+    for words in (("--size", "5", "--rank", "4"), ("--size", "5", "--retain", "0.5"), ("--size", "nan")):
+        assert extract(tmp_path, capsys, *words, rc=1).count("\n") == 1
+
+
+def test_limited_size_counts_the_zeros_of_an_attention(tmp_path, capsys):
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    change = torch.zeros(3840, 1280)
+    change[1280:2560] = spread((1280, 1280), 0.5, 2.0, 1)
+    pair(tmp_path, {key: change}, layout="sdxl-sgm", dtype=torch.float32)
+    report = extract(tmp_path, capsys, "--size", "0.2")
+    size = (tmp_path / "lora.safetensors").stat().st_size
+    assert 200_000 - 2 * 2560 - 1500 <= size <= 200_000
+    names = {key.split(".")[0][-8:] for key in load_file(tmp_path / "lora.safetensors")}
+    assert names == {"n_q_proj", "n_k_proj", "n_v_proj", "out_proj"}
+    assert max(map(int, report["ranks"])) > 20
+
+
+def test_all_layers_have_one_rank_in_the_spelling_of_diffusers(tmp_path, capsys):
+    """Without alpha, diffusers before 0.40 applies layers of other ranks at another strength."""
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    base, tuned = pair(tmp_path, {Q: planted((320, 320), 12, 0.1), conv: planted((320, 320, 3, 3), 12, 0.1)})
+    for rule in (("--rank", "12", "--conv-rank", "5"), ("--size", "0.09")):
+        extract(tmp_path, capsys, *rule, "--dialect", "diffusers")
+        lora = load_file(tmp_path / "lora.safetensors")
+        downs = {key: t for key, t in lora.items() if key.endswith("lora_A.weight")}
+        assert len({t.shape[0] for t in downs.values()}) == 1
+        (key,) = (key for key in downs if "to_q" in key)
+        found = lora[key.replace("lora_A", "lora_B")].double() @ lora[key].double()
+        exact = tuned[Q].double() - base[Q].double()
+        assert (found - exact).norm() < 0.9 * exact.norm()
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_a_part_that_one_checkpoint_lacks_is_left_out_and_named(tmp_path, capsys, role):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1), TE_Q: planted((768, 768), 2, 0.1)})
+    path = tmp_path / f"{role}.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if not k.startswith("cond_stage")}, path)
+    report = extract(tmp_path, capsys, "--rank", "4")
+    assert set(report["by_part"]) == {"unet"}
+    assert any(text.startswith(f"{role}.safetensors has no te,") for text in report["warnings"])
+    error = extract(tmp_path, capsys, "--parts", "te", rc=1)
+    assert f"{role}.safetensors has no te," in error
+    assert error.count("\n") == 1
+
+
+def test_an_attention_is_completed_where_the_base_lacks_a_part_of_it(tmp_path, capsys):
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn."
+    change = torch.zeros(3840, 1280)
+    change[:1280] = planted((1280, 1280), 2, 0.1)
+    pair(tmp_path, {f"{key}in_proj_weight": change}, layout="sdxl-sgm")
+    path = tmp_path / "base.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if k != f"{key}out_proj.weight"}, path)
+    extract(tmp_path, capsys, "--rank", "4", "--skip-unsupported")
+    back = load_file(tmp_path / "lora.safetensors")
+    assert not product(back, "lora_te2_text_model_encoder_layers_0_self_attn_out_proj").any()
+
+
+def test_too_little_disk_is_reported_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    from lib_loramerge.files import place
+
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    monkeypatch.setattr(place, "free_space", lambda folder: 20_000)
+    for rule in (("--rank", "64"), ("--size", "1")):
+        error = extract(tmp_path, capsys, *rule, rc=1)
+        assert "are needed, 20" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("calls", [1, 9, 40])
+def test_a_stopped_extraction_of_limited_size_leaves_nothing(tmp_path, calls):
+    from lib_loramerge.errors import Cancelled
+
+    pair(tmp_path, {Q: planted((320, 320), 8, 0.1), TE_Q: planted((768, 768), 8, 0.1)})
+    asked = iter(range(10**9))
+    settings = ExtractSettings(size=0.05)
+    paths = (tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", tmp_path / "lora.safetensors")
+    with pytest.raises(Cancelled):
+        run_extract(*paths, settings, cancel=lambda: next(asked) >= calls)
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned.safetensors", "base.safetensors"}
+
+
+def test_a_difference_too_wide_for_its_rank_is_reported_as_that(tmp_path, capsys):
+    """The two are clearly related: their cosine is 1."""
+    pair(tmp_path, {Q: torch.randn(320, 320, generator=torch.Generator().manual_seed(1)) * 0.001})
+    warnings = extract(tmp_path, capsys, "--rank", "2")["warnings"]
+    assert any("spread over more directions" in text for text in warnings)
+    assert not any("may not be base" in text for text in warnings)
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_nan_is_named_with_file_and_layer(tmp_path, capsys, role):
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    tensors = load_file(tmp_path / f"{role}.safetensors")
+    tensors[Q][3, 4] = float("nan")
+    save_file(tensors, tmp_path / f"{role}.safetensors")
+    error = extract(tmp_path, capsys, rc=1)
+    assert f"{role}.safetensors holds NaN or infinity in lora_unet_input_blocks_1_1_" in error
+
+
+def test_what_is_no_checkpoint_is_named_by_inspect_and_compare_too(tmp_path, capsys):
+    make_checkpoint(tmp_path / "base.safetensors", "sd1-ldm")
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    (tmp_path / "q.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "p.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    base = str(tmp_path / "base.safetensors")
+    cases = (
+        (["inspect", "q.gguf"], "q.gguf is a GGUF model"),
+        (["compare", "q.gguf", base], "q.gguf is a GGUF model"),
+        (["compare", "a.safetensors", base], "a.safetensors is a LoRA"),
+        (["compare", base, "a.safetensors"], "a.safetensors is a LoRA"),
+        (["extract", "p.safetensors", base, "-o", "x"], "convert it to .safetensors first"),
+        (["bake", base, "-o", "x"], "loramerge bake base.safetensors a.safetensors:0.8"),
+        (["bake", base, base, "-o", "x"], "extract makes a LoRA of it and its base model"),
+        (["bake", base, "--add", base, "--minus", base, "-o", "x"], "are the same file"),
+    )
+    for words, said in cases:
+        words = [str(tmp_path / word) if "." in word or word == "x" else word for word in words]
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.strip().count("\n") == 0
+    assert not (tmp_path / "x.safetensors").exists()

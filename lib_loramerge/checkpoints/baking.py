@@ -352,6 +352,8 @@ class Bake:
         if not dry:
             warning = remedy(whole.survives, rounding, self.dtypes)
             warnings += [warning] if warning else []
+            if not whole.added:
+                warnings.append("Nothing changed: what was to be added is zero in every layer.")
         touched = sum(self.checkpoint.info(key).end - self.checkpoint.info(key).start for key in self.changes)
         known = not dry and whole.added > 0
         return BakeReport(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import dialects, models
-from ..delta import Spectrum, Stored
+from ..delta import LowRank, Spectrum, Stored, truncate
 from ..delta.krylov import leading
 from ..delta.storing import round_cut
-from ..errors import IncompatibleError, OutputError, RecipeError
+from ..errors import FileError, IncompatibleError, OutputError, RecipeError
 from ..ranks import retaining
 from ..recipe.check import check_whole
+from ..recipe.model import check_size
 from .noise import CLEAR, ROUNDING_ONLY, coarser, edge, variance
 from .numbers import encode
 from .reading import Checkpoint, LayerRows
@@ -27,6 +28,7 @@ MOST_RANKS = 4096
 _FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.
 _EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared.weight")
 VECTORS = ("unet", "none")
+ONE_RULE = "rank, retain and size exclude each other: give one rule for the rank."
 PARTS = ("unet", "te", "te1", "te2", "te3")
 
 
@@ -38,7 +40,8 @@ class ExtractSettings:
         rank: A number, or ``"auto"``: as many singular values as stand out of the rounding.
         conv_rank: Of k x k convolutions; None for the rank, at most 32; 0 leaves them out.
         retain: Instead of a rank: the share of each layer's norm to keep.
-        max_rank: Limit of ``auto`` and ``retain``.
+        size: Instead of a rank: MB (1,000,000 bytes) that the file may have; ranks are the best for that.
+        max_rank: Limit of ``auto``, ``retain`` and ``size``.
         parts: Of ``PARTS``; () for all there are.
         vectors: ``"unet"`` writes the denoiser's biases and norms, ``"none"`` none.
         dtype: Of the LoRA.
@@ -47,6 +50,7 @@ class ExtractSettings:
     rank: int | str = 64
     conv_rank: int | None = None
     retain: float | None = None
+    size: float | None = None
     max_rank: int = 128
     parts: tuple[str, ...] = ()
     vectors: str = "unet"
@@ -63,6 +67,10 @@ class ExtractSettings:
             )
         if self.retain is not None and not 0 < self.retain <= 1:
             raise RecipeError(f"retain must be above 0 and at most 1, got {self.retain:g}.")
+        if self.size is not None:
+            check_size(self.size)
+        if (self.rank == "auto") + (self.retain is not None) + (self.size is not None) > 1:
+            raise RecipeError(ONE_RULE)
         check_whole("max_rank", self.max_rank, 1, MOST_RANKS)
         if self.conv_rank is not None:
             check_whole("conv_rank", self.conv_rank, 0, MOST_RANKS)
@@ -70,10 +78,14 @@ class ExtractSettings:
         if unknown:
             raise RecipeError(f"There is no part {unknown[0]!r}. Parts: {', '.join(PARTS)}.")
 
+    @property
+    def measured(self) -> bool:
+        """Ranks depend on the difference, up to ``max_rank``."""
+        return self.rank == "auto" or self.retain is not None or self.size is not None
+
     def limit(self, conv: bool) -> int:
         """Most ranks of a layer; of a k x k convolution with ``conv``."""
-        measured = self.rank == "auto" or self.retain is not None
-        wanted = self.max_rank if measured else int(self.rank)
+        wanted = self.max_rank if self.measured else int(self.rank)
         if not conv:
             return wanted
         return min(wanted, 32) if self.conv_rank is None else self.conv_rank
@@ -88,6 +100,8 @@ class Found:
             and of the base's weights.
         inner: Inner product of the two weights; ``tuned`` is the squared norm of the other.
         trained: It differs by more than rounding.
+        best: For a file of limited size: the difference at the largest rank that it may get.
+        values: Singular values of that, which stay when the factors are laid aside.
     """
 
     name: str
@@ -103,6 +117,13 @@ class Found:
     capped: bool = False
     stored: Stored | None = None
     whole: Tensor | None = None
+    best: LowRank | None = None
+    values: Tensor | None = None
+
+    def take_numbers(self) -> None:
+        """Rank, alpha and error of what is stored."""
+        if self.stored is not None:
+            self.rank, self.alpha, self.lost = self.stored.rank, self.stored.alpha, self.stored.error_sq
 
 
 @dataclass
@@ -113,10 +134,16 @@ class Pair:
     base: Checkpoint
     settings: ExtractSettings
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def identity(self) -> str:
         return self.base.architecture.id
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """Of a layer, in whichever checkpoint has it; () where none does."""
+        side = next((side for side in (self.base, self.tuned) if layer in side.layers), None)
+        return () if side is None else tuple(side.shape(self.identity, layer))
 
     def check_unchanged(self) -> None:
         """Refuse what was read of files that another program wrote to meanwhile."""
@@ -150,8 +177,9 @@ class Pair:
         """
         found = []
         alone: dict[str, list[str]] = {self.tuned.path.name: [], self.base.path.name: []}
+        without = self._parts_of_one()
         for layer in sorted({*self.tuned.layers, *self.base.layers}):
-            if not self._is_asked(layer):
+            if not self._is_asked(layer) or models.component(layer) in without:
                 continue
             if layer not in self.tuned.layers or layer not in self.base.layers:
                 owner = self.tuned if layer in self.tuned.layers else self.base
@@ -169,8 +197,22 @@ class Pair:
                 )
             self.skipped += [f"{layer}: only in {name}" for layer in only]
         if not found:
-            raise IncompatibleError("The two checkpoints have no layer of these parts in common.")
+            why = ["The two checkpoints have no layer of these parts in common.", *self.notes]
+            raise IncompatibleError(" ".join(why))
         return found
+
+    def _parts_of_one(self) -> set[str]:
+        """Parts that one of the two lacks altogether, as a file without text encoders does; noted."""
+        parts = [
+            {models.component(layer) for layer in side.layers if self._is_asked(layer)}
+            for side in (self.tuned, self.base)
+        ]
+        for side, missing in ((self.tuned, parts[1] - parts[0]), (self.base, parts[0] - parts[1])):
+            if missing:
+                self.notes.append(
+                    f"{side.path.name} has no {', '.join(sorted(missing))}, so the LoRA holds nothing of it."
+                )
+        return parts[0] ^ parts[1]
 
     def _is_asked(self, layer: str) -> bool:
         places = self.base.layers.get(layer) or self.tuned.layers[layer]
@@ -223,6 +265,7 @@ def measure(pair: Pair, name: str) -> Found:
         layer.lost = layer.exact
         return layer
     difference, layer, _ = _difference(name, rows, shape[0], width, dtypes, coarse, noise=False)
+    _check_finite(pair, layer)
     if layer.exact == 0:
         layer.trained = False
         return layer
@@ -236,15 +279,18 @@ def measure(pair: Pair, name: str) -> Found:
         assert noisy is not None
         threshold = edge(noisy, len(name))
         del noisy
-    spectrum = leading(difference, max(1, limit), name, wide_kernel)
+    spectrum = leading(difference, max(1, limit), name, wide_kernel, energy=layer.exact)
     above = spectrum.rank if threshold is None else int((spectrum.values > threshold).sum())
     layer.trained &= ratio > ROUNDING_ONLY or above > 0
     rank = _rank(settings, spectrum, limit, above) if layer.trained else 0
-    layer.capped = (rank >= limit and settings.rank == "auto") or (
-        settings.retain is not None and rank >= limit
-    )
+    layer.capped = settings.measured and rank >= limit
     layer.lost = layer.exact
     if not rank:
+        return layer
+    if settings.size is not None:
+        best = truncate(spectrum, rank, torch.float32)
+        layer.values = spectrum.values[: best.rank]
+        layer.best = replace(best, spectra=(layer.values,))
         return layer
     if rank * (shape[0] + width) >= shape[0] * width and models.layers(pair.identity):
         layer.whole = difference.reshape(shape).to(getattr(torch, settings.dtype))
@@ -252,9 +298,18 @@ def measure(pair: Pair, name: str) -> Found:
         return layer
     fixed = not dialects.has_alpha(pair.identity, settings.dialect)
     layer.stored = round_cut(spectrum, rank, getattr(torch, settings.dtype), fixed_alpha=fixed)
-    if layer.stored is not None:
-        layer.rank, layer.alpha, layer.lost = layer.stored.rank, layer.stored.alpha, layer.stored.error_sq
+    layer.take_numbers()
     return layer
+
+
+def _check_finite(pair: Pair, layer: Found) -> None:
+    if math.isfinite(layer.exact):
+        return
+    owner = pair.tuned if math.isfinite(layer.size) else pair.base
+    raise FileError(
+        f"{owner.path.name} holds NaN or infinity in {layer.name}, so no difference can be taken. "
+        "Take an undamaged copy."
+    )
 
 
 def _rank(settings: ExtractSettings, spectrum: Spectrum, limit: int, above: int) -> int:

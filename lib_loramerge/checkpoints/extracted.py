@@ -13,7 +13,8 @@ from .. import models
 from ..report import histogram_text, percent, relative
 from .differing import Found, Pair
 
-_FAR, _LOSSY = 0.3, 0.8  # Median size of the difference, and error, from which on the base is doubted.
+_FAR = 0.3  # Median size of the difference, over that of the weights, from which on the base is doubted.
+_LOSSY = 0.8  # Error from which on a LoRA is hardly worth writing.
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,15 @@ def report_of(
     parts = sorted({models.component(layer.name) for layer in matrices})
     error = error_of(matrices)
     moved = sorted((layer.exact / layer.size) ** 0.5 for layer in matrices if layer.size > 0)
-    warnings = []
+    warnings = list(pair.notes)
     cosine = None
-    if moved and (moved[len(moved) // 2] > _FAR or error > _LOSSY):
+    if error > _LOSSY:
+        warnings.append(
+            f"{percent(error)} of the difference is not in the LoRA: it is spread over more directions than "
+            "the ranks hold. Allow a higher rank, or add the difference itself (bake CKPT --add "
+            f"{pair.tuned.path.name} --minus {pair.base.path.name})."
+        )
+    if moved and moved[len(moved) // 2] > _FAR:
         tuned = sum(layer.tuned for layer in matrices)
         cosine = (
             sum(layer.inner for layer in matrices) / (tuned * weights) ** 0.5 if tuned * weights > 0 else 0.0

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from .. import dialects
 from ..delta import parallel_map
 from ..errors import Cancelled, IncompatibleError, RecipeError
 from ..files import check_target, write_file
@@ -20,8 +21,10 @@ from ..recipe import LoraInput, MergeRecipe
 from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
+from .fitting import fit, foreseen_bytes, lay_aside
 from .reading import Checkpoint
-from .tensors import Spill, complete_groups, write_layer, write_vectors
+from .rewriting import check_room
+from .tensors import OneRank, Spill, complete_groups, read_vectors, write_layer, write_vectors
 
 WORKERS = 2
 
@@ -53,22 +56,30 @@ def extract(
             pair.refuse_inputs(output)
         names = pair.layers()
         folder = None if output is None else output.parent
+        if output is not None:
+            check_room(output, foreseen_bytes(pair, names)[1])
         with tempfile.TemporaryFile(dir=folder) as spilled:
-            tensors = Spill(spilled)
-            found = _all_layers(pair, names, tensors, progress, cancel)
+            shelf, tensors = Spill(spilled), Spill(spilled)
+            sized = settings.size is not None
+            found = _all_layers(pair, names, shelf if sized else tensors, progress, cancel)
             _refuse_equal(pair, found)
+            vectors = read_vectors(pair, found)
+            if sized:
+                fit(pair, found, vectors, _text_bytes(pair, output), shelf, tensors, lambda: raise_if(cancel))
+            complete_groups(pair, found, tensors)
             if not len(tensors) and output is not None:
                 raise IncompatibleError(
                     f"Nothing of the difference of {tuned.name} and {base.name} can be in a LoRA. "
                     "Choose other parts."
                 )
-            skipped_vectors = write_vectors(pair, found, tensors)
+            skipped_vectors = write_vectors(pair, found, vectors, tensors)
             written = None
             if output is not None:
                 metadata = _metadata(pair, output, found, _hashes(pair, progress, cancel))
+                one_rank = dialects.needs_one_rank(pair.identity, settings.dialect)
                 written = write_file(
                     output,
-                    tensors,
+                    OneRank(tensors) if one_rank else tensors,
                     metadata,
                     overwrite=overwrite,
                     stop=lambda: raise_if(cancel),
@@ -112,15 +123,17 @@ def raise_if(cancel: Callable[[], bool] | None) -> None:
 def _all_layers(
     pair: Pair,
     names: Sequence[str],
-    tensors: Spill,
+    spill: Spill,
     progress: Callable[[Progress], None] | None,
     cancel: Callable[[], bool] | None,
 ) -> list[Found]:
+    """What both differ by; the tensors, or what becomes them when the sizes of all are known, on the disk."""
     begin, found, read = time.perf_counter(), [], 0
     total = sum(map(pair.stored_bytes, names))
     work = parallel_map(lambda name: measure(pair, name), names, workers=WORKERS, cancel=cancel)
     for layer in work:
-        write_layer(pair, layer, tensors)
+        lay_aside(layer, spill)
+        write_layer(pair, layer, spill)
         layer.stored = layer.whole = None
         found.append(layer)
         read += pair.stored_bytes(layer.name)
@@ -128,7 +141,6 @@ def _all_layers(
             spent = time.perf_counter() - begin
             eta = spent / read * (total - read) if len(found) > 8 and read else None
             progress(Progress("extract", read, total, layer.name, eta))
-    complete_groups(pair, found, tensors)
     return found
 
 
@@ -156,6 +168,13 @@ def _hashes(
         return hash_of(checkpoint.files[0], progress, lambda: raise_if(cancel))
 
     return {"tuned": sha256(pair.tuned), "base": sha256(pair.base)}
+
+
+def _text_bytes(pair: Pair, output: Path | None) -> int:
+    """Bytes that the metadata take at most, padding included."""
+    hashes = dict.fromkeys(("tuned", "base"), "0" * 64)
+    texts = _metadata(pair, output or Path("x" * 32), [], hashes)
+    return len(json.dumps(texts, ensure_ascii=False).encode()) + 512
 
 
 def _metadata(
@@ -191,6 +210,7 @@ def _metadata(
         "base": {"name": pair.base.path.name, "sha256": hashes["base"]},
         "rank": settings.rank,
         "retain": settings.retain,
+        "size": settings.size,
         "error": error_of(found),
     }
     texts["loramerge_extract"] = json.dumps(facts, ensure_ascii=False, sort_keys=True)

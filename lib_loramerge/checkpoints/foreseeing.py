@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from .differing import ExtractSettings, Pair
+from .differing import ExtractSettings
 from .extracting import opened_pair, shortened
-
-_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
-_OF_A_LAYER = 400  # Bytes of names and places in the header, and the alpha.
+from .fitting import foreseen_bytes
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class Foreseen:
         layers: Part of the model to its number of matrices.
         dtypes: dtype of the tuned checkpoint's matrices to their number.
         size_bytes: Of the LoRA at most; layers that are equal in both are not written.
+        disk_bytes: Of that and of what waits beside its place until all is known, at most.
         read_bytes: Of the two checkpoints.
     """
 
@@ -34,6 +32,7 @@ class Foreseen:
     layers: Mapping[str, int]
     dtypes: Mapping[str, int]
     size_bytes: int
+    disk_bytes: int
     read_bytes: int
     skipped: Sequence[str]
 
@@ -53,7 +52,7 @@ def foresee(tuned: Path, base: Path, settings: ExtractSettings, output: Path | N
             pair.refuse_inputs(output)
         names = pair.layers()
         dtypes = Counter(pair.tuned.info(pair.tuned.layers[name][0].key).dtype for name in names)
-        size = sum(_bytes(pair, name) for name in names)
+        size, room = foreseen_bytes(pair, names)
         return Foreseen(
             tuned=tuned.name,
             base=base.name,
@@ -61,15 +60,7 @@ def foresee(tuned: Path, base: Path, settings: ExtractSettings, output: Path | N
             layers=dict(Counter(models.component(name) for name in names)),
             dtypes=dict(dtypes.most_common()),
             size_bytes=size,
+            disk_bytes=room,
             read_bytes=sum(file.header.size for side in (pair.tuned, pair.base) for file in side.files),
-            skipped=shortened(pair.skipped),
+            skipped=shortened([*pair.notes, *pair.skipped]),
         )
-
-
-def _bytes(pair: Pair, name: str) -> int:
-    shape, item = pair.base.shape(pair.identity, name), _ITEM[pair.settings.dtype]
-    if len(shape) < 2:
-        return 0
-    width = math.prod(shape[1:])
-    rank = min(pair.settings.limit(tuple(shape[2:]) not in ((), (1, 1))), shape[0], width)
-    return min(rank * (shape[0] + width), shape[0] * width) * item + _OF_A_LAYER

@@ -65,9 +65,11 @@ class CheckpointFacts:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is one by its tensors' names; a folder or an index of shards is one."""
+    """Whether a file is one by its tensors' names; a folder, an index of shards and a GGUF file are one."""
     if path.is_dir() or path.name.endswith(".safetensors.index.json"):
         return True
+    if path.suffix.lower() == ".gguf":
+        return path.is_file()
     if path.suffix.lower() != ".safetensors":
         return False
     try:

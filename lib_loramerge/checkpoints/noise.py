@@ -15,6 +15,7 @@ CLEAR = 100.0
 
 _MARGIN = 1.2
 _BLOCK, _STEPS = 8, 6
+_CHUNK = 1 << 20
 
 
 def variance(values: Tensor, dtype: str, scale: float) -> Tensor:
@@ -30,10 +31,14 @@ def edge(variances: Tensor, seed: int) -> float:
     """A singular value that rounding alone does not reach: a margin above that of one such matrix.
 
     Args:
-        variances: (out, in) of each number.
+        variances: (out, in) of each number; overwritten, as a whole layer's are large.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = variances.sqrt() * torch.randn(variances.shape, generator=generator)
+    noise = variances.sqrt_()
+    step = max(1, _CHUNK // max(1, noise.shape[1]))
+    for first in range(0, noise.shape[0], step):
+        rows = noise[first : first + step]
+        rows *= torch.randn(rows.shape, generator=generator)
     block = torch.randn(noise.shape[1], min(_BLOCK, *noise.shape), generator=generator)
     for _ in range(_STEPS):
         block = torch.linalg.qr(noise.mT @ (noise @ block)).Q

@@ -26,7 +26,7 @@ class BakeReport:
 
     Attributes:
         outputs: The files written.
-        survives: Share of what the LoRAs change that is in the file after rounding, 1 for all of it.
+        survives: Share of the change that is in the file after rounding, 1 for all of it.
         error: Rounding noise against what was to be changed.
         noise: The same against the weights of the changed tensors.
         change: How large the change is against those weights.
@@ -70,7 +70,7 @@ class BakeReport:
         ]
         if self.survives is not None:
             rows += [
-                ("Survives", f"{percent(self.survives)} of what the LoRAs change"),
+                ("Survives", f"{percent(self.survives)} of the change"),
                 (
                     "Rounding",
                     f"{self.rounding}; its noise is {percent(self.noise or 0)} of the weights, the change "
@@ -115,7 +115,7 @@ def remedy(survives: float, rounding: str, dtypes: Mapping[str, int]) -> str | N
     ways = [] if rounding == "stochastic" else ["--rounding stochastic keeps all of it on average"]
     ways.append("--dtype float16 (or float32) holds it more finely, in a larger file")
     return (
-        f"Only {percent(max(0.0, survives))} of what the LoRAs change survives rounding to "
+        f"Only {percent(max(0.0, survives))} of the change survives rounding to "
         f"{', '.join(dtypes)}. {'; '.join(ways)}."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -216,6 +217,8 @@ def prepare_difference(
         LoraMergeError: Whatever stops it, before any work.
     """
     settings = settings or BakeSettings()
+    if os.path.exists(tuned) and os.path.exists(minus) and os.path.samefile(tuned, minus):
+        raise RecipeError("--add and --minus are the same file, so nothing would change.")
     with (
         Checkpoint(base, settings.encoders) as checkpoint,
         Checkpoint(tuned) as more,

@@ -302,7 +302,7 @@ def _refuse_other_formats(path: Path, role: str) -> None:
         raise UnsupportedError(
             f"{path.name} is a GGUF model: its weights are stored in groups of 4 to 8 bits, {_WAY_OUT}"
         )
-    if path.suffix.lower() in (*PICKLE_SUFFIXES, ".pth", ".bin"):
+    if magic == b"PK\x03\x04" or path.suffix.lower() in (*PICKLE_SUFFIXES, ".pth", ".bin"):
         raise UnsupportedError(
             f"{path.name} is a pickle, which would have to be loaded whole; convert it to .safetensors first."
         )

@@ -15,6 +15,7 @@ from ..delta import LowRank, Stored, take_rows
 from ..errors import OutputError
 from ..files.decode import tensor_bytes
 from ..hosts import companions
+from ..merge.run import filled, largest_ranks
 from .differing import Found, Pair
 from .reading import LayerRows
 
@@ -39,6 +40,10 @@ class Spill(Mapping[str, Tensor]):
             ) from error
         self._places[key] = (place, len(data), tensor.dtype, tuple(tensor.shape))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name."""
+        return {key: shape for key, (_, _, _, shape) in self._places.items()}
+
     def __getitem__(self, key: str) -> Tensor:
         place, size, dtype, shape = self._places[key]
         self._file.seek(place)
@@ -52,13 +57,35 @@ class Spill(Mapping[str, Tensor]):
         return len(self._places)
 
 
+class OneRank(Mapping[str, Tensor]):
+    """The same tensors, the factors of each component in one rank; see ``merge.run.one_rank``."""
+
+    def __init__(self, tensors: Spill) -> None:
+        self._tensors, self._ranks = tensors, largest_ranks(tensors.shapes())
+
+    def __getitem__(self, key: str) -> Tensor:
+        return filled(key, self._tensors[key], self._ranks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def write_layer(pair: Pair, layer: Found, tensors: Spill) -> None:
     """The tensors of one layer under the names of the LoRA."""
+    for key, tensor in layer_tensors(pair, layer):
+        tensors.add(key, tensor)
+
+
+def layer_tensors(pair: Pair, layer: Found) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all that one layer has in the LoRA."""
     if layer.stored is None and layer.whole is None:
         return
     settings = pair.settings
     conv = models.is_conv(pair.identity, layer.name)
-    shape = pair.base.shape(pair.identity, layer.name)
+    shape = pair.shape(layer.name)
     style = dialects.output_style(pair.identity, settings.dialect)
     for prefix, rows in dialects.output_parts(pair.identity, layer.name, settings.dialect):
 
@@ -66,7 +93,7 @@ def write_layer(pair: Pair, layer: Found, tensors: Spill) -> None:
             return dialects.output_key(prefix, slot, settings.dialect, style)
 
         if layer.whole is not None:
-            tensors.add(key("diff"), layer.whole)
+            yield key("diff"), layer.whole
             continue
         assert layer.stored is not None
         delta = layer.stored.delta()
@@ -77,57 +104,87 @@ def write_layer(pair: Pair, layer: Found, tensors: Spill) -> None:
             kernel = tuple(shape[2:]) or (1, 1)
             up = up.reshape(*up.shape, 1, 1)
             down = down.reshape(down.shape[0], -1, *kernel)
-        tensors.add(key("up"), up)
-        tensors.add(key("down"), down)
+        yield key("up"), up
+        yield key("down"), down
         if dialects.has_alpha(pair.identity, settings.dialect):
-            tensors.add(key("alpha"), torch.tensor(float(piece.alpha), dtype=torch.float32))
+            yield key("alpha"), torch.tensor(float(piece.alpha), dtype=torch.float32)
 
 
 def complete_groups(pair: Pair, found: list[Found], tensors: Spill) -> None:
     """Zeros where a host takes q, k, v and out of an attention only together."""
     written = {layer.name for layer in found if layer.rank}
-    dtype = getattr(torch, pair.settings.dtype)
     for name in sorted(written):
         for other in companions(pair.identity, name):
-            if other in written:
-                continue
-            written.add(other)
-            out, width = pair.base.shape(pair.identity, name)[:2]
-            zeros = Stored(
-                torch.zeros(out, 1, dtype=dtype), torch.zeros(1, width, dtype=dtype), 1.0, (), 0.0, 0.0
-            )
-            write_layer(pair, Found(other, 0, 0, 0, 0, 0, False, stored=zeros), tensors)
+            if other not in written:
+                written.add(other)
+                write_layer(pair, zero_layer(pair, other, name), tensors)
 
 
-def write_vectors(pair: Pair, found: Sequence[Found], tensors: Spill) -> list[str]:
-    """The denoiser's biases and norms; sentences on what no host takes from a LoRA."""
-    settings, skipped = pair.settings, []
+def zero_layer(pair: Pair, name: str, like: str) -> Found:
+    """A layer of rank 1 without a change; ``like`` is another one of its attention, which has its shape."""
+    out, width = pair.base.shape(pair.identity, like)[:2]
+    dtype = getattr(torch, pair.settings.dtype)
+    zeros = Stored(torch.zeros(out, 1, dtype=dtype), torch.zeros(1, width, dtype=dtype), 1.0, (), 0.0, 0.0)
+    return Found(name, 0, 0, 0, 0, 0, False, stored=zeros)
+
+
+def read_vectors(pair: Pair, found: Sequence[Found]) -> dict[str, dict[str, Tensor] | None]:
+    """Layer to its bias and norm under the names of the LoRA; None where no host takes them from one.
+
+    Layers whose vectors are equal in both checkpoints are not in it.
+    """
+    settings = pair.settings
     unet = models.layers(pair.identity)  # A complete list there is for the U-Nets alone.
     dtype = getattr(torch, settings.dtype)
-    matrices = {layer.name for layer in found if layer.rank}
-    left: Counter[str] = Counter()
+    result: dict[str, dict[str, Tensor] | None] = {}
     for layer in found:
-        name, part = layer.name, models.component(layer.name)
-        vector = len(pair.base.shape(pair.identity, name)) == 1
+        name = layer.name
+        vector = _is_vector(pair, name)
         rows = pair.rows(name, bias=True)
         bias = None if rows is None else _vector(rows)
         weight = _vector(pair.rows(name)) if vector else None
         if bias is None and weight is None:
             continue
-        if settings.vectors == "none" or part != "unet" or not unet or not (vector or name in matrices):
-            left[part] += 1
+        if settings.vectors == "none" or models.component(name) != "unet" or not unet:
+            result[name] = None
             continue
-        for prefix, _ in dialects.output_parts(pair.identity, name, settings.dialect):
-            slots = {"diff_b": bias} if not vector else {"w_norm": weight, "b_norm": bias}
-            size = pair.base.shape(pair.identity, name)[0]
-            for slot, value in slots.items():
-                tensor = torch.zeros(size) if value is None else value
-                tensors.add(dialects.output_key(prefix, slot, settings.dialect), tensor.to(dtype))
+        slots = {"diff_b": bias} if not vector else {"w_norm": weight, "b_norm": bias}
+        size = pair.base.shape(pair.identity, name)[0]
+        result[name] = {
+            dialects.output_key(prefix, slot, settings.dialect): (
+                torch.zeros(size) if value is None else value
+            ).to(dtype)
+            for prefix, _ in dialects.output_parts(pair.identity, name, settings.dialect)
+            for slot, value in slots.items()
+        }
+    return result
+
+
+def write_vectors(
+    pair: Pair, found: Sequence[Found], vectors: Mapping[str, Mapping[str, Tensor] | None], tensors: Spill
+) -> list[str]:
+    """The denoiser's biases and norms; sentences on what is left out."""
+    left: Counter[str] = Counter()
+    for layer in found:
+        if layer.name not in vectors:
+            continue
+        own = vectors[layer.name]
+        vector = _is_vector(pair, layer.name)
+        if own is None or not (vector or layer.rank):
+            left[models.component(layer.name)] += 1
+            continue
+        for key, tensor in own.items():
+            tensors.add(key, tensor)
         if vector:
             layer.lost = 0.0
-    for part, count in sorted(left.items()):
-        skipped.append(f"{count} norms and biases of {part}, which are no part of a low-rank LoRA")
-    return skipped
+    return [
+        f"{count} norms and biases of {part}, which are no part of a low-rank LoRA"
+        for part, count in sorted(left.items())
+    ]
+
+
+def _is_vector(pair: Pair, layer: str) -> bool:
+    return len(pair.base.shape(pair.identity, layer)) == 1
 
 
 def _vector(rows: tuple[LayerRows, LayerRows] | None) -> Tensor | None:

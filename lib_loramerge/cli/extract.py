@@ -34,7 +34,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--retain", type=float, metavar="F", help="share of each layer's norm to keep")
     parser.add_argument(
-        "--max-rank", type=int, default=128, metavar="N", help="limit of auto and retain (default: 128)"
+        "--size", type=float, metavar="MB", help="best ranks for a file of at most MB x 1,000,000 bytes"
+    )
+    parser.add_argument(
+        "--max-rank", type=int, default=128, metavar="N", help="limit of auto, retain and size (default: 128)"
     )
     parser.add_argument("--parts", metavar="P,...", help="unet, te, te1, te2, te3 (default: all)")
     parser.add_argument(
@@ -79,15 +82,17 @@ def run_extract(options: argparse.Namespace) -> int:
 
 def _extract_settings(options: argparse.Namespace) -> Any:
     from ..checkpoints import ExtractSettings
+    from ..checkpoints.differing import ONE_RULE
 
-    if options.retain is not None and options.rank is not None:
-        raise RecipeError("retain and rank exclude each other: give one rule for the rank.")
+    if sum(rule is not None for rule in (options.rank, options.retain, options.size)) > 1:
+        raise RecipeError(ONE_RULE)
     parts = tuple(part.strip() for part in (options.parts or "").split(",") if part.strip())
     given = given_fields(options)
     return ExtractSettings(
         rank=64 if options.rank is None else options.rank,
         conv_rank=options.conv_rank,
         retain=options.retain,
+        size=options.size,
         max_rank=options.max_rank,
         parts=parts,
         vectors=options.vectors,

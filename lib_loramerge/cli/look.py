@@ -19,7 +19,7 @@ from .options import (
     finder,
     plan_of,
 )
-from .output import EXIT_DONE, draw, print_json, print_report, progress_line
+from .output import EXIT_DONE, draw, in_megabytes, print_json, print_report, progress_line
 from .recipes import recipe_of
 
 LONG_SECONDS = 60.0  # Work that is expected to take longer says so before it begins.
@@ -75,7 +75,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from ..analysis import compare
     from ..checkpoints import ExtractSettings, extract, is_checkpoint
 
-    if len(options.loras) == 2 and all(is_checkpoint(Path(name)) for name in options.loras):
+    if len(options.loras) == 2 and any(is_checkpoint(Path(name)) for name in options.loras):
         tuned, base = (Path(name) for name in options.loras)
         with progress_line(sys.stderr) as show:
             found = extract(
@@ -83,7 +83,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 base,
                 None,
                 ExtractSettings(hashed=False),
-                progress=show,
+                progress=in_megabytes(show),
                 cancel=interrupts.asked,
             )
         print_report(found, options)

@@ -27,8 +27,10 @@ def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
             recipe = replace(recipe, inputs=tuple(replace(entry, hash=None) for entry in recipe.inputs))
         return replaced(recipe, fields), notes
     if not options.loras:
+        base = getattr(options, "checkpoint", None)
+        command = "merge" if base is None else f"bake {base.name}"
         raise RecipeError(
-            "Name at least one LoRA to merge, for example: loramerge merge a.safetensors:0.8 -o out"
+            f"Name at least one LoRA to merge, for example: loramerge {command} a.safetensors:0.8 -o out"
         )
     if getattr(options, "inputs", None):
         return MergeRecipe(inputs=options.inputs, **fields), notes

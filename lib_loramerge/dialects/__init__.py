@@ -8,7 +8,7 @@ only all names together show the base model, and a name has a meaning only in on
 
 from __future__ import annotations
 
-from .output import has_alpha, output_key, output_parts, output_style, spelling_of
+from .output import has_alpha, needs_one_rank, output_key, output_parts, output_style, spelling_of
 from .parse import ParsedFile, Part, overlap, parse_file
 from .registry import DIALECTS, Dialect
 from .slots import SLOTS, is_adapters, split_key
@@ -21,6 +21,7 @@ __all__ = [
     "Part",
     "has_alpha",
     "is_adapters",
+    "needs_one_rank",
     "output_key",
     "output_parts",
     "output_style",

@@ -53,6 +53,12 @@ def has_alpha(architecture_id: str, dialect: str = "auto", style: str | None = N
     return writes_alpha(output_style(architecture_id, dialect, style))
 
 
+def needs_one_rank(architecture_id: str, dialect: str = "auto", style: str | None = None) -> bool:
+    """Whether all layers are written in one rank, the smaller ones filled up with zeros."""
+    spelling = spelling_of(architecture_id, dialect)
+    return spelling == DIFFUSERS and not has_alpha(architecture_id, dialect, style)
+
+
 def output_parts(architecture_id: str, layer: str, dialect: str = "auto") -> Parts:
     """Names under which a layer is written, each with the rows of the layer that go there.
 

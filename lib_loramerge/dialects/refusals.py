@@ -43,6 +43,7 @@ class Kind:
 
 
 _NO_CHANGE = "it holds no change to a base model"
+_WHOLE_MODEL = "bake merges LoRAs into it, and extract makes a LoRA of it and its base model"
 _BESIDE = "it is a network of its own beside the base model"
 _NEW_LAYERS = "it adds new layers instead of changing those of the base model"
 
@@ -96,7 +97,7 @@ REFUSED: tuple[Kind, ...] = (
         "a whole checkpoint",
         r"^(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders|"
         r"text_encoders\.\w+\.transformer)\.",
-        "use a checkpoint merger for whole models", whole=True,
+        _WHOLE_MODEL, whole=True,
     ),
     Kind(
         "a VAE",
@@ -126,7 +127,7 @@ REFUSED: tuple[Kind, ...] = (
         r"^(?:diffusion_model\.|model\.|transformer\.|unet\.)?(?:down_blocks|up_blocks|mid_block|"
         r"input_blocks|output_blocks|double_blocks|single_blocks|transformer_blocks|"
         r"single_transformer_blocks|joint_blocks|noise_refiner|blocks|layers)\.",
-        _NO_CHANGE, whole=True,
+        _WHOLE_MODEL, whole=True,
     ),
 )  # fmt: skip
 

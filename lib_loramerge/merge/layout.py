@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ALPHA_BYTES = 4
 # One tensor's entry in the header beside its name and sizes: dtype, brackets, two long offsets.
-_ENTRY_BYTES = 75
+ENTRY_BYTES = 75
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,7 @@ class MergePlan:
 
 def needs_one_rank(plan: MergePlan) -> bool:
     """Whether all layers are written in one rank, the smaller ones filled up with zeros."""
-    spelling = dialects.spelling_of(plan.architecture.id, plan.dialect)
-    has_alpha = dialects.has_alpha(plan.architecture.id, plan.dialect, plan.style)
-    return spelling == models.DIFFUSERS and not has_alpha
+    return dialects.needs_one_rank(plan.architecture.id, plan.dialect, plan.style)
 
 
 def predicted_bytes(plan: MergePlan) -> int:
@@ -308,7 +306,7 @@ def embeddings_bytes(plan: MergePlan) -> int:
     total = 0
     for name, (index, key) in plan.embeddings.items():
         info = plan.sources[index].source.header.tensors[key]
-        total += info.end - info.start + len(name.encode()) + len(str(info.shape)) + _ENTRY_BYTES
+        total += info.end - info.start + len(name.encode()) + len(str(info.shape)) + ENTRY_BYTES
     return total
 
 
@@ -325,7 +323,7 @@ def entries_bytes(plan: MergePlan, layer: LayerPlan) -> int:
         for slot in slots:
             key = dialects.output_key(prefix, slot, plan.dialect, style)
             numbers = 1 if slot == "alpha" else len(f"{layer.rank or 1},{layer.out},{layer.in_}")
-            total += len(key) + numbers + _ENTRY_BYTES
+            total += len(key) + numbers + ENTRY_BYTES
     return total
 
 

@@ -119,20 +119,26 @@ def one_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Where a file states no alpha, diffusers before 0.40 takes the rank of its first layer for that of
     all, and applies the others at another strength.
     """
+    largest = largest_ranks({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    return {key: filled(key, tensor, largest) for key, tensor in tensors.items()}
+
+
+def largest_ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The largest rank of each component, from the shapes of its factors by key."""
     largest: dict[str, int] = {}
-    for key, tensor in tensors.items():
+    for key, shape in shapes.items():
         if key.endswith(_DOWN):
             component = key.partition(".")[0]
-            largest[component] = max(largest.get(component, 0), tensor.shape[0])
-    return {
-        key: _filled(key, tensor, largest.get(key.partition(".")[0], 0)) for key, tensor in tensors.items()
-    }
+            largest[component] = max(largest.get(component, 0), shape[0])
+    return largest
 
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
-def _filled(key: str, tensor: Tensor, rank: int) -> Tensor:
+def filled(key: str, tensor: Tensor, ranks: Mapping[str, int]) -> Tensor:
+    """A factor in its component's rank, the rest of it zeros; any other tensor as it is."""
+    rank = ranks.get(key.partition(".")[0], 0)
     axis = 0 if key.endswith(_DOWN) else 1 if key.endswith(_UP) else None
     if axis is None or tensor.shape[axis] >= rank:
         return tensor

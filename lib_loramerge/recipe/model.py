@@ -108,7 +108,8 @@ def _check_keep(value: object) -> float:
     return share
 
 
-def _check_size(value: object) -> float:
+def check_size(value: object) -> float:
+    """Megabytes that a file may have."""
     size = check_number("size", value, 0, MAX_SIZE)
     if size == 0:
         raise RecipeError(f"size must be a number of MB above 0 and at most {MAX_SIZE:.0f}, got 0.")
@@ -240,7 +241,7 @@ class MergeRecipe:
     )
     size: float | None = setting(
         None,
-        _check_size,
+        check_size,
         "best ranks for a file of at most MB x 1,000,000 bytes",
         kind=float,
         metavar="MB",

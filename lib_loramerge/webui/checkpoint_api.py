@@ -39,11 +39,12 @@ def extract_request(fields: Fields) -> ExtractRequest:
         "conv_rank": fields.whole,
         "max_rank": fields.whole,
         "retain": fields.number,
+        "size": fields.number,
         "parts": fields.texts,
     }
     settings |= {name: get(name) for name, get in read.items() if fields.given(name)}
-    if fields.given("rank") and fields.given("retain"):
-        fields.refuse("retain and rank exclude each other: give one rule for the rank.")
+    if sum(map(fields.given, ("rank", "retain", "size"))) > 1:
+        fields.refuse("rank, retain and size exclude each other: give one rule for the rank.")
     return ExtractRequest(
         tuned=fields.text("tuned"),
         base=fields.text("base"),

@@ -124,8 +124,7 @@ class ExtractRequest(Errand):
         host.check_open()
         output = host.check_name(self.name, self.subfolder, self.overwrite)
         found = self.foreseen(host, output)
-        # What is written waits beside its place until all is known.
-        _check_room(output, 2 * found.size_bytes)
+        _check_room(output, found.disk_bytes)
         return output
 
     def foreseen(self, host: Host, output: Path | None = None) -> Foreseen:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraMergeError
 from ..recipe import LoraInput
+from ..recipe.model import MAX_SIZE
 from .checkpoint_jobs import BASE, TUNED, ExtractRequest
 from .form import PLAIN, SMALLEST, key_of, number, whole
 
@@ -18,6 +19,7 @@ RULES = {
     "number": "A number",
     "auto": "What stands out of the rounding",
     "retain": "Keep a share",
+    "size": "Limit the file size",
 }
 PARTS = {"": "Everything", "unet": "Denoiser", "te": "Text encoders"}
 PRECISIONS = {name: label for name, label in PLAIN["dtype"].labels.items() if name != "same"}
@@ -47,6 +49,8 @@ def request_of(form: Mapping[str, Any], host: Host) -> ExtractRequest:
         settings["rank"] = "auto"
     if rule == "retain":
         settings["retain"] = number(form.get("extract_retain"), "The share to keep", SMALLEST, 100) / 100
+    if rule == "size":
+        settings["size"] = number(form.get("extract_size"), "The largest file size", SMALLEST, MAX_SIZE)
     if form.get("extract_conv_rank") not in (None, "", 0):  # Gradio 4 makes 0 of an empty field.
         settings["conv_rank"] = whole(form.get("extract_conv_rank"), "Rank of convolutions", 1, MOST_RANKS)
     part = key_of(PARTS, form.get("extract_parts"))

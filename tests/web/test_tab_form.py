@@ -523,6 +523,7 @@ def test_rules_for_each_lora_s_share_survive_the_form(host: StandaloneHost) -> N
         ({"extract_conv_rank": 16}, {"rank": 64, "conv_rank": 16}),
         ({"extract_rule": extracting.RULES["auto"]}, {"rank": "auto", "max_rank": 128}),
         ({"extract_rule": extracting.RULES["retain"]}, {"retain": 0.95, "max_rank": 128}),
+        ({"extract_rule": extracting.RULES["size"]}, {"size": 150, "max_rank": 128}),
     ],
 )
 def test_the_rank_of_an_extraction_and_an_empty_one_of_convolutions(host, changes, expected):

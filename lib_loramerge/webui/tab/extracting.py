@@ -54,6 +54,12 @@ CONTROLS = (
         "Every layer gets the smallest rank that keeps this share of it.",
     ),
     Control(
+        "extract_size",
+        "Number",
+        {"label": "Largest file size, MB", "value": 150, "visible": False, "scale": 1, "min_width": 110},
+        "MB are 1,000,000 bytes. Every layer gets the rank with which the whole loses least.",
+    ),
+    Control(
         "extract_max_rank",
         "Number",
         {
@@ -121,7 +127,7 @@ BUTTONS: Mapping[str, tuple[str, str]] = {
 }
 NAMES = tuple(control.name for control in CONTROLS)
 RESULT, JOBS, MESSAGE, FACTS = "extract_result", "extract_jobs", "extract_message", "extract_facts"
-_SEEN = ("extract_rank", "extract_retain", "extract_max_rank")
+_SEEN = ("extract_rank", "extract_retain", "extract_size", "extract_max_rank")
 
 
 def lay_out(layout: Any) -> None:
@@ -185,6 +191,7 @@ def connect(wiring: Running) -> None:
             "extract_name": update(placeholder=name),
             "extract_rank": update(visible=rule == "number"),
             "extract_retain": update(visible=rule == "retain"),
+            "extract_size": update(visible=rule == "size"),
             "extract_max_rank": update(visible=rule != "number"),
         }
 

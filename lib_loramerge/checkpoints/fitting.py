@@ -1,0 +1,147 @@
+"""Ranks for an extraction whose file may have so many bytes, once all layers are known at the largest one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import dialects, ranks
+from ..delta import LowRank, Stored, decompose
+from ..delta.storing import round_cut
+from ..errors import OutputError
+from ..hosts import companions
+from ..merge.layout import ENTRY_BYTES, ITEM_BYTES
+from .differing import Found, Pair
+from .tensors import Spill, layer_tensors, write_layer, zero_layer
+
+_ANY = 1000  # A rank of as many digits as any.
+_OF_A_LAYER = 400  # Bytes of names and places in the header, and the alpha.
+_LAID_ASIDE = 4  # Bytes of a number.
+
+
+def _place(layer: Found, slot: str) -> str:
+    return ".".join((layer.name, slot))
+
+
+def foreseen_bytes(pair: Pair, names: Sequence[str]) -> tuple[int, int]:
+    """Bytes of the LoRA, and those on the disk while it is made, at most."""
+    item = ITEM_BYTES[pair.settings.dtype]
+    size = aside = 0
+    for name in names:
+        shape = pair.base.shape(pair.identity, name)
+        if len(shape) < 2:
+            continue
+        width = math.prod(shape[1:])
+        rank = min(pair.settings.limit(tuple(shape[2:]) not in ((), (1, 1))), shape[0], width)
+        size += min(rank * (shape[0] + width), shape[0] * width) * item + _OF_A_LAYER
+        aside += rank * (shape[0] + width) * _LAID_ASIDE
+    if pair.settings.size is None:
+        return size, 2 * size
+    size = min(size, int(pair.settings.size * 1_000_000))
+    return size, aside + 2 * size
+
+
+def lay_aside(layer: Found, shelf: Spill) -> None:
+    """Keep a layer's factors on the disk until its rank is known."""
+    if layer.best is not None:
+        shelf.add(_place(layer, "up"), layer.best.up)
+        shelf.add(_place(layer, "down"), layer.best.down)
+        layer.best = None
+
+
+def fit(
+    pair: Pair,
+    found: Sequence[Found],
+    vectors: Mapping[str, Mapping[str, Tensor] | None],
+    texts: int,
+    shelf: Spill,
+    tensors: Spill,
+    check: Callable[[], None],
+) -> None:
+    """Cut what was laid aside to the ranks of least error that fit in the file, and write that.
+
+    Args:
+        texts: Bytes that the metadata take at most.
+        check: Called often; what it raises ends the work.
+
+    Raises:
+        OutputError: Not even the least of it fits.
+    """
+    dtype = getattr(torch, pair.settings.dtype)
+    fixed = not dialects.has_alpha(pair.identity, pair.settings.dialect)
+    chosen = _ranks(pair, found, vectors, texts)
+    for layer in found:
+        check()
+        rank = chosen.get(layer.name, 0)
+        layer.capped &= layer.values is not None and rank >= len(layer.values)
+        if not rank or layer.values is None:
+            continue
+        kernel = tuple(pair.base.shape(pair.identity, layer.name)[2:])
+        whole = LowRank(
+            shelf[_place(layer, "up")],
+            shelf[_place(layer, "down")],
+            float(len(layer.values)),
+            kernel if kernel != (1, 1) else (),
+            spectra=(layer.values,),
+        )
+        beyond = max(0.0, layer.exact - float(layer.values.square().sum()))
+        spectrum = replace(decompose(whole), energy=layer.exact, beyond=beyond)
+        layer.stored = round_cut(spectrum, rank, dtype, fixed_alpha=fixed)
+        layer.take_numbers()
+        write_layer(pair, layer, tensors)
+        layer.stored = None
+
+
+def _ranks(
+    pair: Pair, found: Sequence[Found], vectors: Mapping[str, Mapping[str, Tensor] | None], texts: int
+) -> dict[str, int]:
+    assert pair.settings.size is not None
+    costs: dict[str, ranks.LayerCost] = {}
+    fixed = texts
+    known = {layer.name: layer for layer in found}
+    completed: set[str] = set()
+    for layer in found:
+        beside = sum(_bytes(key, tensor) for key, tensor in (vectors.get(layer.name) or {}).items())
+        if layer.values is None:
+            fixed += beside if len(pair.base.shape(pair.identity, layer.name)) == 1 else 0
+            continue
+        group = companions(pair.identity, layer.name)
+        for other in group:
+            if other not in completed and (other not in known or known[other].values is None):
+                completed.add(other)
+                zeros = zero_layer(pair, other, layer.name)
+                fixed += sum(_bytes(key, tensor) for key, tensor in layer_tensors(pair, zeros))
+        per_rank = _at_rank(pair, layer, _ANY + 1) - _at_rank(pair, layer, _ANY)
+        entries = _at_rank(pair, layer, _ANY) - _ANY * per_rank
+        values = layer.values.numpy()
+        costs[layer.name] = ranks.LayerCost(values, per_rank, entries + beside, least=1 if group else 0)
+    layers = list(costs.values())
+    one_rank = dialects.needs_one_rank(pair.identity, pair.settings.dialect)
+    budget = int(pair.settings.size * 1_000_000) - fixed
+    least = ranks.least_bytes(layers, one_rank=one_rank)
+    if budget < least:
+        raise OutputError(
+            f"{pair.settings.size:g} MB is too small for this difference; it takes at least "
+            f"{math.ceil((fixed + least) / 1e3) / 1e3:.3f} MB."
+        )
+    chosen = ranks.allot(layers, budget, one_rank=one_rank)
+    return {name: min(rank, len(costs[name].values)) for name, rank in zip(costs, chosen, strict=True)}
+
+
+def _at_rank(pair: Pair, layer: Found, rank: int) -> int:
+    """Bytes of a layer in the file."""
+    shape, dtype = pair.base.shape(pair.identity, layer.name), getattr(torch, pair.settings.dtype)
+    up = torch.empty(shape[0], rank, dtype=dtype, device="meta")
+    down = torch.empty(rank, math.prod(shape[1:]), dtype=dtype, device="meta")
+    stored = Stored(up, down, float(rank), (), 0.0, 0.0)
+    return sum(_bytes(key, tensor) for key, tensor in layer_tensors(pair, replace(layer, stored=stored)))
+
+
+def _bytes(key: str, tensor: Tensor) -> int:
+    """Bytes of a tensor and of its entry in the header."""
+    entry = len(key.encode()) + len(str(tuple(tensor.shape))) + ENTRY_BYTES
+    return tensor.numel() * tensor.element_size() + entry
