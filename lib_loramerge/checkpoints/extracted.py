@@ -87,8 +87,8 @@ def report_of(
     if error > _LOSSY:
         warnings.append(
             f"{percent(error)} of the difference is not in the LoRA: it is spread over more directions than "
-            "the ranks hold. Allow a higher rank, or add the difference itself (bake CKPT --add "
-            f"{pair.tuned.path.name} --minus {pair.base.path.name})."
+            "the ranks hold. Allow a higher rank, or add the difference itself to a checkpoint (loramerge "
+            "bake --add, on the command line)."
         )
     if moved and moved[len(moved) // 2] > _FAR:
         tuned = sum(layer.tuned for layer in matrices)

@@ -19,7 +19,7 @@ RULES = {
     "number": "A number",
     "auto": "What stands out of the rounding",
     "retain": "Keep a share",
-    "size": "Limit the file size",
+    "size": "Fit a size",
 }
 PARTS = {"": "Everything", "unet": "Denoiser", "te": "Text encoders"}
 PRECISIONS = {name: label for name, label in PLAIN["dtype"].labels.items() if name != "same"}

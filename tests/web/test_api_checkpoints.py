@@ -85,6 +85,8 @@ def test_an_extraction_is_a_job_whose_lora_can_be_used(host):
     assert job["report"]["error"] < 0.1
     assert "made" in [entry["name"] for entry in host.get(f"{API}/loras")["loras"]]
     assert extract(host, rank=4, subfolder="got")[0] == 409
+    job = host.wait_for_job(extract(host, size=0.01, subfolder="sized")[1]["id"])
+    assert job["report"]["size_bytes"] <= 10_000
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,8 @@ def test_a_bake_that_cannot_be_is_refused_in_one_sentence(host, changes, status,
         ({"rank": 0}, 422, "rank must be"),
         ({"rank": True}, 422, "rank must be"),
         ({"rank": 8, "retain": 0.5}, 422, "exclude each other"),
+        ({"rank": 8, "size": 5}, 422, "exclude each other"),
+        ({"size": 0}, 422, "size must be"),
         ({"retain": 2}, 422, "retain must be"),
         ({"parts": ["vae"]}, 422, "no part 'vae'"),
         ({"parts": "te"}, 422, "list of texts"),

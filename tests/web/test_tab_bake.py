@@ -108,6 +108,14 @@ def test_a_lora_is_extracted_and_an_error_costs_no_input(tab: Tab, host: FakeHos
     tab.choose("extract_rule", "Keep a share")
     expect(tab.page.locator("#loramerge_extract_retain").first).to_be_visible()
     assert not shown(tab, "extract_rank")
+    tab.choose("extract_rule", "Fit a size")
+    expect(tab.page.locator("#loramerge_extract_size").first).to_be_visible()
+    tab.fill("extract_size", 0.01)
+    tab.fill("extract_name", "of 10 kB")
+    tab.expect_text("extract_facts", "10.0 kB")
+    tab.press("extract")
+    tab.expect_text("extract_result", "of 10 kB")
+    assert (host.lora_dir / "of 10 kB.safetensors").stat().st_size <= 10_000
     # The new LoRA is in the lists of the Merge page.
     tab.show_page("Merge")
     tab.choose("row1_lora", "tuned-lora")
