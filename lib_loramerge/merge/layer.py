@@ -24,7 +24,6 @@ from ..delta import (
     cut_layers,
     decompose_dense,
     directions,
-    last_digits,
     moved,
     named,
     near_one,
@@ -38,12 +37,11 @@ from ..errors import OutputError
 from ..methods import LayerContext
 from ..report import LayerResult
 from .base import BaseCheckpoint
+from .doubt import all_doubt, doubt_of, doubted, not_written
 from .layout import LayerPlan, MergePlan, smaller
 from .merged import Given, Lost, MergedLayer, Prepared, lost, lost_at_smaller
 from .read import SourceReader
 from .tensors import LayerTensors
-
-_COUNTS = 1e-8  # Part of a layer above which the report states what float64 loses of it.
 
 
 @contextmanager
@@ -213,15 +211,15 @@ class Merger:
         """The tensors of a layer, from what was stored of it; None is a layer that cancelled."""
         layer, plain = prepared.layer, prepared.plain
         with _named(layer):
-            if prepared.whole and not _all_doubt(prepared.merged):
+            if prepared.whole and not all_doubt(prepared.merged):
                 assert not isinstance(prepared.merged, Mixed)
                 merged = self._whole(layer, prepared.merged, prepared.bias, prepared.notes, plain)
-                merged = replace(merged, result=_doubted(merged.result, _doubt(prepared.merged)))
+                merged = replace(merged, result=doubted(merged.result, doubt_of(prepared.merged)))
                 return replace(merged, lost=self._lost(prepared, prepared.merged))
             if stored is None:
                 return replace(self._absent(prepared), lost=self._lost(prepared, None))
             merged = self.low_rank(layer, stored, plain, prepared.bias, prepared.notes)
-            merged = replace(merged, result=_doubted(merged.result, _doubt(prepared.merged)))
+            merged = replace(merged, result=doubted(merged.result, doubt_of(prepared.merged)))
             return replace(
                 merged,
                 lost=self._lost(prepared, stored),
@@ -362,15 +360,15 @@ class Merger:
         """
         layer, bias, notes = prepared.layer, prepared.bias, prepared.notes
         sum_sq = 0.0 if prepared.plain is None else norm(prepared.plain) ** 2
-        lost, doubt = _not_written(prepared.merged)
+        lost, doubt = not_written(prepared.merged)
         lost = sum_sq if self.plan.method.adds_factors else lost
         if bias is not None and bool(bias.any()):
             kept = self._whole(layer, None, bias, notes)
             error_sq, exact_sq = kept.result.error_sq + lost, kept.result.exact_sq + lost
             result = LayerResult(layer.layer, kept.result.rank, error_sq, exact_sq, sum_sq, sum_sq)
-            return replace(kept, result=_doubted(result, doubt))
+            return replace(kept, result=doubted(result, doubt))
         result = LayerResult(layer.layer, 0, lost, lost, sum_sq, sum_sq)
-        return MergedLayer({}, _doubted(result, doubt), None, False, notes, 0.0)
+        return MergedLayer({}, doubted(result, doubt), None, False, notes, 0.0)
 
     def low_rank(
         self,
@@ -395,28 +393,3 @@ class Merger:
             error_sq, exact_sq, written_sq = error_sq + error, exact_sq + exact, written_sq + exact
         result = LayerResult(layer.layer, stored.rank, error_sq, exact_sq, from_sum_sq, sum_sq)
         return MergedLayer(tensors, result, stored.alpha, bool(layer.kernel), notes, written_sq)
-
-
-def _doubt(delta: Merged | None) -> float:
-    """Norm, at most, of what float64 rounded off; written sums of factors are large enough to be known."""
-    return delta.doubt if isinstance(delta, Dense) else 0.0
-
-
-def _all_doubt(delta: Merged | None) -> bool:
-    """Whether nothing but rounding is left of the inputs of a whole difference."""
-    return isinstance(delta, Dense) and delta.doubt > 0 and norm(delta) <= delta.doubt
-
-
-def _doubted(result: LayerResult, doubt: float) -> LayerResult:
-    """The result with its doubt, where that is large enough to count."""
-    return replace(result, doubt=doubt) if doubt > _COUNTS * result.exact_sq**0.5 else result
-
-
-def _not_written(delta: Merged | None) -> tuple[float, float]:
-    """Squared norm of a delta that is not written, and the norm of its doubt."""
-    if delta is None:
-        return 0.0, 0.0
-    if isinstance(delta, Dense):
-        return norm(delta) ** 2, delta.doubt
-    spectrum = all_values(delta)
-    return spectrum.energy, last_digits(spectrum.size, delta.rank)
