@@ -18,6 +18,7 @@ from ..merge.layer import open_merger
 from ..merge.loudness import normalized
 from ..models import CheckpointKey, component
 from ..recipe import MergeRecipe
+from ..recipe.rank_rules import with_rank
 from .baking import Bake, BakeSettings
 from .changes import Change, Difference, LayerChange, Piece
 from .reading import EMA, Checkpoint
@@ -116,14 +117,8 @@ def _for_checkpoint(recipe: MergeRecipe, checkpoint: Checkpoint, find: Callable[
         named |= source.architecture.id != identity or len({name for name, _ in source.candidates}) > 1
     method = METHODS.get(recipe.mode)
     return replace(
-        recipe,
-        rank="full" if method is not None and method.uses_rank else "same",
-        conv_rank=None,
-        retain=None,
-        size=None,
+        with_rank(recipe, "full" if method is not None and method.uses_rank else "same"),
         host=None,
-        keep=None,
-        fair=False,
         base_model=identity if named else recipe.base_model,
     )
 

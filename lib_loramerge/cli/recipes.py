@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
 from ..recipe import MergeRecipe, from_json, parse_inputs
+from ..recipe.rank_rules import with_rank
 from .options import given_fields
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
 def replaced(recipe: MergeRecipe, fields: Mapping[str, Any]) -> MergeRecipe:
     """A stored recipe with the options that were given instead of its own, and without those they exclude."""
     if any(name in fields for name in ("retain", "size", "keep")):
-        recipe = replace(recipe, rank="auto", conv_rank=None, retain=None, size=None, keep=None, fair=False)
+        recipe = with_rank(recipe, "auto")
     elif any(name in fields for name in ("rank", "conv_rank")):
-        recipe = replace(recipe, retain=None, size=None, keep=None, fair=False)
+        recipe = replace(with_rank(recipe, recipe.rank), conv_rank=recipe.conv_rank)
     if fields.get("mode", recipe.mode) != recipe.mode:
         recipe = replace(recipe, params={})
     elif "params" in fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ def rule_settings(rule: str, number: float | None = None) -> dict[str, Any]:
     if rule in ("retain", "keep", "size"):
         return {rule: number}
     return {"rank": number if rule == "number" else rule}
+
+
+def with_rank(recipe: MergeRecipe, rank: int | str) -> MergeRecipe:
+    """The recipe with this rank and no other rule for ranks or sizes."""
+    return replace(recipe, rank=rank, conv_rank=None, retain=None, size=None, keep=None, fair=False)
 
 
 def rule_of(recipe: MergeRecipe) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import LoraMergeError
-from ..recipe import MergeRecipe, to_command
+from ..recipe import SETTINGS, MergeRecipe, to_command
 from .checkpoint_jobs import TO_BAKE, BakeRequest
 from .form import PLAIN, key_of
 from .host import ConflictError, Host
@@ -127,18 +127,19 @@ def command(form: Mapping[str, Any], recipe: MergeRecipe, host: Host) -> list[st
     request = request_of(form, recipe)
     base = host.checkpoint_path(request.base, TO_BAKE)
     name = str(form.get("name") or "").strip() or propose_name(form, recipe.inputs, host)
-    whole = replace(
-        recipe, base=None, rank="same", conv_rank=None, retain=None, size=None, dtype="same", host=None
-    )
-    merge = to_command(replace(whole, dialect="auto"), None)
+    others = {name: entry.default for name, entry in SETTINGS.items() if "bake" not in entry.commands}
+    merge = to_command(replace(recipe, **others), None)
     output = host.checkpoint_dirs()[0] / f"{name}.safetensors"
-    folders = [str(base), "-o", str(output)] if host.paths_allowed() else [base.name, "-o", output.name]
+    options = ["-o", str(output) if host.paths_allowed() else output.name]
     if host.paths_allowed():
-        folders += ["--lora-dir", str(host.write_dir())]
+        options += ["--lora-dir", str(host.write_dir())]
     if request.rounding != "auto":
-        folders += ["--rounding", request.rounding]
+        options += ["--rounding", request.rounding]
     if request.dtype != "same":
-        folders += ["--dtype", request.dtype]
+        options += ["--dtype", request.dtype]
     if request.drop_ema:
-        folders.append("--drop-ema")
-    return [merge[0], "bake", *folders, *merge[2:]]
+        options.append("--drop-ema")
+    # Checkpoint and LoRAs together at the end: the command takes them as one run of words.
+    count = len(recipe.inputs)
+    checkpoint = str(base) if host.paths_allowed() else base.name
+    return [merge[0], "bake", *options, *merge[2:-count], checkpoint, *merge[-count:]]

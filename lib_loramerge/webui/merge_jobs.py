@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import LoraMergeError, OutputError
 from ..recipe import LoraInput, MergeRecipe
+from ..recipe.rank_rules import with_rank
 from . import sidecar
 from .errand import Errand, Task, as_conflict
 from .host import ConflictError, Host
@@ -190,7 +191,7 @@ class MergeRequest(Errand):
 
 def keeping_everything(recipe: MergeRecipe) -> MergeRecipe:
     """The same merge without a limit of rank or size."""
-    return replace(recipe, rank="full", retain=None, size=None, keep=None, fair=False, conv_rank=None)
+    return with_rank(recipe, "full")
 
 
 def check_no_input(output: Path, inputs: Iterable[Path]) -> None:

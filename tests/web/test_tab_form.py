@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lib_loramerge import cli
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.files import header
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
+from lib_loramerge.webui import baking as bakes
 from lib_loramerge.webui import extracting, facts, form, render, render_jobs, tab
 from lib_loramerge.webui.checkpoint_jobs import BakeRequest
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
@@ -492,6 +494,23 @@ def test_a_row_offers_the_presets_that_fit_its_base_model(host: StandaloneHost, 
     assert shown["row1.blocks"]["choices"] == ["", *found.presets[1]]
     again = page.preset_lists(default_form(fitted=shown["fitted"]), found.presets)
     assert set(again) == {"fitted"}, "a list that fits already is not sent again"
+
+
+@pytest.mark.parametrize("rule", [{}, {"retain": 0.98}, {"rank": 4, "device": "cuda"}])
+def test_the_command_line_of_a_bake_is_one_that_the_command_takes(
+    tmp_path: Path, rule: dict[str, object]
+) -> None:
+    for folder in ("loras", "models"):
+        (tmp_path / folder).mkdir()
+    make_lora(tmp_path / "loras" / "style.safetensors", SD1_LAYERS)
+    (tmp_path / "models" / "base.safetensors").write_bytes(b"")
+    host = StandaloneHost([tmp_path / "loras"], checkpoint_dir=tmp_path / "models")
+    values = {"bake_base": "base.safetensors", "name": "out"}
+    words = bakes.command(values, MergeRecipe((LoraInput("style"),), mode="ties", **rule), host)
+    given = cli.build_parser(words[1:]).parse_args(words[1:])
+    assert Path(given.output) == tmp_path / "models" / "out.safetensors"
+    assert (given.mode, given.loras) == ("ties", ["style:1"])
+    host.close()
 
 
 def test_rules_for_each_lora_s_share_survive_the_form(host: StandaloneHost) -> None:
