@@ -256,7 +256,7 @@ recipes = st.builds(
     device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1", "mps", "xpu:0"]),
     seed=st.integers(0, 2**53 - 1),
     base=st.none() | st.just("models/base model.safetensors"),
-    dialect=st.sampled_from(DIALECTS),
+    dialect=st.sampled_from([*DIALECTS]),
     skip_unsupported=st.booleans(),
 )
 
