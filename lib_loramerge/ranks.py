@@ -139,11 +139,6 @@ def allot(layers: Sequence[LayerCost], budget: int, *, one_rank: bool = False) -
             continue
         if cost[item] > left:
             closed.add(layer)
-            # Of several first components, those that still fit.
-            fits = (left - layers[layer].fixed) // layers[layer].per_rank if not ranks[layer] else 0
-            if fits > 0:
-                ranks[layer] = int(fits)
-                left -= layers[layer].bytes(int(fits))
             continue
         ranks[layer] = int(upto[item])
         left -= int(cost[item])

@@ -523,3 +523,52 @@ def test_what_is_no_checkpoint_is_named_by_inspect_and_compare_too(tmp_path, cap
         assert said in error
         assert error.strip().count("\n") == 0
     assert not (tmp_path / "x.safetensors").exists()
+
+
+XL = "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight"
+LOOPS = {
+    "sd1-ldm": {LORA_Q: (Q, (320, 320)), "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (TE_Q, (768, 768))},
+    "sdxl-sgm": {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+            "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight",
+            (640, 640),
+        ),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1": (XL, (5120, 1280)),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LOOPS)
+def test_two_loras_are_baked_extracted_taken_apart_and_baked_back(tmp_path, capsys, layout):
+    layers = LOOPS[layout]
+    base = make_checkpoint(tmp_path / "base.safetensors", layout)
+    loras = [lora_of({name: shape for name, (_, shape) in layers.items()}, seed=seed) for seed in (1, 2)]
+    for name, lora in zip("ab", loras, strict=True):
+        save_file(lora, tmp_path / f"{name}.safetensors")
+
+    def run(*words):
+        words = [tmp_path / word if "safetensors" in word else word for word in words]
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    paths = ["base.safetensors", "a.safetensors:0.8", "b.safetensors:0.5", "-o", "both.safetensors"]
+    assert run("bake", *paths)["survives"] == pytest.approx(1, abs=0.01)
+    report = run("extract", "both.safetensors", "base.safetensors", "-o", "ab.safetensors", "--rank", "auto")
+    assert report["error"] < 0.03
+    assert report["layers"] == len(layers)
+    paths = ["ab.safetensors", "b.safetensors:0.5", "-o", "only.safetensors", "--rank", "4"]
+    assert run("subtract", *paths)["error"] < 0.03
+    only, both = load_file(tmp_path / "only.safetensors"), load_file(tmp_path / "ab.safetensors")
+    for name in layers:
+        names = {name, name.replace("down_blocks_0_attentions_0", "input_blocks_1_1")}
+        (found,) = {key.split(".")[0] for key in only if key.split(".")[0] in names}
+        first, second = (product(lora, name) for lora in loras)
+        assert (product(both, found) - 0.8 * first - 0.5 * second).norm() < 0.03 * first.norm()
+        assert (product(only, found) - 0.8 * first).norm() < 0.04 * first.norm()
+    run("bake", "both.safetensors", "ab.safetensors:-1", "-o", "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    for key, tensor in base.items():
+        if key not in [key for key, _ in layers.values()]:
+            assert torch.equal(back[key], tensor)
+        else:  # To two roundings, each half a unit of float16.
+            assert (back[key].double() - tensor.double()).norm() < 1e-3 * tensor.double().norm()

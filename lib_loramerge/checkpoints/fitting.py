@@ -123,12 +123,14 @@ def _ranks(
     one_rank = dialects.needs_one_rank(pair.identity, pair.settings.dialect)
     budget = int(pair.settings.size * 1_000_000) - fixed
     least = ranks.least_bytes(layers, one_rank=one_rank)
-    if budget < least:
+    chosen = ranks.allot(layers, budget, one_rank=one_rank) if budget >= least else []
+    if layers and not any(chosen):
+        # Of a layer the first components are written together or not at all.
+        some = ranks.smallest(layers, (1 - 1e-6) * sum(layer.tail(0) for layer in layers), one_rank=one_rank)
         raise OutputError(
             f"{pair.settings.size:g} MB is too small for this difference; it takes at least "
-            f"{math.ceil((fixed + least) / 1e3) / 1e3:.3f} MB."
+            f"{math.ceil((fixed + max(least, some)) / 1e3) / 1e3:.3f} MB."
         )
-    chosen = ranks.allot(layers, budget, one_rank=one_rank)
     return {name: min(rank, len(costs[name].values)) for name, rank in zip(costs, chosen, strict=True)}
 
 
