@@ -400,7 +400,7 @@ def test_a_size_that_holds_nothing_is_refused_with_the_least_one(tmp_path, capsy
     error = extract(tmp_path, capsys, "--size", "0.001", rc=1)
     least = error.split("at least ")[1].split(" MB")[0]
     assert not (tmp_path / "lora.safetensors").exists()
-    assert extract(tmp_path, capsys, "--size", least)["ranks"] == {"1": 1}
+    assert extract(tmp_path, capsys, "--size", least)["ranks"] == {"2": 1}
     for words in (("--size", "5", "--rank", "4"), ("--size", "5", "--retain", "0.5"), ("--size", "nan")):
         assert extract(tmp_path, capsys, *words, rc=1).count("\n") == 1
 
