@@ -329,6 +329,7 @@
         if (look.dataset.state !== "active") {
             if (!state.looking || look.dataset.stamp === state.lookBefore) return;
             state.looking = false;
+            state.signature = null; // The facts know more now.
             // What was asked for opens in view, unless somebody is at another thing by now.
             if (!document.activeElement.matches("input, textarea")) showLook(look.dataset.look);
             return;
@@ -437,7 +438,7 @@
 
     // --- block sliders -----------------------------------------------------------------------------------------------
 
-    const sliders = { text: null, count: 0, list: "" };
+    const sliders = { text: null, count: 0, list: "", shown: "" };
 
     function presetField() {
         return find("#loramerge_preset_text textarea, #loramerge_preset_text input");
@@ -449,6 +450,26 @@
         return JSON.parse(element.dataset.blocks);
     }
 
+    // Norm by block of the LoRA in the row that is chosen here, where Analyse has measured it.
+    function blockNorms() {
+        const table = find("#loramerge_analyse_result [data-norms]");
+        const name = valueOf("loramerge_preset_row").replace(/^\d+: /, "").split(" · ")[0].trim();
+        return (table && name && JSON.parse(table.dataset.norms)[name]) || {};
+    }
+
+    function colourSliders(place) {
+        const norms = blockNorms();
+        const largest = Math.max(0, ...Object.values(norms));
+        for (const cell of place.children) {
+            const norm = norms[cell.firstChild.textContent];
+            const share = largest && norm ? Math.round(100 * norm / largest) : 0;
+            if (cell.dataset.norm === String(share)) continue;
+            cell.dataset.norm = String(share);
+            cell.style.setProperty("--lm-norm", share + "%");
+            cell.title = share ? norm.toPrecision(3) : "";
+        }
+    }
+
     function drawSliders() {
         const place = byId("loramerge_sliders");
         const field = presetField();
@@ -457,18 +478,24 @@
         const hidden = Boolean(elemental && elemental.value.startsWith("Elemental"));
         place.classList.toggle("lm-none", hidden);
         if (hidden) return;
-        const layout = valueOf("loramerge_preset_layout").split(": ").pop();
+        const layout = valueOf("loramerge_preset_layout");
         const entries = field.value.split(",").map((entry) => entry.trim());
-        const ids = blockIds();
-        const wanted = Number(layout);
+        const lists = blockIds();
+        const chosen = lists[layout] || [];
         // A text of another length that is a list, too, decides; else the layout that is chosen.
-        const count = field.value.trim() && ids[entries.length] && layout === sliders.list ? entries.length : wanted;
-        if (field.value === sliders.text && count === sliders.count && layout === sliders.list) return;
+        const other = field.value.trim() && layout === sliders.list && entries.length !== chosen.length &&
+            Object.values(lists).find((ids) => ids.length === entries.length);
+        const ids = other || chosen, count = ids.length, shown = ids.join();
+        if (place.childElementCount) colourSliders(place);
+        if (field.value === sliders.text && shown === sliders.shown && layout === sliders.list &&
+            place.childElementCount === count) return;
         sliders.text = field.value;
         sliders.list = layout;
-        if (count !== sliders.count) {
+        if (shown !== sliders.shown || place.childElementCount !== count) {
+            sliders.shown = shown;
             sliders.count = count;
-            place.replaceChildren(...(ids[count] || []).map((id, index) => makeSlider(id, index)));
+            place.replaceChildren(...ids.map((id, index) => makeSlider(id, index)));
+            colourSliders(place);
         }
         const same = entries.length === count;
         [...place.children].forEach((cell, index) => {

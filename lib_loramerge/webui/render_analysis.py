@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -267,8 +268,10 @@ def _table(heads: Sequence[str], rows: str, name: str) -> str:
 
 def _files(reports: Sequence[InspectReport]) -> str:
     rows = "".join(_file(report) for report in reports)
+    # For the sliders of the presets, which show how strong each block is.
+    norms = {Path(report.file).stem: dict(report.norm_by_block) for report in reports}
     heads = (say("File"), say("Norm"), say("True rank"), say("Effective rank"), say("File size"))
-    return _table(heads, rows, "files")
+    return f'<div data-norms="{foreign(json.dumps(norms))}">{_table(heads, rows, "files")}</div>'
 
 
 def _file(report: InspectReport) -> str:

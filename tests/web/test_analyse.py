@@ -335,6 +335,9 @@ def test_analyse_shows_verdict_ranks_and_pictures_while_the_page_stays_usable(ch
             ]
             for point in advice.uniform
         ]
+        # The facts say now what the smaller file loses.
+        least = next(point for point in advice.uniform if point.rank == 8)
+        tab.wait_for_facts(percent(least.error))
         # One click each: a rank, a size, and strengths at which the sum is no stronger than its strongest.
         before = tab.page.locator("#loramerge_facts [data-stamp]").first.get_attribute("data-stamp")
         tab.page.locator("#loramerge_analyse_result [data-table=ranks] .lm-use").nth(1).click()

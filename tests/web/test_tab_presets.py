@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from lib_loramerge.analysis import inspect
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
+from lib_loramerge.webui.tab.presets import model_lists
 from tests.fixtures import SD1_LAYERS, make_lora
 from tests.web.browser import Tab
 
@@ -91,6 +93,33 @@ def test_lists_of_every_length_get_their_sliders(tab: Tab) -> None:
         tab.page.wait_for_function(
             "n => document.querySelectorAll('#loramerge_sliders label').length === n", arg=count
         )
+
+
+def test_every_base_model_has_sliders_for_its_blocks(tab: Tab) -> None:
+    tab.show_page("Block presets")
+    for label, ids in (("Z-Image", "B29"), ("Qwen-Image", "B59"), ("Wan", "B39")):
+        found = next(
+            (name, entry) for name, entry in model_lists().items() if name.startswith(label) and ids in entry
+        )
+        tab.choose("preset_layout", found[0])
+        tab.page.wait_for_function(
+            "ids => [...document.querySelectorAll('#loramerge_sliders label span')]"
+            ".map((one) => one.textContent).join() === ids",
+            arg=",".join(found[1]),
+        )
+
+
+def test_sliders_show_how_strong_each_block_of_the_rows_lora_is(tab: Tab, page: tuple[Page, Path]) -> None:
+    tab.row(0, "style")
+    tab.wait_for_facts("File size")
+    tab.press("analyse")
+    tab.expect_text("analyse_state", "Analysed.")
+    tab.show_page("Block presets")
+    tab.choose("preset_layout", "SD 1 and 2: 17")
+    tab.page.wait_for_function("() => document.querySelector('#loramerge_sliders label[data-norm=\"100\"]')")
+    strongest = tab.page.locator("#loramerge_sliders label[data-norm='100'] span")
+    norms = inspect(page[1].parent / "loras" / "style.safetensors").norm_by_block
+    expect(strongest).to_have_text(max(norms, key=norms.get))
 
 
 def test_elemental_presets_are_edited_as_text(tab: Tab, page: tuple[Page, Path]) -> None:

@@ -17,7 +17,8 @@ from . import baking, presets
 from .layout import mode_text
 from .wiring import FORM_NAMES, ROW_NAMES, ROW_PLACES, Changes, Form, Wiring, argument, listed, with_values
 
-_LISTS = ("base", "bake_base", "subfolder", "fill_file", "preset_pick")
+_LAYOUTS = ("preset_layout", "preset_sliders")
+_LISTS = ("base", "bake_base", "subfolder", "fill_file", "preset_pick", *_LAYOUTS)
 
 
 class Filling(Wiring):
@@ -106,7 +107,7 @@ class Filling(Wiring):
             (*every_row, *form.NO_RESULT),
             message="rows_message",
         )
-        outputs = (*every_row, "names", "pictures", *_LISTS)
+        outputs = (*every_row, "names", "pictures", *_LISTS, *_LAYOUTS)
         for name in ("refresh", "greet"):
             self.button(
                 name,
@@ -175,6 +176,7 @@ class Filling(Wiring):
             "bake_base": listed(["", *self.host.checkpoints()], values.get("bake_base")),
             "subfolder": listed(self.host.subfolders(), values.get("subfolder")),
             "preset_pick": listed(presets.names(self.host, picked), picked["preset_pick"]),
+            **presets.layouts(),
         }
 
     def fill_from_text(self, values: Form) -> Changes:

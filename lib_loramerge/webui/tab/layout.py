@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -317,7 +318,7 @@ class _Layout:
             max_lines=8,
             placeholder="1,0.5,R,U,X,X+0.1 …",
         )
-        self.place("preset_sliders", f'<div id="loramerge_sliders" data-blocks="{_block_data()}"></div>')
+        self.place("preset_sliders", slider_place({}))
         with compat.make("Row", elem_id="loramerge_preset_save_line"):
             self.widget(
                 "preset_name",
@@ -369,10 +370,15 @@ PRESET_LAYOUTS: Mapping[str, int] = {
 }
 
 
-def _block_data() -> str:
-    import json
+def slider_place(lists: Mapping[str, Sequence[str]]) -> str:
+    """Where the page's script draws a slider for each entry of a list.
 
-    return render.foreign(json.dumps({str(count): list(ids) for count, ids in BLOCK_IDS.items()}))
+    Args:
+        lists: Blocks by label, beside those that a WebUI's start knows.
+    """
+    known = {label: list(BLOCK_IDS[count]) for label, count in PRESET_LAYOUTS.items()}
+    data = render.foreign(json.dumps({**known, **{label: list(ids) for label, ids in lists.items()}}))
+    return f'<div id="loramerge_sliders" data-blocks="{data}"></div>'
 
 
 def _rank_setting(rank: str) -> tuple[str, int]:

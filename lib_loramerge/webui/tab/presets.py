@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ...blocks import delete_preset, save_preset
+from ...blocks import BLOCK_IDS, delete_preset, save_preset
 from ...errors import RecipeError
 from .. import form, render
 from ..compat import update
+from .layout import PRESET_LAYOUTS, slider_place
 
 if TYPE_CHECKING:
     from ..host import Host
@@ -25,6 +27,32 @@ def names(host: Host, values: Mapping[str, Any]) -> list[str]:
 def _known(host: Host, values: Mapping[str, Any]) -> Mapping[str, str]:
     known = host.presets()
     return known.elements if values["preset_kind"] == ELEMENTS else known.weights
+
+
+@cache
+def model_lists() -> dict[str, tuple[str, ...]]:
+    """The lists of block weights of all base models, by label, beside those of a fresh page."""
+    from ...models import ARCHITECTURES, block_map  # Not at the WebUI's start, see extension.py.
+
+    known = set(BLOCK_IDS.values())
+    found: dict[str, tuple[str, ...]] = {}
+    for name, record in ARCHITECTURES.items():
+        for size in (*record.sizes, None):
+            model = block_map(name, size)
+            for entry in model.lists:
+                if entry.ids not in known and entry.ids and record.blocks:
+                    use = "" if entry.use == "all blocks" else ", numbered blocks alone"
+                    found.setdefault(f"{record.label}{use}: {len(entry.ids)}", entry.ids)
+    return found
+
+
+def layouts() -> dict[str, Any]:
+    """Lists and sliders for every base model, once the page asks; what is chosen stays."""
+    lists = model_lists()
+    return {
+        "preset_layout": update(choices=[*PRESET_LAYOUTS, *sorted(lists)]),
+        "preset_sliders": slider_place(lists),
+    }
 
 
 def row_list(values: Mapping[str, Any]) -> Any:
