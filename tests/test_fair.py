@@ -165,6 +165,18 @@ def test_no_directions_keep_clearly_more_of_the_lora_that_is_kept_least(folder, 
     assert fair >= bound(pairs, rank) - 0.01
 
 
+@pytest.mark.parametrize("fields", [{"rank": 2, "fair": True}, {"keep": 0.8}])
+def test_neither_order_nor_how_a_file_is_factored_changes_what_is_kept(folder, fields):
+    other = load_file(folder / "b.safetensors")
+    for layer in LAYERS:
+        other[f"{layer}.lora_up.weight"] = other[f"{layer}.lora_up.weight"].flip(1) * 8
+        other[f"{layer}.lora_down.weight"] = other[f"{layer}.lora_down.weight"].flip(0) / 8
+    save_file(other, folder / "b2.safetensors")
+    one, _ = merged(folder, {"a": 1.0, "b": 0.05}, dtype="float32", **fields)
+    two, _ = merged(folder, {"b2": 0.05, "a": 1.0}, dtype="float32", **fields)
+    assert one == pytest.approx(two, abs=2e-3)
+
+
 def test_what_cannot_be_shared_is_a_sentence(folder):
     for fields in ({"fair": True}, {"rank": "full", "fair": True}, {"retain": 0.9, "fair": True}):
         with pytest.raises(RecipeError, match="fair"):

@@ -47,7 +47,7 @@ def shares(folder, names, written):
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
 @pytest.mark.parametrize("mode", [*MODES, "ties"])
 def test_the_share_of_each_lora_is_that_of_dense_sums(folder, tmp_path, mode, count):
     names = list(WEIGHTS)[:count]

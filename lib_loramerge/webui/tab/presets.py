@@ -36,13 +36,15 @@ def model_lists() -> dict[str, tuple[str, ...]]:
 
     known = set(BLOCK_IDS.values())
     found: dict[str, tuple[str, ...]] = {}
-    for name, record in ARCHITECTURES.items():
+    for identity, record in ARCHITECTURES.items():
         for size in (*record.sizes, None):
-            model = block_map(name, size)
+            model = block_map(identity, size)
             for entry in model.lists:
                 if entry.ids not in known and entry.ids and record.blocks:
-                    use = "" if entry.use == "all blocks" else ", numbered blocks alone"
-                    found.setdefault(f"{record.label}{use}: {len(entry.ids)}", entry.ids)
+                    name = f"{record.label}: {len(entry.ids)}"
+                    if entry.use != "all blocks":
+                        name = f"{record.label}, numbered blocks alone: {len(entry.ids)}"
+                    found.setdefault(name, entry.ids)
     return found
 
 
