@@ -7,7 +7,10 @@
 
     const PLACES = ".lm-error, .lm-note, .lm-warning, .lm-verdict, #loramerge_merge";
     // Lists whose choices are words of ours, never names of files or presets.
-    const LISTS = ["mode", "rank_rule", "dtype", "device", "dialect", "preview", "preset_layout"];
+    const LISTS = [
+        "mode", "rank_rule", "dtype", "device", "dialect", "preview", "preset_layout", "see_axis",
+        "bake_dtype", "bake_rounding", "extract_rule", "extract_parts", "extract_dtype",
+    ];
     const LOOK = 250; // ms between looks for the tab, which Gradio makes late and may make again
     const LONGEST = 4000; // characters of a text that is looked at
     const MOST_SENTENCES = 8;

@@ -271,7 +271,8 @@ def _files(reports: Sequence[InspectReport]) -> str:
     # For the sliders of the presets, which show how strong each block is.
     norms = {Path(report.file).stem: dict(report.norm_by_block) for report in reports}
     heads = (say("File"), say("Norm"), say("True rank"), say("Effective rank"), say("File size"))
-    return f'<div data-norms="{foreign(json.dumps(norms))}">{_table(heads, rows, "files")}</div>'
+    table = _table(heads, rows, "files")
+    return f'<div class="lm-tables" data-norms="{foreign(json.dumps(norms))}">{table}</div>'
 
 
 def _file(report: InspectReport) -> str:

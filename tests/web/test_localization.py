@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
+from lib_loramerge.methods import METHODS
 from lib_loramerge.webui.render_analysis import PICTURES
 from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 from tests.web.browser import PATIENCE, SERVED, Tab
@@ -161,6 +162,12 @@ def english(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = fill(tmp_path_factory.mktemp("english"))
     with FakeHost(folder, *SERVED) as host, Tab(chromium, host.url) as tab:
         yield tab
+
+
+def test_what_a_list_holds_reads_in_japanese(japanese: Tab) -> None:
+    for name, words in (("see_axis", "LoRA 1 の強さ"), ("mode", WORDS[METHODS["svd"].label])):
+        place = japanese.page.locator(f"#loramerge_{name} [data-shown]").first
+        expect(place).to_have_attribute("data-shown", words, timeout=PATIENCE)
 
 
 def test_errors_and_warnings_of_the_library_are_told_in_japanese(japanese: Tab) -> None:
