@@ -241,6 +241,8 @@ def some(*names: str) -> frozenset[str]:
 
 
 FLUX_FAMILY = FLUX | {"flux2", "longcat"}
+# All of its family are looked for by Flux.1's diffusers names, and by the newer ones of its feed-forward.
+ALIASES_OF_FLUX = tuple((prefix, ALIAS) for prefix in ("", "transformer.", "lycoris_", "lora_transformer_"))
 ALIASES = tuple((prefix, ALIAS) for prefix in ("", "diffusion_model.", "transformer.", "lycoris_"))
 # Norms of the Flux family are no ``weight`` there, and known by their dotted names with ``scale`` alone.
 FLUX_NORMS = dict.fromkeys(FLUX_FAMILY, re.compile(r"(?:lora_unet_|diffusion_model\.).*(?:query|key)_norm"))
@@ -250,6 +252,8 @@ OUTSIDE_BLOCKS = re.compile(
     r"lora_unet_(?!(?:double|single)_blocks_).*|lycoris_(?!(?:single_)?transformer_blocks_).*|"
     r".*(?:query|key)_norm"
 )
+# diffusers' encoder of Stable Diffusion 2 ends one layer before the checkpoint's.
+LAST_OF_CLIP_H = r"lora_te_text_model_encoder_layers_23_.*"
 TEXT_PROJECTION = re.compile(r"lora_te[12]?_text_projection")
 
 PIPELINES = frozenset({

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import re
 
-from ._base import A1111_IGNORES, CHECKPOINT, KOHYA, KOHYA_DIFFUSERS, PIPELINE, SD, Host, some, under
+from ._base import (
+    A1111_IGNORES,
+    CHECKPOINT,
+    KOHYA,
+    KOHYA_DIFFUSERS,
+    LAST_OF_CLIP_H,
+    PIPELINE,
+    SD,
+    Host,
+    some,
+    under,
+)
+
+_LOST = (
+    r"lora_unet_(?:conv_norm_out|add_embedding_linear_[12])|.*_text_projection|.*te2?_text_model_"
+    r"(?:embeddings|final).*"
+)
 
 HOST = Host(
     "a1111", "A1111", "1.10.1", "e61adddd", SD | {"sd3"},
@@ -18,10 +34,8 @@ HOST = Host(
     },
     clip_in_part=False,
     lost={
-        **dict.fromkeys(SD, re.compile(
-            r"lora_unet_(?:conv_norm_out|add_embedding_linear_[12])|.*_text_projection|.*te2?_text_model_"
-            r"(?:embeddings|final).*"
-        )),
+        **dict.fromkeys(SD, re.compile(_LOST)),
+        "sd2": re.compile(rf"{_LOST}|{LAST_OF_CLIP_H}"),
         "sdxl": re.compile(
             r"lora_unet_(?:conv_norm_out|add_embedding_linear_[12]|up_blocks_0_upsamplers_0_conv)|"
             r".*_text_projection|.*te2_text_model_(?:embeddings|final).*"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._base import (
     ALIAS,
     ALIASES,
+    ALIASES_OF_FLUX,
     ALL,
     BARE,
     BARE_OWN,
@@ -48,6 +49,7 @@ HOST = Host(
         {LYCORIS_OWN: some("hidream", "qwen_image", "ace_step15"), LYCORIS: some("ace_step15")},
         dict.fromkeys((COMFY_DIFFUSERS, PIPELINE, LYCORIS, BARE), some("zimage", "krea2")),
         dict.fromkeys(ALIASES, some("krea2")),
+        dict.fromkeys(ALIASES_OF_FLUX, FLUX_FAMILY),
         {("diffusion_model.", ALIAS): FLUX_FAMILY | {"hunyuan_video", "hunyuan_video15"}},
         {("transformer.", ALIAS): some("hunyuan_video", "hunyuan_video15")},
         {("unet.base_model.model.", DIFFUSERS): some("pixart")},

@@ -7,6 +7,7 @@ import re
 from ._base import (
     ALIAS,
     ALIASES,
+    ALIASES_OF_FLUX,
     ALL,
     BARE,
     BARE_OWN,
@@ -42,6 +43,7 @@ HOST = Host(
         dict.fromkeys((BARE_OWN, PIPELINE_OWN, LYCORIS_OWN), some("qwen_image")),
         {PIPELINE_OWN: some("ernie_image"), ("diffusion_model.", ALIAS): FLUX | {"flux2"}},
         dict.fromkeys(ALIASES, some("krea2")),
+        dict.fromkeys(ALIASES_OF_FLUX, FLUX | {"flux2"}),
     ),
     {**COMFY_CLIPS, "anima": {"te": ("lora_te_",)}}, RAW_ENCODERS,
     lost={**FLUX_NORMS, "sd1": TEXT_PROJECTION, "sdxl": TEXT_PROJECTION,

@@ -12,6 +12,7 @@ from ._base import (
     DIFFUSERS,
     KOHYA,
     KOHYA_DIFFUSERS,
+    LAST_OF_CLIP_H,
     LYCORIS,
     ONETRAINER,
     OUTSIDE_BLOCKS,
@@ -26,6 +27,8 @@ from ._base import (
     some,
     under,
 )
+
+_LOST = r"lora_unet_output_blocks_2_1_conv|lora_te_text_projection"
 
 HOST = Host(
     "sdnext", "SD.Next", "", "058a7f0c", SDNEXT_OWN | PIPELINES,
@@ -48,7 +51,8 @@ HOST = Host(
     },
     some("qwen3_06b"), clip_in_part=False,
     lost={
-        **dict.fromkeys(SD, re.compile(r"lora_unet_output_blocks_2_1_conv|lora_te_text_projection")),
+        **dict.fromkeys(SD, re.compile(_LOST)),
+        "sd2": re.compile(rf"{_LOST}|{LAST_OF_CLIP_H}"),
         "sdxl": re.compile(r"lora_te1_text_projection"),
         **dict.fromkeys(SD3, re.compile(r"lycoris_(?!.*transformer).*")), "flux1": OUTSIDE_BLOCKS,
         "anima": re.compile(r"lora_unet_llm_adapter_.*"),
