@@ -85,7 +85,9 @@ def test_an_extraction_is_a_job_whose_lora_can_be_used(host):
     assert job["report"]["error"] < 0.1
     assert "made" in [entry["name"] for entry in host.get(f"{API}/loras")["loras"]]
     assert extract(host, rank=4, subfolder="got")[0] == 409
-    job = host.wait_for_job(extract(host, size=0.01, subfolder="sized")[1]["id"])
+    status, job = extract(host, size=0.01, name="small")
+    assert status == 202, job
+    job = host.wait_for_job(job["id"])
     assert job["report"]["size_bytes"] <= 10_000
 
 
