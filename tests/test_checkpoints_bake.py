@@ -15,9 +15,10 @@ from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, produ
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_loramerge.checkpoints import look, rewriting
+from lib_loramerge.checkpoints import baking, look, rewriting
 from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
 from lib_loramerge.cli import main
+from lib_loramerge.errors import OutputError
 from lib_loramerge.files import read_header
 from lib_loramerge.metadata import read_recipe
 
@@ -342,6 +343,126 @@ def test_a_text_encoder_of_its_own_file(tmp_path, capsys):
     assert torch.allclose(after[key].double(), clip[key].double() + product(lora, name), atol=1e-3)
 
 
+@pytest.fixture
+def parted(tmp_path):
+    """A denoiser, its two text encoders under one name in folders, and a LoRA of all; words for bake."""
+    make_checkpoint(
+        tmp_path / "xl.safetensors",
+        "sdxl-diffusers_unet_only",
+        keep=r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn2",
+    )
+    layers = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (640, 2048)}
+    for number, width in ((1, 768), (2, 1280)):
+        (tmp_path / f"te{number}").mkdir()
+        names = [
+            f"text_model.encoder.layers.0.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "out")
+        ]
+        tensors = {name: torch.zeros(width, width).half() for name in names}
+        tensors["text_model.final_layer_norm.weight"] = torch.ones(width).half()
+        save_file(tensors, tmp_path / f"te{number}" / "model.safetensors")
+        layers |= {
+            f"lora_te{number}_text_model_encoder_layers_0_self_attn_{part}_proj": (width, width)
+            for part in ("q", "k", "v", "out")
+        }
+    save_file(lora_of(layers), tmp_path / "a.safetensors")
+    return (tmp_path / "xl.safetensors", tmp_path / "a.safetensors")
+
+
+def _named(tmp_path, *names):
+    for number, name in enumerate(names, 1):
+        os.rename(tmp_path / f"te{number}" / "model.safetensors", tmp_path / f"{name}.safetensors")
+    return [word for name in names for word in ("--base-te", tmp_path / f"{name}.safetensors")]
+
+
+def test_two_text_encoders_of_one_name_are_refused_before_any_work(tmp_path, parted, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    encoders = [w for n in (1, 2) for w in ("--base-te", tmp_path / f"te{n}" / "model.safetensors")]
+    for more in ((), ("--overwrite",), ("--dry-run",)):
+        assert bake(*parted, *encoders, "-o", tmp_path / "out", *more) == 1
+        assert "would both be written to out.model.safetensors" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_text_encoder_is_no_place_to_write_its_result(tmp_path, parted, capsys):
+    encoders = _named(tmp_path, "clip", "xl2.clip2")
+    os.link(tmp_path / "xl2.clip2.safetensors", tmp_path / "clip2.safetensors")
+    encoders[-1] = tmp_path / "clip2.safetensors"
+    data = encoders[-1].read_bytes()
+    assert bake(*parted, *encoders, "-o", tmp_path / "xl2", "--overwrite") == 1
+    assert "xl2.clip2.safetensors is one of the inputs" in capsys.readouterr().err
+    assert (tmp_path / "xl2.clip2.safetensors").read_bytes() == data
+    assert not (tmp_path / "xl2.safetensors").exists()
+
+
+def test_files_that_belong_together_are_written_all_or_none(tmp_path, parted, capsys, monkeypatch):
+    encoders = _named(tmp_path, "clip", "clip2")
+    before = sorted(tmp_path.rglob("*"))
+    original = baking.rewrite
+
+    def second_fails(source, target, *given, **more):
+        if target.name == "out.clip2.safetensors":
+            raise OutputError("The disk is full.")
+        return original(source, target, *given, **more)
+
+    monkeypatch.setattr(baking, "rewrite", second_fails)
+    assert bake(*parted, *encoders, "-o", tmp_path / "out") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.undo()
+    assert bake(*parted, *encoders, "-o", tmp_path / "out") == 0
+    assert len(set(tmp_path.rglob("*")) - set(before)) == 3
+
+
+def test_a_text_encoder_given_twice_is_refused(tmp_path, parted, capsys):
+    encoders = [*_named(tmp_path, "clip", "clip2"), "--base-te", tmp_path / "again.safetensors"]
+    os.link(tmp_path / "clip.safetensors", tmp_path / "again.safetensors")
+    assert bake(*parted, *encoders, "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "again.safetensors and clip.safetensors are the same text encoder" in error
+
+
+def test_a_part_of_the_difference_is_no_place_to_write_to(tmp_path, sd1, capsys):
+    """Shards are files that are read, whatever their index is called."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    save_file(sd1, folder / "m-1.safetensors")
+    (folder / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(sd1, "m-1.safetensors")})
+    )
+    make_checkpoint(tmp_path / "minus.safetensors", "sd1-ldm", seed=3)
+    words = (
+        "--add",
+        folder / "m.safetensors.index.json",
+        "--minus",
+        tmp_path / "minus.safetensors",
+        "--overwrite",
+    )
+    data = (folder / "m-1.safetensors").read_bytes()
+    assert bake(tmp_path / "base.safetensors", *words, "-o", folder / "m-1") == 1
+    assert "m-1.safetensors is one of the inputs" in capsys.readouterr().err
+    assert (folder / "m-1.safetensors").read_bytes() == data
+
+
+def test_settings_beside_that_cannot_be_copied_are_a_warning(tmp_path, sd1, capsys, monkeypatch):
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    (tmp_path / "base.yaml").write_text("model: v")
+
+    def fails(target, content):
+        raise OutputError(f"The disk is full, so {target.name} was not written.")
+
+    monkeypatch.setattr(baking, "write_whole", fails)
+    assert bake(tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out") == 0
+    assert "base.yaml could not be copied to out.yaml" in capsys.readouterr().out
+
+
+def test_a_dry_run_checks_the_place(tmp_path, sd1, capsys):
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    words = (tmp_path / "base.safetensors", tmp_path / "a.safetensors", "--dry-run", "-o")
+    assert bake(*words, tmp_path / "base") == 1
+    assert "exists already" in capsys.readouterr().err
+    assert bake(*words, tmp_path / "base", "--overwrite") == 1
+    assert "the base itself" in capsys.readouterr().err
+
+
 def _truncated(path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) - 100])
@@ -654,6 +775,15 @@ def test_a_killed_bake_leaves_nothing(tmp_path, sd1):
         (
             ("--add", "base.safetensors", "--minus", "base.safetensors", "--strength", "nan"),
             "must be a number",
+        ),
+        (("--add", "base.safetensors", "--minus", "base.safetensors"), "are the same file"),
+        (
+            ("--add", "base.safetensors", "--minus", "base.safetensors", "--strength", "0"),
+            "The strength is 0",
+        ),
+        (
+            ("--add", "base.safetensors", "--minus", "base.safetensors", "--strength", "1e30"),
+            "from -1000 to 1000",
         ),
         ((), "at least one LoRA"),
     ],

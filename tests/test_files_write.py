@@ -7,6 +7,8 @@ import hashlib
 import os
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -503,3 +505,23 @@ def test_overwriting_a_link_replaces_the_link_and_not_what_it_points_to(tmp_path
 def test_the_hash_of_a_pickle_is_of_the_whole_file_as_the_webui_takes_it(tmp_path):
     torch.save(TENSORS, tmp_path / "a.pt")
     assert model_hash(tmp_path / "a.pt") == hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()
+
+
+@POSIX
+def test_a_folder_that_a_killed_process_left_is_swept_up_and_a_living_one_is_not(tmp_path):
+    script = (
+        "import sys, time, pathlib; from lib_loramerge.files.place import folder_output\n"
+        "with folder_output(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'unet').mkdir(); (folder / 'unet' / 'x.safetensors').write_bytes(b'half')\n"
+        "    print('ready', flush=True); time.sleep(600)\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "new")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"ready"
+        place.check_target(tmp_path / "other.safetensors", False)
+        assert len(list(tmp_path.iterdir())) == 1
+        process.kill()
+    assert len(list(tmp_path.iterdir())) == 1
+    place.check_target(tmp_path / "other.safetensors", False)
+    assert list(tmp_path.iterdir()) == []

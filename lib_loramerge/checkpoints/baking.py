@@ -9,15 +9,17 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..errors import Cancelled, OutputError
-from ..files import LoraFile, check_target, temporary_beside
+from ..files import LoraFile, check_target
 from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
+from ..files.place import folder_output, write_whole
 from ..merge import MergePlan, Progress
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
@@ -113,28 +115,55 @@ class Bake:
             LoraMergeError: Anything a user can cause; nothing was written then.
         """
         start = time.perf_counter()
+        self.check(output, overwrite)
         if not self.single:
             return self._run_folder(output, start, progress, cancel)
-        check_target(output, overwrite)
-        self.refuse_inputs(output)
-        jobs = [
-            (file, _target(output, file, index), entries)
-            for index, (file, entries) in enumerate(self._files_to_write())
-        ]
-        for _, target, _ in jobs[1:]:
-            check_target(target, overwrite)
+        jobs = self._jobs(output)
         check_room(output, sum(written_bytes(file, entries) for file, _, entries in jobs))
         sums: dict[str, Sums] = {}
         last = None
-        for file, target, entries in jobs:
-            last = self._write(file, target, entries, target.stem, overwrite, progress, cancel)
-            sums |= last.sums
-        _copy_settings(self.checkpoint.path, output)
+        new = [target for _, target, _ in jobs if not os.path.lexists(target)]
+        try:
+            for file, target, entries in jobs:
+                last = self._write(file, target, entries, target.stem, overwrite, progress, cancel)
+                sums |= last.sums
+        except BaseException:
+            for target in new:  # They belong together: all of them or none.
+                with suppress(OSError):
+                    target.unlink(missing_ok=True)
+            raise
+        self.warnings += _copy_settings(self.checkpoint.path, output)
         size = sum(os.stat(target).st_size for _, target, _ in jobs)
         sha256 = last.sha256 if last is not None and len(jobs) == 1 else None
         return self._report(
             [target for _, target, _ in jobs], size, sums, sha256, time.perf_counter() - start
         )
+
+    def check(self, output: Path, overwrite: bool = False) -> None:
+        """Refuse a place where it could not be written.
+
+        Raises:
+            OutputError: A name is taken, impossible, that of an input, or that of two results.
+        """
+        if not self.single:
+            _check_folder(self.checkpoint.path, _folder_of(output))
+            return
+        seen: dict[str, LoraFile] = {}
+        for file, target, _ in self._jobs(output):
+            check_target(target, overwrite)
+            self.refuse_inputs(target)
+            other = seen.setdefault(target.name.lower(), file)
+            if other is not file:
+                raise OutputError(
+                    f"{other.path} and {file.path} would both be written to {target.name}. Rename one."
+                )
+
+    def _jobs(self, output: Path) -> list[tuple[LoraFile, Path, list[Entry]]]:
+        """What is read, where it is written, and its tensors."""
+        return [
+            (file, _target(output, file, index), entries)
+            for index, (file, entries) in enumerate(self._files_to_write())
+        ]
 
     def _run_folder(
         self,
@@ -144,18 +173,12 @@ class Bake:
         cancel: Callable[[], bool] | None,
     ) -> BakeReport:
         """A new folder: changed shards written, all else copied; it appears when complete."""
-        output = output.with_suffix("") if output.suffix == ".safetensors" else output
-        root = self.checkpoint.path if self.checkpoint.path.is_dir() else self.checkpoint.path.parent
-        if os.path.lexists(output):
-            raise OutputError(f"{output} exists already; choose another name for the new folder.")
-        if output.resolve().is_relative_to(root.resolve()):
-            raise OutputError(f"{output} is within the checkpoint's own folder; choose another place.")
+        output, root = _folder_of(output), _root(self.checkpoint.path)
         paths = sorted(entry for entry in root.rglob("*") if entry.is_file())
         check_room(output, sum(path.stat().st_size for path in paths))
         wanted = {file.path: entries for file, entries in self._files_to_write()}
-        temporary = temporary_beside(output)
         sums: dict[str, Sums] = {}
-        try:
+        with folder_output(output) as temporary:
             for path in paths:
                 target = temporary / path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +187,6 @@ class Bake:
                     continue
                 file = next(file for file in self.checkpoint.files if file.path == path)
                 sums |= self._write(file, target, wanted[path], output.name, False, progress, cancel).sums
-            os.rename(temporary, output)
-        except OSError as error:
-            raise OutputError(f"{output} cannot be written: {error.strerror or error}.") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return self._report([output], self.size(), sums, None, time.perf_counter() - start)
 
     def _write(
@@ -415,8 +433,33 @@ def legacy_hash(file: LoraFile) -> str:
     return hashlib.sha256(data).hexdigest()[:8]
 
 
-def _copy_settings(base: Path, output: Path) -> None:
-    """The model's configuration that A1111 and Forge read beside a checkpoint (v-prediction, say)."""
+def _folder_of(output: Path) -> Path:
+    return output.with_suffix("") if output.suffix == ".safetensors" else output
+
+
+def _root(path: Path) -> Path:
+    """The folder of a checkpoint that is a folder or an index of shards."""
+    return path if path.is_dir() else path.parent
+
+
+def _check_folder(path: Path, output: Path) -> None:
+    if os.path.lexists(output):
+        raise OutputError(f"{output} exists already; choose another name for the new folder.")
+    if output.resolve().is_relative_to(_root(path).resolve()):
+        raise OutputError(f"{output} is within the checkpoint's own folder; choose another place.")
+
+
+def _copy_settings(base: Path, output: Path) -> list[str]:
+    """The model's configuration that A1111 and Forge read beside a checkpoint (v-prediction, say).
+
+    Returns:
+        A warning where it could not be copied: the checkpoint itself is written by now.
+    """
     beside, target = base.with_suffix(".yaml"), output.with_suffix(".yaml")
-    if beside.is_file() and not target.exists():
-        shutil.copyfile(beside, target)
+    try:
+        if beside.is_file() and not target.exists():
+            write_whole(target, beside.read_bytes())
+    except (OSError, OutputError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        return [f"{beside.name} could not be copied to {target.name} ({reason}). Copy it yourself."]
+    return []

@@ -17,7 +17,8 @@ from ..merge.input_notes import input_notes
 from ..merge.layer import open_merger
 from ..merge.loudness import normalized
 from ..models import CheckpointKey, component
-from ..recipe import MergeRecipe
+from ..recipe import STRENGTH_LIMIT, MergeRecipe
+from ..recipe.check import check_number
 from ..recipe.rank_rules import with_rank
 from .baking import Bake, BakeSettings
 from .changes import Change, Difference, LayerChange, Piece
@@ -212,6 +213,9 @@ def prepare_difference(
         LoraMergeError: Whatever stops it, before any work.
     """
     settings = settings or BakeSettings()
+    check_number("strength", strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+    if strength == 0:
+        raise RecipeError("The strength is 0, so nothing would change. Set another one.")
     if os.path.exists(tuned) and os.path.exists(minus) and os.path.samefile(tuned, minus):
         raise RecipeError("--add and --minus are the same file, so nothing would change.")
     with (
@@ -271,6 +275,6 @@ def prepare_difference(
             _ema_note(checkpoint, settings),
             shown,
             set(),
-            (tuned, minus),
+            [file.path for other in (more, less) for file in other.files],
             unchanged,
         )

@@ -235,7 +235,13 @@ class Checkpoint(BaseCheckpoint):
             raise IncompatibleError(
                 f"{path.name} is no text encoder of {self.architecture.label}; choose one that belongs to it."
             )
-        self._keys.update({prefix + key: (file, key) for key in file.tensors})
+        added = {prefix + key: (file, key) for key in file.tensors}
+        if both := next((key for key in added if key in self._keys), None):
+            raise IncompatibleError(
+                f"{path.name} and {self._keys[both][0].path.name} are the same text encoder, "
+                f"{encoder.comfy}. Give it once."
+            )
+        self._keys.update(added)
 
     def _refuse_quantised(self) -> None:
         for key, (file, name) in self._keys.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,6 @@ def run_bake(options: argparse.Namespace) -> int:
     if options.add is not None or options.minus is not None:
         if options.add is None or options.minus is None or options.loras:
             raise RecipeError("Give --add TUNED and --minus BASE together, and no LoRAs with them.")
-        if not math.isfinite(options.strength):
-            raise RecipeError(f"strength must be a number, got {options.strength}.")
         seed = given_fields(options).get("seed", 0)
         prepared = prepare_difference(
             options.checkpoint, options.add, options.minus, options.strength, settings=settings, seed=seed
@@ -110,6 +107,8 @@ def run_bake(options: argparse.Namespace) -> int:
     with prepared as bake, progress_line(sys.stderr) as show:
         bake.warnings += notes
         if options.dry_run or target is None:
+            if target is not None:
+                bake.check(target, options.overwrite)
             report = bake.report(target)
         else:
             report = bake.run(

@@ -169,6 +169,30 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def folder_output(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a new one's place, which gets its name if the block ends well.
+
+    Raises:
+        OutputError: If anything goes wrong with it; nothing is left then.
+    """
+    temporary, number = temporary_beside(path), -1
+    try:
+        _remove_stale(path.parent)
+        temporary.mkdir()
+        if os.name != "nt":
+            number = os.open(temporary, os.O_RDONLY)
+            _lock(number)  # Says that its process lives.
+        yield temporary
+        os.rename(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        if number >= 0:
+            os.close(number)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def _unnamed(folder: Path) -> Iterator[BinaryIO | None]:
     """A file that vanishes with the process, where the system has such files (Linux)."""
     number = -1
@@ -325,7 +349,7 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _remove_abandoned(temporary: str) -> None:
-    """Remove a temporary file if no living process holds the lock on it.
+    """Remove a temporary file or folder if no living process holds the lock on it.
 
     It is removed while locked here: one that was created but not yet locked by its writer
     is then gone when that writer gets the lock, and it takes another.
@@ -335,7 +359,8 @@ def _remove_abandoned(temporary: str) -> None:
         return
     import fcntl
 
-    number = os.open(temporary, os.O_RDWR)
+    folder = os.path.isdir(temporary)
+    number = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR)
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -344,7 +369,7 @@ def _remove_abandoned(temporary: str) -> None:
         except OSError:  # A file system without locks: judge by age.
             if time.time() - os.fstat(number).st_mtime < 86_400:
                 return
-        os.unlink(temporary)
+        shutil.rmtree(temporary) if folder else os.unlink(temporary)
     finally:
         os.close(number)
 
