@@ -47,7 +47,28 @@ def test_two_results_of_one_name_are_refused_before_any_work(folder, capsys):
     make_lora(folder / "other" / "a.safetensors", SD1_LAYERS, rank=4, seed=3)
     assert cli.main(["merge", "a.safetensors", "other/a.safetensors", "--each", "-o", "small"]) == 1
     assert "would both be written" in capsys.readouterr().err
+    for more in ((), ("--overwrite",)):
+        assert cli.main(["convert", "a.safetensors", "other/a.safetensors", "-o", "small", *more]) == 1
+        assert "a.safetensors and other" in capsys.readouterr().err
     assert not (folder / "small").exists()
+
+
+def test_no_merge_of_a_list_replaces_what_another_reads(folder, capsys):
+    lines = [{"inputs": ["a"], "rank": 1, "output": "b.v2"}, {"inputs": ["b.v2"], "rank": 1, "output": "c"}]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    before = (folder / "b.v2.safetensors").read_bytes()
+    words = ["merge", "--recipe", "list.jsonl", "--lora-dir", ".", "-o", ".", "--overwrite"]
+    assert cli.main(words) == 1
+    assert "line 1: b.v2.safetensors is one of the LoRAs being merged" in capsys.readouterr().err
+    assert (folder / "b.v2.safetensors").read_bytes() == before
+    assert (folder / "c.safetensors").is_file()
+
+
+def test_a_name_in_a_list_may_hold_what_ends_a_line_elsewhere(folder):
+    line = json.dumps({"inputs": ["a"], "output": "a\u2028b"}, ensure_ascii=False)
+    (folder / "list.jsonl").write_text(line, encoding="utf-8")
+    assert cli.main(["merge", "--recipe", "list.jsonl", "--lora-dir", ".", "-o", "new"]) == 0
+    assert (folder / "new" / "a\u2028b.safetensors").is_file()
 
 
 def test_convert_takes_many_files(folder):
@@ -73,7 +94,17 @@ def test_a_list_of_recipes_is_merged_line_by_line(folder, capsys):
     ]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"inputs": []}', '{"inputs": ["a"], "output": 3}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"inputs": []}',
+        '{"inputs": ["a"], "output": 3}',
+        '{"inputs": ["a"], "output": ".."}',
+        "[" * 100_000,
+    ],
+)
 def test_a_list_with_a_line_that_is_no_recipe_is_refused_whole(folder, capsys, line):
     good = json.dumps({"inputs": ["a.safetensors"]})
     (folder / "list.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def run_convert(options: argparse.Namespace) -> int:
     ]
     options.lora_dir, options.preset_file = None, []
     if len(recipes) > 1 or options.output.endswith(("/", os.sep)):
-        jobs = [(file.name, file_stem(file.name), recipe) for file, recipe in zip(options.files, recipes)]
+        jobs = [(str(file), file_stem(file.name), recipe) for file, recipe in zip(options.files, recipes)]
         return run_many(jobs, options)
     target = output_target(options.output, None)
     check_target(target, options.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from .. import interrupts
 from ..errors import Cancelled, LoraMergeError, OutputError, RecipeError
 from ..recipe import MergeRecipe, from_json, parse_inputs
-from .options import given_fields, plan_of
+from .options import finder, given_fields, plan_of
 from .output import EXIT_DONE, EXIT_ERROR, one_line, print_json, progress_line
 from .recipes import replaced, text_of
 
@@ -38,7 +39,8 @@ def many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecipe
     if options.loras:
         raise RecipeError("Give either LORAs or --recipe FILE, not both.")
     found = []
-    for number, line in enumerate(text_of(options.recipe).splitlines(), 1):
+    # Names may hold characters, such as U+2028, at which splitlines() would split too.
+    for number, line in enumerate(text_of(options.recipe).split("\n"), 1):
         if not line.strip():
             continue
         where = f"line {number}"
@@ -46,9 +48,11 @@ def many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecipe
             given = json.loads(line)
             name = given.pop("output", "") if isinstance(given, dict) else ""
             recipe = replaced(from_json(given), fields)
+        except RecursionError:
+            raise RecipeError(f"{options.recipe.name}, {where}: the JSON is nested too deep.") from None
         except (RecipeError, ValueError) as error:
             raise RecipeError(f"{options.recipe.name}, {where}: {error}") from None
-        if not isinstance(name, str):
+        if not isinstance(name, str) or (name and not file_stem(name).strip(". ")):
             raise RecipeError(f"{options.recipe.name}, {where}: output must be the name of a file.")
         found.append((where, file_stem(name) if name else f"merge-{number:03}", recipe))
     if not found:
@@ -62,7 +66,7 @@ def run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Nam
     Raises:
         LoraMergeError: Nothing can be written there, or two results would have one name.
     """
-    from ..files import check_target, make_folder
+    from ..files import check_target, make_folder, refuse_inputs
     from ..merge import run_merge
 
     if options.output is None:
@@ -70,15 +74,18 @@ def run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Nam
     folder = Path(options.output)
     seen: dict[str, str] = {}
     for label, name, _ in jobs:
-        other = seen.setdefault(name.lower(), label)
-        if other is not label:
+        if other := seen.get(name.lower()):
             raise OutputError(f"{other} and {label} would both be written to {folder / name}.safetensors.")
+        seen[name.lower()] = label
     make_folder(folder)
+    inputs = _files_of(jobs, options) if options.overwrite else []
     reports, failures = [], []
     for label, name, recipe in jobs:
         path = folder / f"{name}.safetensors"
         try:
             check_target(path, options.overwrite)
+            if path.exists():
+                refuse_inputs(path, inputs)  # Of all merges: what a later one reads is not replaced before.
             plan = plan_of(options, recipe, check_hashes=not getattr(options, "allow_changed_sources", False))
             with progress_line(sys.stderr) as show:
                 report = run_merge(
@@ -98,3 +105,12 @@ def run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Nam
     else:
         print(f"{len(reports)} written, {len(failures)} failed")
     return EXIT_ERROR if failures else EXIT_DONE
+
+
+def _files_of(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Namespace) -> list[Path]:
+    """The LoRAs of all merges, as far as they are found."""
+    find, files = finder(options.lora_dir), {}
+    for name in dict.fromkeys(entry.name for _, _, recipe in jobs for entry in recipe.inputs):
+        with contextlib.suppress(LoraMergeError):
+            files[find(name)] = None
+    return list(files)
