@@ -222,6 +222,17 @@ def test_the_table_lists_values_error_and_what_is_kept(loras):
     assert float(rows[0]["kept of subject"]) < 0.9 < float(rows[1]["kept of subject"])
 
 
+def test_a_spreadsheet_takes_no_name_for_a_formula(loras):
+    name = "=HYPERLINK(1)"
+    make_lora(loras / f"{name}.safetensors", SD1_LAYERS, rank=4, seed=9)
+    assert run("sweep", f"{name}:0.5/-0.5", f"{name}:1:lbw=ALL/MIDD", "-o", "+1") == 0
+    with (loras / "+1" / "sweep.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert [cell for cell in cells if cell[:1] in tuple("=+@")] == []
+    assert {cell for cell in cells if cell[:1] == "-"} == {"-0.5"}
+    assert {f"'{name}", f"'{name} lbw", f"kept of {name}"} <= set(cells)
+
+
 def test_a_second_sweep_into_a_folder_keeps_the_rows_of_the_first(loras):
     assert run("sweep", "style:0.3/0.8", "subject", "-o", "out") == 0
     assert run("sweep", "style", "subject:0.2/0.4", "--rank", "1,2", "-o", "out") == 0
@@ -245,6 +256,7 @@ def test_a_second_sweep_into_a_folder_keeps_the_rows_of_the_first(loras):
     [
         ("sweep.json", "[]"),
         ("sweep.json", "no json"),
+        ("sweep.json", "[" * 100_000),
         ("sweep.json", '{"files": [1]}'),
         ("sweep.json", '{"files": [{"file": "a.safetensors", "values": 3}]}'),
         ("sweep.json", '{"files": [{"file": "a.safetensors", "kept": "all"}]}'),

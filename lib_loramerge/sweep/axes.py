@@ -21,7 +21,7 @@ from typing import Any
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.merge.plan import file_stem
 from lib_loramerge.methods import METHODS
-from lib_loramerge.recipe import SETTINGS, LoraInput, MergeRecipe, parse_inputs, parse_rank
+from lib_loramerge.recipe import SETTINGS, LoraInput, MergeRecipe, Param, parse_inputs, parse_rank
 from lib_loramerge.recipe.check import plain, shown
 from lib_loramerge.recipe.text import split_name, tag_bodies
 
@@ -270,6 +270,8 @@ def _typed(name: str, value: Any) -> Any:
         return parse_rank(value)
     if not isinstance(value, str) or entry.kind is str:
         return value
+    if entry.kind is bool:
+        return Param(name, False, entry.help).check(value)
     try:
         return entry.kind(value)
     except ValueError:

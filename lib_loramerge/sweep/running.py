@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MOST_FILES = 64
 TABLES = ("sweep.json", "sweep.csv")
 _MAPS = ("values", "kept")
+_NUMBER = re.compile(r"[+-]?[0-9.]+(?:e[+-]?[0-9]+)?")
 _EMPTY = dict.fromkeys(("file", *_MAPS, "recipe", "error", "size_bytes", "seconds"))
 
 
@@ -237,7 +239,7 @@ def rows_before(folder: Path) -> dict[str, dict[str, Any]]:
         found = {str(row["file"]): {**_EMPTY, **row} for row in rows}
         if any(not isinstance(row[name], (dict, type(None))) for row in found.values() for name in _MAPS):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{taken[0]} was not written by a sweep. Move it away, or choose another folder."
         ) from error
@@ -256,12 +258,19 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = [f"kept of {name}" for name in loras]
-    writer.writerow(["file", *labels, "error", *heads, "size_bytes", "seconds"])
+    writer.writerow(["file", *map(_harmless, labels), "error", *heads, "size_bytes", "seconds"])
     for row in rows:
         kept = row["kept"] or {}
         writer.writerow(
-            [row["file"], *((row["values"] or {}).get(label) for label in labels), row["error"]]
+            [_harmless(row["file"]), *(_harmless((row["values"] or {}).get(label)) for label in labels)]
+            + [row["error"]]
             + [kept.get(name) for name in loras]
             + [row["size_bytes"], row["seconds"]]
         )
     return out.getvalue()
+
+
+def _harmless(text: Any) -> Any:
+    """Text that a spreadsheet would take for a formula, marked as text: others chose the names of files."""
+    formula = isinstance(text, str) and text[:1] in "=+-@\t\r" and not _NUMBER.fullmatch(text)
+    return f"'{text}" if text and formula else text

@@ -73,6 +73,15 @@ def test_ranges_mixes_and_pairs_make_axes(host):
     ] == [(0.1, 1, 0.5, "ties", 3), (0.2, 2, 0.6, "ties", 3)]
 
 
+def test_an_axis_of_true_and_false_is_what_it_says(host):
+    answer = sweep(host, ["a", "b"], {"fair": [True, False]}, "fair", {"rank": 2})
+    assert answer[0] == 202, answer
+    rows = host.wait_for_job(answer[1]["id"])["report"]["files"]
+    assert [(row["values"], row["recipe"].get("fair", False)) for row in rows] == [
+        ({"fair": "True"}, True), ({"fair": "False"}, False),
+    ]  # fmt: skip
+
+
 def test_a_second_sweep_is_refused_or_goes_on(host):
     assert host.wait_for_job(sweep(host, name="twice")[1]["id"])["state"] == "done"
     first, second = (host.lora_dir / "twice" / name for name in files(host, "twice"))
@@ -98,6 +107,7 @@ def test_a_second_sweep_is_refused_or_goes_on(host):
         ({"inputs": "a"}, 422, "list of its LoRAs"),
         ({"axes": {"mode": ["svd", "nothing"]}}, 422, "nothing"),
         ({"axes": {"density": [0.1, 0.2]}}, 422, "density"),
+        ({"axes": {"fair": ["maybe", "true"]}}, 422, "fair must be true or false"),
         ({"axes": {"rank": {"a": 1}}}, 422, "must be a list"),
         ({"axes": {"rank": [[1]]}}, 422, "must be a list"),
         ({"axes": {"rank": []}}, 422, "must be a list"),
