@@ -297,6 +297,10 @@ def test_the_settings_of_a_picture_can_be_pasted_into_the_form(page):
         ("", "without a LoRA"),
         ("a\nSteps: 2, LoRA Merge: what, Version: 1", "does not say a merge"),
         ('a\nSteps: 2, LoRA Merge: "a:1, ties, rank 4, nothing 3"', "nothing"),
+        ('a\nSteps: 2, LoRA Merge: "a:1, svd, rank \\x"', "does not say a merge"),
+        ('a\nSteps: 2, LoRA Merge: "a\nb", Version: 1', "does not say a merge"),
+        ('a\nSteps: 2, LoRA Merge: "a:1, svd, rank 4, seed x"', "seed must be a whole number"),
+        (f'a\nSteps: 2, LoRA Merge: "a:1, svd, rank 4, seed {"9" * 5000}"', "seed must be a whole number"),
     ],
 )
 def test_a_picture_whose_merge_is_not_known_is_refused(infotext, sentence):

@@ -9,6 +9,8 @@ from typing import Any
 from ...errors import RecipeError
 from ...methods import METHODS
 from ...recipe import MergeRecipe, check_params, parse_inputs, parse_prompt
+from ...recipe.check import check_whole
+from ...recipe.model import MAX_SEED
 from ..settings import Settings
 from .cell import WHOLE, rank_fields
 from .plot import INFOTEXT
@@ -42,12 +44,23 @@ def recipe_of(infotext: str, defaults: Settings) -> MergeRecipe:
     ours = _OURS.search(infotext, len(prompt))
     chosen: dict[str, Any] = {"dtype": defaults.dtype, "device": defaults.device}
     if ours is not None:
-        text = ours[1]
-        return read_words(json.loads(text) if text.startswith('"') else text, **chosen)
+        return read_words(_unquoted(ours[1]), **chosen)
     inputs = parse_prompt(prompt, skip_unsupported=True)
     if not inputs:
         raise RecipeError("This picture was made without a LoRA. Choose one that was made with some.")
     return MergeRecipe(inputs=inputs, **WHOLE, **chosen)
+
+
+def _unquoted(text: str) -> str:
+    """A value as it was before the host quoted it."""
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text
+    except ValueError:  # Changed by hand.
+        raise _no_merge(text) from None
+
+
+def _no_merge(text: str) -> RecipeError:
+    return RecipeError(f"The picture's {INFOTEXT} does not say a merge: {text[:200]}")
 
 
 def read_words(text: str, **fields: Any) -> MergeRecipe:
@@ -58,10 +71,10 @@ def read_words(text: str, **fields: Any) -> MergeRecipe:
     """
     found = _WORDS.fullmatch(text.strip())
     if found is None:
-        raise RecipeError(f"The picture's {INFOTEXT} does not say a merge: {text[:200]}")
+        raise _no_merge(text)
     kind, _, rule = found["rule"].partition(" ")
     params = dict(part.split(" ", 1) for part in found["params"].split(", ") if part)
-    seed = int(params.pop("seed", 0))
+    seed = check_whole("seed", params.pop("seed", 0), 0, MAX_SEED, text=True)
     mode = found["mode"]
     checked = check_params(METHODS[mode].params, params, mode=mode)
     return MergeRecipe(
