@@ -20,9 +20,12 @@ from lib_loramerge.blocks import (
 )
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import LoraInput, format_input, parse_input
+from tests import format_files as ff
+from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 from tests.test_blocks_models import PRESETS, TRANSFORMERS, UNETS, layers_of
 
 NONE = Presets()
+SEVENTEEN = ",".join(["1"] * 17)
 
 
 def found(model: str, lbw: str, presets: Presets = NONE) -> BlockWeights:
@@ -158,3 +161,23 @@ def test_every_entry_changes_a_layer_or_is_an_error(name, chance):
     except RecipeError:
         return
     assert {0.5, 0.25} <= {read.weight(*layer) for layer in known}
+
+
+@pytest.mark.parametrize(
+    ("layers", "written", "said"),
+    [
+        (SD1_LAYERS, "a:1:lbwe=:ff:0", "'ff' in an elemental rule is a part of 'diffusion_model'"),
+        (SD1_LAYERS, "a:1:te2=0.5", "te2 changes nothing, as Stable Diffusion 1 has no such text encoder"),
+        (SDXL_LAYERS, "a:1:te3=0.5", "te3 changes nothing, as Stable Diffusion XL has no such text encoder"),
+        (SDXL_LAYERS, f"a:1:lbw={SEVENTEEN}", "no entry for OUT01, so 1 of 9 layers have weight 0"),
+    ],
+)
+def test_what_does_other_than_it_seems_is_a_warning(tmp_path, layers, written, said):
+    make_lora(tmp_path / "a.safetensors", layers)
+    assert any(said in text for text in ff.merge(tmp_path, written).warnings)
+
+
+@pytest.mark.parametrize("written", ["a:1:lbwe=:ff_net:0", "a:1:te1=0.5", f"a:1:lbw={SEVENTEEN}"])
+def test_what_does_what_it_says_needs_no_warning(tmp_path, written):
+    make_lora(tmp_path / "a.safetensors", SD1_LAYERS)
+    assert ff.merge(tmp_path, written).warnings == []

@@ -202,3 +202,12 @@ def test_the_text_of_an_advice_names_the_shares_of_few_loras_and_the_least_of_ma
     least = min(many.uniform[0].kept_of, key=many.uniform[0].kept_of.get)
     assert line.endswith(f"least: {least} {percent(max(0.0, many.uniform[0].kept_of[least]))}")
     assert "kept of each" not in advise(ff.plan(folder, "a:1")).to_text()
+
+
+@pytest.mark.parametrize("fields", [{}, {"rank": "full"}, {"rank": 64}])
+def test_a_lora_below_the_rounding_of_another_is_not_said_to_be_cut_by_a_rank(folder, fields):
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    report = ff.merge(folder, "a:1000", "b:0.00001", **fields)
+    (text,) = [text for text in report.warnings if text.startswith("b: only")]
+    assert "--rank" not in text
+    assert "rounding of the other LoRAs to float32" in text

@@ -46,6 +46,7 @@ class BlockWeights:
         elements: Elemental rules, in order; the last one that picks a layer wins.
         name: The LoRA's name, for messages.
         named: The blocks that the list has an entry for, or sets to 0.
+        absent: The blocks that have 0 because the list has no entry for them.
         entries: What an entry by name is called, and its blocks.
         architecture: Id of the base model, which says what words for elements mean.
     """
@@ -55,6 +56,7 @@ class BlockWeights:
     elements: tuple[ElementRule, ...] = ()
     name: str = ""
     named: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
     entries: tuple[tuple[str, tuple[str, ...]], ...] = ()
     architecture: str = "unknown"
 
@@ -121,7 +123,7 @@ def resolve(
     where = f"{shown(input.name)}: "
     ids: tuple[str, ...] = ()
     values: dict[str, float] = {}
-    named: frozenset[str] = frozenset()
+    named = absent = frozenset[str]()
     by_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
     if input.lbw is not None:
         text = _look_up(input.lbw, presets.weights, ",", where + "lbw")
@@ -141,14 +143,15 @@ def resolve(
             order, ids, rest = _list_of(len(entries), model, what, presets)
         numbers = [_entry(entry, base, rng, what) for entry in entries]
         values = rest | dict(zip(order, numbers, strict=True))
-        named = frozenset(order) | {block for block, weight in rest.items() if weight == 0}
+        absent = frozenset(block for block, weight in rest.items() if weight == 0).difference(order)
+        named = frozenset(order) | absent
     rules: tuple[ElementRule, ...] = ()
     if input.lbwe is not None:
         text = _look_up(input.lbwe, presets.elements, ":", where + "lbwe")
         own = model.all if model is not None else ()
         rules = parse_rules(text, ids or None, where=where + _named("lbwe", input.lbwe, text), own=own)
     architecture = model.architecture if model is not None else "unknown"
-    return BlockWeights(ids, values, rules, input.name, named, by_names, architecture)
+    return BlockWeights(ids, values, rules, input.name, named, absent, by_names, architecture)
 
 
 def _check_reading(written: str, presets: Presets, what: str) -> None:
@@ -284,6 +287,20 @@ def check_reach(
                 f"{name}: the block weights leave {len(left)} of {len(known)} layers at 1: "
                 f"{', '.join(left[:3])}{more}."
             )
+    lacking = [block for _, block, _ in known if block in found.absent]
+    if lacking:
+        blocks = in_ranges(block for block in model.all if block in lacking)
+        notes.append(
+            f"{name}: the list of block weights has no entry for {blocks}, so {len(lacking)} of {len(known)} "
+            "layers have weight 0."
+        )
+    notes += [
+        f"{name}: {shown(token)} in an elemental rule is a part of 'diffusion_model', as the WebUI calls the "
+        "denoiser, so it picks all of the denoiser. Write more of the element's name, such as ff_net."
+        for rule in found.elements
+        for token in rule.elements
+        if token in "diffusion_model"
+    ]
     idle = [rule.text() for rule in found.elements if not any(found.picks(rule, *layer) for layer in known)]
     if found.elements and len(idle) == len(found.elements):
         words = elements_of(model.architecture)

@@ -35,6 +35,15 @@ def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
             )
         if plan.input.te == 0 and plan.input.unet == 0:
             notes.append(f"{source.path.name} has strength 0 and changes nothing.")
+        encoders = source.architecture.encoders
+        notes += [
+            f"{source.path.name}: {part} changes nothing, as {source.base_model} has no such text encoder."
+            for part in ("te1", "te2", "te3")
+            if getattr(plan.input, part) is not None
+            and encoders
+            and part not in encoders
+            and not (part == "te1" and "te" in encoders)
+        ]
         notes += [f"{source.path.name}: {note}" for note in sorted(source.notes())]
     notes += _noise_notes(plans)
     paths = Counter(plan.path for plan in plans)

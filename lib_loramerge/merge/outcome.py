@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import models
+from .. import models, ranks
 from ..files import Written
 from ..report import (
     EXACT_SUM,
@@ -136,12 +136,31 @@ def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
         return []
     texts = [
         f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file, of its block "
-        f"{entry.worst_block['block']} {percent(max(0.0, entry.worst_block['kept']))}; the rank cut off the "
-        "rest. --rank full keeps all of it."
+        f"{entry.worst_block['block']} {percent(max(0.0, entry.worst_block['kept']))}; {_why(plan)}"
         for entry in inputs
         if entry.kept < WELL_KEPT and entry.worst_block is not None
     ]
     return list(dict.fromkeys(texts))  # one LoRA given twice is one
+
+
+def _why(plan: MergePlan) -> str:
+    """What took so much of a LoRA, and what to do."""
+    recipe, method = plan.recipe, plan.method
+    asked = [
+        (
+            layer,
+            ranks.asked(recipe, same=layer.same_rank, conv=bool(layer.kernel), bounded=layer.bounded(method)),
+        )
+        for layer in plan.layers
+    ]
+    if recipe.own_ranks or any(
+        rank is not None and rank < layer.largest_rank(method) for layer, rank in asked
+    ):
+        return "the rank cut off the rest. --rank full keeps all of it."
+    return (
+        f"the rest is smaller than the rounding of the other LoRAs to {plan.dtype}. Raise its strength, or "
+        "lower theirs."
+    )
 
 
 def _smaller(plan: MergePlan, merged: Sequence[MergedLayer], size: int) -> dict[str, Any] | None:
