@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lib_loramerge import cli
+from lib_loramerge import cli, interrupts
 from tests.fixtures import SD1_LAYERS, make_lora
 
 
@@ -51,6 +51,24 @@ def test_two_results_of_one_name_are_refused_before_any_work(folder, capsys):
         assert cli.main(["convert", "a.safetensors", "other/a.safetensors", "-o", "small", *more]) == 1
         assert "a.safetensors and other" in capsys.readouterr().err
     assert not (folder / "small").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "a.safetensors", "b.v2.safetensors", "--each", "-o", "new"),
+        ("convert", "a.safetensors", "b.v2.safetensors", "-o", "new"),
+        ("sweep", "a.safetensors:0.5/1", "-o", "new"),
+    ],
+)
+def test_an_interrupted_run_of_many_says_what_stays(folder, capsys, monkeypatch, words):
+    monkeypatch.setattr(interrupts, "asked", lambda: bool(list(folder.glob("new/*.safetensors"))))
+    assert cli.main([*words]) == 130
+    assert "interrupted, 1 complete files stay" in capsys.readouterr().err
+    assert len(list(folder.glob("new/*.safetensors"))) == 1
+    monkeypatch.setattr(interrupts, "asked", lambda: True)
+    assert cli.main(["merge", "a.safetensors", "-o", "./one"]) == 130
+    assert "nothing was written" in capsys.readouterr().err
 
 
 def test_no_merge_of_a_list_replaces_what_another_reads(folder, capsys):

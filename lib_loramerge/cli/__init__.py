@@ -33,11 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # File names may hold characters that the console's encoding lacks.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    options = argparse.Namespace()
     try:
         options = build_parser(words).parse_args(words)
         return options.run(options) or EXIT_DONE
     except (Cancelled, KeyboardInterrupt):
-        print("loramerge: interrupted, nothing was written", file=sys.stderr)
+        complete = getattr(options, "complete", 0)  # Files of a run that writes several.
+        left = f"{complete} complete files stay" if complete else "nothing was written"
+        print(f"loramerge: interrupted, {left}", file=sys.stderr)
         return interrupts.exit_status()
     except LoraMergeError as error:
         print(f"loramerge: {one_line(str(error))}", file=sys.stderr)

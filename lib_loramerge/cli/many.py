@@ -98,6 +98,7 @@ def run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Nam
             print(f"loramerge: {label}: {one_line(str(error))}", file=sys.stderr)
             continue
         reports.append(report)
+        options.complete = len(reports)
         if not options.json:
             print(f"{path}  {report.size_bytes / 1e6:,.2f} MB")
     if options.json:

@@ -128,6 +128,7 @@ def _merge_all(
         with progress_line(sys.stderr) as show:
             report = run_merge(plan, own, overwrite=options.overwrite, progress=show, cancel=interrupts.asked)
         reports.append(report)
+        options.complete = len(reports)
         if not options.json:
             print(report.to_text())
             print_notes(notes)

@@ -94,6 +94,7 @@ def run_sweep_command(options: argparse.Namespace) -> int:
     with progress_line(sys.stderr) as show:
         for row in run_sweep(sweep, progress=_of_files(show, len(points)), cancel=interrupts.asked):
             rows.append(row.to_json())
+            options.complete = len(rows)
             if not options.json:
                 print(row.to_text())
     if options.json:

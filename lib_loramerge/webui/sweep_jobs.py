@@ -139,6 +139,10 @@ def sweep_request(fields: Fields) -> SweepRequest:
     inputs, params = given.pop("inputs", None), given.pop("params", {})
     if not isinstance(inputs, list) or not isinstance(params, dict):
         raise RecipeError("A recipe needs inputs, the list of its LoRAs; params are an object.")
+    if any(isinstance(item, dict) and item.get("hash") is not None for item in inputs):
+        raise RecipeError(
+            "A sweep does not compare sources with a stored hash. Leave hash out of the inputs."
+        )
     settings, own, mix = _axes(fields.mapping("axes"))
     # What is the same in all, checked by itself; one LoRA stands for the inputs.
     same = from_json(

@@ -104,6 +104,7 @@ def test_a_second_sweep_is_refused_or_goes_on(host):
         ({"inputs": ["nothing:0/1"]}, 404, "no LoRA called"),
         ({"inputs": ["linked:0/1"]}, 422, "leads out of the LoRA folder"),
         ({"inputs": ["a:0.5/0.5"]}, 422, "stands there twice"),
+        ({"inputs": ["a:0/1", {"name": "b", "hash": "0" * 64}]}, 422, "Leave hash out"),
         ({"inputs": "a"}, 422, "list of its LoRAs"),
         ({"axes": {"mode": ["svd", "nothing"]}}, 422, "nothing"),
         ({"axes": {"density": [0.1, 0.2]}}, 422, "density"),
