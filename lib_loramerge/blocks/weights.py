@@ -56,7 +56,7 @@ class BlockWeights:
     elements: tuple[ElementRule, ...] = ()
     name: str = ""
     named: frozenset[str] = frozenset()
-    absent: frozenset[str] = frozenset()
+    absent: frozenset[str] = field(default=frozenset(), compare=False)
     entries: tuple[tuple[str, tuple[str, ...]], ...] = ()
     architecture: str = "unknown"
 

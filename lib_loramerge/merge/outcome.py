@@ -22,7 +22,7 @@ from ..report import (
     relative,
     worst,
 )
-from .layout import WORTH, MergePlan, SourcePlan, smaller
+from .layout import WORTH, LayerPlan, MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
 from .merged import MergedLayer
 
@@ -134,33 +134,33 @@ def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
     """A warning for each LoRA of which the rank left too little; other modes change them on purpose."""
     if not (plan.method.exact and plan.method.uses_rank):
         return []
-    texts = [
-        f"{entry.name}: only {percent(max(0.0, entry.kept))} of this LoRA is in the file, of its block "
-        f"{entry.worst_block['block']} {percent(max(0.0, entry.worst_block['kept']))}; {_why(plan)}"
-        for entry in inputs
-        if entry.kept < WELL_KEPT and entry.worst_block is not None
-    ]
+    texts, cuts = [], _rank_cuts(plan)
+    for entry in inputs:
+        if entry.kept >= WELL_KEPT or entry.worst_block is None:
+            continue
+        kept, block = percent(max(0.0, entry.kept)), entry.worst_block["block"]
+        of_block = percent(max(0.0, entry.worst_block["kept"]))
+        texts.append(
+            f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; the rank "
+            "cut off the rest. --rank full keeps all of it."
+            if cuts
+            else f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; the "
+            f"rest is smaller than the rounding of the other LoRAs to {plan.dtype}. Raise its strength, or "
+            "lower theirs."
+        )
     return list(dict.fromkeys(texts))  # one LoRA given twice is one
 
 
-def _why(plan: MergePlan) -> str:
-    """What took so much of a LoRA, and what to do."""
+def _rank_cuts(plan: MergePlan) -> bool:
+    """Whether the recipe's rule may have cut a layer's rank."""
     recipe, method = plan.recipe, plan.method
-    asked = [
-        (
-            layer,
-            ranks.asked(recipe, same=layer.same_rank, conv=bool(layer.kernel), bounded=layer.bounded(method)),
-        )
-        for layer in plan.layers
-    ]
-    if recipe.own_ranks or any(
-        rank is not None and rank < layer.largest_rank(method) for layer, rank in asked
-    ):
-        return "the rank cut off the rest. --rank full keeps all of it."
-    return (
-        f"the rest is smaller than the rounding of the other LoRAs to {plan.dtype}. Raise its strength, or "
-        "lower theirs."
-    )
+
+    def cuts(layer: LayerPlan) -> bool:
+        bounded, conv = layer.bounded(method), bool(layer.kernel)
+        rank = ranks.asked(recipe, same=layer.same_rank, conv=conv, bounded=bounded)
+        return rank is not None and rank < layer.largest_rank(method)
+
+    return bool(recipe.own_ranks) or any(map(cuts, plan.layers))
 
 
 def _smaller(plan: MergePlan, merged: Sequence[MergedLayer], size: int) -> dict[str, Any] | None:
