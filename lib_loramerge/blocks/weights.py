@@ -289,9 +289,9 @@ def check_reach(
             )
     lacking = [block for _, block, _ in known if block in found.absent]
     if lacking:
-        blocks = in_ranges(block for block in model.all if block in lacking)
+        where = in_ranges(block for block in model.all if block in lacking)
         notes.append(
-            f"{name}: the list of block weights has no entry for {blocks}, so {len(lacking)} of {len(known)} "
+            f"{name}: the list of block weights has no entry for {where}, so {len(lacking)} of {len(known)} "
             "layers have weight 0."
         )
     notes += [

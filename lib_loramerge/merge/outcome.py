@@ -141,12 +141,12 @@ def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
         kept, block = percent(max(0.0, entry.kept)), entry.worst_block["block"]
         of_block = percent(max(0.0, entry.worst_block["kept"]))
         texts.append(
-            f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; the rank "
-            "cut off the rest. --rank full keeps all of it."
+            f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; "
+            "the rank cut off the rest. --rank full keeps all of it."
             if cuts
-            else f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; the "
-            f"rest is smaller than the rounding of the other LoRAs to {plan.dtype}. Raise its strength, or "
-            "lower theirs."
+            else f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; "
+            f"the rest is smaller than the rounding of the other LoRAs to {plan.dtype}. Raise its strength, "
+            "or lower theirs."
         )
     return list(dict.fromkeys(texts))  # one LoRA given twice is one
 
