@@ -110,7 +110,8 @@ def run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Nam
 
 def _files_of(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Namespace) -> list[Path]:
     """The LoRAs of all merges, as far as they are found."""
-    find, files = finder(options.lora_dir), {}
+    find = finder(options.lora_dir)
+    files: dict[Path, None] = {}
     for name in dict.fromkeys(entry.name for _, _, recipe in jobs for entry in recipe.inputs):
         with contextlib.suppress(LoraMergeError):
             files[find(name)] = None
