@@ -433,3 +433,13 @@ def test_two_real_loras_are_merged_exactly():
         assert relative_error(got, wanted) < 4e-4
         assert report.error < 4e-4
         assert metadata_of(folder / "out.safetensors")["ss_base_model_version"] == "sd_v1"
+
+
+def test_one_lora_of_zeros_is_said_to_change_nothing(folder):
+    tensors = load_file(folder / "a.safetensors")
+    nothing = {key: tensor * 0 if "lora_up" in key else tensor for key, tensor in tensors.items()}
+    save_file(nothing, folder / "nothing.safetensors", {"ss_base_model_version": "sd_v1"})
+    with pytest.raises(IncompatibleError, match=r"nothing\.safetensors changes nothing: its layers are zero"):
+        merge(folder, "nothing:1")
+    with pytest.raises(IncompatibleError, match="The LoRAs cancel each other"):
+        merge(folder, "a:1", "a:-1")

@@ -92,6 +92,11 @@ def run_merge(
         source_hashes = hashes()
         merger.check_unchanged()
     if not any(layer.tensors for layer in merged):
+        if len(plan.sources) == 1:
+            raise IncompatibleError(
+                f"{plan.sources[0].path.name} changes nothing: its layers are zero, or too small for "
+                f"{plan.dtype}. There is nothing to write."
+            )
         raise IncompatibleError(
             "The LoRAs cancel each other in every layer, or what they change is too small for "
             f"{plan.dtype}, so there is nothing to write."
