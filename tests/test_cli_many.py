@@ -119,6 +119,7 @@ def test_a_list_of_recipes_is_merged_line_by_line(folder, capsys):
         "[]",
         '{"inputs": []}',
         '{"inputs": ["a"], "output": 3}',
+        '{"inputs": ["a.safetensors"], "inputs": ["b.safetensors"]}',
         '{"inputs": ["a"], "output": ".."}',
         "[" * 100_000,
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from .. import interrupts
 from ..errors import Cancelled, LoraMergeError, OutputError, RecipeError
 from ..recipe import MergeRecipe, from_json, parse_inputs
+from ..recipe.stored import read_json
 from .options import finder, given_fields, plan_of
 from .output import EXIT_DONE, EXIT_ERROR, one_line, print_json, progress_line
 from .recipes import replaced, text_of
@@ -45,12 +45,10 @@ def many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecipe
             continue
         where = f"line {number}"
         try:
-            given = json.loads(line)
+            given = read_json(line)
             name = given.pop("output", "") if isinstance(given, dict) else ""
             recipe = replaced(from_json(given), fields)
-        except RecursionError:
-            raise RecipeError(f"{options.recipe.name}, {where}: the JSON is nested too deep.") from None
-        except (RecipeError, ValueError) as error:
+        except RecipeError as error:
             raise RecipeError(f"{options.recipe.name}, {where}: {error}") from None
         if not isinstance(name, str) or (name and not file_stem(name).strip(". ")):
             raise RecipeError(f"{options.recipe.name}, {where}: output must be the name of a file.")

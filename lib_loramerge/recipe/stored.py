@@ -57,7 +57,7 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
         RecipeError: No JSON, unknown or doubled fields, wrong types, values out of
             range, or a recipe of a newer version.
     """
-    fields = _load(obj) if isinstance(obj, str) else obj
+    fields = read_json(obj) if isinstance(obj, str) else obj
     if not isinstance(fields, Mapping):
         raise RecipeError(f"A recipe must be a JSON object, got {shown(fields)}.")
     given = dict(fields)
@@ -111,7 +111,12 @@ def _refuse_unknown(what: str, given: Mapping[Any, Any], known: tuple[str, ...])
             )
 
 
-def _load(text: str) -> object:
+def read_json(text: str) -> object:
+    """JSON in which no field stands twice.
+
+    Raises:
+        RecipeError: It is none, or too long.
+    """
     if len(text) > LONGEST_JSON:
         raise RecipeError(f"A recipe must be at most {LONGEST_JSON} characters long, got {len(text)}.")
     try:
