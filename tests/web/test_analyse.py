@@ -7,6 +7,7 @@ import io
 import json
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.report import percent
 from lib_loramerge.webui import analyse, plots, render_analysis
 from lib_loramerge.webui.analyse import Looks, Question
+from lib_loramerge.webui.background import RUNNING
 from lib_loramerge.webui.host import ConflictError, StandaloneHost
 from lib_loramerge.webui.render import size_text
 from lib_loramerge.webui.standalone import shared_file
@@ -211,8 +213,7 @@ def test_the_time_left_is_told_and_whole_layers_get_more_time(host, looks):
     whole = host.plan(MergeRecipe(BOTH, mode="ties", device="cpu"))
     assert analyse.limit_for(whole) > analyse.LIMIT_SECONDS
     look = analyse.Look(Question(whole, ("advise",)))
-    look.start()
-    look.stage, look.eta = "advise", 240.0
+    look.state, look.started, look.stage, look.eta = RUNNING, time.time(), "advise", 240.0
     assert "time left 4 min" in re.sub(r"<[^>]*>", "", render_analysis.look_state(look, "0"))
     look.eta = 0.5
     assert "time left" not in render_analysis.look_state(look, "0")

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from lib_loramerge import analysis
 from lib_loramerge.errors import Cancelled
-from lib_loramerge.webui import api
+from lib_loramerge.webui import api, routes
 from lib_loramerge.webui.host.standalone import StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue
 from tests.fixtures import SD1_LAYERS, make_lora
@@ -84,7 +84,7 @@ def test_a_look_that_takes_too_long_ends_and_gives_its_place_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(analysis, "inspect", endless)
-        patch.setattr(api, "INSPECT_SECONDS", 0.05)
+        patch.setattr(routes, "INSPECT_SECONDS", 0.05)
         for _ in range(api.MAX_LOOKS + 1):
             status, content = inspect(url)
             assert status == 503

@@ -46,7 +46,8 @@ def planned(folder: Path, side: int = 64, count: int = 1, loras: int = 2, **sett
     ],
 )
 def test_what_a_rule_may_lose_is_told_before(tmp_path: Path, settings: dict, words: str | None) -> None:
-    found = forecast.notes(planned(tmp_path, **settings))
+    plan = planned(tmp_path, **settings)
+    found = forecast.notes(plan, forecast.less_of(plan))
     assert [words in text for text in found] == ([True] if words else [])
 
 
