@@ -111,7 +111,7 @@ def _refuse_unknown(what: str, given: Mapping[Any, Any], known: tuple[str, ...])
             )
 
 
-def read_json(text: str) -> object:
+def read_json(text: str) -> Any:
     """JSON in which no field stands twice.
 
     Raises:
