@@ -236,3 +236,16 @@ def test_a_merge_begun_elsewhere_says_so(tab: Tab, host: FakeHost, chromium: obj
     tab.load()
     tab.expect_text("result", "mine")
     expect(tab.page.locator("#loramerge_result .lm-elsewhere")).to_be_hidden()
+
+
+def test_small_buttons_have_an_edge_in_a_theme_without_colours(tab: Tab) -> None:
+    """As SD.Next's ModernUI is: they were words like others."""
+    pick(tab, "style", "subject")
+    tab.expect_text("facts", "Use this rank")
+    button = tab.page.locator("#loramerge_facts .lm-button").first
+    app = tab.page.locator("#loramerge_app")
+    button.evaluate("element => { element.style.transition = 'none'; }")
+    app.evaluate("element => element.style.setProperty('--lm-line', 'transparent')")
+    edge = button.evaluate("element => getComputedStyle(element).borderTopColor")
+    app.evaluate("element => element.style.removeProperty('--lm-line')")
+    assert not re.search(r"[,/] 0\)$", edge), edge
