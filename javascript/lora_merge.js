@@ -417,6 +417,21 @@
         }
     }
 
+    // Jobs are drawn anew with every answer. A press that spans it would be lost: the browser makes no click of it.
+    let pressed = null;
+
+    const buttonOf = (event) => event.target.closest && event.target.closest("#loramerge_app .lm-button");
+
+    function onPress(event) {
+        pressed = buttonOf(event);
+    }
+
+    function onRelease(event) {
+        const button = buttonOf(event);
+        if (pressed && !pressed.isConnected && button && button.outerHTML === pressed.outerHTML) button.click();
+        pressed = null;
+    }
+
     // --- rows --------------------------------------------------------------------------------------------------------
 
     function toggleRow(row) {
@@ -618,5 +633,7 @@
         setTimeout(() => field.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true })), 0);
     });
     document.addEventListener("click", onClick);
+    document.addEventListener("pointerdown", onPress);
+    document.addEventListener("pointerup", onRelease);
     setInterval(guardedTick, TICK);
 })();
