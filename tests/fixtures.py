@@ -7,7 +7,7 @@ an independent opinion.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,6 +83,13 @@ def make_lora(
 
 
 _KOHYA = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>up|down|mid)\.weight|(?P<alpha>alpha))")
+
+
+def make_loras(folder: Path, names: Iterable[str], layers: Mapping[str, Shape], **options) -> Path:
+    """A LoRA of each name, all different; ``options`` as of :func:`make_lora`."""
+    for seed, name in enumerate(names):
+        make_lora(folder / f"{name}.safetensors", layers, seed=seed, **options)
+    return folder
 
 
 def dense_deltas(path: Path, *, every: int = 1) -> dict[str, Tensor]:

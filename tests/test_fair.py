@@ -10,17 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from lib_loramerge.errors import RecipeError
 from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, sample_data
+from tests.fixtures import SD1_LAYERS, dense_deltas, make_loras, sample_data
 
 LAYERS = {name: (min(out, 64), in_) for name, (out, in_) in list(SD1_LAYERS.items())[1:5]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fair")
-    for seed, name in enumerate("abc"):
-        make_lora(folder / f"{name}.safetensors", LAYERS, rank=4, alpha=4, seed=seed)
-    return folder
+    return make_loras(tmp_path_factory.mktemp("fair"), "abc", LAYERS, rank=4, alpha=4)
 
 
 def shares(folder, weights, got):

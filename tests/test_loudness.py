@@ -14,7 +14,7 @@ from lib_loramerge.analysis import advise, compare
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.metadata import read_recipe
 from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, weighted_sum
+from tests.fixtures import SD1_LAYERS, dense_deltas, make_loras, weighted_sum
 
 LAYERS = {name: (min(out, 64), in_) for name, (out, in_) in list(SD1_LAYERS.items())[:6]}
 WEIGHTS = {"a": 1.0, "b": 0.7, "c": -0.3}
@@ -22,10 +22,7 @@ WEIGHTS = {"a": 1.0, "b": 0.7, "c": -0.3}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loud")
-    for seed, name in enumerate("abc"):
-        make_lora(folder / f"{name}.safetensors", LAYERS, rank=4, alpha=4, seed=seed)
-    return folder
+    return make_loras(tmp_path_factory.mktemp("loud"), "abc", LAYERS, rank=4, alpha=4)
 
 
 def inputs(weights):

@@ -103,15 +103,20 @@ class AdviceReport:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the LoRAs of which it is known what is kept; () for fewer than two."""
+        names = tuple(self.uniform[0].kept_of) if self.uniform else ()
+        return names if len(names) > 1 else ()
+
     def to_text(self) -> str:
         whole = "the exact sum" if METHODS[self.mode].exact else f"mode {self.mode}'s own result"
-        shared = bool(self.uniform) and len(self.uniform[0].kept_of) > 1
         rows = [
             f"{self.base_model}, mode {self.mode}, {self.dtype}, {self.layers} layers",
             f"error: what a rank loses of {whole}, as a part of its norm",
             (
                 "kept of each LoRA: 1 less the part of it, at its strength, that the file lacks"
-                if shared
+                if self.shared
                 else "A LoRA far weaker than others can be lost in a small error; see `loramerge compare`."
             ),
             *(
@@ -120,7 +125,7 @@ class AdviceReport:
                 else []
             ),
             f"True rank: up to {self.numerical_rank}, {self.mean_rank:.1f} on average",
-            f"{'rank':>6}{'size':>12}{'error':>10}{'  kept of each LoRA' if shared else ''}",
+            f"{'rank':>6}{'size':>12}{'error':>10}{'  kept of each LoRA' if self.shared else ''}",
             *(
                 f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{shares_text(p.kept_of)}"
                 for p in self.uniform

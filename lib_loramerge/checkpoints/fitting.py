@@ -115,8 +115,9 @@ def _ranks(
                 completed.add(other)
                 zeros = zero_layer(pair, other, layer.name)
                 fixed += sum(_bytes(key, tensor) for key, tensor in layer_tensors(pair, zeros))
-        per_rank = _at_rank(pair, layer, _ANY + 1) - _at_rank(pair, layer, _ANY)
-        entries = _at_rank(pair, layer, _ANY) - _ANY * per_rank
+        at_any = _at_rank(pair, layer, _ANY)
+        per_rank = _at_rank(pair, layer, _ANY + 1) - at_any
+        entries = at_any - _ANY * per_rank
         values = layer.values.numpy()
         costs[layer.name] = ranks.LayerCost(values, per_rank, entries + beside, least=1 if group else 0)
     layers = list(costs.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .core import Spectrum, cancelled, decompose, decompose_whole, in_float32
-from .krylov import outside
+from .krylov import outside, to_come
 from .reach import NEAR, largest, times_two_to
 from .small import gram, grams, sizes
 from .types import Dense, Grams, LowRank
@@ -194,17 +194,10 @@ def _krylov(
     while basis.shape[1] <= most:
         square = gram(image)
         found.append(float(torch.linalg.eigvalsh(square)[-rank:].sum()))
-        if _still_to_gain(found) <= _CONVERGED * (energy - found[-1]):
+        # Gains that do not fall: another step like the last one.
+        if len(found) > 2 and to_come(found, found[-1] - found[-2]) <= _CONVERGED * (energy - found[-1]):
             largest = torch.linalg.eigh(square).eigenvectors[:, -rank:]
             return torch.linalg.qr((basis @ largest.to(basis)).double()).Q
         block = outside(basis, times(image[-block.shape[1] :].mT))
         basis, image = torch.cat([basis, block], dim=1), torch.cat([image, onto(block)])
     return None
-
-
-def _still_to_gain(found: list[float]) -> float:
-    """What further steps would add to a sequence that gains by an ever smaller factor."""
-    if len(found) < 3:
-        return math.inf
-    last, before = found[-1] - found[-2], found[-2] - found[-3]
-    return last * last / (before - last) if 0 < last < before else max(0.0, last)

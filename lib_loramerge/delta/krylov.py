@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -67,7 +69,7 @@ def leading(
         largest = vectors[:, -rank:]
         found.append(float(values[-rank:].sum()))
         left = max(0.0, energy - found[-1])
-        if _to_come(found) <= _GAINS * left + _ROUNDING * energy:
+        if to_come(found, math.inf) <= _GAINS * left + _ROUNDING * energy:
             break
     basis, turned = torch.linalg.qr(basis.double() @ largest)
     if energy - found[-1] > _EXACT * energy:
@@ -90,14 +92,17 @@ def _grown(square: Tensor, rows: Tensor) -> Tensor:
     return result
 
 
-def _to_come(found: list[float]) -> float:
-    """What all further steps will find, if each finds as much less than the one before as the last did."""
+def to_come(found: Sequence[float], not_falling: float) -> float:
+    """What all further steps will find, if each finds as much less than the one before as the last did.
+
+    Args:
+        found: After each step so far, three at least.
+        not_falling: The answer where the last one found no less than the one before.
+    """
     before, last = found[-2] - found[-3], found[-1] - found[-2]
     if last <= 0:
         return 0.0
-    if last >= before:
-        return float("inf")
-    return last * last / (before - last)
+    return last * last / (before - last) if last < before else not_falling
 
 
 def _product(basis: Tensor, weight: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ def extract_request(fields: Fields) -> ExtractRequest:
     }
     settings |= {name: get(name) for name, get in read.items() if fields.given(name)}
     if sum(map(fields.given, ("rank", "retain", "size"))) > 1:
-        fields.refuse("rank, retain and size exclude each other: give one rule for the rank.")
+        from ..checkpoints.differing import ONE_RULE  # Not at the WebUI's start, see extension.py.
+
+        fields.refuse(ONE_RULE)
     return ExtractRequest(
         tuned=fields.text("tuned"),
         base=fields.text("base"),

@@ -126,8 +126,10 @@ def less_of(plan: MergePlan, advice: AdviceReport | None = None) -> dict[str, An
     point = next((p for p in advice.uniform if p.rank == less["rank"]), None) if advice and less else None
     if less is None or point is None:
         return less
-    name, kept = min(point.kept_of.items(), key=lambda entry: entry[1], default=("", None))
-    known = {} if kept is None else {"kept": kept, "weakest": name}
+    from ..analysis.advise import weakest  # Loaded by now, as there is advice.
+
+    least = weakest(point.kept_of)
+    known = {} if least is None else {"kept": least[1], "weakest": least[0]}
     return {"rank": point.rank, "size_bytes": point.size_bytes, "error": point.error, **known}
 
 

@@ -119,7 +119,7 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
 
     Above them, for several LoRAs, what is kept of each.
     """
-    shared = bool(report.uniform) and len(report.uniform[0].kept_of) > 1
+    shared = bool(report.shared)
     figure, axes = _figure(2 + shared, 2, theme, size=(13, 8.4 + 4.2 * shared))
     if shared:
         _shares(axes[0], report, theme)
@@ -147,7 +147,7 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
 def _shares(axes: Any, report: AdviceReport, theme: str) -> None:
     """What is kept of each LoRA, against the rank of all layers and against the file size."""
     by_rank, by_size = axes
-    for index, name in enumerate(report.uniform[0].kept_of):
+    for index, name in enumerate(report.shared):
         look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
         shares = [point.kept_of[name] for point in report.uniform]
         label = _short(Path(name).stem)

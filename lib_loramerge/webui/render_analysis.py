@@ -107,7 +107,7 @@ def look_page(look: Look) -> str:
     if found.compare is not None:
         body = _verdicts(found.compare)
         parts.append(_part(say("How they get on"), body, "compare", found.pictures))
-    if found.advise is not None and len(found.advise.uniform[0].kept_of if found.advise.uniform else ()) > 1:
+    if found.advise is not None and found.advise.shared:
         parts.append(_part(say("Which rank is needed"), _targets(found.advise)))
         body = note_box([KEPT_MEANS]) + _ranks(found.advise)
         parts.append(_part(say("What a rank keeps of each LoRA"), body, "advise", found.pictures))
@@ -226,22 +226,20 @@ def _megabytes(count: int) -> float:
 
 def _ranks(report: AdviceReport) -> str:
     """What every rank costs, loses, and keeps of each LoRA."""
-    names = list(report.uniform[0].kept_of) if report.uniform else []
-    each = 1 < len(names) <= MOST_COLUMNS
+    names = report.shared
+    each = 0 < len(names) <= MOST_COLUMNS
     body = ""
     for point in report.uniform:
         cells = [str(point.rank), size_text(point.size_bytes), _error(point.error)]
         least = weakest(point.kept_of)
         if each:
             cells += [_share(point.kept_of[name]) for name in names]
-        elif len(names) > 1 and least is not None:
+        elif names and least is not None:
             cells.append(f"{_share(least[1])} {foreign(_short(least[0]))}")
         chosen = point.rank == report.chosen_rank
         cells.append(say("chosen") if chosen else offer(say("Use"), rank=point.rank))
         body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    kept = (
-        [foreign(_short(name)) for name in names] if each else [say("Least kept")] if len(names) > 1 else []
-    )
+    kept = [foreign(_short(name)) for name in names] if each else [say("Least kept")] if names else []
     heads = (say("Rank"), say("File size"), say("Error"), *kept, "")
     return f'<div class="lm-tables">{_table(heads, body, "ranks")}</div>'
 
