@@ -10,8 +10,8 @@ import pytest
 from lib_loramerge.dialects import parse_file
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.hosts import HOSTS as RECORDS
-from tests.accepted import HOSTS, MODELS, accepted
-from tests.names_judge import company, fate, header, known, spellings
+from tests.helpers.accepted import HOSTS, MODELS, accepted
+from tests.helpers.names_judge import company, fate, header, known, spellings
 
 MODELS_OF_COMFYUI = [(architecture, model) for architecture, models in MODELS.items() for model in models]
 
@@ -20,7 +20,7 @@ MODELS_OF_COMFYUI = [(architecture, model) for architecture, models in MODELS.it
 def test_what_is_read_in_any_spelling_is_written_where_the_host_finds_the_same_parameter(architecture, model):
     """What is known to be lost or refused is listed in ``data/names_known.json``: the list may only shrink.
 
-    ``python -m tests.names_judge --renew`` writes it anew.
+    ``python -m tests.helpers.names_judge --renew`` writes it anew.
     """
     found = {}
     for spelling in spellings(model):

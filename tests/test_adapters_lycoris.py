@@ -20,7 +20,16 @@ from lycoris.modules.norms import NormModule
 
 from lib_loramerge.adapters import ADAPTERS, build
 from lib_loramerge.delta import LowRank
-from tests.adapter_judges import CONV, LINEAR, WHERE, assert_equal, base_layer, ours, randomise, seen_delta
+from tests.helpers.adapter_judges import (
+    CONV,
+    LINEAR,
+    WHERE,
+    assert_equal,
+    base_layer,
+    ours,
+    randomise,
+    seen_delta,
+)
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 

@@ -11,7 +11,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from torch import nn
 
 from lib_loramerge.delta import LowRank
-from tests.adapter_judges import CONV, LINEAR, assert_equal, base_layer, ours, randomise, seen_delta
+from tests.helpers.adapter_judges import CONV, LINEAR, assert_equal, base_layer, ours, randomise, seen_delta
 
 SLOTS = {
     "lora_B.weight": "up",

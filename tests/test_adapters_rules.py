@@ -11,7 +11,7 @@ from lib_loramerge.adapters import ADAPTERS, build, describe
 from lib_loramerge.adapters.groups import COMPANIONS, MAGNITUDES, REFUSED
 from lib_loramerge.delta import Dense, LowRank
 from lib_loramerge.errors import IncompatibleError, LoraMergeError, UnsupportedError
-from tests.adapter_judges import assert_equal
+from tests.helpers.adapter_judges import assert_equal
 
 WHERE = "odd.safetensors: lora_unet_input_blocks_4_1_proj_in"
 

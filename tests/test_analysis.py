@@ -18,7 +18,14 @@ from lib_loramerge.merge.layer import open_merger
 from lib_loramerge.merge.layout import output_names
 from lib_loramerge.recipe import MergeRecipe, parse_inputs
 from lib_loramerge.webui import plots
-from tests.fixtures import SD1_LAYERS, dense_deltas, lora_tensors, make_lora, relative_error, weighted_sum
+from tests.helpers.fixtures import (
+    SD1_LAYERS,
+    dense_deltas,
+    lora_tensors,
+    make_lora,
+    relative_error,
+    weighted_sum,
+)
 
 
 @pytest.fixture

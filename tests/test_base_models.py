@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_loramerge.errors import IncompatibleError
 from lib_loramerge.models import ARCHITECTURES, checkpoint_keys, comfy_layer
-from tests.format_files import merge
+from tests.helpers.format_files import merge
 
 OUT, IN = 32, 16
 MODELS = [record.id for record in ARCHITECTURES.values() if record.names is not None]

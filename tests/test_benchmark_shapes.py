@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.benchmarks.sdxl_shapes import sdxl_layers, shape_counts
-from tests.fixtures import sample_data
+from tests.helpers.fixtures import sample_data
 
 
 def test_there_are_as_many_layers_as_a_kohya_sdxl_lora_has():

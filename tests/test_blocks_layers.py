@@ -12,7 +12,7 @@ from lib_loramerge import models
 from lib_loramerge.blocks import BLOCK_IDS, BlockWeights, Presets, resolve
 from lib_loramerge.dialects import parse_file
 from lib_loramerge.recipe import LoraInput
-from tests.fixtures import sample_data
+from tests.helpers.fixtures import sample_data
 
 RESNET = {
     "norm1": "in_layers_0",

@@ -20,8 +20,8 @@ from lib_loramerge.blocks import (
 )
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.recipe import LoraInput, format_input, parse_input
-from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.helpers import format_files as ff
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 from tests.test_blocks_models import PRESETS, TRANSFORMERS, UNETS, layers_of
 
 NONE = Presets()

@@ -11,7 +11,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,7 @@ from lib_loramerge.cli import main
 from lib_loramerge.errors import OutputError
 from lib_loramerge.files import read_header
 from lib_loramerge.metadata import read_recipe
+from tests.helpers.checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
 
 Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 LORA_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
 from safetensors.torch import load_file, save_file
 
 from lib_loramerge.checkpoints import ExtractSettings
@@ -19,6 +18,7 @@ from lib_loramerge.delta.krylov import leading
 from lib_loramerge.errors import IncompatibleError
 from lib_loramerge.files import read_header
 from lib_loramerge.merge import open_source
+from tests.helpers.checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
 
 Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 LORA_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from checkpoint_files import lora_of, make_checkpoint, product
 from safetensors.torch import load_file, save_file
 
 from lib_loramerge.checkpoints import Checkpoint
 from lib_loramerge.cli import main
+from tests.helpers.checkpoint_files import lora_of, make_checkpoint, product
 
 UNET = "model.diffusion_model."
 OPENCLIP = "conditioner.embedders.0.model.transformer.resblocks.0"

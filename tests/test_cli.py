@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from lib_loramerge import cli
 from lib_loramerge.files import read_header
 from lib_loramerge.metadata import read_recipe
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, make_lora, relative_error, weighted_sum
+from tests.helpers.fixtures import (
+    SD1_LAYERS,
+    SDXL_LAYERS,
+    dense_deltas,
+    make_lora,
+    relative_error,
+    weighted_sum,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 

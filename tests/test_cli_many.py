@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lib_loramerge import cli, interrupts
-from tests.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
 
 
 @pytest.fixture

@@ -17,9 +17,16 @@ from safetensors.torch import load_file, save_file
 from lib_loramerge.errors import IncompatibleError, LoraMergeError, OutputError, RecipeError
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput
-from tests.checkpoint_files import lora_of, make_checkpoint, product
-from tests.fake_comfyui import ROOT, Clip, FakeComfyUI, InterruptProcessingException, Patcher, running
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora, metadata_of, relative_error, weighted_sum
+from tests.helpers.checkpoint_files import lora_of, make_checkpoint, product
+from tests.helpers.fake_comfyui import ROOT, Clip, FakeComfyUI, InterruptProcessingException, Patcher, running
+from tests.helpers.fixtures import (
+    SD1_LAYERS,
+    SDXL_LAYERS,
+    make_lora,
+    metadata_of,
+    relative_error,
+    weighted_sum,
+)
 
 MODEL = {name for name in SD1_LAYERS if name.startswith("lora_unet_")}
 TEXT = set(SD1_LAYERS) - MODEL
@@ -310,7 +317,7 @@ def test_every_node_says_what_comfyui_asks_of_it(comfyui):
 def test_the_pack_is_loaded_from_anywhere_and_leaves_the_path_alone(tmp_path):
     script = (
         "import sys, pathlib; sys.path.append(sys.argv[1])\n"
-        "from tests.fake_comfyui import running\n"
+        "from tests.helpers.fake_comfyui import running\n"
         "sys.path.remove(sys.argv[1])\n"
         "with running(pathlib.Path(sys.argv[2])) as host: print(len(host.nodes), sys.argv[1] in sys.path)\n"
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.compatibility import TARGET, text
+from tests.helpers.compatibility import TARGET, text
 
 
 def test_the_page_is_current():
-    """``python -m tests.compatibility`` writes it anew."""
+    """``python -m tests.helpers.compatibility`` writes it anew."""
     assert TARGET.read_text(encoding="utf-8") == text()
 
 

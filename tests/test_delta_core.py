@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_loramerge.delta import LowRank, decompose, stack, truncate
-from tests.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
+from tests.helpers.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
 
 SHAPES = [(48, 80), (80, 48), (64, 64), (20, 200), (200, 20), (7, 5)]
 

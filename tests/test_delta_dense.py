@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib_loramerge.delta import Dense, cut_layer, decompose_dense, truncate
-from tests.delta_cases import dense, low_rank, optimum, size
+from tests.helpers.delta_cases import dense, low_rank, optimum, size
 
 
 def trimmed(out, in_, rank, decay, seed=0):

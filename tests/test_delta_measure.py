@@ -18,7 +18,7 @@ from lib_loramerge.delta import (
     sampled_rows,
     stack,
 )
-from tests.delta_cases import dense, dense_sum, low_rank, size
+from tests.helpers.delta_cases import dense, dense_sum, low_rank, size
 
 
 def sign_conflict(a, b):

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 
 from lib_loramerge.delta import LowRank, decompose, round_cut, stack, truncate
-from tests.delta_cases import dense, dense_sum, optimum, size
-from tests.fixtures import sample_data
+from tests.helpers.delta_cases import dense, dense_sum, optimum, size
+from tests.helpers.fixtures import sample_data
 
 FOLDER = sample_data()
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="the sample data is not beside this checkout")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lib_loramerge.delta import Grams, LowRank, cut_layer, decompose, round_cut, round_uncut, stack, truncate
 from lib_loramerge.delta.rounding import rounding_error
 from lib_loramerge.errors import OutputError
-from tests.delta_cases import dense, dense_sum, low_rank, optimum, size
+from tests.helpers.delta_cases import dense, dense_sum, low_rank, optimum, size
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 BOUND = {torch.float16: 4e-4, torch.bfloat16: 3.2e-3, torch.float32: 1e-7}

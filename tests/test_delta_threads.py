@@ -20,7 +20,7 @@ from lib_loramerge.delta import (
     stack,
 )
 from lib_loramerge.errors import Cancelled
-from tests.delta_cases import low_rank
+from tests.helpers.delta_cases import low_rank
 
 
 def layers():

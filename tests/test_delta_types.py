@@ -7,7 +7,7 @@ import torch
 
 from lib_loramerge.delta import Dense, LowRank, place_rows, realize, scaled, stack, take_rows
 from lib_loramerge.errors import IncompatibleError
-from tests.delta_cases import dense, dense_sum, low_rank, size
+from tests.helpers.delta_cases import dense, dense_sum, low_rank, size
 
 
 @pytest.mark.parametrize("alphas", [(4.0, 8.0), (0.0, 2.0), (-4.0, 4.0)])

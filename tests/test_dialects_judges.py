@@ -10,7 +10,7 @@ from lib_loramerge.dialects import output_key, output_parts, parse_file
 from lib_loramerge.dialects.refusals import claimed
 from lib_loramerge.errors import UnsupportedError
 from lib_loramerge.models import component, diffusers_layers
-from tests.dialect_cases import LISTS, tensors_of
+from tests.helpers.dialect_cases import LISTS, tensors_of
 
 
 def small_unet():
@@ -192,7 +192,7 @@ def test_diffusers_splits_our_kohya_flux_file_as_our_diffusers_file_is_split():
 def test_diffusers_reads_an_xlabs_file_as_the_layers_we_say():
     from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 
-    from tests.dialect_cases import CASES
+    from tests.helpers.dialect_cases import CASES
 
     tensors = CASES["Flux of XLabs"][0]
     theirs = _convert_xlabs_flux_lora_to_diffusers(

@@ -12,8 +12,8 @@ from lib_loramerge.dialects import has_alpha, output_key, output_parts, parse_fi
 from lib_loramerge.errors import IncompatibleError, UnsupportedError
 from lib_loramerge.merge import open_source
 from lib_loramerge.models import ARCHITECTURES, kernel
-from tests.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, SD1_K, lora, tensors_of
-from tests.fixtures import sample_data
+from tests.helpers.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, SD1_K, lora, tensors_of
+from tests.helpers.fixtures import sample_data
 
 
 def spelled_again(parsed, dialect: str) -> set[str]:

@@ -11,7 +11,7 @@ from lib_loramerge.dialects import DIALECTS, SLOTS, is_adapters, output_key, par
 from lib_loramerge.dialects.refusals import REFUSED, claimed, refused
 from lib_loramerge.dialects.slots import WRITTEN
 from lib_loramerge.errors import UnsupportedError
-from tests.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, lora, tensors_of
+from tests.helpers.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, lora, tensors_of
 
 
 def claims(key: str) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 from lib_loramerge.dialects import output_parts, parse_file
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.models import component
-from tests.accepted import accepted
-from tests.names_judge import header, parameter, spellings
+from tests.helpers.accepted import accepted
+from tests.helpers.names_judge import header, parameter, spellings
 
 SD3 = diffusers.SD3Transformer2DModel
 FLUX2 = diffusers.Flux2Transformer2DModel

@@ -162,9 +162,9 @@ def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("copy")
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lib_loramerge", folder / "lib_loramerge", ignore=ignore)
-    (folder / "tests").mkdir()
+    (folder / "tests" / "helpers").mkdir(parents=True)
     for name in ("readme_tables.py", "facts.py"):
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
+        shutil.copy(ROOT / "tests" / "helpers" / name, folder / "tests" / "helpers")
     package = folder / "lib_loramerge"
     for name, text in NEW.items():
         (package / name).write_text(text, encoding="utf-8")
@@ -273,7 +273,7 @@ def test_the_route_is_served_and_has_its_schema(copy):
 
 def test_the_tables_of_readme_and_docs_have_them(copy):
     code = (
-        "from tests import facts, readme_tables as t\n"
+        "from tests.helpers import facts, readme_tables as t\n"
         "print(t.kinds_table(), t.models_text(), t.methods_table(), facts.formats_page())"
     )
     tables = run(copy, "-c", code)

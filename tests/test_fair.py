@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib_loramerge.errors import RecipeError
-from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, dense_deltas, make_loras, sample_data
+from tests.helpers import format_files as ff
+from tests.helpers.fixtures import SD1_LAYERS, dense_deltas, make_loras, sample_data
 
 LAYERS = {name: (min(out, 64), in_) for name, (out, in_) in list(SD1_LAYERS.items())[1:5]}
 

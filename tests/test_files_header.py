@@ -21,7 +21,7 @@ from safetensors.torch import save
 from lib_loramerge.errors import FileError, LoraMergeError, UnsupportedError
 from lib_loramerge.files import open_file, read_header
 from lib_loramerge.files.header import HEADERS, parse_header
-from tests.fixtures import SD1_LAYERS, lora_tensors, sample_data
+from tests.helpers.fixtures import SD1_LAYERS, lora_tensors, sample_data
 
 QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PLACE = Path("a.safetensors")

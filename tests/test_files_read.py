@@ -16,7 +16,7 @@ from lib_loramerge.errors import FileError, LoraMergeError, UnsupportedError
 from lib_loramerge.files import open_file, read_header
 from lib_loramerge.files.decode import float8_table
 from lib_loramerge.merge import open_source
-from tests.fixtures import SD1_LAYERS, lora_tensors
+from tests.helpers.fixtures import SD1_LAYERS, lora_tensors
 from tests.test_files_header import built
 
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")

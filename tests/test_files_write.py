@@ -31,7 +31,7 @@ from lib_loramerge.files import (
     write_again,
     write_file,
 )
-from tests.fixtures import SD1_LAYERS, lora_tensors
+from tests.helpers.fixtures import SD1_LAYERS, lora_tensors
 
 TENSORS = lora_tensors(SD1_LAYERS, alpha=2.0, dtype=torch.float16)
 METADATA = {"ss_output_name": "x", "modelspec.title": '日本 "quoted"\n'}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.format_files import assert_close, merge, rand, save, written
+from tests.helpers.format_files import assert_close, merge, rand, save, written
 
 RANK = 2
 

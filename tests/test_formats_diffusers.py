@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.format_files import merge, rand, save
+from tests.helpers.format_files import merge, rand, save
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -20,8 +20,8 @@ from lib_loramerge.errors import (
     UnsupportedError,
 )
 from lib_loramerge.merge import open_source
-from tests.fixtures import metadata_of
-from tests.format_files import SD1_K, assert_close, merge, plan, rand, save, written
+from tests.helpers.fixtures import metadata_of
+from tests.helpers.format_files import SD1_K, assert_close, merge, plan, rand, save, written
 
 Q = SD1_K.replace("attn2_to_k", "attn1_to_q")
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"

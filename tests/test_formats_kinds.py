@@ -22,9 +22,9 @@ from peft import BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTC
 from torch import Tensor, nn
 
 from lib_loramerge.errors import LoraMergeError, UnsupportedError
-from tests.adapter_judges import base_layer, randomise, seen_delta
-from tests.fixtures import dense_deltas, make_lora
-from tests.format_files import assert_close, merge, plan, save, written
+from tests.helpers.adapter_judges import base_layer, randomise, seen_delta
+from tests.helpers.fixtures import dense_deltas, make_lora
+from tests.helpers.format_files import assert_close, merge, plan, save, written
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 

@@ -1,6 +1,6 @@
 """Every written bit is that of the record, or where kernels differ, every result agrees within a bound.
 
-``python -m tests.golden --renew`` after a change of results that is meant; see :mod:`tests.golden`.
+``python -m tests.helpers.golden --renew`` after a change of results that is meant.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import golden
-from tests.fixtures import sample_data
+from tests.helpers import golden
+from tests.helpers.fixtures import sample_data
 
 RECORD = golden.record()
 RECIPES = dict(golden.recipes())
@@ -18,7 +18,7 @@ EXACT = RECORD["environment"] == golden.environment()
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # How far results of other kernels may be off: roundings of stored numbers that fall to the other side.
 TIMES = 8
-HOW = "`python -m tests.golden --show NAME` prints a result; `--renew` takes the new ones if they are meant"
+HOW = "`python -m tests.helpers.golden --show NAME` prints a result; with --renew it is the new record"
 
 
 @pytest.fixture(scope="module")

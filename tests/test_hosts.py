@@ -13,7 +13,7 @@ from lib_loramerge import cli
 from lib_loramerge.hosts import HOSTS
 from lib_loramerge.metadata import read_recipe
 from lib_loramerge.recipe import SETTINGS
-from tests.accepted import accepted
+from tests.helpers.accepted import accepted
 
 
 def pair(name: str, out: int, in_: int) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from lib_loramerge.analysis import advise
 from lib_loramerge.merge import run_merge
 from lib_loramerge.methods import METHODS
 from lib_loramerge.report import percent
-from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, sample_data, weighted_sum
+from tests.helpers import format_files as ff
+from tests.helpers.fixtures import SD1_LAYERS, dense_deltas, make_lora, sample_data, weighted_sum
 
 LAYERS = {name: (min(out, 96), in_) for name, (out, in_) in list(SD1_LAYERS.items())[1:5]}
 WEIGHTS = {"a": 1.0, "b": -0.4, "c": 0.05, "d": 2.0, "e": 0.3}

@@ -12,7 +12,7 @@ import pytest
 
 from lib_loramerge.analysis.compare import AGREEMENTS
 from lib_loramerge.blocks.ids import counts_text
-from tests.sentences import sentences
+from tests.helpers.sentences import sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lib_loramerge"

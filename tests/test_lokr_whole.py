@@ -9,7 +9,7 @@ from lib_loramerge import ranks
 from lib_loramerge.adapters import build
 from lib_loramerge.delta import all_values, counted, cut_layer, decompose, norm, stack
 from lib_loramerge.recipe import LoraInput, MergeRecipe
-from tests.delta_cases import low_rank, size
+from tests.helpers.delta_cases import low_rank, size
 
 SIDE, WIDE = 512, 560  # as many components as the code calls many
 

@@ -13,8 +13,8 @@ from lib_loramerge import cli
 from lib_loramerge.analysis import advise, compare
 from lib_loramerge.errors import RecipeError
 from lib_loramerge.metadata import read_recipe
-from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, dense_deltas, make_loras, weighted_sum
+from tests.helpers import format_files as ff
+from tests.helpers.fixtures import SD1_LAYERS, dense_deltas, make_loras, weighted_sum
 
 LAYERS = {name: (min(out, 64), in_) for name, (out, in_) in list(SD1_LAYERS.items())[:6]}
 WEIGHTS = {"a": 1.0, "b": 0.7, "c": -0.3}

@@ -10,9 +10,9 @@ from lib_loramerge.delta.device import devices
 from lib_loramerge.errors import OutputError
 from lib_loramerge.merge import layer as merging
 from lib_loramerge.methods import METHODS
-from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, lora_tensors
-from tests.simulated_device import simulated_device
+from tests.helpers import format_files as ff
+from tests.helpers.fixtures import SD1_LAYERS, lora_tensors
+from tests.helpers.simulated_device import simulated_device
 
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 NORM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm1"

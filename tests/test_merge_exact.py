@@ -14,7 +14,7 @@ from lib_loramerge.errors import IncompatibleError, LoraMergeError, RecipeError
 from lib_loramerge.files import LoraFolder
 from lib_loramerge.merge import plan_merge, run_merge
 from lib_loramerge.recipe import MergeRecipe, parse_inputs
-from tests.fixtures import (
+from tests.helpers.fixtures import (
     SD1_LAYERS,
     SDXL_LAYERS,
     dense_deltas,

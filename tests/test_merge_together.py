@@ -8,9 +8,9 @@ import torch
 from lib_loramerge.delta import LowRank, cut_layer, cut_layers, stack, storing
 from lib_loramerge.errors import OutputError
 from lib_loramerge.merge import run_merge
-from tests import format_files as ff
-from tests.delta_cases import dense_sum, low_rank, optimum, size
-from tests.fixtures import SDXL_LAYERS, make_lora, weighted_sum
+from tests.helpers import format_files as ff
+from tests.helpers.delta_cases import dense_sum, low_rank, optimum, size
+from tests.helpers.fixtures import SDXL_LAYERS, make_lora, weighted_sum
 
 Summands = tuple[list[LowRank], list[float]]
 

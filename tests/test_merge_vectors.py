@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_loramerge.cli import main
 from lib_loramerge.methods import METHODS
-from tests.fixtures import SD1_LAYERS, lora_tensors
+from tests.helpers.fixtures import SD1_LAYERS, lora_tensors
 from tests.test_methods_elementwise import elected, trimmed
 
 LAYER = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"

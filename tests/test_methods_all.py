@@ -10,7 +10,7 @@ import torch
 
 from lib_loramerge.delta import Dense, LowRank, parallel_map, stack
 from lib_loramerge.methods import METHODS, LayerContext
-from tests.delta_cases import dense, low_rank, size, with_gauge
+from tests.helpers.delta_cases import dense, low_rank, size, with_gauge
 
 # Method -> the laws that do not hold for it.
 EXCEPT: dict[str, set[str]] = {

@@ -12,8 +12,8 @@ from peft.utils import merge_utils as peft
 from lib_loramerge.cli import main
 from lib_loramerge.delta import Dense, LowRank, decompose_dense, truncate
 from lib_loramerge.methods import METHODS, LayerContext, sparsify
-from tests.delta_cases import dense, low_rank, optimum, size
-from tests.fixtures import SDXL_LAYERS, dense_deltas, make_lora
+from tests.helpers.delta_cases import dense, low_rank, optimum, size
+from tests.helpers.fixtures import SDXL_LAYERS, dense_deltas, make_lora
 
 DENSE = ["ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "magnitude_prune", "sce"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lib_loramerge.delta import Dense, LowRank, cut_layer
 from lib_loramerge.errors import IncompatibleError
 from lib_loramerge.methods import METHODS, LayerContext, merge_method
-from tests.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
+from tests.helpers.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
 
 EXACT = [name for name, method in METHODS.items() if method.exact]
 CONTEXT = LayerContext("a.layer")

@@ -25,7 +25,7 @@ from lib_loramerge.delta import Dense
 from lib_loramerge.files import LoraFolder
 from lib_loramerge.methods import sparsify
 from lib_loramerge.recipe import LoraInput
-from tests.fixtures import dense_deltas, make_lora, relative_error
+from tests.helpers.fixtures import dense_deltas, make_lora, relative_error
 
 # Of Stable Diffusion XL, where files name layers as we do: the random numbers go by our names.
 LAYERS = {

@@ -9,7 +9,7 @@ import torch
 
 from lib_loramerge.delta import Dense, LowRank
 from lib_loramerge.methods import METHODS, LayerContext
-from tests.delta_cases import dense, low_rank, size
+from tests.helpers.delta_cases import dense, low_rank, size
 
 NAMES = ["average", "slerp", "karcher"]
 

@@ -10,7 +10,7 @@ import torch
 from lib_loramerge.delta import Dense, LowRank, cut_layer
 from lib_loramerge.methods import METHODS, LayerContext
 from lib_loramerge.methods.subspace import RULES, aligned, join
-from tests.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
+from tests.helpers.delta_cases import dense, dense_sum, low_rank, optimum, size, with_gauge
 
 SUBSPACE = ("tsv", "iso", "np", "ssr", "knots", "core", "ctm")
 RULED = ("knots", "core", "ctm")

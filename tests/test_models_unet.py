@@ -19,7 +19,7 @@ from lib_loramerge.models import (
     kernel,
     layers,
 )
-from tests.fixtures import sample_data
+from tests.helpers.fixtures import sample_data
 
 OWN = json.loads(gzip.decompress((Path(__file__).parent / "data" / "unet_layers.json.gz").read_bytes()))
 SIZES = {"sd1": 391, "sd2": 391, "sdxl": 1050}

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from lib_loramerge.cli import main
 from lib_loramerge.errors import IncompatibleError, RecipeError, UnsupportedError
 from lib_loramerge.merge import open_source
-from tests.fixtures import metadata_of
-from tests.format_files import merge
+from tests.helpers.fixtures import metadata_of
+from tests.helpers.format_files import merge
 
 
 def factors(seed: int, out: int = 64, in_: int = 64, rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from lib_loramerge.delta import LowRank, cut_layer, decompose, round_cut, stack
 from lib_loramerge.errors import LoraMergeError
-from tests import format_files as ff
-from tests import golden
 from tests.fuzz import numbers
+from tests.helpers import format_files as ff
+from tests.helpers import golden
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
@@ -295,7 +295,7 @@ def test_the_random_cases_are_judged(tmp_path, monkeypatch):
 _IN_ANOTHER_PROCESS = """
 import json, sys, tempfile
 from pathlib import Path
-from tests import golden
+from tests.helpers import golden
 with tempfile.TemporaryDirectory() as name:
     golden.make_inputs(Path(name))
     wanted = dict(golden.recipes())

@@ -9,8 +9,8 @@ import pytest
 
 from lib_loramerge.dialects import parse_file
 from lib_loramerge.errors import LoraMergeError
-from tests.accepted import MODELS, accepted
-from tests.names_judge import header, parameter, spellings
+from tests.helpers.accepted import MODELS, accepted
+from tests.helpers.names_judge import header, parameter, spellings
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 _ATTENTION = re.compile(r"attn|attention|linear1(?!\d)|qkv", re.I)

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from lib_loramerge.errors import LoraMergeError, UnsupportedError
 from lib_loramerge.methods import METHODS
-from tests.fixtures import dense_deltas, lora_tensors, make_lora, metadata_of, relative_error, weighted_sum
-from tests.format_files import SD1_K, assert_close, merge, plan, rand, save, written
+from tests.helpers.fixtures import (
+    dense_deltas,
+    lora_tensors,
+    make_lora,
+    metadata_of,
+    relative_error,
+    weighted_sum,
+)
+from tests.helpers.format_files import SD1_K, assert_close, merge, plan, rand, save, written
 
 TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 Q = SD1_K.replace("attn2_to_k", "attn1_to_q")

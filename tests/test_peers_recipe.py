@@ -11,7 +11,7 @@ from lib_loramerge.blocks import BLOCK_IDS, Presets, bundled_preset_path, load_p
 from lib_loramerge.errors import LoraMergeError, RecipeError
 from lib_loramerge.merge import plan_merge
 from lib_loramerge.recipe import LoraInput, MergeRecipe, parse_inputs
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
 
 PRESETS = load_presets([bundled_preset_path()])
 FLUX_LAYERS = {

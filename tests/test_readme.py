@@ -15,7 +15,7 @@ from lib_loramerge import cli
 from lib_loramerge.blocks import BLOCK_IDS
 from lib_loramerge.recipe import from_json
 from lib_loramerge.webui.routes import ROUTES
-from tests import readme_methods
+from tests.helpers import readme_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.ja.md")
@@ -146,7 +146,7 @@ def _between(word: str) -> list[str]:
 )
 def test_notes_on_methods_are_those_of_the_registry(page, made):
     text = page.read_text(encoding="utf-8")
-    assert text == readme_methods.regenerated(text, made), "run: python -m tests.readme_methods"
+    assert text == readme_methods.regenerated(text, made), "run: python -m tests.helpers.readme_methods"
 
 
 def test_both_languages_say_the_same():

@@ -6,14 +6,14 @@ import pytest
 
 from lib_loramerge.adapters import ADAPTERS
 from lib_loramerge.methods import METHODS
-from tests.readme_tables import PAGE, TABLES, regenerated
+from tests.helpers.readme_tables import PAGE, TABLES, regenerated
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_table_is_what_the_registry_says(name):
     text = PAGE.read_text(encoding="utf-8")
     shown = text.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
-    assert shown == TABLES[name](), "run: python -m tests.readme_tables"
+    assert shown == TABLES[name](), "run: python -m tests.helpers.readme_tables"
 
 
 def test_making_the_tables_anew_changes_nothing_else():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lib_loramerge
 from lib_loramerge import cli
 from lib_loramerge.errors import OutputError, RecipeError
-from tests.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
 
 
 def test_one_call_does_what_the_command_does(tmp_path):

@@ -17,8 +17,8 @@ from lib_loramerge.merge import Shared, run_merge
 from lib_loramerge.merge.read import SourceReader
 from lib_loramerge.sweep import expand, running
 from lib_loramerge.sweep.axes import values_of
-from tests import format_files as ff
-from tests.fixtures import SD1_LAYERS, lora_tensors, make_lora
+from tests.helpers import format_files as ff
+from tests.helpers.fixtures import SD1_LAYERS, lora_tensors, make_lora
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from lib_loramerge.merge.work import Work  # noqa: E402
 from lib_loramerge.webui.host.standalone import StandaloneHost  # noqa: E402
 from lib_loramerge.webui.xyz.cell import Cell  # noqa: E402
 from lib_loramerge.webui.xyz.plot import CELL, Plot  # noqa: E402
-from tests import format_files as ff  # noqa: E402
 from tests.benchmarks.merge_sdxl import make_lora, run  # noqa: E402
+from tests.helpers import format_files as ff  # noqa: E402
 
 _MERGES, _FURTHER = 3, 3
 

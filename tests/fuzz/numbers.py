@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.methods import METHODS
-from tests import format_files as ff
+from tests.helpers import format_files as ff
 
 WIDE = np.longdouble
 Dense = dict[str, np.ndarray]

@@ -16,7 +16,7 @@ from lib_loramerge.files import LoraFolder, model_hash, open_file, read_header
 from lib_loramerge.merge import plan_merge, run_merge
 from lib_loramerge.merge.layer import Merger
 from lib_loramerge.recipe import LoraInput, MergeRecipe
-from tests.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
 
 
 @pytest.fixture

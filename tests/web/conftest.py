@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.web.browser import Tab, launched
+from tests.helpers.browser import Tab, launched
 
 
 @pytest.fixture(scope="session")

@@ -26,9 +26,9 @@ from lib_loramerge.webui.background import RUNNING
 from lib_loramerge.webui.host import ConflictError, StandaloneHost
 from lib_loramerge.webui.render import size_text
 from lib_loramerge.webui.standalone import shared_file
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import PATIENCE, SERVED, Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import PATIENCE, SERVED, Tab
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 
 API = "/loramerge/v1"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint_files import lora_of, make_checkpoint, product
-from tests.web.hosting import FakeHost
-from tests.web.inprocess import fake_modules
+from tests.helpers.checkpoint_files import lora_of, make_checkpoint, product
+from tests.helpers.hosting import FakeHost
+from tests.helpers.inprocess import fake_modules
 
 API = "/loramerge/v1"
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

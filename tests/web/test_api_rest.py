@@ -12,9 +12,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, lora_tensors, make_lora, weighted_sum
 from tests.fuzz.rest import fuzz
-from tests.web.hosting import FakeHost
+from tests.helpers.fixtures import (
+    SD1_LAYERS,
+    SDXL_LAYERS,
+    dense_deltas,
+    lora_tensors,
+    make_lora,
+    weighted_sum,
+)
+from tests.helpers.hosting import FakeHost
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
 API = "/loramerge/v1"

@@ -18,7 +18,7 @@ from lib_loramerge.errors import Cancelled
 from lib_loramerge.webui import api, routes
 from lib_loramerge.webui.host.standalone import StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue
-from tests.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
 
 PATIENCE = 60
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.hosting import FakeHost
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 
 API = "/loramerge/v1"
 SMALL = dict(list(SD1_LAYERS.items())[1:4])

@@ -14,7 +14,7 @@ from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.report import lossy
 from lib_loramerge.webui import fonts, forecast
 from lib_loramerge.webui.render import error_value
-from tests.fixtures import make_lora
+from tests.helpers.fixtures import make_lora
 
 LAYER = "lora_unet_middle_block_1_transformer_blocks_{}_attn1_to_q"
 

@@ -13,8 +13,8 @@ import pytest
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.recipe import LoraInput
 from lib_loramerge.webui.host import ConflictError, StandaloneHost, UnknownNameError, WebuiHost, base
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
-from tests.web.inprocess import fake_modules
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.helpers.inprocess import fake_modules
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.hosting import ROOT, FakeHost
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import ROOT, FakeHost
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
 API = "/loramerge/v1"

@@ -21,8 +21,8 @@ from lib_loramerge.webui.host import UnknownNameError, WebuiHost
 from lib_loramerge.webui.jobs import JobQueue
 from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.trial import PREFIX, remove_stale_folders
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.inprocess import fake_modules
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.inprocess import fake_modules
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
 BOTH = MergeRecipe(inputs=(LoraInput("a", 0.5, 0.5), LoraInput("b")), mode="concat")

@@ -13,9 +13,9 @@ from lib_loramerge.webui.host import SdnextHost, WebuiHost, host_of_this_process
 from lib_loramerge.webui.host.known import KNOWN
 from lib_loramerge.webui.jobs import JobQueue
 from lib_loramerge.webui.merge_jobs import MergeRequest
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.hosting import ROOT, FakeHost
-from tests.web.inprocess import fake_modules
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import ROOT, FakeHost
+from tests.helpers.inprocess import fake_modules
 from tests.web.test_host_safety import finish
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])

@@ -21,8 +21,8 @@ from lib_loramerge.webui.jobs import JobQueue
 from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.schema import job_schema
 from lib_loramerge.webui.sidecar import UserMetadata
-from tests.fixtures import SD1_LAYERS, dense_deltas, make_lora, weighted_sum
-from tests.web.inprocess import fake_modules
+from tests.helpers.fixtures import SD1_LAYERS, dense_deltas, make_lora, weighted_sum
+from tests.helpers.inprocess import fake_modules
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
 BOTH = MergeRecipe(inputs=(LoraInput("a", 0.5, 0.5), LoraInput("b", -0.7, -0.7)), mode="concat")

@@ -13,9 +13,9 @@ from playwright.sync_api import expect
 
 from lib_loramerge.methods import METHODS
 from lib_loramerge.webui.render_analysis import PICTURES
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
-from tests.web.browser import PATIENCE, SERVED, Tab
-from tests.web.hosting import ROOT, FakeHost
+from tests.helpers.browser import PATIENCE, SERVED, Tab
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.helpers.hosting import ROOT, FakeHost
 
 SLOT = re.compile(r"\{(\d+)\*?\}")
 WORDS = json.loads((ROOT / "localizations" / "ja_JP.json").read_text(encoding="utf-8"))

@@ -20,8 +20,8 @@ from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue
 from lib_loramerge.webui.merge_jobs import MergeRequest
 from lib_loramerge.webui.sidecar import UserMetadata
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.hosting import FakeHost
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 
 API = "/loramerge/v1"
 UNREADABLE = b"caf\xe9.safetensors"

@@ -17,7 +17,7 @@ from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.webui import labels, standalone
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
-from tests.web.browser import Tab
+from tests.helpers.browser import Tab
 
 
 @pytest.fixture(scope="module")

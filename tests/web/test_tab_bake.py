@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import expect
 
-from tests.web.browser import SERVED, Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import SERVED, Tab
+from tests.helpers.hosting import FakeHost
 from tests.web.test_api_checkpoints import fill
 
 

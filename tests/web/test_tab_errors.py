@@ -20,8 +20,8 @@ from lib_loramerge.files import place
 from lib_loramerge.webui import facts
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
-from tests.web.browser import Tab
+from tests.helpers.browser import Tab
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
 
 RANDOM = ",".join(["R"] * 17)
 

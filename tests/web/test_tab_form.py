@@ -32,7 +32,7 @@ from lib_loramerge.webui.tab import baking, layout
 from lib_loramerge.webui.tab import extracting as extract_page
 from lib_loramerge.webui.tab.controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, param_control
 from lib_loramerge.webui.tab.wiring import FORM_NAMES
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, lora_tensors, make_lora
 
 WEBUI = Path(render.__file__).parent
 

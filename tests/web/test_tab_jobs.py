@@ -11,9 +11,9 @@ import pytest
 from playwright.sync_api import expect
 
 from lib_loramerge.files import model_hash
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import PATIENCE, SERVED, Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import PATIENCE, SERVED, Tab
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 
 MANY_LAYERS = {
     f"lora_unet_output_blocks_{block}_1_transformer_blocks_0_attn{a}_to_{part}": (64, 64)

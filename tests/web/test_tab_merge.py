@@ -13,9 +13,9 @@ import torch
 from playwright.sync_api import expect
 from safetensors import safe_open
 
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, make_lora, relative_error
-from tests.web.browser import SERVED, Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import SERVED, Tab
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, dense_deltas, make_lora, relative_error
+from tests.helpers.hosting import FakeHost
 
 
 @pytest.fixture(scope="module")

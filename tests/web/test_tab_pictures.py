@@ -11,9 +11,9 @@ from playwright.sync_api import expect
 from lib_loramerge.files import read_header
 from lib_loramerge.metadata import read_recipe
 from lib_loramerge.methods import METHODS
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import SERVED, Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import SERVED, Tab
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 
 PATIENCE = 60_000
 PLOT = "#script_txt2img_xyz_plot_"

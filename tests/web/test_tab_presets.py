@@ -12,8 +12,8 @@ from lib_loramerge.analysis import inspect
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
 from lib_loramerge.webui.tab.presets import model_lists
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import Tab
+from tests.helpers.browser import Tab
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
 
 # Labels of fields that only the page's script sees.
 HIDDEN = ("fitted", "plot", "argument", "draft", "proposed", "copied", "started", "refused", "rows", "origin")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
-from tests.web.browser import SERVED, Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import SERVED, Tab
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 
 
 @pytest.fixture(scope="module")

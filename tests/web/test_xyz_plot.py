@@ -19,9 +19,9 @@ from lib_loramerge.webui.form import read_pasted
 from lib_loramerge.webui.host.standalone import StandaloneHost
 from lib_loramerge.webui.settings import Settings
 from lib_loramerge.webui.xyz.infotext import recipe_of
-from tests.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
-from tests.web.hosting import ROOT, FakeHost
-from tests.web.inprocess import fake_modules
+from tests.helpers.fixtures import SD1_LAYERS, SDXL_LAYERS, make_lora
+from tests.helpers.hosting import ROOT, FakeHost
+from tests.helpers.inprocess import fake_modules
 
 SMALL = dict(list(SD1_LAYERS.items())[1:4])
 BOTH = "a cat <lora:a:0.8>, <lora:b:0.5> on a mat"

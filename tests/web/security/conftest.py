@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser
 
-from tests.web.browser import CHROMIUM, FLAGS, PATIENCE
+from tests.helpers.browser import CHROMIUM, FLAGS, PATIENCE
 
 ELSEWHERE = "evil.example"
 

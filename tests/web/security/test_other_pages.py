@@ -18,9 +18,9 @@ from playwright.sync_api import Browser
 from lib_loramerge import demo
 from lib_loramerge.webui.host import StandaloneHost
 from lib_loramerge.webui.standalone import Page
-from tests.fixtures import SD1_LAYERS, make_lora
-from tests.web.browser import Tab
-from tests.web.hosting import FakeHost
+from tests.helpers.browser import Tab
+from tests.helpers.fixtures import SD1_LAYERS, make_lora
+from tests.helpers.hosting import FakeHost
 from tests.web.security.conftest import ELSEWHERE
 
 RECIPE = '{"inputs": [{"name": "style"}, {"name": "subject"}]}'

@@ -1,6 +1,6 @@
 """What becomes of every name that a host accepts: read by us, written again, looked up in the host's list.
 
-``python -m tests.names_judge --renew`` writes what is known to be wrong or refused, so that the test
+``python -m tests.helpers.names_judge --renew`` writes what is known to be wrong or refused, so that the test
 fails when it grows and when it shrinks.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from lib_loramerge.dialects import output_key, output_parts, parse_file
 from lib_loramerge.dialects.slots import split_key
 from lib_loramerge.errors import LoraMergeError
-from tests.accepted import MODELS, accepted
+from tests.helpers.accepted import MODELS, accepted
 
-KNOWN = Path(__file__).parent / "data" / "names_known.json"
+KNOWN = Path(__file__).resolve().parents[1] / "data" / "names_known.json"
 
 _SPELLINGS = re.compile(
     r"lora_unet_|lora_prior_unet_|lora_transformer_|lycoris_|diffusion_model\.|transformer\.|"

@@ -1,4 +1,7 @@
-"""The guide's tables, made from the registries: ``python -m tests.readme_tables`` writes them anew."""
+"""The guide's tables, made from the registries.
+
+``python -m tests.helpers.readme_tables`` writes them anew.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from lib_loramerge.dialects.refusals import REFUSED as REFUSED_FILES
 from lib_loramerge.methods import METHODS
 from lib_loramerge.models import ARCHITECTURES
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "GUIDE.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "GUIDE.md"
 
 # What comes along with a kind instead of being one.
 _COMPANIONS = (

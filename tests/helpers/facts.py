@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """docs/FORMATS.md and docs/HOSTS.md, printed from the tables that the code works with.
 
-``python -m tests.facts`` writes them; a test checks that they are current.
+``python -m tests.helpers.facts`` writes them; a test checks that they are current.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from lib_loramerge.dialects import DIALECTS
 from lib_loramerge.dialects.refusals import REFUSED
 from lib_loramerge.hosts import HOSTS, Host
 from lib_loramerge.models import ARCHITECTURES, Architecture
-from tests.readme_tables import table
+from tests.helpers.readme_tables import table
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-_MADE = "Made by `python -m tests.facts` from the code's own tables; a test checks that it is current."
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+_MADE = (
+    "Made by `python -m tests.helpers.facts` from the code's own tables; a test checks that it is current."
+)
 
 
 def _code(words: Iterable[str]) -> str:

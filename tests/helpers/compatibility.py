@@ -1,8 +1,8 @@
 """The table of what each host reads of the files that we write, as ``docs/COMPATIBILITY.md`` has it.
 
-``python -m tests.compatibility`` writes it. What a host accepts is looked up in ``tests/accepted_names``;
-for diffusers, which those do not cover, the record of ``lib_loramerge.hosts`` stands (a test of its own
-judges its names by diffusers' models).
+``python -m tests.helpers.compatibility`` writes it. What a host accepts is looked up in
+``tests/accepted_names``; for diffusers, which those do not cover, the record of
+``lib_loramerge.hosts`` stands (a test of its own judges its names by diffusers' models).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lib_loramerge.dialects.slots import split_key
 from lib_loramerge.errors import LoraMergeError
 from lib_loramerge.hosts import HOSTS
 from lib_loramerge.models import ARCHITECTURES
-from tests.accepted import MODELS, accepted
-from tests.names_judge import header, spellings
+from tests.helpers.accepted import MODELS, accepted
+from tests.helpers.names_judge import header, spellings
 
-TARGET = Path(__file__).parent.parent / "docs" / "COMPATIBILITY.md"
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "COMPATIBILITY.md"
 KINDS = {"up": "LoRA, LoHa, LoKr, `diff`", "w_norm": "norms", "diff": "parameters"}
 
 _HEAD = """# What each program reads of the files that LoRA Merge writes
 
-Made by `python -m tests.compatibility`; a test checks that it is current. Every layer of the model is
+Made by `python -m tests.helpers.compatibility`; a test checks that it is current. Every layer of the model is
 written in the spelling named, and its name looked up among those that the program's own code accepts: all, a
 count of those it finds, or – for none; empty where it lacks the model. Adapters of every kind become LoRA
 (or `diff`, when kept whole) under the same name, so they share a row; norms are `w_norm`, parameters those

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVE = ROOT / "tests" / "web" / "fakehost" / "serve.py"
+SERVE = ROOT / "tests" / "helpers" / "fakehost" / "serve.py"
 START_SECONDS = 240  # On a machine that does other things, too.
 
 

@@ -1,4 +1,4 @@
-"""What docs/METHODS.md and docs/GUIDE.ja.md say of each method: ``python -m tests.readme_methods``."""
+"""Methods in docs/METHODS.md and docs/GUIDE.ja.md: ``python -m tests.helpers.readme_methods``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from lib_loramerge.methods import METHODS, MergeMethod
 from lib_loramerge.recipe import Param
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "METHODS.md"
 MARKERS = "<!-- method-notes -->", "<!-- /method-notes -->"
 _A_CITATION = 90  # Letters of a source that only names a paper and a section.

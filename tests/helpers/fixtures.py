@@ -41,7 +41,7 @@ SDXL_LAYERS: dict[str, Shape] = {
 
 def sample_data() -> Path | None:
     """Folder of real LoRAs beside the checkout, where there is one."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data"
     return folder if folder.is_dir() else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 Shape = tuple[int, ...]
 
 LISTS: dict[str, list] = json.loads(
-    gzip.decompress((Path(__file__).parent / "data" / "key_lists.json.gz").read_bytes())
+    gzip.decompress((Path(__file__).resolve().parents[1] / "data" / "key_lists.json.gz").read_bytes())
 )
 
 

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "accepted_names"
+FOLDER = Path(__file__).resolve().parents[1] / "accepted_names"
 HOSTS = ("a1111", "forge", "reforge", "neo", "sdnext", "comfyui")
 
 # Our base models to the models of the facts; where there are several, a layer counts as known if one has it.

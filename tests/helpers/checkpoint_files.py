@@ -30,7 +30,7 @@ SOME = {
 
 @cache
 def key_list(name: str) -> dict[str, list[int]]:
-    path = Path(__file__).parent / "data" / "checkpoint_keys.json.gz"
+    path = Path(__file__).resolve().parents[1] / "data" / "checkpoint_keys.json.gz"
     with gzip.open(path) as file:
         return json.load(file)[name]
 

@@ -1,8 +1,8 @@
 # ruff: noqa: E501  (tables of names are easier to read one row to a line)
 """Merges whose every bit is written down, so that nothing that is moved about in the code changes a result.
 
-    python -m tests.golden --renew         writes tests/data/golden.json anew, after a change that is meant
-    python -m tests.golden --show NAME...  prints the tensors and the report of recipes, to compare two versions
+    python -m tests.helpers.golden --renew         writes tests/data/golden.json anew, after a change that is meant
+    python -m tests.helpers.golden --show NAME...  prints the tensors and the report of recipes, to compare two versions
 
 Inputs are made of whole numbers divided by powers of two, so they are the same everywhere. Results are not:
 torch, its kernels and the processor decide the last bits. The file therefore holds, for each recipe,
@@ -34,11 +34,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lib_loramerge.merge import run_merge
-from tests import format_files as ff
-from tests.dialect_cases import CASES
-from tests.fixtures import sample_data
+from tests.helpers import format_files as ff
+from tests.helpers.dialect_cases import CASES
+from tests.helpers.fixtures import sample_data
 
-RECORD = Path(__file__).parent / "data" / "golden.json"
+RECORD = Path(__file__).resolve().parents[1] / "data" / "golden.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # --- Inputs -------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _of_shapes(shapes: Mapping[str, Shape], seed: int) -> dict[str, Tensor]:
     }  # a 3 x 3 convolution, of which the list holds no kernel
 
 
-# Spellings of tests.dialect_cases; those added there later do not make this record incomplete.
+# Spellings of tests.helpers.dialect_cases; those added there later do not make this record incomplete.
 DIALECTS = (
     "kohya SD1", "SD1 with lora_te1_", "SD2", "refiner", "diffusers SDXL", "attention processors", "PEFT under a component",
     "NTC slider", "OneTrainer's raw format", "Flux fused", "Flux split", "Flux of SimpleTuner", "Flux of XLabs",
