@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_loramerge import refused
 from lib_loramerge.adapters import ADAPTERS, build, describe
-from lib_loramerge.adapters.groups import COMPANIONS, MAGNITUDES, REFUSED
+from lib_loramerge.adapters.groups import COMPANIONS, MAGNITUDES
 from lib_loramerge.delta import Dense, LowRank
 from lib_loramerge.errors import IncompatibleError, LoraMergeError, UnsupportedError
 from tests.helpers.adapter_judges import assert_equal
@@ -248,7 +249,7 @@ ALL_SLOTS = sorted(
     set().union(*(kind.slots for kind in ADAPTERS.values()))
     | COMPANIONS
     | MAGNITUDES
-    | REFUSED.keys()
+    | refused.SLOTS.keys()
     | {"new_slot"}
 )
 

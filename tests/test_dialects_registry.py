@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_loramerge.dialects import DIALECTS, SLOTS, is_adapters, output_key, parse_file, split_key
-from lib_loramerge.dialects.refusals import REFUSED, claimed, refused
+from lib_loramerge.dialects.refusals import claimed, refused
 from lib_loramerge.dialects.slots import WRITTEN
 from lib_loramerge.errors import UnsupportedError
+from lib_loramerge.refused import KINDS
 from tests.helpers.dialect_cases import CASES, KOHYA, LISTS, SD1_CANONICAL, lora, tensors_of
 
 
@@ -131,7 +132,7 @@ NOT_LORAS = {
 
 
 def test_every_refused_kind_has_an_example_here():
-    assert set(NOT_LORAS) == {kind.name for kind in REFUSED}
+    assert set(NOT_LORAS) == {kind.name for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", NOT_LORAS)

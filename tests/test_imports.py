@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lib_loramerge"
 
 # What each top module may import, itself aside. A package counts as one module under its name.
-_GROUND = {"errors", "block_lists"}
+_GROUND = {"errors", "block_lists", "refused"}
 _TYPES = _GROUND | {"delta", "recipe", "models"}
 _PARTS = {"dialects", "adapters", "methods", "ranks", "blocks", "metadata", "files"}
 _RESULTS = _TYPES | _PARTS | {"report", "analysis"}
 ALLOWED = {
     "errors": set(),
     "block_lists": set(),
+    "refused": set(),
     "interrupts": set(),
     "recipe": _GROUND,
     "delta": _GROUND,

@@ -11,18 +11,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
+from .. import refused
 from ..errors import IncompatibleError, UnsupportedError
 from .kinds import ADAPTERS, AdapterKind
 
 RESIDUAL_PARTS = frozenset({"bias_indices", "bias_values", "bias_size"})
 MAGNITUDES = frozenset({"dora_scale", "magnitude"})
 COMPANIONS = frozenset({"alpha", "scale", "scalar", "diff_b", "bias"}) | RESIDUAL_PARTS
-
-# Slots that no formula can turn into a delta weight, and why. Files of other kinds are refused as a whole.
-REFUSED = {
-    "set_weight": "replaces the base model's weight instead of adding to it",
-    "reshape_weight": "changes the shape of the base model's weight",
-}
 
 # How keys spell what comes along with any kind, or is refused, where that is not its name.
 _ENDINGS = {
@@ -33,7 +28,9 @@ _ENDINGS = {
 
 def endings() -> dict[str, tuple[str, ...]]:
     """Every slot to the endings of keys that spell it, the one that is written first."""
-    slots = COMPANIONS | MAGNITUDES | frozenset(REFUSED).union(*(kind.slots for kind in ADAPTERS.values()))
+    slots = (
+        COMPANIONS | MAGNITUDES | frozenset(refused.SLOTS).union(*(kind.slots for kind in ADAPTERS.values()))
+    )
     spelled = dict(_ENDINGS)
     for kind in ADAPTERS.values():
         spelled |= kind.endings
@@ -76,8 +73,8 @@ def identify(slots: Collection[str], where: str) -> Group:
         IncompatibleError: An algebra that lacks a part.
     """
     present = frozenset(slots)
-    for slot in sorted(present & REFUSED.keys()):
-        raise UnsupportedError(f"{where}: {slot} cannot be merged: it {REFUSED[slot]}.")
+    for slot in sorted(present & refused.SLOTS.keys()):
+        raise UnsupportedError(f"{where}: {slot} cannot be merged: it {refused.SLOTS[slot]}.")
     families = [name for name, (_, slots) in _families().items() if present & slots]
     if len(families) > 1:
         raise UnsupportedError(

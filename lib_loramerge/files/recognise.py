@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from lib_loramerge.refused import BYTES
+
 
 def size_text(count: int) -> str:
     """A number of bytes as people read it; one MB is 1,000,000 bytes."""
@@ -16,28 +18,6 @@ def size_text(count: int) -> str:
 
 AGAIN = "Download the file itself again."
 RENAME = "with the wrong name; rename it to .pt."
-MAGIC: tuple[tuple[bytes, str], ...] = (
-    (
-        b"version https://git-lfs",
-        "is a git-lfs pointer, a short text in place of the LoRA: download the file itself.",
-    ),
-    (b"GGUF", "is a GGUF model with the wrong name, not a LoRA."),
-    (b"\x89PNG", "is a PNG picture with the wrong name, not a LoRA."),
-    (b"\xff\xd8\xff", "is a JPEG picture with the wrong name, not a LoRA."),
-    (b"GIF8", "is a GIF picture with the wrong name, not a LoRA."),
-    (b"RIFF", "is a WebP picture, sound or film with the wrong name, not a LoRA."),
-    (b"%PDF", "is a PDF document with the wrong name, not a LoRA."),
-    (b"\x1f\x8b", "is a gzip archive; unpack it first."),
-    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it first."),
-    (b"Rar!", "is a RAR archive; unpack it first."),
-    (b"\xfd7zXZ", "is an xz archive; unpack it first."),
-    (b"\x89HDF", "is an HDF5 file with the wrong name, not a LoRA."),
-    (b"\x93NUMPY", "is a NumPy array with the wrong name, not a LoRA."),
-    (b"\x7fELF", "is a program, not a LoRA."),
-    (b"MZ", "is a Windows program, not a LoRA."),
-)
-"""First bytes of files that are found under the name of a LoRA."""
-
 PICKLE = re.compile(rb"\x80[\x02-\x05]")
 MARKUP = re.compile(rb"\s*<(?:!doctype|html|head|\?xml|!--)", re.IGNORECASE)
 
@@ -52,7 +32,7 @@ def describe_bytes(head: bytes, size: int) -> str | None:
     Returns:
         None if no rule fits the bytes; they may be safetensors.
     """
-    for magic, what in MAGIC:
+    for magic, what in BYTES:
         if head.startswith(magic):
             return what
     if MARKUP.match(head.removeprefix(b"\xef\xbb\xbf")):

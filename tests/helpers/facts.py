@@ -12,9 +12,9 @@ from pathlib import Path
 from lib_loramerge.adapters import ADAPTERS, endings
 from lib_loramerge.adapters.groups import COMPANIONS, MAGNITUDES
 from lib_loramerge.dialects import DIALECTS
-from lib_loramerge.dialects.refusals import REFUSED
 from lib_loramerge.hosts import HOSTS, Host
 from lib_loramerge.models import ARCHITECTURES, Architecture
+from lib_loramerge.refused import KINDS
 from tests.helpers.readme_tables import table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -106,9 +106,7 @@ def formats_page() -> str:
         for slot, spelled in endings().items()
     )
     # A kind's name begins with its article.
-    refused = (
-        (kind.name.split(" ", 1)[1], f"{kind.reason[:1].upper()}{kind.reason[1:]}.") for kind in REFUSED
-    )
+    refused = ((kind.name.split(" ", 1)[1], f"{kind.reason[:1].upper()}{kind.reason[1:]}.") for kind in KINDS)
     models = (_base_model(record) for record in ARCHITECTURES.values() if not record.opaque)
     return "\n".join(
         (

@@ -9,9 +9,8 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+from lib_loramerge import refused
 from lib_loramerge.adapters import ADAPTERS
-from lib_loramerge.adapters.groups import REFUSED
-from lib_loramerge.dialects.refusals import REFUSED as REFUSED_FILES
 from lib_loramerge.methods import METHODS
 from lib_loramerge.models import ARCHITECTURES
 
@@ -46,8 +45,8 @@ def kinds_table() -> str:
         for kind in ADAPTERS.values()
     ]
     rows += [(label, keys, "", "no", does) for label, keys, does in _COMPANIONS]
-    rows += [("Refused", f"`{slot}`", "", "", f"It {reason}.") for slot, reason in REFUSED.items()]
-    adapters = (kind for kind in REFUSED_FILES if not (kind.whole or kind.one_key))
+    rows += [("Refused", f"`{slot}`", "", "", f"It {reason}.") for slot, reason in refused.SLOTS.items()]
+    adapters = (kind for kind in refused.KINDS if not (kind.whole or kind.one_key))
     rows += [
         ("Refused", kind.name, "", "", f"{kind.reason[:1].upper()}{kind.reason[1:]}.") for kind in adapters
     ]
