@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 WORST_LAYERS = 5
 EXACT_SUM = "the exact sum"
@@ -74,6 +74,36 @@ def relative(error_sq: float, exact_sq: float) -> float:
     return (error_sq / exact_sq) ** 0.5 if exact_sq > 0 else float("inf")
 
 
+class WorstLayer(TypedDict):
+    """A layer with a large relative error; ``rank`` is None where it is written whole."""
+
+    layer: str
+    error: float
+    rank: int | None
+
+
+class WorstBlock(TypedDict):
+    """The block of which least is kept of a LoRA, and the share kept."""
+
+    block: str
+    kept: float
+
+
+class RankAndSize(TypedDict):
+    """A file of another rank."""
+
+    rank: int
+    size_bytes: int
+
+
+class Smaller(RankAndSize, total=False):
+    """A smaller file and, where it is known, its error, and what is ``kept`` of the ``weakest`` LoRA."""
+
+    error: float
+    kept: float
+    weakest: str
+
+
 @dataclass(frozen=True)
 class InputReport:
     """What one input was, and with which strengths it went in.
@@ -101,7 +131,7 @@ class InputReport:
     blocks: Mapping[str, float]
     kept: float = 1.0
     kept_in: Mapping[str, float] = field(default_factory=dict)
-    worst_block: Mapping[str, Any] | None = None
+    worst_block: WorstBlock | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +176,7 @@ class MergeReport:
     error_against: str
     kept: float
     from_sum: float | None
-    worst_layers: Sequence[Mapping[str, Any]]
+    worst_layers: Sequence[WorstLayer]
     inputs: Sequence[InputReport]
     warnings: Sequence[str]
     skipped: Sequence[str]
@@ -154,7 +184,7 @@ class MergeReport:
     seconds: Mapping[str, float]
     peak_memory_bytes: int | None = None
     by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    smaller: Mapping[str, Any] | None = None
+    smaller: Smaller | None = None
     error_at_most: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -220,7 +250,7 @@ def _finite(value: Any) -> Any:
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def worst(results: Sequence[LayerResult], count: int = WORST_LAYERS) -> list[dict[str, Any]]:
+def worst(results: Sequence[LayerResult], count: int = WORST_LAYERS) -> list[WorstLayer]:
     """The layers with the largest relative error, worst first."""
     ordered = sorted((r for r in results if r.exact_sq > 0), key=lambda r: (-r.error, r.layer))
     return [{"layer": r.layer, "error": r.error, "rank": r.rank} for r in ordered[:count]]
@@ -250,7 +280,7 @@ def _parts_text(entry: InputReport) -> str:
     return f" ({', '.join(f'{name} {percent(max(0.0, kept))}' for name, kept in parts)})"
 
 
-def smaller_text(smaller: Mapping[str, Any] | None) -> str:
+def smaller_text(smaller: Smaller | None) -> str:
     """What a smaller file would be, to go on with after this one's size."""
     if smaller is None:
         return ""

@@ -220,10 +220,9 @@ def advise(
     tails = _tails(squares.values(), top)
     total = float(tails[0])
     chosen, chosen_bytes = _chosen_rank(plan, top), _chosen_bytes(plan, costs)
-    points, allotted = (
-        _shown_ranks(top, chosen, (smaller(plan) or {}).get("rank")),
-        _allotted(costs, chosen_bytes),
-    )
+    less = smaller(plan)
+    points = _shown_ranks(top, chosen, None if less is None else less["rank"])
+    allotted = _allotted(costs, chosen_bytes)
     kept_of = _kept_of(
         plan, looked, costs, [*([rank] * len(costs.layers) for rank in points), *allotted.values()]
     )

@@ -87,7 +87,8 @@ class Merger:
         self.weights: tuple[float, ...] | None = None
         known: dict[tuple[object, ...], int] = {}
         self.loras = [known.setdefault((one.path, one.input.dyn), len(known)) for one in plan.sources]
-        self.smaller = (smaller(plan) or {}).get("rank")
+        less = smaller(plan)
+        self.smaller = None if less is None else less["rank"]
 
     def check_unchanged(self) -> None:
         """Refuse the work if another program wrote to any of the files meanwhile.

@@ -19,6 +19,7 @@ from .sources import Source
 if TYPE_CHECKING:
     from ..delta import Spectrum
     from ..methods import MergeMethod
+    from ..report import Smaller
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ALPHA_BYTES = 4
@@ -179,6 +180,11 @@ class MergePlan:
         return any(plan.source.needs_base for plan in self.sources)
 
     @property
+    def layer_count(self) -> int:
+        """Layers of the file."""
+        return len(self.layers) + len(zero_layers(self))
+
+    @property
     def rank_histogram(self) -> dict[int, int]:
         ranks = Counter(plan.rank for plan in self.layers if plan.rank and not plan.vector)
         return dict(sorted(ranks.items(), reverse=True))
@@ -191,7 +197,7 @@ class MergePlan:
             "mode": self.method.name,
             "params": dict(self.params),
             "dtype": self.dtype,
-            "layers": len(self.layers) + len(zero_layers(self)),
+            "layers": self.layer_count,
             "layers_left_out": len(self.left_out),
             "ranks": {str(rank): count for rank, count in self.rank_histogram.items()},
             "predicted_bytes": self.predicted_bytes,
@@ -225,7 +231,7 @@ WORTH = 0.9
 """Part of a file's size above which a smaller one is not worth a word."""
 
 
-def smaller(plan: MergePlan) -> dict[str, int] | None:
+def smaller(plan: MergePlan) -> Smaller | None:
     """Rank of the largest input and the bytes of a file of that rank, where the plan keeps clearly more."""
     recipe = plan.recipe
     if recipe.rank not in ("auto", "full") or not plan.method.uses_rank or not plan.ranks_known:

@@ -17,6 +17,7 @@ from ..report import (
     InputReport,
     LayerResult,
     MergeReport,
+    Smaller,
     error_range,
     percent,
     relative,
@@ -163,14 +164,14 @@ def _rank_cuts(plan: MergePlan) -> bool:
     return bool(recipe.own_ranks) or any(map(cuts, plan.layers))
 
 
-def _smaller(plan: MergePlan, merged: Sequence[MergedLayer], size: int) -> dict[str, Any] | None:
+def _smaller(plan: MergePlan, merged: Sequence[MergedLayer], size: int) -> Smaller | None:
     """What a file of the largest input's rank would cost and lose, rounding aside, where it is known.
 
     Args:
         size: Bytes of the file that was written. Where the inputs have directions in common, its ranks are
             lower than the plan could know.
     """
-    found: dict[str, Any] | None = smaller(plan)
+    found = smaller(plan)
     if found is None or found["size_bytes"] >= WORTH * size:
         return None
     cuts = [

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lib_loramerge.recipe.model import MergeRecipe
 
+RecipeValues = dict[str, Any]
+"""Fields of a recipe by name, which ``MergeRecipe`` checks one by one."""
+
 RANK_RULES = {
     "auto": "Automatic",
     "same": "Same as the inputs",
@@ -24,7 +27,7 @@ FAIR_RULES = frozenset({"same", "number", "size"})
 CONV_RULES = frozenset({"auto", "same", "number", "full"})
 
 
-def rule_settings(rule: str, number: float | None = None) -> dict[str, Any]:
+def rule_settings(rule: str, number: float | None = None) -> RecipeValues:
     """Fields of a recipe for a rule of :data:`RANK_RULES`, and the number beside it where it has one."""
     if rule in ("retain", "keep", "size"):
         return {rule: number}

@@ -18,6 +18,9 @@ from lib_loramerge.recipe.check import (
     shown,
 )
 
+Value = float | int | str | bool
+"""What a parameter of a merge method may be."""
+
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
@@ -135,13 +138,13 @@ class Param:
     """
 
     name: str
-    default: float | int | str | bool
+    default: Value
     help: str
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
 
-    def check(self, value: object) -> float | int | str | bool:
+    def check(self, value: object) -> Value:
         """``value`` in the type of the default, converted from text if need be.
 
         Raises:
@@ -204,7 +207,7 @@ class Param:
         return check_flag(self.name, value)
 
 
-def check_params(params: Sequence[Param], given: Mapping[str, object], *, mode: str) -> dict[str, Any]:
+def check_params(params: Sequence[Param], given: Mapping[str, object], *, mode: str) -> dict[str, Value]:
     """Every parameter of a method with its given or default value, checked.
 
     Raises:

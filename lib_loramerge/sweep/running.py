@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from lib_loramerge.blocks import Presets
 from lib_loramerge.errors import LoraMergeError, OutputError
@@ -31,7 +31,6 @@ MOST_FILES = 64
 TABLES = ("sweep.json", "sweep.csv")
 _MAPS = ("values", "kept")
 _NUMBER = re.compile(r"[+-]?[0-9.]+(?:e[+-]?[0-9]+)?")
-_EMPTY = dict.fromkeys(("file", *_MAPS, "recipe", "error", "size_bytes", "seconds"))
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,24 @@ class Sweep:
         )
 
 
+class TableRow(TypedDict):
+    """One file in ``sweep.json``; what is not known of it is None.
+
+    Attributes:
+        values: What varies to its value.
+        kept: LoRA to its share in the file.
+        seconds: Of its merge.
+    """
+
+    file: str
+    values: dict[str, object]
+    recipe: dict[str, object]
+    error: float | None
+    kept: dict[str, float] | None
+    size_bytes: int | None
+    seconds: float | None
+
+
 @dataclass(frozen=True)
 class SweepRow:
     """One file of a sweep, as the tables list it. ``error`` and the rest are None for a file that existed."""
@@ -77,7 +94,7 @@ class SweepRow:
         error = "no error" if self.report.error is None else f"error {percent(self.report.error)}"
         return f"{self.file}  {self.report.size_bytes / 1e6:,.2f} MB, {error}, keeps {kept}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> TableRow:
         report = self.report
         return {
             "file": self.file,
@@ -225,7 +242,7 @@ def _numbered(
     return None if progress is None else lambda found: progress(index, found)
 
 
-def rows_before(folder: Path) -> dict[str, dict[str, Any]]:
+def rows_before(folder: Path) -> dict[str, TableRow]:
     """The rows of earlier sweeps into this folder, by file, as far as the files exist.
 
     Raises:
@@ -235,10 +252,13 @@ def rows_before(folder: Path) -> dict[str, dict[str, Any]]:
     if not taken:
         return {}
     try:
-        rows = json.loads((folder / TABLES[0]).read_text(encoding="utf-8"))["files"]
-        found = {str(row["file"]): {**_EMPTY, **row} for row in rows}
-        if any(not isinstance(row[name], (dict, type(None))) for row in found.values() for name in _MAPS):
-            raise TypeError
+        found: dict[str, TableRow] = {}
+        for row in json.loads((folder / TABLES[0]).read_text(encoding="utf-8"))["files"]:
+            found[str(row["file"])] = row
+            if any(not isinstance(row.setdefault(name), (dict, type(None))) for name in _MAPS):
+                raise TypeError
+            for name in TableRow.__annotations__:
+                row.setdefault(name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{taken[0]} was not written by a sweep. Move it away, or choose another folder."
@@ -246,13 +266,13 @@ def rows_before(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in found.items() if (folder / name).is_file()}
 
 
-def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write_tables(folder: Path, rows: Sequence[TableRow]) -> None:
     text = json.dumps({"version": 1, "files": list(rows)}, ensure_ascii=False, indent=2, allow_nan=False)
     for name, content in zip(TABLES, (text + "\n", _csv(rows)), strict=True):
         write_whole(folder / name, content.encode())
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def _csv(rows: Sequence[TableRow]) -> str:
     labels = list(dict.fromkeys(label for row in rows for label in row["values"] or {}))
     loras = list(dict.fromkeys(name for row in rows for name in row["kept"] or {}))
     out = io.StringIO()
@@ -270,7 +290,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _harmless(text: Any) -> Any:
+def _harmless(text: object) -> object:
     """Text that a spreadsheet would take for a formula, marked as text: others chose the names of files."""
     formula = isinstance(text, str) and text[:1] in "=+-@\t\r" and not _NUMBER.fullmatch(text)
     return f"'{text}" if text and formula else text

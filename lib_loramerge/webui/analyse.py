@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import Cancelled, FileError, LoraMergeError, RecipeError
 from ..recipe import to_json
@@ -23,8 +23,9 @@ from .host import ConflictError
 
 if TYPE_CHECKING:
     from ..analysis import AdviceReport, CompareReport, InspectReport
-    from ..merge import MergePlan
+    from ..merge import MergePlan, Progress
 
+T = TypeVar("T")
 KINDS = ("inspect", "compare", "advise")
 THEMES = ("light", "dark")
 MAX_COMPARED = 12  # LoRAs; the pairs grow with the square
@@ -206,18 +207,18 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
     kinds = [kind for kind in KINDS if kind in question.kinds]
     steps = len(kinds) + (question.theme is not None)
 
-    def enter(stage: str, index: int) -> Callable[[Any], None]:
+    def enter(stage: str, index: int) -> Callable[[Progress], None]:
         look.stage, look.fraction, look.eta = stage, index / steps, None
         if look.stopped():
             raise Cancelled("The analysis was cancelled.")
 
-        def tell(progress: Any) -> None:
+        def tell(progress: Progress) -> None:
             look.fraction = (index + progress.done / max(1, progress.total)) / steps
             look.eta = progress.eta
 
         return tell
 
-    def inspect(_: Callable[[Any], None]) -> Any:
+    def inspect(_: Callable[[Progress], None]) -> tuple[InspectReport, ...]:
         paths = list(dict.fromkeys(entry.path for entry in plan.sources))
         return tuple(
             memory.recall(
@@ -227,43 +228,49 @@ def find(question: Question, memory: _Memory, look: Look) -> Findings:
             for path in paths
         )
 
-    work: Mapping[str, Callable[[Callable[[Any], None]], Any]] = {
-        "inspect": inspect,
-        "compare": lambda tell: analysis.compare(plan, progress=tell, cancel=look.stopped),
-        "advise": lambda tell: analysis.advise(plan, progress=tell, cancel=look.stopped),
-    }
-    found: dict[str, Any] = {}
-    for index, kind in enumerate(kinds):
-        tell = enter(kind, index)
-        found[kind] = memory.recall(identity(plan, kind), partial(work[kind], tell))
+    def work(kind: str, make: Callable[[Callable[[Progress], None]], T]) -> T | None:
+        if kind not in kinds:
+            return None
+        return memory.recall(identity(plan, kind), partial(make, enter(kind, kinds.index(kind))))
+
+    found = Findings(
+        inspect=work("inspect", inspect) or (),
+        compare=work("compare", lambda tell: analysis.compare(plan, progress=tell, cancel=look.stopped)),
+        advise=work("advise", lambda tell: analysis.advise(plan, progress=tell, cancel=look.stopped)),
+    )
+    if question.theme is None or not kinds:
+        return found
     pictures = {}
-    if question.theme is not None:
-        for index, kind in enumerate(kinds):
-            enter("draw", len(kinds))
-            look.fraction = (len(kinds) + index / len(kinds)) / steps
-            # The picture of the comparison shows what the mode makes of it, too, where that is known.
-            advice = found.get("advise") if kind == "compare" and not plan.method.exact else None
-            about = (kind,) if advice is None else (kind, "advise")
-            key = (*(identity(plan, each) for each in about), question.theme)
-            pictures[kind] = memory.recall(key, partial(draw, found[kind], kind, question.theme, advice))
-    unreadable = ""
-    if pictures:
-        from . import fonts  # Brings matplotlib.
+    for index, kind in enumerate(kinds):
+        enter("draw", len(kinds))
+        look.fraction = (len(kinds) + index / len(kinds)) / steps
+        # The picture of the comparison shows what the mode makes of it, too, where that is known.
+        shows_result = kind == "compare" and found.advise is not None and not plan.method.exact
+        about = (kind, "advise") if shows_result else (kind,)
+        key = (*(identity(plan, each) for each in about), question.theme)
+        pictures[kind] = memory.recall(key, partial(draw, found, kind, question.theme, shows_result))
+    from . import fonts  # Brings matplotlib.
 
-        unreadable = fonts.lacking(entry.path.stem for entry in plan.sources)
-    return Findings(**found, pictures=pictures, unreadable=unreadable)
+    unreadable = fonts.lacking(entry.path.stem for entry in plan.sources)
+    return replace(found, pictures=pictures, unreadable=unreadable)
 
 
-def draw(report: Any, kind: str, theme: str, advice: AdviceReport | None = None) -> bytes:
-    """The picture of a report as a PNG file; a comparison shows the result of the advice's mode, too."""
+def draw(found: Findings, kind: str, theme: str, shows_result: bool = False) -> bytes:
+    """The picture of a report as a PNG file.
+
+    Args:
+        shows_result: A comparison shows the result of the advice's mode, too.
+    """
     from . import plots  # Brings matplotlib.
 
     if kind == "inspect":
-        return plots.png(plots.inspect_figure(report, theme))
-    if kind == "compare":
+        return plots.png(plots.inspect_figure(found.inspect, theme))
+    if kind == "compare" and found.compare is not None:
+        advice = found.advise if shows_result else None
         result = None if advice is None else (advice.mode, advice.norm_by_block)
-        return plots.png(plots.compare_figure(report, theme, result))
-    return plots.png(plots.advise_figure(report, theme))
+        return plots.png(plots.compare_figure(found.compare, theme, result))
+    assert found.advise is not None
+    return plots.png(plots.advise_figure(found.advise, theme))
 
 
 def identity(plan: MergePlan, kind: str) -> Hashable:
@@ -304,10 +311,11 @@ class _Memory:
         """What is known; None where nothing is."""
         return self._known.get(key)
 
-    def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._known:
             self._known[key] = make()
         self._known.move_to_end(key)
         while len(self._known) > _FINDINGS_KEPT:
             self._known.popitem(last=False)
-        return self._known[key]
+        found: T = self._known[key]
+        return found

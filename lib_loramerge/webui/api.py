@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TypeAlias
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -32,6 +32,8 @@ from .fields import Fields, read_json
 from .host import ClosedError, ConflictError, Host, UnknownNameError, without
 from .jobs import JobQueue
 from .routes import ROUTES, Route, Service
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 PREFIX = "/loramerge/v1"
 # Reading headers takes the interpreter; the host's own requests go on beside this many of ours.
@@ -153,7 +155,7 @@ class _Gate:
             return _refused(refusal)
         return _error(404, f"There is no {request.method} here. See /docs for what there is below {PREFIX}.")
 
-    async def _answer(self, route: Route, request: Request, given: Mapping[str, Any]) -> Response:
+    async def _answer(self, route: Route, request: Request, given: Mapping[str, object]) -> Response:
         try:
             self._let_in(request)
             content = dict(given) if route.body is None else await read_json(request)
@@ -166,25 +168,26 @@ class _Gate:
             return _refused(refusal)
         except LoraMergeError as error:
             status = next(code for kind, code in _STATUS if isinstance(error, kind))
-            return _error(status, self._public(str(error)))
+            return _error(status, _in_public(str(error), self._host.folder_words()))
         except Exception as error:  # A bug of ours: the caller gets JSON, the console the traceback.
             self._host.log(f"{route.method} {route.path} failed unexpectedly", error)
             return _error(
                 500, f"Unexpected error ({type(error).__name__}). The console of the host tells more."
             )
 
-    def _result(self, route: Route, content: Mapping[str, Any]) -> Any:
+    def _result(self, route: Route, content: Mapping[str, object]) -> bytes | Json:
         result = route.answer(self._service, Fields(content, route.fields))
-        return result if isinstance(result, bytes) else self._public(plain(result))
-
-    def _public(self, value: Any) -> Any:
-        """``value`` without the folders of this machine and in the words of a recipe."""
-        return _public(value, self._host.folder_words())
+        return result if isinstance(result, bytes) else _public(plain(result), self._host.folder_words())
 
 
-def _public(value: Any, folder_words: Sequence[tuple[str, str]]) -> Any:
+def _in_public(text: str, folder_words: Sequence[tuple[str, str]]) -> str:
+    """A sentence without the folders of this machine and in the words of a recipe."""
+    return _FLAG.sub(_in_a_recipe, without(folder_words, text))
+
+
+def _public(value: Json, folder_words: Sequence[tuple[str, str]]) -> Json:
     if isinstance(value, str):
-        return _FLAG.sub(_in_a_recipe, without(folder_words, value))
+        return _in_public(value, folder_words)
     if isinstance(value, dict):
         return {key: _public(item, folder_words) for key, item in value.items()}
     return [_public(item, folder_words) for item in value] if isinstance(value, list) else value
@@ -201,7 +204,7 @@ def _refused(refusal: Refusal) -> JSONResponse:
     return _error(refusal.status, str(refusal), refusal.headers)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Json:
     """``value`` in JSON's own types; a number that JSON cannot say becomes null."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
@@ -218,13 +221,13 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _request_body(route: Route) -> dict[str, Any] | None:
+def _request_body(route: Route) -> dict[str, object] | None:
     if route.body is None:
         return None
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": route.body}}}}
 
 
-def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
+def _responses(route: Route) -> dict[int | str, dict[str, object]]:
     errors = {
         400: "Bad request",
         401: "Wrong password",
@@ -233,7 +236,7 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
         409: "Name taken, queue full, or disk too full",
     }
     errors |= {413: "Body too large", 415: "No JSON", 422: "Cannot be merged"}
-    described: dict[int | str, dict[str, Any]] = {
+    described: dict[int | str, dict[str, object]] = {
         status: {"description": text, "content": {"application/json": {"schema": schema.error_schema()}}}
         for status, text in errors.items()
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import LoraMergeError
 from ..recipe import SETTINGS, MergeRecipe, to_command
 from .checkpoint_jobs import TO_BAKE, BakeRequest
-from .form import PLAIN, key_of
+from .form import PLAIN, Changes, Form, key_of
 from .host import ConflictError, Host
 
 if TYPE_CHECKING:
@@ -42,14 +42,12 @@ class Facts(NamedTuple):
     ema: bool = False
 
 
-def is_bake(form: Mapping[str, Any]) -> bool:
+def is_bake(form: Form) -> bool:
     """Whether the form's result is a checkpoint."""
     return form.get("result_kind") == CHECKPOINT
 
 
-def request_of(
-    form: Mapping[str, Any], recipe: MergeRecipe, name: str = "", overwrite: bool = False
-) -> BakeRequest:
+def request_of(form: Form, recipe: MergeRecipe, name: str = "", overwrite: bool = False) -> BakeRequest:
     """What the form asks for."""
     return BakeRequest(
         recipe=recipe,
@@ -63,7 +61,7 @@ def request_of(
     )
 
 
-def form_of(request: object) -> dict[str, Any]:
+def form_of(request: object) -> Changes:
     """The controls of a job's result."""
     if not isinstance(request, BakeRequest):
         return {"result_kind": LORA_FILE}
@@ -77,7 +75,7 @@ def form_of(request: object) -> dict[str, Any]:
     }
 
 
-def propose_name(form: Mapping[str, Any], inputs: Sequence[LoraInput], host: Host) -> str:
+def propose_name(form: Form, inputs: Sequence[LoraInput], host: Host) -> str:
     """A free name, once there is a checkpoint."""
     try:
         base = host.checkpoint_path(str(form.get("bake_base") or ""), TO_BAKE)
@@ -86,7 +84,7 @@ def propose_name(form: Mapping[str, Any], inputs: Sequence[LoraInput], host: Hos
     return host.propose_checkpoint_name(base, [given.name.rpartition("/")[2] for given in inputs])
 
 
-def facts(form: Mapping[str, Any], recipe: MergeRecipe, host: Host) -> Facts:
+def facts(form: Form, recipe: MergeRecipe, host: Host) -> Facts:
     """What will come out, from headers alone."""
     from . import render, render_checkpoints  # Not at the WebUI's start, see extension.py.
 
@@ -94,24 +92,23 @@ def facts(form: Mapping[str, Any], recipe: MergeRecipe, host: Host) -> Facts:
     try:
         host.check_open()
         with request.prepared(host) as bake:
-            report = bake.report(None).to_json()
+            report = bake.report(None)
             keys = bake.checkpoint.keys
             ema = any(key.startswith("model_ema.") for key in keys)
-            float8 = any(dtype.startswith("F8") for dtype in report["dtypes"])
+            float8 = any(dtype.startswith("F8") for dtype in report.dtypes)
     except LoraMergeError as error:
         return Facts(render.error_box(host.shown(str(error))), str(error))
     free = host.free_bytes(host.checkpoint_dirs()[0])
-    short = free is not None and free < report["size_bytes"]
-    if short:
-        report["warnings"] = [
-            *report["warnings"],
-            f"The disk of the checkpoint folder has only {render.size_text(free or 0)} left, and the file "
-            f"takes {render.size_text(report['size_bytes'])}.",
-        ]
+    if free is not None and free < report.size_bytes:
+        short = (
+            f"The disk of the checkpoint folder has only {render.size_text(free)} left, and the file "
+            f"takes {render.size_text(report.size_bytes)}."
+        )
+        report = replace(report, warnings=(*report.warnings, short))
     return Facts(render_checkpoints.bake_facts(report, free), "", float8, ema)
 
 
-def check_name(form: Mapping[str, Any], host: Host, overwrite: bool) -> tuple[str, str, tuple[str, ...]]:
+def check_name(form: Form, host: Host, overwrite: bool) -> tuple[str, str, tuple[str, ...]]:
     """(what is wrong with the name, that it is taken, the file that will be replaced)."""
     try:
         path = host.check_checkpoint_name(str(form.get("name") or "").strip(), overwrite)
@@ -122,7 +119,7 @@ def check_name(form: Mapping[str, Any], host: Host, overwrite: bool) -> tuple[st
     return "", "", (path.name,) if path.exists() else ()
 
 
-def command(form: Mapping[str, Any], recipe: MergeRecipe, host: Host) -> list[str]:
+def command(form: Form, recipe: MergeRecipe, host: Host) -> list[str]:
     """The command line of the same bake."""
     request = request_of(form, recipe)
     base = host.checkpoint_path(request.base, TO_BAKE)

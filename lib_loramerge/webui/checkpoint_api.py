@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import schema
 from .checkpoint_jobs import BakeRequest, ExtractRequest
@@ -29,12 +29,12 @@ def bake_request(fields: Fields) -> BakeRequest:
 
 def extract_request(fields: Fields) -> ExtractRequest:
     """An extraction as a client asks for it; absent settings are the library's own."""
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "vectors": fields.choice("vectors", schema.VECTORS),
         "dtype": fields.choice("dtype", schema.EXTRACTED_DTYPES),
         "skip_unsupported": fields.flag("skip_unsupported"),
     }
-    read: Mapping[str, Callable[[str], Any]] = {
+    read: Mapping[str, Callable[[str], object]] = {
         "rank": fields.rank,
         "conv_rank": fields.whole,
         "max_rank": fields.whole,

@@ -81,7 +81,7 @@ class BakeRequest(Errand):
         with self.prepared(task.host, check_hashes=not self.changed_sources, stop=task.stop) as bake:
             return bake.run(task.output, overwrite=self.overwrite, progress=task.progress, cancel=task.cancel)
 
-    def publish(self, task: Task, report: BakeReport) -> list[str]:
+    def publish(self, task: Task) -> list[str]:
         task.host.refresh_checkpoints()
         if task.replaced and task.host.is_webui:
             return [
@@ -158,7 +158,7 @@ class ExtractRequest(Errand):
             cancel=task.cancel,
         )
 
-    def publish(self, task: Task, report: ExtractReport) -> list[str]:
+    def publish(self, task: Task) -> list[str]:
         if task.replaced:
             return [note for note in (task.host.after_overwrite(task.output),) if note]
         task.host.announce(task.output)

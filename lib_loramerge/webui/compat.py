@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import gradio as gr
 
@@ -14,34 +13,71 @@ MAJOR = int(gr.__version__.split(".")[0])
 FILE_ROUTE = "file=" if MAJOR < 5 else "gradio_api/file="
 
 
-def make(kind: str, **options: Any) -> Any:
+Update = dict[str, object]
+"""A change of a component, as :func:`update` makes it."""
+
+
+class Event(Protocol):
+    """What follows once an event's handler has answered."""
+
+    @property
+    def then(self) -> Trigger: ...
+
+
+class Trigger(Protocol):
+    """What attaches a handler, such as ``button.click``."""
+
+    def __call__(
+        self,
+        *,
+        fn: Callable[..., object] | None,
+        inputs: list[Widget],
+        outputs: list[Widget],
+        **options: object,
+    ) -> Event: ...
+
+
+class Widget(Protocol):
+    """A component or layout block; each has of this what its class in Gradio has."""
+
+    do_not_save_to_config: bool
+    click: Trigger
+    input: Trigger
+    change: Trigger
+
+    def __enter__(self) -> Widget: ...
+
+    def __exit__(self, *raised: object) -> None: ...
+
+
+def make(kind: str, **options: object) -> Widget:
     """A component or layout block by the name of its class.
 
     The WebUI keeps the first value it saw of every labelled component in
     ``ui-config.json``; our defaults come from the settings, so all of ours
     ask to be left out of that file.
     """
-    block = getattr(gr, kind)(**options)
+    block: Widget = getattr(gr, kind)(**options)
     block.do_not_save_to_config = True
     return block
 
 
 def on(
-    trigger: Callable[..., Any],
-    function: Callable[..., Any] | None,
-    inputs: Sequence[Any] = (),
-    outputs: Sequence[Any] = (),
+    trigger: Trigger,
+    function: Callable[..., object] | None,
+    inputs: Sequence[Widget] = (),
+    outputs: Sequence[Widget] = (),
     *,
     js: str | None = None,
     queue: bool = False,
-) -> Any:
+) -> Event:
     """Connect an event, such as ``button.click``.
 
     Events skip Gradio's queue unless asked: the queue of a WebUI waits for
     pictures, and its default limit of one run at a time for an event would let
     one window hold up another. The work of a merge is done by our own queue.
     """
-    options: dict[str, Any] = {"queue": queue, "show_progress": "hidden"}
+    options: dict[str, object] = {"queue": queue, "show_progress": "hidden"}
     if MAJOR >= 4 and function is not None:
         # The page's script keeps this Gradio from complaining about the event.
         begin = "window.loramergeQuiet && loramergeQuiet()"
@@ -55,13 +91,7 @@ def on(
     return trigger(fn=function, inputs=list(inputs), outputs=list(outputs), **options)
 
 
-def launch_options(**wanted: Any) -> dict[str, Any]:
-    """The options of ``launch`` that this Gradio knows."""
-    known = inspect.signature(gr.Blocks.launch).parameters
-    return {name: value for name, value in wanted.items() if name in known}
-
-
-def may_serve(blocks: Any, path: Path) -> bool:
+def may_serve(blocks: object, path: Path) -> bool:
     """Whether the ``file=`` route of a launched Blocks gives out this file.
 
     Gradio 3 also serves what is below the current folder, and nothing with a
@@ -80,6 +110,7 @@ def may_serve(blocks: Any, path: Path) -> bool:
     return inside(allowed) and not inside(blocked)
 
 
-def update(**changes: Any) -> Any:
+def update(**changes: object) -> Update:
     """A change of a component; handlers never return components."""
-    return gr.update(**changes)
+    change: Update = gr.update(**changes)
+    return change

@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import OutputError
 from .host import ConflictError
 
 if TYPE_CHECKING:
+    from ..checkpoints import BakeReport, ExtractReport
     from ..merge import Progress
+    from ..report import MergeReport
     from .host import Host
+    from .sweep_jobs import SweepReport
     from .trial import Made, Trials
+
+    Report: TypeAlias = MergeReport | SweepReport | BakeReport | ExtractReport
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Task:
         progress: To be called often.
         cancel: Whether to stop.
         stop: Raises ``Cancelled`` if so.
-        made: What a merge was made of.
+        made, merged: What a merge was made of, and what came out.
         exact_bytes: Size at most of a file that keeps everything, where this one does not.
         notes: What to tell the user of the result.
     """
@@ -40,6 +45,7 @@ class Task:
     cancel: Callable[[], bool]
     stop: Callable[[], None]
     made: Made | None = None
+    merged: MergeReport | None = None
     exact_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -81,15 +87,15 @@ class Errand:
         assert output is not None
         return output
 
-    def run(self, task: Task) -> Any:
-        """Write the file; its report, with ``to_json``.
+    def run(self, task: Task) -> Report:
+        """Write the file; its report.
 
         Raises:
             LoraMergeError: Anything a user can cause; nothing was written then.
         """
         raise NotImplementedError
 
-    def publish(self, task: Task, report: Any) -> list[str]:
+    def publish(self, task: Task) -> list[str]:
         """Make the host know the file; what to tell the user."""
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..methods import METHODS
 from . import settings
@@ -28,6 +28,10 @@ from .jobs import JobQueue
 from .trial import remove_stale_folders
 from .xyz.plot import Plot
 from .xyz.register import add_axes, script_class
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from fastapi import FastAPI
 
 TITLE = "LoRA Merge"
 IDENT = "loramerge"
@@ -83,7 +87,7 @@ def add_settings() -> None:
     settings.add_to_host(shared, settings.rows(modes, dtypes, tuple(host.devices())))
 
 
-def make_tabs() -> list[tuple[Any, str, str]]:
+def make_tabs() -> list[tuple[gr.Blocks, str, str]]:
     from .tab import build_tab  # Only where there is a page, and not with --nowebui.
 
     tab = build_tab(*services())
@@ -93,7 +97,7 @@ def make_tabs() -> list[tuple[Any, str, str]]:
     return [(tab, TITLE, IDENT)]
 
 
-def add_routes(demo: Any, app: Any) -> None:
+def add_routes(demo: gr.Blocks | None, app: FastAPI) -> None:
     """Adds REST where the host serves its own; ``demo`` is None with ``--nowebui``."""
     global _warming
     from modules import shared
@@ -111,7 +115,7 @@ def add_routes(demo: Any, app: Any) -> None:
         api.mount(app, host, jobs, api_auth=auth, names=names(options), welcome=welcome(options))
 
 
-def names(options: Any) -> Names | None:
+def names(options: object) -> Names | None:
     """The names under which REST answers; None where the WebUI serves others, under names we cannot know."""
     server = (getattr(options, "server_name", None) or "").strip("[]")
     open_to_all = server in ("0.0.0.0", "::", "*") or (not server and getattr(options, "listen", False))
@@ -120,7 +124,7 @@ def names(options: Any) -> Names | None:
     return Names([*LOOPBACK, server, *allowed_hosts()])
 
 
-def welcome(options: Any) -> Callable[[str], bool]:
+def welcome(options: object) -> Callable[[str], bool]:
     """Whether the host's own options let the pages of another origin ask for anything."""
 
     def option(*spellings: str) -> str:

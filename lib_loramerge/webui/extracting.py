@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import LoraMergeError
 from ..recipe import LoraInput
 from ..recipe.model import MAX_SIZE
 from .checkpoint_jobs import BASE, TUNED, ExtractRequest
-from .form import PLAIN, SMALLEST, key_of, number, whole
+from .form import PLAIN, SMALLEST, Form, key_of, number, whole
 
 if TYPE_CHECKING:
     from .host import Host
@@ -26,11 +25,11 @@ PRECISIONS = {name: label for name, label in PLAIN["dtype"].labels.items() if na
 EMPTY = "Choose the two checkpoints to see here what will come out."
 
 
-def rule_of(form: Mapping[str, Any]) -> str:
+def rule_of(form: Form) -> str:
     return key_of(RULES, form.get("extract_rule")) or "number"
 
 
-def request_of(form: Mapping[str, Any], host: Host) -> ExtractRequest:
+def request_of(form: Form, host: Host) -> ExtractRequest:
     """What the form asks for; an empty name is the proposed one.
 
     Raises:
@@ -72,7 +71,7 @@ def propose_name(tuned: str, host: Host) -> str:
     return host.propose_name([LoraInput(f"{path.stem}-lora")])
 
 
-def facts(form: Mapping[str, Any], host: Host) -> tuple[str, str]:
+def facts(form: Form, host: Host) -> tuple[str, str]:
     """(HTML of what will come out, the name that is proposed), from headers alone; never raises."""
     from . import render, render_checkpoints  # Not at the WebUI's start, see extension.py.
 
@@ -82,7 +81,7 @@ def facts(form: Mapping[str, Any], host: Host) -> tuple[str, str]:
     try:
         name = propose_name(str(form["extract_tuned"]), host)
         host.checkpoint_path(str(form["extract_base"]), BASE)
-        found = request_of(form, host).foreseen(host).to_json()
+        found = request_of(form, host).foreseen(host)
     except LoraMergeError as error:
         return render.error_box(host.shown(str(error))), name
     return render_checkpoints.extract_facts(found, host.free_bytes()), name

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import LoraMergeError
 from . import baking, render, sidecar
-from .form import NO_PREVIEW, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
+from .form import NO_PREVIEW, Form, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
 from .host import ConflictError
 from .merge_jobs import check_beside, check_no_input
 from .origins import changed_sources
@@ -79,9 +79,7 @@ class _Draft:
     looks: Looks | None = None
 
 
-def gather(
-    form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod], looks: Looks | None = None
-) -> Facts:
+def gather(form: Form, host: Host, methods: Mapping[str, MergeMethod], looks: Looks | None = None) -> Facts:
     """Look at every row and at the whole; never raises for what a user typed.
 
     Args:
@@ -122,7 +120,7 @@ def gather(
     )
 
 
-def _chosen_model(form: Mapping[str, Any], draft: _Draft) -> str | None:
+def _chosen_model(form: Form, draft: _Draft) -> str | None:
     """Id of the base model that the form names; None where it leaves that to the files."""
     from ..merge.base_model import model_id  # Not at the WebUI's start, see extension.py.
 
@@ -179,7 +177,7 @@ def _row_problems(problems: Mapping[str, str], host: Host) -> dict[int, str]:
     }
 
 
-def _outlook(form: Mapping[str, Any], reading: Reading, host: Host, draft: _Draft) -> baking.Facts:
+def _outlook(form: Form, reading: Reading, host: Host, draft: _Draft) -> baking.Facts:
     """What will come out, a LoRA or a checkpoint."""
     if not baking.is_bake(form) or reading.recipe is None or draft.problems:
         return baking.Facts(_plan(reading, host, draft))
@@ -231,7 +229,7 @@ def _changed(reading: Reading, host: Host, draft: _Draft) -> list[str]:
     )
 
 
-def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draft) -> None:
+def _check_name(form: Form, proposed: str, host: Host, draft: _Draft) -> None:
     name = str(form.get("name") or "").strip()
     if not name or (name == form.get("name_auto") and name != proposed):
         return  # About to be replaced by the new proposal.
@@ -254,13 +252,13 @@ def _check_name(form: Mapping[str, Any], proposed: str, host: Host, draft: _Draf
         draft.problems["name"] = str(error)
 
 
-def _picture(form: Mapping[str, Any], host: Host) -> Path | None:
+def _picture(form: Form, host: Host) -> Path | None:
     """The preview picture that would be copied beside the result."""
     chosen = str(form.get("preview") or "")
     return None if chosen in ("", NO_PREVIEW) else sidecar.preview_of(host.find(chosen))
 
 
-def _check_base(form: Mapping[str, Any], host: Host, draft: _Draft) -> None:
+def _check_base(form: Form, host: Host, draft: _Draft) -> None:
     try:
         host.base_path(str(form.get("base") or ""))
     except LoraMergeError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ..recipe import MergeRecipe, from_json
 from .access import Refusal
@@ -18,13 +18,15 @@ from .schema import MAX_DEPTH, MAX_INPUTS, MAX_TEXT
 if TYPE_CHECKING:
     from fastapi import Request
 
+T = TypeVar("T")
+
 MAX_BODY_BYTES = 1 << 20
 MAX_DRAINED_BYTES = 64 << 20
 # Text on the wire that can only be an attempt to leave the folder, on any system.
 _PATH = re.compile(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f]")
 
 
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request) -> dict[str, object]:
     """The JSON object of a request's body.
 
     Only ``application/json``: a form could be posted by any web page that the user happens to visit.
@@ -86,7 +88,7 @@ class Fields:
         Refusal: It has another.
     """
 
-    def __init__(self, content: Mapping[str, Any], known: Iterable[str]) -> None:
+    def __init__(self, content: Mapping[str, object], known: Iterable[str]) -> None:
         unknown = sorted(set(content) - set(known))
         if unknown:
             raise Refusal(422, f"Unknown field {unknown[0][:60]!r}; known are {', '.join(known)}.")
@@ -120,23 +122,24 @@ class Fields:
         value = self._get(name, 0, int, "a whole number")
         if isinstance(value, bool) or abs(value) > 1e9:
             raise Refusal(422, f"{name} must be a whole number.")
-        return int(value)
+        return value
 
     def rank(self, name: str) -> int | str:
         return "auto" if self._content.get(name) == "auto" else self.whole(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         value = self._get(name, [], list, "a list of texts")
-        if not all(isinstance(item, str) for item in value):
+        texts = tuple(item for item in value if isinstance(item, str))
+        if len(texts) < len(value):
             raise Refusal(422, f"{name} must be a list of texts.")
-        return tuple(value)
+        return texts
 
     def refuse(self, reason: str) -> NoReturn:
         raise Refusal(422, reason)
 
     def number(self, name: str) -> float:
-        value = self._get(name, 0.0, (int, float), "a number")
-        if isinstance(value, bool) or abs(value) > 1e9:
+        value = self._content.get(name, 0.0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e9:
             raise Refusal(422, f"{name} must be a number.")
         return float(value)
 
@@ -151,10 +154,10 @@ class Fields:
             refuse_path(entry.name)
         return recipe
 
-    def mapping(self, name: str) -> Mapping[str, Any]:
+    def mapping(self, name: str) -> Mapping[str, object]:
         return self._get(name, {}, dict, "an object")
 
-    def _get(self, name: str, default: Any, kind: Any, words: str) -> Any:
+    def _get(self, name: str, default: T, kind: type[T], words: str) -> T:
         value = self._content.get(name, default)
         if not isinstance(value, kind):
             raise Refusal(422, f"{name} must be {words}.")

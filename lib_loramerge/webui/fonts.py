@@ -6,7 +6,10 @@ import re
 import threading
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Families with the letters of Chinese, Japanese and Korean, by system; the first that exists is used.
 FAMILIES = (
@@ -117,7 +120,7 @@ def _letters(family: str) -> frozenset[int]:
         return frozenset()
 
 
-def use(figure: Any) -> None:
+def use(figure: Figure) -> None:
     """Makes all texts of a figure use fonts that have their letters."""
     from matplotlib.text import Text
 

@@ -10,10 +10,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..delta import available_cores
 from ..merge.layout import predicted_bytes, smaller
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from ..analysis import AdviceReport
     from ..merge import MergePlan
     from ..merge.layout import LayerPlan
+    from ..report import Smaller
 
 # Nanoseconds of one core for a layer formed whole, measured together with _SORT: for an element of one input;
 # for an element of the result, and for each rank that is kept of it; for a multiplication of its Gram matrix,
@@ -116,24 +116,24 @@ def _layer(layer: LayerPlan, rank: int | None) -> float:
     return work + short * long * _RANK * rank
 
 
-def less_of(plan: MergePlan, advice: AdviceReport | None = None) -> dict[str, Any] | None:
+def less_of(plan: MergePlan, advice: AdviceReport | None = None) -> Smaller | None:
     """A smaller file than the default makes: ``rank`` and ``size_bytes``.
 
     Args:
         advice: What is known about the ranks; then ``error``, and what is ``kept`` of the ``weakest`` LoRA.
     """
-    less: dict[str, Any] | None = smaller(plan) if plan.recipe.rank == "auto" else None
+    less = smaller(plan) if plan.recipe.rank == "auto" else None
     point = next((p for p in advice.uniform if p.rank == less["rank"]), None) if advice and less else None
     if less is None or point is None:
         return less
     from ..analysis.advise import weakest  # Loaded by now, as there is advice.
 
     least = weakest(point.kept_of)
-    known = {} if least is None else {"kept": least[1], "weakest": least[0]}
-    return {"rank": point.rank, "size_bytes": point.size_bytes, "error": point.error, **known}
+    found: Smaller = {"rank": point.rank, "size_bytes": point.size_bytes, "error": point.error}
+    return found if least is None else {**found, "kept": least[1], "weakest": least[0]}
 
 
-def notes(plan: MergePlan, less: Mapping[str, Any] | None = None) -> list[str]:
+def notes(plan: MergePlan, less: Smaller | None = None) -> list[str]:
     """Sentences on what the rank rule may lose, and on a time that another rule makes far shorter.
 
     Args:

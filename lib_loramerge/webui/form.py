@@ -12,13 +12,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import LoraMergeError, RecipeError
 from ..recipe import SETTINGS, LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
 from ..recipe.check import check_number, check_whole
 from ..recipe.model import MAX_RANK, MAX_SEED, MAX_SIZE, STRENGTH_LIMIT
-from ..recipe.rank_rules import CONV_RULES, FAIR_RULES, RANK_RULES, RULE_FIELDS, rule_of, rule_settings
+from ..recipe.rank_rules import (
+    CONV_RULES,
+    FAIR_RULES,
+    RANK_RULES,
+    RULE_FIELDS,
+    RecipeValues,
+    rule_of,
+    rule_settings,
+)
 from .labels import is_label
 from .sidecar import UserMetadata
 
@@ -26,12 +34,17 @@ if TYPE_CHECKING:
     from ..methods import MergeMethod
     from .host import Host, LoraEntry
 
+Form = Mapping[str, object]
+"""Control to its value."""
+Changes = dict[str, object]
+"""Control or place of the page to its new value, or to a change of it."""
+
 MAX_ROWS = 16
 NO_PREVIEW = "None"
 START_ROWS = 2
 SMALLEST = 0.001  # percent of a share, MB of a file
 ROW_FIELDS = ("on", "lora", "strength", "slide", "te", "linked", "blocks", "elements", "extra", "origin")
-EMPTY_ROW: Mapping[str, Any] = {
+EMPTY_ROW: Form = {
     "on": True,
     "lora": "",
     "strength": 1.0,
@@ -44,7 +57,7 @@ EMPTY_ROW: Mapping[str, Any] = {
     "origin": "",
 }
 # What the form says of the file to be made, as a fresh form has it; what Clear puts back.
-NO_RESULT: Mapping[str, Any] = {
+NO_RESULT: Form = {
     "name": "",
     "name_auto": "",
     "overwrite": False,
@@ -158,20 +171,21 @@ def whole(value: object, what: str, low: int | None = None, high: int | None = N
     return check_whole(what, int(result) if result.is_integer() else result, low, high)
 
 
-def row_count(form: Mapping[str, Any]) -> int:
+def row_count(form: Form) -> int:
     """How many rows the page shows."""
+    count = form.get("rows") or START_ROWS
     try:
-        return max(1, min(MAX_ROWS, int(form.get("rows") or START_ROWS)))
-    except (TypeError, ValueError, OverflowError):
+        return max(1, min(MAX_ROWS, int(count))) if isinstance(count, (int, float, str)) else START_ROWS
+    except (ValueError, OverflowError):
         return START_ROWS
 
 
-def row_values(form: Mapping[str, Any], index: int) -> dict[str, Any]:
+def row_values(form: Form, index: int) -> Changes:
     """The values of one row, by field."""
     return {name: form.get(f"row{index}.{name}", EMPTY_ROW[name]) for name in ROW_FIELDS}
 
 
-def read_row(values: Mapping[str, Any], entries: Sequence[LoraEntry]) -> LoraInput | None:
+def read_row(values: Form, entries: Sequence[LoraEntry]) -> LoraInput | None:
     """One row as an input of the recipe; None when it is off or empty.
 
     Raises:
@@ -218,7 +232,7 @@ def _with_extra(given: LoraInput, extra: str) -> LoraInput:
     return replace(parsed, name=given.name)
 
 
-def read_form(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod]) -> Reading:
+def read_form(form: Form, host: Host, methods: Mapping[str, MergeMethod]) -> Reading:
     """The form as a recipe, with a sentence for every control that is wrong."""
     problems: dict[str, str] = {}
     entries = host.loras()
@@ -243,13 +257,13 @@ def read_form(form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMe
     return Reading(recipe, tuple(inputs), tuple(rows), problems)
 
 
-def picked(form: Mapping[str, Any], entries: Sequence[LoraEntry]) -> set[str]:
+def picked(form: Form, entries: Sequence[LoraEntry]) -> set[str]:
     """Names of the LoRAs in the rows that are on."""
     rows = (row_values(form, index) for index in range(row_count(form)))
     return {lora_name(row["lora"], entries) for row in rows if row["on"]} - {""}
 
 
-def may_overwrite(form: Mapping[str, Any], entries: Sequence[LoraEntry]) -> bool:
+def may_overwrite(form: Form, entries: Sequence[LoraEntry]) -> bool:
     """Whether Overwrite is ticked, and was ticked for the LoRAs that are in the rows now."""
     if not form.get("overwrite"):
         return False
@@ -263,12 +277,12 @@ def may_overwrite(form: Mapping[str, Any], entries: Sequence[LoraEntry]) -> bool
 
 
 def _read_how(
-    form: Mapping[str, Any], host: Host, methods: Mapping[str, MergeMethod], problems: dict[str, str]
-) -> dict[str, Any]:
+    form: Form, host: Host, methods: Mapping[str, MergeMethod], problems: dict[str, str]
+) -> RecipeValues:
     """The recipe's fields below the rows."""
     mode = mode_name(form.get("mode"), methods)
     method = methods.get(mode)
-    settings: dict[str, Any] = {
+    settings: RecipeValues = {
         "mode": mode,
         "device": _device(form.get("device"), host),
         "base": str(form.get("base") or "").strip() or None,
@@ -302,7 +316,7 @@ def _read_how(
     return settings
 
 
-def _read_rank(form: Mapping[str, Any]) -> dict[str, Any]:
+def _read_rank(form: Form) -> RecipeValues:
     rule = key_of(RANK_RULES, form.get("rank_rule")) or "auto"
     given: float | None = None
     if rule == "number":
@@ -348,7 +362,7 @@ def is_random(
 # --- the other way: from a recipe to control values --------------------------------------
 
 
-def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> dict[str, Any]:
+def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> Changes:
     """The controls of one row for one input."""
     rest = replace(given, name="x", te=1.0, unet=1.0, lbw=None, lbwe=None, hash=None)
     extra = format_input(rest).split(":")[1:]
@@ -367,7 +381,7 @@ def row_of(given: LoraInput, entries: Sequence[LoraEntry]) -> dict[str, Any]:
     }
 
 
-def rows_of(inputs: Sequence[LoraInput], entries: Sequence[LoraEntry]) -> dict[str, Any]:
+def rows_of(inputs: Sequence[LoraInput], entries: Sequence[LoraEntry]) -> Changes:
     """All row controls for a list of inputs; rows beyond it are emptied.
 
     Raises:
@@ -378,14 +392,14 @@ def rows_of(inputs: Sequence[LoraInput], entries: Sequence[LoraEntry]) -> dict[s
             f"{len(inputs)} LoRAs are more than the {MAX_ROWS} rows of this page. "
             "The command line takes more."
         )
-    values: dict[str, Any] = {"rows": max(len(inputs), 1)}
+    values: Changes = {"rows": max(len(inputs), 1)}
     for index in range(MAX_ROWS):
         row = row_of(inputs[index], entries) if index < len(inputs) else EMPTY_ROW
         values |= {f"row{index}.{name}": row[name] for name in ROW_FIELDS}
     return values
 
 
-def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod]) -> dict[str, Any]:
+def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod]) -> Changes:
     """All control values that make this recipe.
 
     Raises:
@@ -418,9 +432,7 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     return values
 
 
-def read_pasted(
-    text: str, host: Host, methods: Mapping[str, MergeMethod]
-) -> tuple[dict[str, Any], list[str]]:
+def read_pasted(text: str, host: Host, methods: Mapping[str, MergeMethod]) -> tuple[Changes, list[str]]:
     """Control values from pasted text: a prompt with LoRA tags, a picture's settings, or a recipe as JSON.
 
     Returns:
@@ -444,7 +456,7 @@ def read_pasted(
     return rows_of(inputs, host.loras()), notes
 
 
-def user_metadata(form: Mapping[str, Any]) -> UserMetadata | None:
+def user_metadata(form: Form) -> UserMetadata | None:
     """What goes into the WebUI's ``<name>.json``; None when there is nothing to say.
 
     Raises:
@@ -459,7 +471,7 @@ def user_metadata(form: Mapping[str, Any]) -> UserMetadata | None:
     return None if data.empty else data
 
 
-def of_user_metadata(data: UserMetadata | None) -> dict[str, Any]:
+def of_user_metadata(data: UserMetadata | None) -> Changes:
     """Control values for what a ``<name>.json`` says; none where it says nothing."""
     if data is None or data.empty:
         return {}

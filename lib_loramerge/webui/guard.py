@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from .access import Names, Refusal, check_origin, same_secret
 from .enter import enter_page
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Message = MutableMapping[str, Any]  # As in ASGI; the scope of a request, too.
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 ENTER = "/loramerge/enter"
 MAX_PASSWORD_BYTES = 4096
@@ -64,7 +64,7 @@ class Guard:
         self._cookie, self._session = f"loramerge_{port}", secrets.token_urlsafe(32)
         self._trying = asyncio.Lock()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -84,7 +84,7 @@ class Guard:
         else:
             await _send(send, *answer)
 
-    def _check(self, scope: Scope, headers: _Headers) -> bool:
+    def _check(self, scope: Message, headers: _Headers) -> bool:
         """Refuses what no page of ours asks for; whether the page itself is opened."""
         method, path = scope["method"], scope["path"]
         site, mode = headers.one("sec-fetch-site"), headers.one("sec-fetch-mode")
@@ -109,7 +109,7 @@ class Guard:
             return parts[0] == "loramerge"
         return method in ("GET", "HEAD") and (path == "/" or parts[0] in READ)
 
-    async def _enter(self, scope: Scope, headers: _Headers, receive: Receive) -> Answer | None:
+    async def _enter(self, scope: Message, headers: _Headers, receive: Receive) -> Answer | None:
         """The cookie for who brings the token in the address, or the password; None for anything else."""
         if scope["path"] == ENTER and scope["method"] == "POST":
             await self._check_password(await _body(receive))
@@ -161,7 +161,7 @@ class Guard:
 
 
 class _Headers:
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Message) -> None:
         self._pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
 
     def all(self, name: str) -> list[str]:
@@ -177,7 +177,7 @@ Answer = tuple[int, Pairs, bytes]
 _JSON = (b"content-type", b"application/json")
 
 
-def _json(status: int, content: Any, headers: Any = None) -> Answer:
+def _json(status: int, content: object, headers: Mapping[str, str] | None = None) -> Answer:
     more = tuple((name.encode(), value.encode()) for name, value in (headers or {}).items())
     return status, (_JSON, *more), json.dumps(content).encode()
 
@@ -203,7 +203,7 @@ def _protected(send: Send) -> Send:
     """Adds our headers to an answer, and takes out those that let other pages read it."""
     ours = {name for name, _ in PROTECTION}
 
-    async def sending(message: MutableMapping[str, Any]) -> None:
+    async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             kept = [
                 (name, value)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Cancelled, LoraMergeError
 from .background import CANCELLED, DONE, FAILED, RUNNING, Line, Piece
@@ -23,6 +23,7 @@ from .trial import Trials
 if TYPE_CHECKING:
     from ..merge import Progress
     from .analyse import Looks
+    from .errand import Report
 
 MAX_WAITING = 32
 MAX_FINISHED = 50
@@ -45,10 +46,10 @@ class Job(Piece):
         super().__init__()
         self.request = request
         self.by_rest = by_rest
-        self.output: Path | None = output
+        self.output = output
         self.title = output.stem
         self.progress: Progress | None = None
-        self.report: Any = None  # What the errand reports.
+        self.report: Report | None = None
         self.error = ""
         self.prompt_name = ""
         self.notes: tuple[str, ...] = ()
@@ -73,7 +74,7 @@ class Job(Piece):
         """Seconds left; None while unknown."""
         return self.progress.eta if self.progress is not None and self.state == RUNNING else None
 
-    def to_json(self, folder: Path | None = None) -> dict[str, Any]:
+    def to_json(self, folder: Path | None = None) -> dict[str, object]:
         """Plain JSON types. Paths are names below ``folder``, never whole."""
         progress = self.progress
         return {
@@ -105,9 +106,9 @@ class Job(Piece):
         }
 
 
-def report_json(report: Any, folder: Path | None) -> dict[str, Any]:
+def report_json(report: Report, folder: Path | None) -> dict[str, object]:
     """A report without the folders of this machine in it."""
-    content: dict[str, Any] = report.to_json()
+    content = report.to_json()
     if content.get("output"):
         content["output"] = _below(Path(content["output"]), folder)
     if "outputs" in content:
@@ -119,9 +120,7 @@ def report_json(report: Any, folder: Path | None) -> dict[str, Any]:
     return content
 
 
-def _below(path: Path | None, folder: Path | None) -> str | None:
-    if path is None:
-        return None
+def _below(path: Path, folder: Path | None) -> str:
     if folder is not None and path.is_relative_to(folder):
         return path.relative_to(folder).as_posix()
     return path.name
@@ -241,7 +240,7 @@ class JobQueue:
                 report = request.run(task)
         job.in_place_of = tuple(self._earlier_trials(job))
         # Not under the host's lock, which cannot be taken twice: the host's list may need it.
-        notes = [*task.notes, *self._publish(request, task, report)]
+        notes = [*task.notes, *self._publish(request, task)]
         with self._line.changed:
             if request.in_prompts:
                 job.prompt_name = task.output.stem
@@ -254,7 +253,6 @@ class JobQueue:
 
     def _task(self, job: Job) -> Task:
         output = job.output if job.request.trial else job.request.place(self.host)
-        assert output is not None
         return Task(
             host=self.host,
             trials=self.trials,
@@ -265,9 +263,9 @@ class JobQueue:
             stop=job.stop_here,
         )
 
-    def _publish(self, request: Errand, task: Task, report: Any) -> Texts:
+    def _publish(self, request: Errand, task: Task) -> Texts:
         try:
-            return request.publish(task, report)
+            return request.publish(task)
         except Exception as error:
             if request.trial:
                 raise  # Nobody could use it.

@@ -90,7 +90,7 @@ class MergeRequest(Errand):
         base = host.base_path(self.recipe.base, strict)
         paths = [*(source.path for source in plan.sources), *([base] if base else [])]
         task.made = Made(plan.recipe, tuple((path, stamp_of(path)) for path in paths))
-        report = self._saved_trial(task, task.made) or self._computed(task, plan)
+        report = task.merged = self._saved_trial(task, task.made) or self._computed(task, plan)
         task.exact_bytes = self._exact_bytes(host, plan, report)
         task.notes += self._changed_sources(host, task.made, report)
         return report
@@ -142,12 +142,13 @@ class MergeRequest(Errand):
             host.log("the sources could not be compared with the recipe", error)
             return []
 
-    def publish(self, task: Task, report: MergeReport) -> list[str]:
+    def publish(self, task: Task) -> list[str]:
         """Makes the host know a finished file; nothing here may lose it."""
         host, output = task.host, task.output
         if self.trial:
             assert task.made is not None
-            task.trials.add(output, self.recipe, task.made, report)
+            assert task.merged is not None
+            task.trials.add(output, self.recipe, task.made, task.merged)
             return []
         notes = []
         try:

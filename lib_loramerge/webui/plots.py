@@ -12,12 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..analysis import AdviceReport, CompareReport, InspectReport
 from ..analysis.compare import OPPOSED, PairReport, most_opposed_first
 from ..errors import OutputError, RecipeError
 from . import fonts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..sweep.running import TableRow
 
 # Told apart by people who see colours differently (Okabe and Ito).
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -45,7 +51,7 @@ class Theme:
 THEMES = {"light": Theme("#ffffff", "#1f2937", "#d1d5db"), "dark": Theme("#111827", "#e5e7eb", "#374151")}
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG.
 
     Raises:
@@ -57,7 +63,7 @@ def save(figure: Any, path: Path) -> None:
         raise OutputError(f"The picture {path} cannot be written: {error.strerror}.") from error
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
     fonts.use(figure)
     buffer = BytesIO()
@@ -65,7 +71,7 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> Any:
+def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> Figure:
     """Norm and effective rank by block of each file, and the share of the norm that each rank keeps."""
     figure, (left, middle, right) = _figure(1, 3, theme, size=(16, 4.2))
     blocks = sorted({block for report in reports for block in report.norm_by_block}, key=_block_order)
@@ -89,7 +95,7 @@ def inspect_figure(reports: Sequence[InspectReport], theme: str = "light") -> An
 
 def compare_figure(
     report: CompareReport, theme: str = "light", result: tuple[str, Mapping[str, float]] | None = None
-) -> Any:
+) -> Figure:
     """How strong each LoRA and their sum is by block, and where they agree (blue) and fight (red).
 
     The latter is the cosine by block and kind of layer, a map for each pair. All maps have one scale. Of many
@@ -114,7 +120,7 @@ def compare_figure(
     return figure
 
 
-def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
+def advise_figure(report: AdviceReport, theme: str = "light") -> Figure:
     """The spectrum, error against rank and against file size with the chosen point, and what blocks keep.
 
     Above them, for several LoRAs, what is kept of each.
@@ -122,8 +128,8 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
     shared = bool(report.shared)
     figure, axes = _figure(2 + shared, 2, theme, size=(13, 8.4 + 4.2 * shared))
     if shared:
-        _shares(axes[0], report, theme)
-    (spectrum, by_rank), (by_size, by_block) = axes[-2:]
+        _shares(axes[0], axes[1], report, theme)
+    spectrum, by_rank, by_size, by_block = axes[-4:]
     _spectrum(spectrum, report)
     ranks = [point.rank for point in report.uniform]
     errors = [point.error for point in report.uniform]
@@ -144,26 +150,28 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Any:
     return figure
 
 
-def _shares(axes: Any, report: AdviceReport, theme: str) -> None:
+def _shares(by_rank: Axes, by_size: Axes, report: AdviceReport, theme: str) -> None:
     """What is kept of each LoRA, against the rank of all layers and against the file size."""
-    by_rank, by_size = axes
     for index, name in enumerate(report.shared):
-        look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
+        colour, line = _COLOURS[index % len(_COLOURS)], "-" if index < len(_COLOURS) else "--"
         shares = [point.kept_of[name] for point in report.uniform]
         label = _short(Path(name).stem)
-        by_rank.plot([point.rank for point in report.uniform], shares, marker="o", label=label, **look)
+        by_rank.plot(
+            [point.rank for point in report.uniform], shares, line, marker="o", label=label, color=colour
+        )
         sizes = [point.size_bytes / 1e6 for point in report.allotted]
-        by_size.plot(sizes, [point.kept_of[name] for point in report.allotted], label=label, **look)
+        kept = [point.kept_of[name] for point in report.allotted]
+        by_size.plot(sizes, kept, line, label=label, color=colour)
     _rank_axis(by_rank, [point.rank for point in report.uniform])
     by_rank.set_xlabel("rank of all layers")
     by_size.set_xlabel("file size, MB, ranks allotted")
-    for axis in axes:
+    for axis in (by_rank, by_size):
         axis.set_ylabel("share kept of each LoRA")
         axis.set_ylim(top=1.04)
     _legend(by_rank, theme, "lower right")
 
 
-def sweep_figure(rows: Sequence[Mapping[str, Any]], theme: str = "light") -> Any:
+def sweep_figure(rows: Sequence[TableRow], theme: str = "light") -> Figure:
     """Error, share kept of each LoRA, and size of the files of a sweep, in their order.
 
     Args:
@@ -196,7 +204,7 @@ def _known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _spectrum(axis: Any, report: AdviceReport) -> None:
+def _spectrum(axis: Axes, report: AdviceReport) -> None:
     """How fast the components of the layers fall off, as far as they are no rounding noise."""
     values = list(report.spectrum)
     axis.plot(range(1, len(values) + 1), values, color=_COLOURS[2], marker="." if len(values) <= 64 else "")
@@ -208,7 +216,7 @@ def _spectrum(axis: Any, report: AdviceReport) -> None:
         _percent_axis(axis, max(min(positive), max(positive) * 1e-6), max(positive))
 
 
-def _percent_axis(axis: Any, least: float, most: float) -> None:
+def _percent_axis(axis: Axes, least: float, most: float) -> None:
     """Logarithmic, with ticks at 1, 2 and 5 of each power of ten; at the powers alone of many."""
     powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
     steps = (1, 2, 5) if len(powers) <= 3 else (1,)
@@ -219,20 +227,23 @@ def _percent_axis(axis: Any, least: float, most: float) -> None:
     axis.set_ylim(least / 1.5, most * 1.5)
 
 
-def _mark_chosen(by_rank: Any, by_size: Any, report: AdviceReport) -> None:
+def _mark_chosen(by_rank: Axes, by_size: Axes, report: AdviceReport) -> None:
     """A diamond where the recipe stands on the curves."""
-    look = {"color": _COLOURS[3], "markersize": 10, "zorder": 3, "clip_on": False}
+
+    def mark(axis: Axes, x: float, y: float) -> None:
+        axis.plot([x], [y], "D", label="chosen", color=_COLOURS[3], markersize=10, zorder=3, clip_on=False)
+
     for point in report.uniform:
         if point.rank == report.chosen_rank:
-            by_rank.plot([point.rank], [point.error], "D", **look)
-            by_size.plot([point.size_bytes / 1e6], [point.error], "D", label="chosen", **look)
+            mark(by_rank, point.rank, point.error)
+            mark(by_size, point.size_bytes / 1e6, point.error)
     for sized in report.allotted:
         if sized.size_bytes == report.chosen_bytes:
-            by_size.plot([sized.size_bytes / 1e6], [sized.error], "D", label="chosen", **look)
+            mark(by_size, sized.size_bytes / 1e6, sized.error)
 
 
 def _norms(
-    axis: Any, report: CompareReport, theme: str, result: tuple[str, Mapping[str, float]] | None
+    axis: Axes, report: CompareReport, theme: str, result: tuple[str, Mapping[str, float]] | None
 ) -> None:
     """Bars of every LoRA at its strength, of their sum (less where they fight), and of the result."""
     blocks = sorted(report.sum_norms, key=_block_order)
@@ -246,7 +257,7 @@ def _norms(
 
 
 def _bars(
-    axis: Any,
+    axis: Axes,
     blocks: Sequence[str],
     rows: Sequence[tuple[str, Mapping[str, float]]],
     last: Sequence[str] = (),
@@ -272,7 +283,12 @@ def _cosines(pair: PairReport) -> dict[tuple[str, str], float]:
 
 
 def _interference(
-    figure: Any, axis: Any, pair: PairReport, cells: Mapping[tuple[str, str], float], limit: float, theme: str
+    figure: Figure,
+    axis: Axes,
+    pair: PairReport,
+    cells: Mapping[tuple[str, str], float],
+    limit: float,
+    theme: str,
 ) -> None:
     blocks = sorted(pair.blocks, key=_block_order)
     kinds = [name for name, _ in _KINDS] + ["other"]
@@ -291,14 +307,13 @@ def _interference(
     bar.ax.tick_params(colors=THEMES[theme].text)
 
 
-def _kept_map(figure: Any, axis: Any, report: AdviceReport, theme: str) -> None:
+def _kept_map(figure: Figure, axis: Axes, report: AdviceReport, theme: str) -> None:
     blocks = sorted(report.kept_by_block, key=_block_order)
     grid = [report.kept_by_block[block] for block in blocks]
     image = axis.imshow(grid or [[0.0]], cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
-    axis.set_xticks(
-        range(len(report.uniform)), [point.rank for point in report.uniform], fontsize=7, rotation=90
-    )
+    ranks = [str(point.rank) for point in report.uniform]
+    axis.set_xticks(range(len(ranks)), ranks, fontsize=7, rotation=90)
     axis.set_xlabel("rank of all layers")
     axis.grid(False)
     bar = figure.colorbar(image, ax=axis, pad=0.01)
@@ -322,20 +337,20 @@ def _block_order(block: str) -> tuple[int, str]:
     return (first.index(letters) if letters in first else len(first), block)
 
 
-def _curve(kept: Any) -> tuple[list[int], list[float]]:
-    pairs = sorted((int(rank), share) for rank, share in kept.items())
+def _curve(kept: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    pairs = sorted(kept.items())
     return [rank for rank, _ in pairs], [share for _, share in pairs]
 
 
-def _figure(rows: int, columns: int, theme: str, size: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, theme: str, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RecipeError("Pictures need matplotlib: pip install matplotlib.") from error
     colours = THEMES[theme]
     figure = Figure(figsize=size, facecolor=colours.background, layout="constrained")
-    axes = figure.subplots(rows, columns)
-    for axis in axes.flat if hasattr(axes, "flat") else [axes]:
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
         axis.set_facecolor(colours.background)
         axis.tick_params(colors=colours.text)
         axis.xaxis.label.set_color(colours.text)
@@ -347,7 +362,7 @@ def _figure(rows: int, columns: int, theme: str, size: tuple[float, float]) -> t
     return figure, axes
 
 
-def _rank_axis(axis: Any, ranks: Sequence[int]) -> None:
+def _rank_axis(axis: Axes, ranks: Sequence[int]) -> None:
     """Ranks double from tick to tick, and are written as numbers."""
     axis.set_xscale("log", base=2)
     shown = [rank for rank in ranks if rank & (rank - 1) == 0 or rank == max(ranks)]
@@ -355,11 +370,11 @@ def _rank_axis(axis: Any, ranks: Sequence[int]) -> None:
     axis.minorticks_off()
 
 
-def _block_axis(axis: Any, blocks: Sequence[str]) -> None:
+def _block_axis(axis: Axes, blocks: Sequence[str]) -> None:
     axis.set_xticks(range(len(blocks)), blocks, rotation=90)
 
 
-def _legend(axis: Any, theme: str, place: str = "best", anchor: tuple[float, float] | None = None) -> None:
+def _legend(axis: Axes, theme: str, place: str = "best", anchor: tuple[float, float] | None = None) -> None:
     colours = THEMES[theme]
     axis.legend(
         loc=place,

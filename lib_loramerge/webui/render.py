@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..merge import MergePlan, Source
+    from ..report import InputReport, MergeReport, Smaller, WorstLayer
 
 MANY_RANKS = 4
 # Names of the safetensors format, as everybody else calls them.
@@ -178,7 +180,7 @@ def plan_facts(
     warnings: Sequence[str],
     notes: Sequence[str] = (),
     expected: float = 0.0,
-    less: Mapping[str, Any] | None = None,
+    less: Smaller | None = None,
 ) -> str:
     """What will come out, before anything is computed.
 
@@ -187,14 +189,13 @@ def plan_facts(
         expected: Seconds that the merge takes; 0 where that is not worth a word.
         less: A smaller file: its ``rank`` and, where it is known, what it costs and loses.
     """
-    facts = plan.to_json()
-    upper = "" if facts["ranks_known"] else say("at most") + " "
+    upper = "" if plan.ranks_known else say("at most") + " "
     rows = [
-        (say("Base model"), foreign(facts["base_model"])),
-        (say("LoRAs"), str(len(facts["inputs"]))),
-        (say("Layers"), _layers(facts)),
-        (say("Rank"), upper + foreign(ranks_text(facts["ranks"]))),
-        (say("File size"), upper + f"<b>{size_text(facts['predicted_bytes'])}</b>"),
+        (say("Base model"), foreign(plan.architecture.label)),
+        (say("LoRAs"), str(len(plan.sources))),
+        (say("Layers"), _layers(plan.layer_count, len(plan.left_out))),
+        (say("Rank"), upper + foreign(ranks_text(plan.rank_histogram))),
+        (say("File size"), upper + f"<b>{size_text(plan.predicted_bytes)}</b>"),
         (say("Precision"), foreign(plan.dtype)),
     ]
     if expected:
@@ -204,68 +205,64 @@ def plan_facts(
         rows.append((say("A smaller file"), _smaller(less)))
     elif less is not None:
         offered = f'<div class="lm-buttons">{offer(say("Use this rank"), rank=less["rank"])}</div>'
-    said = warning_box((*facts["warnings"], *facts["skipped"], *warnings))
+    said = warning_box((*plan.warnings, *plan.skipped, *warnings))
     return table(rows) + note_box(notes) + offered + said
 
 
-def _layers(facts: Mapping[str, Any]) -> str:
-    left_out = facts.get("layers_left_out") or 0
+def _layers(count: int, left_out: int) -> str:
     extra = f" ({left_out} {say('left out, their weight is 0')})" if left_out else ""
-    return f"{facts['layers']}{extra}"
+    return f"{count}{extra}"
 
 
-def report_table(report: Mapping[str, Any]) -> str:
+def report_table(report: MergeReport) -> str:
     """The numbers of a finished merge."""
     from ..report import lossy  # Not at the WebUI's start, see extension.py.
 
-    ranks = {int(rank): count for rank, count in report["ranks"].items()}
     rows = [
-        (say("File size"), f"{size_text(report['size_bytes'])}, {foreign(report['dtype'])}"),
-        (say("Base model"), foreign(report["base_model"])),
-        (say("Layers"), _layers(report)),
-        (say("Rank"), foreign(ranks_text(ranks))),
+        (say("File size"), f"{size_text(report.size_bytes)}, {foreign(report.dtype)}"),
+        (say("Base model"), foreign(report.base_model)),
+        (say("Layers"), _layers(report.layers, report.layers_left_out)),
+        (say("Rank"), foreign(ranks_text(report.ranks))),
         (say("Error"), f'<b class="lm-error-value">{_error(report)}</b>'),
-        (say("Kept of each LoRA"), _shares(report["inputs"])),
-        *([] if not report.get("smaller") else [(say("A smaller file"), _smaller(report["smaller"]))]),
-        (say("Time"), time_text(report["seconds"].get("total", 0.0))),
-        (say("Hash"), f"<code>{foreign(report['sshs_model_hash'][:12])}</code>"),
+        (say("Kept of each LoRA"), _shares(report.inputs)),
+        *([] if report.smaller is None else [(say("A smaller file"), _smaller(report.smaller))]),
+        (say("Time"), time_text(report.seconds.get("total", 0.0))),
+        (say("Hash"), f"<code>{foreign(report.sshs_model_hash[:12])}</code>"),
     ]
     more = (
-        details(say("Worst layers"), _worst(report["worst_layers"], report["dtype"]))
-        if report["worst_layers"]
-        else ""
+        details(say("Worst layers"), _worst(report.worst_layers, report.dtype)) if report.worst_layers else ""
     )
-    more += details(say("What went in"), "".join(_input(entry) for entry in report["inputs"]))
-    if report["skipped"]:
-        more += details(say("Left out"), note_box(report["skipped"]))
-    if lossy(report["error"], report["dtype"]):
+    more += details(say("What went in"), "".join(_input(entry) for entry in report.inputs))
+    if report.skipped:
+        more += details(say("Left out"), note_box(report.skipped))
+    if lossy(report.error, report.dtype):
         more = note_box([ERROR_MEANS]) + more
     return table(rows) + more
 
 
-def _error(report: Mapping[str, Any]) -> str:
+def _error(report: MergeReport) -> str:
     """The error of the file; that of rounding alone only where no LoRA was cut off either."""
     from ..report import EXACT_SUM, WHOLE, percent  # Not at the WebUI's start, see extension.py.
 
-    cut = report["error_against"] == EXACT_SUM and any(entry["kept"] < WHOLE for entry in report["inputs"])
-    if cut and report["error"] is not None:
-        return foreign(percent(report["error"]))
-    return error_value(report["error"], report["dtype"])
+    cut = report.error_against == EXACT_SUM and any(entry.kept < WHOLE for entry in report.inputs)
+    if cut and math.isfinite(report.error):
+        return foreign(percent(report.error))
+    return error_value(report.error, report.dtype)
 
 
-def _shares(inputs: Sequence[Mapping[str, Any]]) -> str:
+def _shares(inputs: Sequence[InputReport]) -> str:
     """What of each LoRA is in the file."""
     from ..report import percent  # Not at the WebUI's start, see extension.py.
 
     parts = []
     for entry in inputs:
-        worst = entry.get("worst_block")
+        worst = entry.worst_block
         where = f" ({foreign(worst['block'])} {percent(max(0.0, worst['kept']))})" if worst else ""
-        parts.append(f"{foreign(entry['name'])} {percent(max(0.0, entry['kept']))}{where}")
+        parts.append(f"{foreign(entry.name)} {percent(max(0.0, entry.kept))}{where}")
     return dots(parts)
 
 
-def _smaller(smaller: Mapping[str, Any]) -> str:
+def _smaller(smaller: Smaller) -> str:
     """What a file of the inputs' rank would cost and lose."""
     from ..report import percent  # Not at the WebUI's start, see extension.py.
 
@@ -278,7 +275,7 @@ def _smaller(smaller: Mapping[str, Any]) -> str:
     return dots([*parts, offer(say("Use this rank"), rank=smaller["rank"])])
 
 
-def offer(text: str, **wanted: Any) -> str:
+def offer(text: str, **wanted: float | str) -> str:
     """A button that puts a rank, a size in MB or the strength of the sum into the form.
 
     Args:
@@ -293,16 +290,16 @@ def details(title: str, body: str) -> str:
     return f'<details class="lm-details"><summary>{title}</summary>{body}</details>'
 
 
-def error_value(error: float | None, dtype: str) -> str:
+def error_value(error: float, dtype: str) -> str:
     """An error as HTML; numbers would only puzzle where it comes from storing ``dtype``."""
     from ..report import lossy, percent  # Not at the WebUI's start, see extension.py.
 
-    if error is None:
+    if not math.isfinite(error):
         return "–"
     return foreign(percent(error)) if lossy(error, dtype) else say("none but rounding")
 
 
-def _worst(layers: Sequence[Mapping[str, Any]], dtype: str) -> str:
+def _worst(layers: Sequence[WorstLayer], dtype: str) -> str:
     rows = "".join(
         f"<tr><td>{error_value(entry['error'], dtype)}</td><td>{foreign(entry['rank'] or '–')}</td>"
         f"<td><code>{foreign(entry['layer'])}</code></td></tr>"
@@ -312,16 +309,16 @@ def _worst(layers: Sequence[Mapping[str, Any]], dtype: str) -> str:
     return f'<table class="lm-layers">{head}{rows}</table>'
 
 
-def _input(entry: Mapping[str, Any]) -> str:
-    blocks = entry["blocks"]
+def _input(entry: InputReport) -> str:
+    blocks = entry.blocks
     lines = [
-        f"<b>{foreign(entry['name'])}</b>",
+        f"<b>{foreign(entry.name)}</b>",
         dots(
             [
-                f"{say('text encoder')} {entry['te']:g}",
-                f"{say('denoiser')} {entry['unet']:g}",
-                f"{entry['layers']} {say('layers')}",
-                foreign(entry["dialect"]),
+                f"{say('text encoder')} {entry.te:g}",
+                f"{say('denoiser')} {entry.unet:g}",
+                f"{entry.layers} {say('layers')}",
+                foreign(entry.dialect),
             ]
         ),
     ]

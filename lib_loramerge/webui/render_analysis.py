@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..analysis.advise import weakest
 from ..errors import LoraMergeError
@@ -274,10 +274,9 @@ def _files(reports: Sequence[InspectReport]) -> str:
 
 
 def _file(report: InspectReport) -> str:
-    largest: Any = report.numerical_rank["largest"]
     return (
         f"<tr><td>{foreign(Path(report.file).stem)}</td><td>{report.norm:.3g}</td>"
-        f"<td>{largest:.0f}</td><td>{_effective(report)}</td><td>{size_text(report.size_bytes)}</td></tr>"
+        f"<td>{report.numerical_rank['largest']:.0f}</td><td>{_effective(report)}</td><td>{size_text(report.size_bytes)}</td></tr>"
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..report import histogram_text, percent
 from .render import DTYPES, details, foreign, note_box, say, size_text, table, time_text, warning_box
 
 if TYPE_CHECKING:
+    from ..checkpoints import BakeReport, ExtractReport, Foreseen
     from .host import Host
-    from .jobs import Job
 
 SURVIVES_MEANS = (
     "What survives is the part of the LoRAs that is in the file after rounding. The noise of rounding "
@@ -25,42 +25,45 @@ ROUNDED = {
 Rows = list[tuple[str, str]]
 
 
-def result(job: Job, host: Host, where: str, buttons: str) -> str:
+def result(
+    report: BakeReport | ExtractReport, notes: Sequence[str], host: Host, where: str, buttons: str
+) -> str:
     """The outcome of a finished bake or extraction, below its title."""
-    report = job.report.to_json()
-    baked = job.request.kind == "bake"
+    from ..checkpoints import BakeReport  # Not at the WebUI's start, see extension.py.
+
+    baked = isinstance(report, BakeReport)
     parts = [f'<div class="lm-written">{where}</div>']
     if baked and host.is_webui:
         parts.append(note_box([NOT_LISTED]))
     parts += [
         buttons,
-        warning_box(map(host.shown, (*report["warnings"], *job.notes))),
-        _baked(report) if baked else _extracted(report),
+        warning_box(map(host.shown, (*report.warnings, *notes))),
+        _baked(report) if isinstance(report, BakeReport) else _extracted(report),
     ]
-    if report["skipped"]:
-        parts.append(details(say("Left out"), note_box(map(host.shown, report["skipped"]))))
+    if report.skipped:
+        parts.append(details(say("Left out"), note_box(map(host.shown, report.skipped))))
     return "".join(parts)
 
 
-def _baked(report: Mapping[str, Any]) -> str:
+def _baked(report: BakeReport) -> str:
     rows: Rows = [
-        (say("Checkpoint"), f"{foreign(report['base'])}, {foreign(report['base_model'])}"),
-        (say("File size"), f"<b>{size_text(report['size_bytes'])}</b>"),
+        (say("Checkpoint"), f"{foreign(report.base)}, {foreign(report.base_model)}"),
+        (say("File size"), f"<b>{size_text(report.size_bytes)}</b>"),
         _changed(report),
     ]
-    if report["survives"] is not None:
+    if report.survives is not None:
         rows += [
-            (say("Survives"), f'<b class="lm-survives">{foreign(percent(report["survives"]))}</b>'),
-            (say("Rounding"), f"{say(ROUNDED[report['rounding']])}, {_of_weights(report['noise'])}"),
-            (say("Change"), _of_weights(report["change"])),
-            (say("Error"), f"{foreign(percent(report['error'] or 0))} {say('of the change')}"),
+            (say("Survives"), f'<b class="lm-survives">{foreign(percent(report.survives))}</b>'),
+            (say("Rounding"), f"{say(ROUNDED[report.rounding])}, {_of_weights(report.noise)}"),
+            (say("Change"), _of_weights(report.change)),
+            (say("Error"), f"{foreign(percent(report.error or 0))} {say('of the change')}"),
         ]
-    rows.append((say("Untouched"), f"{size_text(report['untouched_bytes'])} {say('byte for byte')}"))
-    rows.append((say("Time"), time_text(report["seconds"])))
-    if report["sha256"]:
-        rows.append((say("Hash"), f"<code>{foreign(report['sha256'][:10])}</code>"))
-    worst = [(percent(row["survives"]), percent(row["error"]), row["tensor"]) for row in report["worst"]]
-    inputs = "".join(f'<div class="lm-input">{foreign(text)}</div>' for text in report["inputs"])
+    rows.append((say("Untouched"), f"{size_text(report.untouched_bytes)} {say('byte for byte')}"))
+    rows.append((say("Time"), time_text(report.seconds)))
+    if report.sha256:
+        rows.append((say("Hash"), f"<code>{foreign(report.sha256[:10])}</code>"))
+    worst = [(percent(row["survives"]), percent(row["error"]), row["tensor"]) for row in report.worst]
+    inputs = "".join(f'<div class="lm-input">{foreign(text)}</div>' for text in report.inputs)
     return (
         table(rows)
         + note_box([SURVIVES_MEANS])
@@ -69,57 +72,56 @@ def _baked(report: Mapping[str, Any]) -> str:
     )
 
 
-def _extracted(report: Mapping[str, Any]) -> str:
-    ranks = {int(rank): count for rank, count in report["ranks"].items()}
+def _extracted(report: ExtractReport) -> str:
     rows: Rows = [
         (say("Difference"), _minus(report)),
-        (say("Base model"), foreign(report["base_model"])),
-        (say("File size"), f"<b>{size_text(report['size_bytes'] or 0)}</b>"),
-        (say("Layers"), f"{report['layers']}, {report['layers_equal']} {say('equal but for rounding')}"),
-        (say("Rank"), foreign(histogram_text(ranks) or "–")),
-        (say("Change"), _of_weights(report["change"])),
-        (say("Rounding"), f"{foreign(percent(report['noise']))} {say('of the change')}"),
-        (say("Error"), f'<b class="lm-error-value">{foreign(percent(report["error"]))}</b>'),
+        (say("Base model"), foreign(report.base_model)),
+        (say("File size"), f"<b>{size_text(report.size_bytes or 0)}</b>"),
+        (say("Layers"), f"{report.layers}, {report.layers_equal} {say('equal but for rounding')}"),
+        (say("Rank"), foreign(histogram_text(report.ranks) or "–")),
+        (say("Change"), _of_weights(report.change)),
+        (say("Rounding"), f"{foreign(percent(report.noise))} {say('of the change')}"),
+        (say("Error"), f'<b class="lm-error-value">{foreign(percent(report.error))}</b>'),
     ]
-    rows += [("", f"{foreign(percent(error))} {foreign(part)}") for part, error in report["by_part"].items()]
-    if report["capped"]:
-        rows.append((say("Limited"), f"{report['capped']} {say('layers reached the largest rank')}"))
-    rows.append((say("Time"), time_text(report["seconds"])))
+    rows += [("", f"{foreign(percent(error))} {foreign(part)}") for part, error in report.by_part.items()]
+    if report.capped:
+        rows.append((say("Limited"), f"{report.capped} {say('layers reached the largest rank')}"))
+    rows.append((say("Time"), time_text(report.seconds)))
     return table(rows) + _worst(
-        ("Error", "Layer"), [(percent(row["error"]), row["layer"]) for row in report["worst"]]
+        ("Error", "Layer"), [(percent(row["error"]), row["layer"]) for row in report.worst]
     )
 
 
-def bake_facts(report: Mapping[str, Any], free: int | None) -> str:
+def bake_facts(report: BakeReport, free: int | None) -> str:
     """What a bake will write, before any work."""
     rows: Rows = [
-        (say("Base model"), foreign(report["base_model"])),
-        (say("LoRAs"), str(len(report["inputs"]))),
+        (say("Base model"), foreign(report.base_model)),
+        (say("LoRAs"), str(len(report.inputs))),
         _changed(report),
-        (say("File size"), f"<b>{size_text(report['size_bytes'])}</b>"),
+        (say("File size"), f"<b>{size_text(report.size_bytes)}</b>"),
         *_free(free),
-        (say("Rounding"), say(ROUNDED[report["rounding"]])),
+        (say("Rounding"), say(ROUNDED[report.rounding])),
     ]
-    return table(rows) + warning_box((*report["warnings"], *report["skipped"]))
+    return table(rows) + warning_box((*report.warnings, *report.skipped))
 
 
-def extract_facts(found: Mapping[str, Any], free: int | None) -> str:
+def extract_facts(found: Foreseen, free: int | None) -> str:
     """What an extraction will read and write, before any work."""
-    parts = ", ".join(f"{foreign(part)} {count}" for part, count in found["layers"].items())
+    parts = ", ".join(f"{foreign(part)} {count}" for part, count in found.layers.items())
     rows: Rows = [
         (say("Difference"), _minus(found)),
-        (say("Base model"), foreign(found["base_model"])),
+        (say("Base model"), foreign(found.base_model)),
         (say("Layers"), parts),
-        (say("Precision"), foreign(_dtypes(found["dtypes"]))),
-        (say("File size"), f"{say('at most')} <b>{size_text(found['size_bytes'])}</b>"),
+        (say("Precision"), foreign(_dtypes(found.dtypes))),
+        (say("File size"), f"{say('at most')} <b>{size_text(found.size_bytes)}</b>"),
         *_free(free),
-        (say("To be read"), size_text(found["read_bytes"])),
+        (say("To be read"), size_text(found.read_bytes)),
     ]
-    return table(rows) + warning_box(found["skipped"])
+    return table(rows) + warning_box(found.skipped)
 
 
-def _minus(report: Mapping[str, Any]) -> str:
-    return f"{foreign(report['tuned'])} − {foreign(report['base'])}"
+def _minus(report: ExtractReport | Foreseen) -> str:
+    return f"{foreign(report.tuned)} − {foreign(report.base)}"
 
 
 def _of_weights(share: float | None) -> str:
@@ -130,9 +132,9 @@ def _free(free: int | None) -> Rows:
     return [] if free is None else [(say("Free disk space"), size_text(free))]
 
 
-def _changed(report: Mapping[str, Any]) -> tuple[str, str]:
-    text = f"{report['layers']} {say('layers')}, {report['tensors']} {say('tensors')}"
-    return say("Changed"), f"{text} ({foreign(_dtypes(report['dtypes']))})"
+def _changed(report: BakeReport) -> tuple[str, str]:
+    text = f"{report.layers} {say('layers')}, {report.tensors} {say('tensors')}"
+    return say("Changed"), f"{text} ({foreign(_dtypes(report.dtypes))})"
 
 
 def _dtypes(counts: Mapping[str, int]) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .background import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from .render import dots, error_box, foreign, report_table, say, size_text, time_text, warning_box
 
 if TYPE_CHECKING:
+    from ..sweep.running import TableRow
     from .host import Host
     from .jobs import Job
 
@@ -80,34 +81,33 @@ def job_result(job: Job, host: Host) -> str:
         why = say("The WebUI reloaded its interface, which ends merges. Nothing was written.")
         text = f'<div class="lm-quiet">{why if job.closed else say("Cancelled. Nothing was written.")}</div>'
         return f"{box}{_title(job)}{text}{_buttons(job, None)}</div>"
-    if job.report is None:
+    report, where = job.report, _written(job.output, host)
+    if report is None:
         return ""
-    if job.request.kind == "sweep":
-        where = _written(job.output or Path(), host)
-        return f'{box}{_title(job)}<div class="lm-written">{where}</div>{sweep_table(job.report.rows)}</div>'
-    if job.request.kind != "merge":
-        from . import render_checkpoints  # Not at the WebUI's start, see extension.py.
+    # Not at the WebUI's start, see extension.py.
+    from ..report import MergeReport
+    from .sweep_jobs import SweepReport
 
-        where = _written(job.output or Path(), host)
-        return f"{box}{_title(job)}{render_checkpoints.result(job, host, where, _buttons(job, host))}</div>"
-    report = job.report.to_json()
-    trial = job.request.trial
-    where = (
-        say("Not saved: it is gone when the WebUI ends. Press Merge and save to keep it.")
-        if trial
-        else _written(job.output or Path(job.report.output), host)
-    )
+    if isinstance(report, SweepReport):
+        return f'{box}{_title(job)}<div class="lm-written">{where}</div>{sweep_table(report.rows)}</div>'
+    if not isinstance(report, MergeReport):
+        from . import render_checkpoints  # The same.
+
+        shown = render_checkpoints.result(report, job.notes, host, where, _buttons(job, host))
+        return f"{box}{_title(job)}{shown}</div>"
+    if job.request.trial:
+        where = say("Not saved: it is gone when the WebUI ends. Press Merge and save to keep it.")
     parts = [
         _title(job),
         f'<div class="lm-written">{where}</div>',
         _buttons(job, host),
-        warning_box(map(host.shown, (*report["warnings"], *job.notes))),
+        warning_box(map(host.shown, (*report.warnings, *job.notes))),
         report_table(report),
     ]
     return f"{box}{''.join(parts)}</div>"
 
 
-def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def sweep_table(rows: Sequence[TableRow]) -> str:
     """The files of a sweep: what each is called, its size, its error, and what it keeps of each LoRA."""
     from ..report import percent  # Not at the WebUI's start, see extension.py.
 

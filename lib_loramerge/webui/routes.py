@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .. import __version__
 from ..errors import Cancelled
@@ -33,7 +32,7 @@ _NAME = schema.object_of({"name": schema.text("LoRA name")}, ("name",))
 _JOB = schema.job_schema()
 _JOBS = schema.object_of({"jobs": {"type": "array", "items": _JOB}})
 
-Answer = Callable[["Service", Fields], Any]
+Answer = Callable[["Service", Fields], object]
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,12 @@ class Service:
         self.jobs = jobs
 
     @route("GET", "/loras", "All LoRAs of the LoRA folder")
-    def loras(self, _: Fields) -> Any:
+    def loras(self, _: Fields) -> object:
         fields = ("name", "alias", "subfolder", "base", "rank")
         return {"loras": [{field: getattr(entry, field) for field in fields} for entry in self.host.loras()]}
 
     @route("GET", "/methods", "Merge methods and their parameters")
-    def methods(self, _: Fields) -> Any:
+    def methods(self, _: Fields) -> object:
         return {
             "version": __version__,
             "methods": [method.to_json() for method in METHODS.values()],
@@ -108,19 +107,19 @@ class Service:
         }
 
     @route("GET", "/presets", "Block-weight presets")
-    def presets(self, _: Fields) -> Any:
+    def presets(self, _: Fields) -> object:
         presets = self.host.presets()
         return {"weights": dict(presets.weights), "elements": dict(presets.elements)}
 
     @route("POST", "/plan", "What a merge would do, without doing it", _RECIPE)
-    def plan(self, fields: Fields) -> Any:
+    def plan(self, fields: Fields) -> object:
         content = self.host.plan(fields.recipe(), strict=True).to_json()
         for entry in content["inputs"]:
             entry.pop("path", None)
         return content
 
     @route("POST", "/merge", "Queues a merge", schema.merge_schema(), _JOB, 202)
-    def merge(self, fields: Fields) -> Any:
+    def merge(self, fields: Fields) -> object:
         trial = fields.flag("trial")
         name = fields.text("name") if trial else fields.name("name")
         subfolder, preview = fields.text("subfolder"), fields.text("preview")
@@ -144,31 +143,31 @@ class Service:
         )
 
     @route("POST", "/sweep", "Queues a sweep", schema.sweep_schema(), _JOB, 202)
-    def sweep(self, fields: Fields) -> Any:
+    def sweep(self, fields: Fields) -> object:
         request = sweep_jobs.sweep_request(fields)
         for value in (request.subfolder, *(given.name for given in request.points[0].recipe.inputs)):
             refuse_path(value)
         return self._queue(request)
 
     @route("GET", "/checkpoints", "Checkpoints as the host lists them")
-    def checkpoints(self, _: Fields) -> Any:
+    def checkpoints(self, _: Fields) -> object:
         return {"checkpoints": self.host.checkpoints(), "current": self.host.current_checkpoint()}
 
     @route("POST", "/bake", "Queues a bake", schema.bake_schema(), _JOB, 202)
-    def bake(self, fields: Fields) -> Any:
+    def bake(self, fields: Fields) -> object:
         self.host.check_open()
         return self._queue(checkpoint_api.bake_request(fields))
 
     @route("POST", "/extract", "Queues an extraction", schema.extract_schema(), _JOB, 202)
-    def extract(self, fields: Fields) -> Any:
+    def extract(self, fields: Fields) -> object:
         self.host.check_open()
         return self._queue(checkpoint_api.extract_request(fields))
 
-    def _queue(self, request: Errand) -> Any:
+    def _queue(self, request: Errand) -> object:
         return self._shown(self.jobs.submit(request, by_rest=True))
 
     @route("POST", "/inspect", "What a LoRA file is", _NAME, slow=True)
-    def inspect(self, fields: Fields) -> Any:
+    def inspect(self, fields: Fields) -> object:
         from ..analysis import inspect as inspect_lora  # Not at the WebUI's start, see extension.py.
 
         name = fields.text("name")
@@ -185,20 +184,23 @@ class Service:
         return content
 
     @route("POST", "/compare", "Where LoRAs agree, overlap and fight", _RECIPE, slow=True)
-    def compare(self, fields: Fields) -> Any:
-        return self._look(fields, "compare").compare.to_json()
+    def compare(self, fields: Fields) -> object:
+        found = self._look(fields, "compare").compare
+        assert found is not None
+        return found.to_json()
 
     @route("POST", "/advise", "Error and file size at every rank", _RECIPE, slow=True)
-    def advise(self, fields: Fields) -> Any:
-        return self._look(fields, "advise").advise.to_json()
+    def advise(self, fields: Fields) -> object:
+        found = self._look(fields, "advise").advise
+        assert found is not None
+        return found.to_json()
 
     @route("POST", "/plot", "A picture as PNG", schema.plot_schema(), schema.PNG, slow=True)
     def plot(self, fields: Fields) -> bytes:
         kind, theme = fields.choice("kind", analyse.KINDS), fields.choice("theme", analyse.THEMES)
-        picture: bytes = self._look(fields, kind, theme).pictures[kind]
-        return picture
+        return self._look(fields, kind, theme).pictures[kind]
 
-    def _look(self, fields: Fields, kind: str, theme: str | None = None) -> Any:
+    def _look(self, fields: Fields, kind: str, theme: str | None = None) -> analyse.Findings:
         """What was found, once it is; the calling thread waits."""
         plan = self.host.plan(fields.recipe(), strict=True)
         looks = self.jobs.looks
@@ -213,23 +215,23 @@ class Service:
         return look.findings
 
     @route("GET", "/jobs", "All merges, oldest first", result=_JOBS)
-    def list_jobs(self, _: Fields) -> Any:
+    def list_jobs(self, _: Fields) -> object:
         return {"jobs": [self._shown(job) for job in self.jobs.list()]}
 
     @route("GET", "/jobs/{job_id}", "State, progress and report of a merge", result=_JOB)
-    def get_job(self, fields: Fields) -> Any:
+    def get_job(self, fields: Fields) -> object:
         return self._known(fields, self.jobs.get)
 
     @route("DELETE", "/jobs/{job_id}", "Cancels a merge", result=_JOB)
-    def cancel_job(self, fields: Fields) -> Any:
+    def cancel_job(self, fields: Fields) -> object:
         return self._known(fields, self.jobs.cancel)
 
-    def _known(self, fields: Fields, find: Callable[[str], Job | None]) -> Any:
+    def _known(self, fields: Fields, find: Callable[[str], Job | None]) -> object:
         job_id = fields.text("job_id")
         job = find(job_id)
         if job is None:
             raise Refusal(404, f"There is no job {job_id[:40]!r}; finished jobs are forgotten after a while.")
         return self._shown(job)
 
-    def _shown(self, job: Job) -> Any:
+    def _shown(self, job: Job) -> object:
         return job.to_json(self.host.write_dir())

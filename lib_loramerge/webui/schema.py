@@ -35,11 +35,11 @@ def object_of(properties: Mapping[str, Schema], required: tuple[str, ...] = ()) 
     }
 
 
-def text(description: str = "", **more: Any) -> Schema:
+def text(description: str = "", **more: object) -> Schema:
     return {"type": "string", **({"description": description} if description else {}), **more}
 
 
-def number(description: str = "", **more: Any) -> Schema:
+def number(description: str = "", **more: object) -> Schema:
     return {"type": "number", **({"description": description} if description else {}), **more}
 
 

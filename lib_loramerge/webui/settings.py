@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
+
+Value = str | float | bool
+Choices = tuple[str | tuple[str, str], ...]
 
 PREFIX = "loramerge_"
 SECTION = ("loramerge", "LoRA Merge")
@@ -40,7 +44,7 @@ class SettingRow(NamedTuple):
     field: str
     label: str
     info: str = ""
-    choices: tuple[str | tuple[str, str], ...] = ()
+    choices: Choices = ()
     free: bool = False
 
     @property
@@ -48,11 +52,10 @@ class SettingRow(NamedTuple):
         return PREFIX + self.field
 
     @property
-    def default(self) -> Any:
-        return getattr(Settings(), self.field)
+    def default(self) -> Value:
+        return Settings()._asdict()[self.field]
 
 
-Choices = tuple[str | tuple[str, str], ...]
 _RANKS: Choices = (
     ("Automatic", "auto"),
     ("Same as the inputs", "same"),
@@ -83,26 +86,22 @@ def rows(modes: Choices, dtypes: Choices, devices: Choices) -> tuple[SettingRow,
 
 def read(options: object) -> Settings:
     """The settings of the host; a value that makes no sense falls back to the default."""
-    values: dict[str, Any] = {}
-    for name, default in Settings()._asdict().items():
-        try:
-            stored = getattr(options, PREFIX + name, None)
-        except Exception:  # The host's options object raises what it likes.
-            stored = None
-        values[name] = _fitting(stored, default)
-    return Settings(**values)
+    return Settings._make(_read(options, name, default) for name, default in Settings()._asdict().items())
 
 
-def _fitting(stored: object, default: Any) -> Any:
-    if isinstance(default, bool):
-        return stored if isinstance(stored, bool) else default
-    if isinstance(default, float):
-        usable = isinstance(stored, (int, float)) and not isinstance(stored, bool) and 0 <= stored < 1e9
-        return float(stored) if usable else default  # type: ignore[arg-type]
-    return stored.strip() if isinstance(stored, str) and stored.strip() else default
+def _read(options: object, name: str, default: Value) -> Value:
+    try:
+        stored: object = getattr(options, PREFIX + name, None)
+    except Exception:  # The host's options object raises what it likes.
+        return default
+    if isinstance(default, str):
+        return stored.strip() or default if isinstance(stored, str) else default
+    if isinstance(stored, bool) or isinstance(default, bool):
+        return stored if isinstance(stored, bool) and isinstance(default, bool) else default
+    return float(stored) if isinstance(stored, (int, float)) and 0 <= stored < 1e9 else default
 
 
-def add_to_host(shared: Any, page: tuple[SettingRow, ...]) -> None:
+def add_to_host(shared: ModuleType, page: tuple[SettingRow, ...]) -> None:
     """Adds our section to the host's settings page.
 
     Args:
@@ -111,7 +110,9 @@ def add_to_host(shared: Any, page: tuple[SettingRow, ...]) -> None:
     import gradio as gr
 
     for row in page:
-        component: Any = None  # The host chooses by the type of the default: checkbox, number or text box.
+        component: type[object] | None = (
+            None  # The host chooses by the type of the default: checkbox, number or text box.
+        )
         arguments: Mapping[str, object] | None = None
         if row.choices:
             component, arguments = gr.Dropdown, {"choices": list(row.choices)}

@@ -17,7 +17,6 @@ import time
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 # Gradio asks the net for its version and fonts unless it is forbidden; this page is for this machine alone.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -33,7 +32,7 @@ from ..recipe import LoraInput
 from . import api, compat
 from .access import Names, allowed_hosts
 from .background import DONE
-from .guard import Guard
+from .guard import App, Guard
 from .host import Host, StandaloneHost
 from .host.standalone import FILES
 from .jobs import JobQueue
@@ -201,7 +200,7 @@ class Page:
         self.guard = Guard(self._application(), known, self.port, self.token, password)
         self._serve(self.guard)
 
-    def _application(self) -> Any:
+    def _application(self) -> FastAPI:
         """REST, the files that were merged here, and Gradio behind them."""
         app = FastAPI(title=TITLE)
         api.mount(app, self.host, self.jobs)
@@ -209,10 +208,10 @@ class Page:
         off = ("ssr_mode", "show_api", "run_history", "pwa")
         options = {"footer_links": [], **dict.fromkeys(off, False)}
         known = inspect.signature(gr.mount_gradio_app).parameters
-        wanted: dict[str, Any] = {name: value for name, value in options.items() if name in known}
+        wanted = {name: value for name, value in options.items() if name in known}
         return gr.mount_gradio_app(app, self.blocks, path="/", **wanted)
 
-    def _serve(self, app: Any) -> None:
+    def _serve(self, app: App) -> None:
         import uvicorn
 
         # Not by Gradio's launch(), which asks itself whether it is reached and gives up on a busy machine.
@@ -234,13 +233,11 @@ class Page:
         if not isinstance(self.host, StandaloneHost):
             return
 
-        def download(name: str) -> Any:
+        def download(name: str) -> FileResponse:
             folder = self.host.write_dir()
             done = [job.output for job in self.jobs.list() if job.state == DONE and not job.request.trial]
             written = {
-                path.relative_to(folder).as_posix(): path
-                for path in done
-                if path is not None and path.is_relative_to(folder)
+                path.relative_to(folder).as_posix(): path for path in done if path.is_relative_to(folder)
             }
             path = written.get(name)
             if path is None or not path.is_file():

@@ -21,6 +21,7 @@ from .host import Host
 if TYPE_CHECKING:
     from ..merge import Progress
     from ..sweep import Point, Sweep
+    from ..sweep.running import TableRow
     from .fields import Fields
 
 # After so many seconds the time that files took tells how long the others take.
@@ -38,7 +39,7 @@ class SweepReport:
     """
 
     folder: Path
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[TableRow]
     warnings: tuple[str, ...]
     seconds: float
 
@@ -118,7 +119,7 @@ class SweepRequest(Errand):
             raise
         return SweepReport(task.output, rows, tuple(warnings), time.perf_counter() - start)
 
-    def publish(self, task: Task, report: SweepReport) -> list[str]:
+    def publish(self, task: Task) -> list[str]:
         task.host.refresh()
         return []
 
@@ -171,12 +172,12 @@ def sweep_request(fields: Fields) -> SweepRequest:
 
 
 def _axes(
-    given: Mapping[str, Any],
-) -> tuple[dict[str, Sequence[Any]], dict[str, Sequence[str]], str | None]:
+    given: Mapping[str, object],
+) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]], str | None]:
     """Values of settings, values of parameters, and the range of a mix."""
     from ..sweep.axes import values_of
 
-    settings: dict[str, Sequence[Any]] = {}
+    settings: dict[str, Sequence[str]] = {}
     params: dict[str, Sequence[str]] = {}
     mix = None
     for name, value in given.items():

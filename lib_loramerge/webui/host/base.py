@@ -10,8 +10,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import blocks
 from ...errors import FileError, IncompatibleError, LoraMergeError, OutputError, RecipeError
@@ -366,7 +367,7 @@ class Host(CheckpointFolder):
 
     # What only a WebUI can do
 
-    def queue_lock(self) -> Any:
+    def queue_lock(self) -> AbstractContextManager[object] | None:
         """The host's lock around picture generation; None when there is none."""
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from ..listing import FoundFile, path_key
 from .webui import WebuiHost, _shared_options, forget_layers, host_module
@@ -39,7 +39,7 @@ class SdnextHost(WebuiHost):
             dict.fromkeys([*([Path(named).absolute()] if named else []), *super().checkpoint_dirs()])
         )
 
-    def _checkpoint_lists(self) -> Any:
+    def _checkpoint_lists(self) -> ModuleType | None:
         return host_module("sd_checkpoint")
 
     def _forget_contents(self, path: Path) -> None:
@@ -50,9 +50,10 @@ class SdnextHost(WebuiHost):
             if path_key(getattr(on_disk, "filename", "")) == path_key(path):
                 lora_cache.pop(name, None)
         # Not shared.sd_model: reading that may load a model.
-        model: Any = getattr(getattr(host_module("modeldata"), "model_data", None), "sd_model", None)
+        model = getattr(getattr(host_module("modeldata"), "model_data", None), "sd_model", None)
         model = getattr(model, "pipe", model)
-        for asked in (getattr(model, "loaded_loras", None), _encoded_prompts()):
+        prompts = getattr(host_module("prompt_parser_diffusers"), "cache", None)
+        for asked in (getattr(model, "loaded_loras", None), prompts):
             if asked:
                 asked.clear()
         forget_layers(model)
@@ -63,10 +64,6 @@ def _forget_metadata(path: Path) -> None:
     known = getattr(host_module("sd_checkpoint"), "sd_metadata", None) or {}
     for name in [name for name in known if path_key(name) == path_key(path)]:
         known.pop(name, None)
-
-
-def _encoded_prompts() -> Any:
-    return getattr(host_module("prompt_parser_diffusers"), "cache", None)
 
 
 def _unload_adapters() -> None:

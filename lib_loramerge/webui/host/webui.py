@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 from urllib.parse import quote
 
 from ...errors import LoraMergeError
@@ -55,11 +55,11 @@ class WebuiHost(Host):
     def _folders(options: Sequence[str], usual: str) -> tuple[Path, ...]:
         """Folders that options name; the first one or the usual one, then the others as far as they exist."""
         first, *others = options
-        folders = [option(first) or os.path.join(_models_path(), usual)]
+        folders = [str(option(first) or os.path.join(_models_path(), usual))]
         for other in others:
-            named = option(other) or ()
-            more = [named] if isinstance(named, str) else named
-            folders += [folder for folder in more if os.path.isdir(folder)]
+            named = option(other)
+            more = named if isinstance(named, (list, tuple)) else [named] if named else []
+            folders += [folder for folder in map(str, more) if os.path.isdir(folder)]
         return tuple(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
 
     def refresh(self) -> None:
@@ -70,11 +70,11 @@ class WebuiHost(Host):
         super().refresh()
 
     def _list_again(self) -> None:
-        networks = self._networks()
-        if hasattr(networks, "list_available_networks"):
-            networks.list_available_networks()
+        list_files = getattr(self._networks(), "list_available_networks", None)
+        if list_files is not None:
+            list_files()
 
-    def _networks(self) -> Any:
+    def _networks(self) -> ModuleType | None:
         """The module with the LoRA list; None before it is loaded or when LoRAs are switched off."""
         return sys.modules.get(self._known.networks)
 
@@ -93,7 +93,7 @@ class WebuiHost(Host):
         entry = (getattr(self._networks(), "available_network_aliases", None) or {}).get(alias)
         return None if entry is None else self.listing().by_path.get(path_key(getattr(entry, "filename", "")))
 
-    def _host_entry(self, file: FoundFile) -> Any:
+    def _host_entry(self, file: FoundFile) -> object:
         """The host's own object of a file; None when it does not list it."""
         entry = (getattr(self._networks(), "available_networks", None) or {}).get(self._key_of(file))
         same = entry is not None and path_key(getattr(entry, "filename", "")) == path_key(file.path)
@@ -132,15 +132,15 @@ class WebuiHost(Host):
     def checkpoints(self) -> list[str]:
         return [str(title) for title in (getattr(self._checkpoint_lists(), "checkpoints_list", None) or {})]
 
-    def _checkpoint_lists(self) -> Any:
+    def _checkpoint_lists(self) -> ModuleType | None:
         return host_module("sd_models")
 
     def _listed_checkpoint(self, title: str) -> Path | None:
-        info = self._checkpoint_info(title)
-        path = Path(str(info.filename)) if info is not None else None
+        name = getattr(self._checkpoint_info(title), "filename", None)
+        path = Path(str(name)) if name is not None else None
         return path if path is not None and path.is_file() else None
 
-    def _checkpoint_info(self, title: str) -> Any:
+    def _checkpoint_info(self, title: str) -> object:
         """The host's own object of a checkpoint, by its title or a shorter name of it; None without one."""
         lists = self._checkpoint_lists()
         listed = getattr(lists, "checkpoints_list", None) or {}
@@ -176,7 +176,7 @@ class WebuiHost(Host):
         for name in self._known.user_files:
             path = option(name)
             if path:
-                pairs += Path(path).read_text(encoding="utf-8").splitlines()
+                pairs += Path(str(path)).read_text(encoding="utf-8").splitlines()
         entries = [entry.strip(' "\t\r\n') for pair in pairs for entry in pair.split(",")]
         return ",".join(entry for entry in entries if entry) or None
 
@@ -200,7 +200,7 @@ class WebuiHost(Host):
 
     # What only a WebUI can do
 
-    def queue_lock(self) -> Any:
+    def queue_lock(self) -> AbstractContextManager[object] | None:
         return getattr(host_module("call_queue"), "queue_lock", None)
 
     def announce(self, path: Path) -> None:
@@ -232,12 +232,12 @@ class WebuiHost(Host):
         long as its text and its LoRA tags are the same. Without this the next picture is the old one, or
         has the old text encoder.
         """
-        cached: Any = getattr(self._networks(), "load_lora_state_dict", None)
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
+        clear = getattr(getattr(self._networks(), "load_lora_state_dict", None), "cache_clear", None)
+        if clear is not None:
+            clear()
         # Not shared.sd_model: reading that may load a model.
-        model: Any = getattr(getattr(host_module("sd_models"), "model_data", None), "sd_model", None)
-        if hasattr(model, "current_lora_hash"):
+        model = getattr(getattr(host_module("sd_models"), "model_data", None), "sd_model", None)
+        if model is not None and hasattr(model, "current_lora_hash"):
             model.current_lora_hash = None
         objects = getattr(model, "forge_objects_original", None)
         if objects is not None:
@@ -310,7 +310,7 @@ class WebuiHost(Host):
             super().log(message, error)
 
 
-def forget_layers(model: Any) -> None:
+def forget_layers(model: object) -> None:
     """Makes the host apply anew what a model's layers have, as it compares names and multipliers alone."""
     for module in (getattr(model, "network_layer_mapping", None) or {}).values():
         if getattr(module, "network_current_names", ()) != ():
@@ -327,7 +327,7 @@ def _forget_prompts() -> None:
                 cache[:] = [None] * len(cache)
 
 
-def _follow(networks: Any, after: Callable[[], None]) -> None:
+def _follow(networks: ModuleType, after: Callable[[], None]) -> None:
     """Makes ``after`` run whenever the host has listed its LoRA files.
 
     ``process_network_files`` is what both of the host's listing functions call by its global name; a fork
@@ -339,8 +339,8 @@ def _follow(networks: Any, after: Callable[[], None]) -> None:
         original.loramerge_after = after
         return
 
-    def listed(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+    def listed(*args: object, **kwargs: object) -> object:
+        result: object = original(*args, **kwargs)
         listed.loramerge_after()  # type: ignore[attr-defined]
         return result
 
@@ -349,7 +349,7 @@ def _follow(networks: Any, after: Callable[[], None]) -> None:
     setattr(networks, attribute, listed)
 
 
-def _unfollow(networks: Any) -> None:
+def _unfollow(networks: ModuleType) -> None:
     """Undoes :func:`_follow`; a wrapper that somebody put around ours stays and ours does nothing."""
     for attribute in ("process_network_files", "list_available_networks"):
         current = getattr(networks, attribute, None)
@@ -358,12 +358,12 @@ def _unfollow(networks: Any) -> None:
             setattr(networks, attribute, original)
 
 
-def host_module(name: str) -> Any:
+def host_module(name: str) -> ModuleType | None:
     """A module of the host that it has imported itself; None otherwise."""
     return sys.modules.get(f"modules.{name}")
 
 
-def option(name: str) -> Any:
+def option(name: str) -> object:
     """A command line option of the host; None where the host does not have it."""
     options = getattr(host_module("shared"), "cmd_opts", None)
     if options is None:
@@ -371,7 +371,7 @@ def option(name: str) -> Any:
     return getattr(options, name, None)
 
 
-def _shared_options() -> Any:
+def _shared_options() -> object:
     return getattr(host_module("shared"), "opts", None)
 
 

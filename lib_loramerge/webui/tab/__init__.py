@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def build_tab(host: Host, jobs: JobQueue) -> Any:
+def build_tab(host: Host, jobs: JobQueue) -> gr.Blocks:
     """The tab as one ``gr.Blocks``, as the WebUI's ``on_ui_tabs`` wants it."""
     with gr.Blocks(analytics_enabled=False) as blocks:
         fill_tab(host, jobs)

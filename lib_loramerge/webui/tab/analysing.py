@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...methods import METHODS
 from .. import form
-from .wiring import FORM_NAMES
+from .wiring import FORM_NAMES, Changes, Form
 
 if TYPE_CHECKING:
     from ..analyse import Look
@@ -21,7 +20,7 @@ def connect(wiring: Wiring) -> None:
     """Attach the handlers of the button and of the page's questions about a running look."""
     host, jobs = wiring.host, wiring.jobs
 
-    def start(values: Mapping[str, Any]) -> dict[str, Any]:
+    def start(values: Form) -> Changes:
         from .. import analyse  # Not at the WebUI's start, see extension.py.
 
         theme, _, before = str(values["argument"] or "").partition(" ")
@@ -34,11 +33,11 @@ def connect(wiring: Wiring) -> None:
         look = jobs.looks.ask(question)
         return shown(look)
 
-    def follow(values: Mapping[str, Any]) -> dict[str, Any]:
+    def follow(values: Form) -> Changes:
         look = jobs.looks.get(str(values["argument"] or ""))
         return {STATE: ""} if look is None else shown(look)
 
-    def stop(values: Mapping[str, Any]) -> dict[str, Any]:
+    def stop(values: Form) -> Changes:
         look = jobs.looks.cancel(str(values["argument"] or ""))
         if look is None:
             return {STATE: ""}
@@ -59,11 +58,11 @@ def connect(wiring: Wiring) -> None:
         wiring.button(name, handler, ("argument",), (STATE, RESULT), message=STATE, js=js)
 
 
-def shown(look: Look) -> dict[str, Any]:
+def shown(look: Look) -> Changes:
     """What the page shows of a look; findings stay until the next ones are there."""
     from .. import render_analysis  # Not at the WebUI's start, see extension.py.
 
-    changes = {STATE: render_analysis.look_state(look, f"{time.time()}")}
+    changes: Changes = {STATE: render_analysis.look_state(look, f"{time.time()}")}
     if look.findings is not None:
         changes[RESULT] = render_analysis.look_page(look)
     return changes

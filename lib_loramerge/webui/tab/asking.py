@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...methods import METHODS
 from .. import baking as bakes
 from .. import form, render
-from ..compat import update
+from ..compat import Update, update
 from . import baking, presets
 from .controls import BUTTONS
 from .filling import Filling
@@ -117,15 +117,16 @@ class Asking(Filling):
         changes["draft"] = json.dumps(
             {name: values[name] for name in FORM_NAMES if worth_keeping(name, values[name])}
         )
-        if values["refused"]:
+        refused = str(values["refused"] or "")
+        if refused:
             # The reasons of a refusal stay as long as they hold.
-            changes |= self.refusal(found.reasons(values["refused"] == "trial"), values["refused"])
+            changes |= self.refusal(found.reasons(refused == "trial"), refused)
         return changes
 
     def preset_lists(self, values: Form, fitting: Mapping[int, list[str]]) -> Changes:
         """Rows whose list of presets is not that of their base model get it; a list in use is left alone."""
         try:
-            fitted = dict(json.loads(values["fitted"] or "{}"))
+            fitted = dict(json.loads(str(values["fitted"] or "{}")))
         except (TypeError, ValueError):
             fitted = {}
         changes: Changes = {}
@@ -143,9 +144,9 @@ class Asking(Filling):
         boxes = "".join(render.error_box(self.host.shown(text)) for text in reasons)
         return {"message": boxes, "refused": what if boxes else ""}
 
-    def proposed(self, values: Form, name: str, activation_text: str) -> dict[str, tuple[Any, Any]]:
+    def proposed(self, values: Form, name: str, activation_text: str) -> dict[str, tuple[object, object]]:
         """Control to what it held, None for whatever it holds, and what it should hold."""
-        proposals: dict[str, tuple[Any, Any]] = {}
+        proposals: dict[str, tuple[object, object]] = {}
         entries = self.host.loras()
         for row in range(form.row_count(values)):
             # A part of a name was typed, or the list knows the base model by now.
@@ -170,7 +171,7 @@ def _about_name(found: Facts) -> list[str]:
     return [f"{' and '.join(found.replaced)} will be replaced."] if found.replaced else []
 
 
-def _merge_button(found: Facts, bake: bool) -> Any:
+def _merge_button(found: Facts, bake: bool) -> Update:
     """The button that merges says which file it replaces."""
     stem = found.replaced[0].rpartition(".")[0] if found.replaced else ""
     text = f"Replace {stem}" if stem else bakes.BUTTON if bake else BUTTONS["merge"][0]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import baking, compat
 from ..compat import update
@@ -11,8 +10,10 @@ from .controls import BUTTONS, Control
 
 if TYPE_CHECKING:
     from ..facts import Facts
+    from ..form import Changes, Form
     from ..host import Host
     from .filling import Filling
+    from .layout import Layout
 
 CONTROLS = (
     Control(
@@ -92,12 +93,12 @@ OF_A_LORA = ("dtype", "host", "dialect", "conv_rank", "subfolder", "result_more"
 SEEN = ("bake_line", *OF_A_LORA, "button.merge", "bake_rounding", "bake_drop_ema")
 
 
-def lay_out_choice(layout: Any) -> None:
+def lay_out_choice(layout: Layout) -> None:
     """The choice between a LoRA and a checkpoint, where there may be one."""
     layout.control(CONTROLS[0], visible=layout.host.can_bake())
 
 
-def lay_out(layout: Any) -> None:
+def lay_out(layout: Layout) -> None:
     """The line of a checkpoint's settings, hidden until it is chosen."""
     controls = {control.name: control for control in CONTROLS}
     with compat.make("Row", visible=False, elem_id="loramerge_bake_line") as row:
@@ -106,13 +107,13 @@ def lay_out(layout: Any) -> None:
     layout.widgets["bake_line"] = row
 
 
-def by_choice(values: Mapping[str, Any], host: Host) -> dict[str, Any]:
+def by_choice(values: Form, host: Host) -> Changes:
     """What is seen for this result."""
     bake = baking.is_bake(values)
     seen = dict.fromkeys(OF_A_LORA, not bake)
     seen["button.try"] &= host.can_try
     seen["subfolder"] &= not host.hide_dirs()
-    changes = {name: update(visible=visible) for name, visible in seen.items()}
+    changes: Changes = {name: update(visible=visible) for name, visible in seen.items()}
     changes["bake_line"] = update(visible=bake)
     changes["button.merge"] = update(value=baking.BUTTON if bake else BUTTONS["merge"][0])
     if bake:
@@ -120,7 +121,7 @@ def by_choice(values: Mapping[str, Any], host: Host) -> dict[str, Any]:
     return changes
 
 
-def by_facts(found: Facts, values: Mapping[str, Any]) -> dict[str, Any]:
+def by_facts(found: Facts, values: Form) -> Changes:
     """What is seen for this checkpoint."""
     if not baking.is_bake(values):
         return {}
@@ -134,7 +135,7 @@ def by_facts(found: Facts, values: Mapping[str, Any]) -> dict[str, Any]:
 def connect(wiring: Filling) -> None:
     """Attach the handlers of the choice."""
 
-    def choose(values: Mapping[str, Any]) -> dict[str, Any]:
+    def choose(values: Form) -> Changes:
         # The tick was for a file of the other kind.
         changes = {**wiring.by_choice(values), "overwrite": False}
         if baking.is_bake(values) and not values["bake_base"]:

@@ -7,7 +7,7 @@ of the recipe that has a label there needs a line in ``CONTROLS``, for its place
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..form import NO_PREVIEW, PLAIN, RANK_RULES
 
@@ -30,13 +30,13 @@ class Control(NamedTuple):
 
     name: str
     kind: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     hint: str = ""
     fills: tuple[str, ...] = ()
     hidden: bool = False
 
 
-def _plain(name: str, **options: Any) -> Control:
+def _plain(name: str, **options: object) -> Control:
     """The control of a setting, made from the recipe's own table."""
     entry = PLAIN[name]
     kind = "Checkbox" if entry.kind is bool else "Dropdown"
@@ -373,7 +373,7 @@ ROW_BUTTONS: Mapping[str, tuple[str, str]] = {
 def param_control(method: str, param: Param) -> Control:
     """The widget of one parameter of a merge method, made from the parameter alone."""
     label = param.name.replace("_", " ").capitalize()
-    options: dict[str, Any] = {"label": label, "value": param.default, "scale": 1, "min_width": 140}
+    options: dict[str, object] = {"label": label, "value": param.default, "scale": 1, "min_width": 140}
     kind = "Textbox"
     if isinstance(param.default, bool):
         kind = "Checkbox"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import compat, extracting, render
 from ..compat import update
@@ -11,7 +11,9 @@ from ..host.checkpoints import CLOSED
 from .controls import Control, element_id
 
 if TYPE_CHECKING:
+    from ..form import Changes, Form
     from ..host import Host
+    from .layout import Layout
     from .running import Running
 
 TITLE = "Extract"
@@ -130,10 +132,9 @@ RESULT, JOBS, MESSAGE, FACTS = "extract_result", "extract_jobs", "extract_messag
 _SEEN = ("extract_rank", "extract_retain", "extract_size", "extract_max_rank")
 
 
-def lay_out(layout: Any) -> None:
+def lay_out(layout: Layout) -> None:
     """The page's controls, or why they are not there."""
-    host: Host = layout.host
-    if not host.can_bake():
+    if not layout.host.can_bake():
         compat.make("HTML", value=render.note_box([CLOSED]), elem_id="loramerge_extract_closed")
         return
     controls = {control.name: control for control in CONTROLS}
@@ -143,7 +144,7 @@ def lay_out(layout: Any) -> None:
             for one in controlled:
                 layout.control(controls[one])
 
-    def button(name: str, **options: Any) -> None:
+    def button(name: str, **options: object) -> None:
         layout.widget(
             f"button.{name}", "Button", value=BUTTONS[name][0], elem_id=element_id(name), size="sm", **options
         )
@@ -172,18 +173,18 @@ def connect(wiring: Running) -> None:
     """Attach the handlers of the page."""
     host: Host = wiring.host
 
-    def fill(values: Mapping[str, Any]) -> dict[str, Any]:
+    def fill(values: Form) -> Changes:
         known = ["", *host.checkpoints()]
         return {
             name: update(choices=known if values[name] in known else [values[name], *known])
             for name in ("extract_tuned", "extract_base")
         }
 
-    def refresh(values: Mapping[str, Any]) -> dict[str, Any]:
+    def refresh(values: Form) -> Changes:
         host.refresh_checkpoints()
         return fill(values)
 
-    def look(values: Mapping[str, Any]) -> dict[str, Any]:
+    def look(values: Form) -> Changes:
         html, name = extracting.facts(values, host)
         rule = extracting.rule_of(values)
         return {
@@ -195,7 +196,7 @@ def connect(wiring: Running) -> None:
             "extract_max_rank": update(visible=rule != "number"),
         }
 
-    def start(values: Mapping[str, Any]) -> dict[str, Any]:
+    def start(values: Form) -> Changes:
         job = wiring.jobs.submit(extracting.request_of(values, host))
         return {**wiring.begun(job), "extract_overwrite": False}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 from ...errors import RecipeError
 from ...methods import METHODS
@@ -15,7 +14,18 @@ from ..compat import update
 from ..merge_jobs import MergeRequest
 from . import baking, presets
 from .layout import mode_text
-from .wiring import FORM_NAMES, ROW_NAMES, ROW_PLACES, Changes, Form, Wiring, argument, listed, with_values
+from .wiring import (
+    FORM_NAMES,
+    ROW_NAMES,
+    ROW_PLACES,
+    Changes,
+    Form,
+    Wiring,
+    argument,
+    joined,
+    listed,
+    with_values,
+)
 
 _LAYOUTS = ("preset_layout", "preset_sliders")
 _LISTS = ("base", "bake_base", "subfolder", "fill_file", "preset_pick", *_LAYOUTS)
@@ -239,12 +249,12 @@ class Filling(Wiring):
             name: value for name, value in draft.items() if name in FORM_NAMES and isinstance(value, plain)
         }
         mode = kept.get("mode") or next(iter(METHODS.values())).label
-        changes = {**self.lists(kept), **self.show_form({**kept, "mode": mode})}
+        lists = self.lists(kept)
+        changes = {**lists, **self.show_form({**kept, "mode": mode})}
         for name in ("base", "bake_base", "subfolder"):
             # List and value in one change.
             if name in kept:
-                seen = changes[name] if isinstance(changes.get(name), dict) else {}
-                changes[name] = {**seen, **self.lists(kept)[name], "value": kept[name]}
+                changes[name] = joined(changes.get(name), lists[name], {"value": kept[name]})
         return changes
 
     def by_choice(self, values: Form) -> Changes:
@@ -277,5 +287,5 @@ class Filling(Wiring):
         return with_values(self.by_choice({**values, **wanted}), wanted)
 
 
-def _spread(rows: Iterable[Mapping[str, Any]]) -> Changes:
+def _spread(rows: Iterable[Form]) -> Changes:
     return {f"row{index}.{name}": value for index, row in enumerate(rows) for name, value in row.items()}

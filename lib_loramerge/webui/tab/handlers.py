@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import analysing, baking, copying, extracting, offers, picturing, presets, thumbnails
 from .running import Running
 
 if TYPE_CHECKING:
+    from ..compat import Widget
     from ..host import Host
     from ..jobs import JobQueue
 
 
-def connect(widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
+def connect(widgets: Mapping[str, Widget], host: Host, jobs: JobQueue) -> None:
     """Attach every handler to its component."""
     wiring = Running(widgets, host, jobs)
     wiring.connect_rows()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...blocks import BLOCK_IDS
 from ...methods import METHODS
@@ -15,6 +15,7 @@ from . import baking, extracting, picturing
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
 
 if TYPE_CHECKING:
+    from ..compat import Widget
     from ..host import Host
 
 HOW_MORE = ("conv_rank", "normalize", "dialect", "skip_unsupported")
@@ -28,17 +29,17 @@ SCRIPT_BUTTONS = (
 PRESET_KINDS = ("Block weights", "Elemental weights")
 
 
-def lay_out(host: Host) -> dict[str, Any]:
+def lay_out(host: Host) -> dict[str, Widget]:
     """All components by name: controls, ``button.<name>``, and the places that handlers write to."""
-    return _Layout(host).widgets
+    return Layout(host).widgets
 
 
-class _Layout:
+class Layout:
     """Makes the components in the order in which they stand on the page."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.widgets: dict[str, Any] = {}
+        self.widgets: dict[str, Widget] = {}
         self._controls = {control.name: control for control in CONTROLS}
         with compat.make("Column", elem_id="loramerge_app"):
             compat.make(
@@ -60,21 +61,21 @@ class _Layout:
 
     # Pieces
 
-    def widget(self, name: str, kind: str, **options: Any) -> Any:
+    def widget(self, name: str, kind: str, **options: object) -> Widget:
         """One component that handlers know by this name."""
         self.widgets[name] = compat.make(kind, **{"elem_id": element_id(name), **options})
         return self.widgets[name]
 
-    def control(self, control: Control, **changes: Any) -> Any:
+    def control(self, control: Control, **changes: object) -> Widget:
         """One control of the form."""
         return self.widget(control.name, control.kind, **{**control.options, **changes})
 
-    def button(self, name: str, **options: Any) -> Any:
+    def button(self, name: str, **options: object) -> Widget:
         """One of our buttons, by its name in the table."""
         options = {"value": BUTTONS[name][0], "elem_id": element_id(name), "size": "sm", **options}
         return self.widget(f"button.{name}", "Button", **options)
 
-    def place(self, name: str, value: str = "") -> Any:
+    def place(self, name: str, value: str = "") -> Widget:
         """An empty place for HTML from handlers."""
         return self.widget(name, "HTML", value=value)
 
@@ -120,7 +121,7 @@ class _Layout:
         values = {} if first is None else row_of(first, self.host.loras())
 
         def put(name: str) -> None:
-            changes = {"value": values[name]} if name in values else {}
+            changes: dict[str, object] = {"value": values[name]} if name in values else {}
             if name == "lora" and values:
                 changes["choices"] = [values[name]]
             self.control(controls[name]._replace(name=f"row{index}.{name}"), **changes)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import RecipeError
 from ...methods import METHODS
 from .. import compat, form
+from ..merge_jobs import MergeRequest
 from ..xyz.axes import PREFIX
 from .copying import as_prompt
-from .wiring import FORM_NAMES
+from .wiring import FORM_NAMES, Changes, Form
 
 if TYPE_CHECKING:
+    from .layout import Layout
     from .running import Running
 
 # What varies, as the page says it, to the axis of the plot and values to begin with.
@@ -26,7 +28,7 @@ AXES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def lay_out(layout: Any) -> None:
+def lay_out(layout: Layout) -> None:
     """The choice of what varies, and the button; hidden where the host has no such plot."""
     with compat.make("Row", elem_id="loramerge_see_line", visible=layout.host.can_plot):
         layout.widget(
@@ -45,7 +47,7 @@ def lay_out(layout: Any) -> None:
 def connect(wiring: Running) -> None:
     """Attach the way to the plot, which the page's script fills, and that from a picture to its file."""
 
-    def see(values: Mapping[str, Any]) -> dict[str, Any]:
+    def see(values: Form) -> Changes:
         axis, text = AXES.get(str(values["see_axis"]), next(iter(AXES.values())))
         # The time tells two presses apart; after a refusal the page's script finds what it has seen.
         asked = [as_prompt(values, wiring.host), PREFIX + axis, text, time.time()]
@@ -60,7 +62,7 @@ def connect(wiring: Running) -> None:
         js="text => { loramergePlot(text); return []; }",
     )
 
-    def keep(values: Mapping[str, Any]) -> dict[str, Any]:
+    def keep(values: Form) -> Changes:
         from ..xyz.infotext import recipe_of  # Not at the WebUI's start, see extension.py.
 
         text = str(values["argument"] or "").strip()
@@ -68,7 +70,7 @@ def connect(wiring: Running) -> None:
             raise RecipeError("Choose a picture first: its settings are shown below it.")
         recipe = recipe_of(text, wiring.host.settings())
         shown = wiring.show_form(form.form_of(recipe, wiring.host, METHODS))
-        return {**shown, **wiring.merge(recipe)}
+        return {**shown, **wiring.merge(MergeRequest(recipe))}
 
     places = (*wiring.form_places, *wiring.begun_places)
     wiring.button("keep", keep, ("argument",), places, js="() => loramergeArgument('keep')")

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...blocks import BLOCK_IDS, delete_preset, save_preset
 from ...errors import RecipeError
 from .. import form, render
-from ..compat import update
+from ..compat import Update, update
 from .layout import PRESET_LAYOUTS, slider_place
 
 if TYPE_CHECKING:
+    from ..form import Changes, Form
     from ..host import Host
     from .wiring import Wiring
 
 ELEMENTS = "Elemental weights"
 
 
-def names(host: Host, values: Mapping[str, Any]) -> list[str]:
+def names(host: Host, values: Form) -> list[str]:
     """The presets of the kind that is chosen."""
     return ["", *_known(host, values)]
 
 
-def _known(host: Host, values: Mapping[str, Any]) -> Mapping[str, str]:
+def _known(host: Host, values: Form) -> Mapping[str, str]:
     known = host.presets()
     return known.elements if values["preset_kind"] == ELEMENTS else known.weights
 
@@ -48,7 +49,7 @@ def model_lists() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def layouts() -> dict[str, Any]:
+def layouts() -> Changes:
     """Lists and sliders for every base model, once the page asks; what is chosen stays."""
     lists = model_lists()
     return {
@@ -57,7 +58,7 @@ def layouts() -> dict[str, Any]:
     }
 
 
-def row_list(values: Mapping[str, Any]) -> Any:
+def row_list(values: Form) -> Update:
     """The rows by their LoRAs, for the list beside "Use in this row"; the chosen row stays."""
     rows = [(row, str(values[f"row{row}.lora"] or "")) for row in range(form.row_count(values))]
     choices = [f"{row + 1}: {lora}" if lora else str(row + 1) for row, lora in rows]
@@ -83,14 +84,14 @@ def connect(wiring: Wiring) -> None:
     widgets = wiring.widgets
     place = "preset_message"
 
-    def pick(values: Mapping[str, Any]) -> dict[str, Any]:
+    def pick(values: Form) -> Changes:
         name = str(values["preset_pick"] or "")
         text = _known(host, values).get(name)
         if text is None:
             return {}
         return {"preset_text": text, "preset_name": name}
 
-    def change_kind(values: Mapping[str, Any]) -> dict[str, Any]:
+    def change_kind(values: Form) -> Changes:
         elemental = values["preset_kind"] == ELEMENTS
         listed = update(choices=["", *_known(host, values)], value="")
         return {
@@ -100,7 +101,7 @@ def connect(wiring: Wiring) -> None:
             "preset_layout": update(visible=not elemental),
         }
 
-    def save(values: Mapping[str, Any]) -> dict[str, Any]:
+    def save(values: Form) -> Changes:
         name = str(values["preset_name"] or "").strip()
         if not name:
             raise RecipeError("Give the preset a name first.")
@@ -110,7 +111,7 @@ def connect(wiring: Wiring) -> None:
             place: render.note_box([f"{name} is saved in {host.preset_path().name}."]),
         }
 
-    def delete(values: Mapping[str, Any]) -> dict[str, Any]:
+    def delete(values: Form) -> Changes:
         name = str(values["preset_name"] or "").strip()
         delete_preset(host.preset_path(), name)
         return {
@@ -118,21 +119,21 @@ def connect(wiring: Wiring) -> None:
             place: render.note_box([f"{name} is deleted from {host.preset_path().name}."]),
         }
 
-    def lists(values: Mapping[str, Any], picked: str) -> dict[str, Any]:
+    def lists(values: Form, picked: str) -> Changes:
         known = host.presets()
         picks = update(choices=["", *_known(host, values)], value=picked)
-        changes: dict[str, Any] = {"preset_pick": picks, "fitted": ""}
+        changes: Changes = {"preset_pick": picks, "fitted": ""}
         for row in range(form.MAX_ROWS):
             current = form.row_values(values, row)
             changes[f"row{row}.blocks"] = update(choices=["", *known.weights], value=current["blocks"])
             changes[f"row{row}.elements"] = update(choices=["", *known.elements], value=current["elements"])
         return changes
 
-    def reload(values: Mapping[str, Any]) -> dict[str, Any]:
+    def reload(values: Form) -> Changes:
         problems = host.presets().problems
         return {**lists(values, str(values["preset_pick"] or "")), place: render.note_box(problems)}
 
-    def use(values: Mapping[str, Any]) -> dict[str, Any]:
+    def use(values: Form) -> Changes:
         row = chosen_row(values["preset_row"])
         if not 0 <= row < form.row_count(values):
             raise RecipeError(f"There are {form.row_count(values)} rows on the Merge page.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ...errors import LoraMergeError, RecipeError
 from ...methods import METHODS
-from ...recipe import MergeRecipe
 from .. import baking as bakes
 from .. import form, render_jobs
 from ..compat import update
@@ -62,7 +62,7 @@ class Running(Asking):
             job = self.jobs.submit(bakes.request_of(values, recipe, name, overwrite))
             return {**self.begun(job), "overwrite": False}
         preview = str(values["preview"] or "")
-        begun = self.merge(
+        request = MergeRequest(
             recipe,
             name=name,
             subfolder=str(values["subfolder"] or "").strip(),
@@ -72,12 +72,14 @@ class Running(Asking):
             preview="" if preview == form.NO_PREVIEW or trial else preview,
             changed_sources=True,
         )
+        begun = self.merge(request)
         # The tick was for this merge alone.
         return begun if trial else {**begun, "overwrite": False}
 
-    def merge(self, recipe: MergeRecipe, name: str = "", **more: Any) -> Changes:
+    def merge(self, request: MergeRequest) -> Changes:
         """Begin a merge; without a name it gets a free one made of the inputs'."""
-        request = MergeRequest(recipe, name or self.host.propose_name(recipe.inputs), **more)
+        if not request.name:
+            request = replace(request, name=self.host.propose_name(request.recipe.inputs))
         return self.begun(self.jobs.submit(request))
 
     def again(self, values: Form) -> Changes:
@@ -89,7 +91,7 @@ class Running(Asking):
         begun = self.jobs.again_exactly(job)
         changes = self.begun(begun)
         if same:
-            full = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
+            full: Changes = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
             changes |= {"conv_rank": None, **self.chosen(values, full)}
         return changes
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import LoraMergeError
 from ...methods import METHODS
 from .. import compat, form, render
-from ..compat import update
+from ..compat import Event, Trigger, Update, Widget, update
+from ..form import Changes, Form
 from . import baking, extracting
 from .controls import CONTROLS, ROW_CONTROLS, param_control
 
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from ..host import Host
     from ..jobs import JobQueue
 
-Form = Mapping[str, Any]
-Changes = dict[str, Any]
+Handler = Callable[[Form], Changes]
 
 ROW_NAMES = tuple(f"row{index}.{control.name}" for index in range(form.MAX_ROWS) for control in ROW_CONTROLS)
 FORM_NAMES = (
@@ -32,7 +32,7 @@ ROW_PLACES = tuple(f"row{index}" for index in range(form.MAX_ROWS))
 class Wiring:
     """The tab's components by name, and how to attach handlers to them."""
 
-    def __init__(self, widgets: Mapping[str, Any], host: Host, jobs: JobQueue) -> None:
+    def __init__(self, widgets: Mapping[str, Widget], host: Host, jobs: JobQueue) -> None:
         self.widgets = widgets
         self.host = host
         self.jobs = jobs
@@ -47,21 +47,22 @@ class Wiring:
 
     def on(
         self,
-        trigger: Callable[..., Any],
-        handler: Callable[[Form], Changes],
+        trigger: Trigger,
+        handler: Handler,
         inputs: Iterable[str] = (),
         outputs: Iterable[str] = (),
         *,
         message: str = "message",
         js: str | None = None,
-    ) -> Any:
+    ) -> Event:
         """Connect a handler that takes and gives values by name.
 
         A :class:`LoraMergeError` is shown in the place ``message``; all else stays as it is.
         """
         names, places = list(inputs), list(dict.fromkeys([*outputs, message]))
 
-        def run(*values: Any) -> list[Any]:
+        def run(*values: object) -> list[object]:
+            changes: Changes
             try:
                 changes = {message: "", **handler(dict(zip(names, values)))}
             except LoraMergeError as error:
@@ -76,12 +77,20 @@ class Wiring:
             js=js,
         )
 
-    def button(self, name: str, handler: Callable[[Form], Changes], *args: Any, **kwargs: Any) -> Any:
-        return self.on(self.widgets[f"button.{name}"].click, handler, *args, **kwargs)
+    def button(
+        self,
+        name: str,
+        handler: Handler,
+        inputs: Iterable[str] = (),
+        outputs: Iterable[str] = (),
+        *,
+        message: str = "message",
+        js: str | None = None,
+    ) -> Event:
+        trigger = self.widgets[f"button.{name}"].click
+        return self.on(trigger, handler, inputs, outputs, message=message, js=js)
 
-    def browser(
-        self, trigger: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str], js: str
-    ) -> None:
+    def browser(self, trigger: Trigger, inputs: Iterable[str], outputs: Iterable[str], js: str) -> None:
         """Connect a piece of JavaScript that needs nothing of the server."""
         compat.on(
             trigger,
@@ -112,7 +121,7 @@ def shown_by_choice() -> tuple[str, ...]:
     )
 
 
-def listed(choices: list[str], value: object) -> Any:
+def listed(choices: list[str], value: object) -> Update:
     """New choices for a list that keeps its value; some versions of Gradio drop a value that is no choice."""
     text = str(value or "")
     return update(choices=choices if text in choices or not text else [text, *choices])
@@ -120,9 +129,14 @@ def listed(choices: list[str], value: object) -> Any:
 
 def with_values(changes: Changes, wanted: Form) -> Changes:
     """Visibility and value of a control in one change."""
-    merged = {}
-    for name, change in changes.items():
-        if name in wanted and isinstance(change, dict):
-            change = {**change, "value": wanted[name]}
-        merged[name] = change
-    return merged
+    return {
+        name: joined(change, {"value": wanted[name]})
+        if name in wanted and isinstance(change, dict)
+        else change
+        for name, change in changes.items()
+    }
+
+
+def joined(*changes: object) -> Update:
+    """Several changes of a control as one; a plain value is none."""
+    return {name: new for change in changes if isinstance(change, dict) for name, new in change.items()}

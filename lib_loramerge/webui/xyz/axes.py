@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...errors import RecipeError
 from ...methods import METHODS
@@ -15,7 +14,7 @@ from ...recipe.check import check_number, plain, shown
 from ...recipe.text import tag_bodies
 from . import cell as cells
 from . import tags
-from .cell import Cell, Change
+from .cell import Cell
 
 PREFIX = "[LoRA Merge] "
 # A plot runs the dearest axis outermost. Another strength is another tag; another merge is another LoRA,
@@ -31,8 +30,7 @@ class Axis:
     Attributes:
         name: Its label without what all of ours begin with.
         kind: What the host makes of the text of a value, ``str`` or ``float``.
-        change: A cell and a value, as :attr:`read` gives it, to the cell with it.
-        read: A value as the host gives it to what :attr:`change` takes; what makes no sense raises.
+        change: A cell and a value as the host gives it to the cell with it; what makes no sense raises.
         shown: The names of the prompt's LoRAs and a value to the words on the grid.
         needs: How many LoRAs the prompt must have.
         choices: Values to choose from: ``modes``, ``presets``, ``numbers``; empty: they are typed.
@@ -40,9 +38,8 @@ class Axis:
 
     name: str
     kind: type
-    change: Change
-    read: Callable[[Any], Any]
-    shown: Callable[[Sequence[str], Any], str]
+    change: Callable[[Cell, object], Cell]
+    shown: Callable[[Sequence[str], object], str]
     cost: float = DEAR
     needs: int = 1
     choices: str = ""
@@ -52,15 +49,12 @@ class Axis:
         return PREFIX + self.name
 
 
-def _number(name: str) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        # The host counts in binary: 0.1 steps come as 0.30000000000000004.
-        return float(f"{check_number(name, value, -1000, 1000, text=True):.10g}")
-
-    return read
+def _number(name: str, value: object) -> float:
+    # The host counts in binary: 0.1 steps come as 0.30000000000000004.
+    return float(f"{check_number(name, value, -1000, 1000, text=True):.10g}")
 
 
-def _mode(value: Any) -> str:
+def _mode(value: object) -> str:
     text = str(value).strip()
     by_label = {method.label.casefold(): name for name, method in METHODS.items()}
     name = by_label.get(text.casefold(), text.casefold())
@@ -69,14 +63,14 @@ def _mode(value: Any) -> str:
     return name
 
 
-def _blocks(value: Any) -> str:
+def _blocks(value: object) -> str:
     text = str(value).strip()
     if not text or ":" in text or ">" in text:
         raise RecipeError(f"Block weights are a preset's name or a list of numbers, not {shown(text)}.")
     return text
 
 
-def _rank(value: Any) -> str:
+def _rank(value: object) -> str:
     cells.rank_fields(str(value))
     return str(value).strip()
 
@@ -85,7 +79,7 @@ def _name(names: Sequence[str], number: int) -> str:
     return names[number - 1] if number <= len(names) else f"LoRA {number}"
 
 
-def _without(names: Sequence[str], value: Any) -> str:
+def _without(names: Sequence[str], value: object) -> str:
     left_out = cells.read_left_out(str(value))
     return "without " + ", ".join(_name(names, n) for n in sorted(left_out)) if left_out else "all LoRAs"
 
@@ -94,19 +88,22 @@ def _rank_words(text: str) -> str:
     return text.replace("=", " ") if text.lower().startswith(("retain", "size")) else f"rank {text}"
 
 
-def _mix_words(names: Sequence[str], value: Any) -> str:
-    second = _number("mix")(value)
+def _mix_words(names: Sequence[str], value: object) -> str:
+    second = _number("mix", value)
     first = plain(float(f"{1 - second:.10g}"))
     return f"{first} {_name(names, 1)} + {plain(second)} {_name(names, 2)}"
 
 
 def _strength(number: int) -> Axis:
+    def change(cell: Cell, value: object) -> Cell:
+        strength = _number(f"The strength of LoRA {number}", value)
+        return replace(cell, strengths={**cell.strengths, number: strength})
+
     return Axis(
         f"Strength of LoRA {number}",
         float,
-        cells.set_strength(number),
-        _number(f"The strength of LoRA {number}"),
-        lambda names, value: f"{_name(names, number)} {plain(_number('strength')(value))}",
+        change,
+        lambda names, value: f"{_name(names, number)} {plain(_number('strength', value))}",
         cost=CHEAP,
         needs=number,
     )
@@ -116,8 +113,7 @@ def _block_weights(number: int) -> Axis:
     return Axis(
         f"Block weights of LoRA {number}",
         str,
-        cells.set_blocks(number),
-        _blocks,
+        lambda cell, value: replace(cell, blocks={**cell.blocks, number: _blocks(value)}),
         lambda names, value: f"{_name(names, number)}: {value}",
         needs=number,
         choices="presets",
@@ -129,8 +125,7 @@ AXES = (
     Axis(
         "Mix of LoRA 1 and 2",
         float,
-        lambda cell, value: replace(cell, mix=value),
-        _number("The mix"),
+        lambda cell, value: replace(cell, mix=_number("The mix", value)),
         _mix_words,
         cost=CHEAP,
         needs=2,
@@ -139,30 +134,26 @@ AXES = (
     Axis(
         "Mode",
         str,
-        lambda cell, value: replace(cell, mode=value),
-        _mode,
+        lambda cell, value: replace(cell, mode=_mode(value)),
         lambda names, value: METHODS[_mode(value)].label,
         choices="modes",
     ),
     Axis(
         "Rank",
         str,
-        lambda cell, value: replace(cell, rank=value),
-        _rank,
+        lambda cell, value: replace(cell, rank=_rank(value)),
         lambda names, value: _rank_words(str(value).strip()),
     ),
     Axis(
         "Parameter of the mode",
         str,
-        lambda cell, value: replace(cell, params={**cell.params, **value}),
-        lambda value: cells.read_params(str(value)),
+        lambda cell, value: replace(cell, params={**cell.params, **cells.read_params(str(value))}),
         lambda names, value: str(value).strip(),
     ),
     Axis(
         "Leave out LoRA",
         str,
-        lambda cell, value: replace(cell, left_out=value),
-        lambda value: cells.read_left_out(str(value)),
+        lambda cell, value: replace(cell, left_out=cells.read_left_out(str(value))),
         _without,
         cost=CHEAP,
         choices="numbers",
@@ -190,17 +181,17 @@ def typed_values(axis: Axis, text: str) -> list[str]:
     found = [value for part in values if part for value in values_of(part)]
     for value in found:
         if not any(mark in value[1:] for mark in "-[("):  # The host's own ranges.
-            axis.read(value)
+            axis.change(Cell(), value)
     return found
 
 
-def check_values(axis: Axis, prompt: str, values: Sequence[Any]) -> list[Cell]:
+def check_values(axis: Axis, prompt: str, values: Sequence[object]) -> list[Cell]:
     """The cells of an axis alone.
 
     Raises:
         RecipeError: A value that makes no sense, or too few LoRAs in the prompt.
     """
-    made = [axis.change(Cell(), axis.read(value)) for value in values]
+    made = [axis.change(Cell(), value) for value in values]
     needed = max([axis.needs, *(max(cell.left_out, default=0) for cell in made)])
     there = cells.count(prompt)
     if there < needed:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ...errors import RecipeError
 from ...methods import METHODS
 from ...recipe import MergeRecipe, check_params, format_input, nearest_hint, parse_prompt, parse_rank
 from ...recipe.check import check_number, plain, shown
+from ...recipe.rank_rules import RecipeValues
+from ...recipe.settings import Value
 from ...recipe.text import tag_bodies
 from ..settings import Settings
 from . import tags
 
 ALL = "none"
-WHOLE: Mapping[str, Any] = {"mode": "svd", "rank": "full"}
+WHOLE: RecipeValues = {"mode": "svd", "rank": "full"}
 """Of a recipe that is what the tags of a prompt are."""
 
 
@@ -38,7 +39,7 @@ class Cell:
     blocks: Mapping[int, str] = field(default_factory=dict)
     mode: str | None = None
     rank: str | None = None
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def merges(self) -> bool:
@@ -76,11 +77,11 @@ class Cell:
             own = {param.name for param in METHODS[mode].params}
             params = {name: value for name, value in params.items() if name in own}
         only_blocks = not (self.mode or self.rank or self.params)
-        rule = {"mode": mode, **rank_fields(self.rank or defaults.rank)}
+        rule: RecipeValues = {"mode": mode, **rank_fields(self.rank or defaults.rank)}
         return MergeRecipe(
             inputs=parse_prompt(prompt),
             params=params,
-            seed=self.params.get("seed", 0),
+            seed=int(self.params.get("seed", 0)),
             device=defaults.device,
             dtype=defaults.dtype,
             **(WHOLE if only_blocks else rule),
@@ -103,7 +104,7 @@ def words(recipe: MergeRecipe) -> str:
     return ", ".join(parts)
 
 
-def rank_fields(text: str) -> dict[str, Any]:
+def rank_fields(text: str) -> RecipeValues:
     """``8``, ``auto``, ``same``, ``full``, ``retain 0.99`` or ``size 50`` as fields of a recipe.
 
     Raises:
@@ -115,13 +116,13 @@ def rank_fields(text: str) -> dict[str, Any]:
     return {"rank": parse_rank(text)}
 
 
-def read_params(text: str) -> dict[str, Any]:
+def read_params(text: str) -> dict[str, Value]:
     """``density=0.3``, or several with blanks between them.
 
     Raises:
         RecipeError: No mode has such a parameter, or its value does not fit.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Value] = {}
     for part in text.split():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
@@ -173,17 +174,6 @@ def read_left_out(text: str) -> frozenset[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in numbers):
         raise RecipeError(f"Write none, the number of a LoRA, or several as 1+3, not {shown(text)}.")
     return frozenset(int(part) for part in numbers)
-
-
-Change = Callable[[Cell, Any], Cell]
-
-
-def set_strength(number: int) -> Change:
-    return lambda cell, value: replace(cell, strengths={**cell.strengths, number: value})
-
-
-def set_blocks(number: int) -> Change:
-    return lambda cell, value: replace(cell, blocks={**cell.blocks, number: value})
 
 
 def count(prompt: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from ...errors import RecipeError
 from ...methods import METHODS
@@ -42,13 +41,12 @@ def recipe_of(infotext: str, defaults: Settings) -> MergeRecipe:
         )
     prompt = re.split(r"\n(?:Negative prompt|Steps): ", infotext.replace("\r\n", "\n"))[0]
     ours = _OURS.search(infotext, len(prompt))
-    chosen: dict[str, Any] = {"dtype": defaults.dtype, "device": defaults.device}
     if ours is not None:
-        return read_words(_unquoted(ours[1]), **chosen)
+        return read_words(_unquoted(ours[1]), defaults)
     inputs = parse_prompt(prompt, skip_unsupported=True)
     if not inputs:
         raise RecipeError("This picture was made without a LoRA. Choose one that was made with some.")
-    return MergeRecipe(inputs=inputs, **WHOLE, **chosen)
+    return MergeRecipe(inputs=inputs, **WHOLE, dtype=defaults.dtype, device=defaults.device)
 
 
 def _unquoted(text: str) -> str:
@@ -63,7 +61,7 @@ def _no_merge(text: str) -> RecipeError:
     return RecipeError(f"The picture's {INFOTEXT} does not say a merge: {text[:200]}")
 
 
-def read_words(text: str, **fields: Any) -> MergeRecipe:
+def read_words(text: str, defaults: Settings) -> MergeRecipe:
     """The recipe that :func:`.cell.words` wrote.
 
     Raises:
@@ -83,5 +81,6 @@ def read_words(text: str, **fields: Any) -> MergeRecipe:
         params={name: checked[name] for name in params},
         seed=seed,
         **rank_fields(rule if kind == "rank" else f"{kind} {rule}"),
-        **fields,
+        dtype=defaults.dtype,
+        device=defaults.device,
     )

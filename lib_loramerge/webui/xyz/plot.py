@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import Cancelled, LoraMergeError
 from ...recipe.text import tag_bodies
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...merge import Shared
     from ...recipe import MergeRecipe
     from ..host import Host
+    from .theirs import Picture
 
 # Of the host's object for one picture: the cell, and whether the end of its plot is known.
 CELL, BOUND = "loramerge_cell", "loramerge_bound"
@@ -50,14 +51,14 @@ class Plot:
 
     # What the host's plot calls
 
-    def apply(self, axis: Axis, p: Any, value: Any) -> None:
+    def apply(self, axis: Axis, p: Picture, value: object) -> None:
         """Notes a value in the picture that is to be made.
 
         ``p`` is a shallow copy of the plot's own: what it holds must not be changed in place.
         """
-        setattr(p, CELL, axis.change(getattr(p, CELL, None) or Cell(), axis.read(value)))
+        setattr(p, CELL, axis.change(getattr(p, CELL, None) or Cell(), value))
 
-    def confirm(self, axis: Axis, p: Any, values: Sequence[Any]) -> None:
+    def confirm(self, axis: Axis, p: Picture, values: Sequence[object]) -> None:
         """Checks the values of an axis before the first picture.
 
         Raises:
@@ -77,7 +78,7 @@ class Plot:
 
     # What the host calls before each picture
 
-    def before_process(self, p: Any) -> None:
+    def before_process(self, p: Picture) -> None:
         """Rewrites the prompts of a picture that an axis of ours has a value for."""
         cell = getattr(p, CELL, None)
         if cell is None:
@@ -100,7 +101,7 @@ class Plot:
             self.host.log("a picture of a plot failed unexpectedly", error)
             _fail(p, f"Unexpected error ({type(error).__name__}: {error}). The console tells more.")
 
-    def _rewritten(self, p: Any, cell: Cell, prompt: str) -> str:
+    def _rewritten(self, p: Picture, cell: Cell, prompt: str) -> str:
         prompt = cell.rewritten(prompt)
         if not cell.merges or not tag_bodies(prompt):
             return prompt
@@ -134,7 +135,7 @@ class Plot:
             trial = self.trials.add(path, recipe, made, report)
         return trial.name
 
-    def _until_closed(self, p: Any) -> None:
+    def _until_closed(self, p: Picture) -> None:
         """Makes the plot end with the host's object for it, closed or gone after the last picture.
 
         Python may notice long afterwards that an object is gone: what the next plot has made stays then.
@@ -163,7 +164,7 @@ class Plot:
             p.close = closed
 
 
-def prompt_of(p: Any) -> str:
+def prompt_of(p: Picture) -> str:
     """The prompt of a plot, with what its styles add."""
     prompt = getattr(p, "prompt", "")
     if isinstance(prompt, list):
@@ -171,7 +172,7 @@ def prompt_of(p: Any) -> str:
     return _styled(p, prompt, "apply_styles_to_prompt")
 
 
-def _styled(p: Any, prompt: str, how: str) -> str:
+def _styled(p: Picture, prompt: str, how: str) -> str:
     apply = getattr(getattr(host_module("shared"), "prompt_styles", None), how, None)
     styles = getattr(p, "styles", None)
     if apply is None or not styles:
@@ -182,7 +183,7 @@ def _styled(p: Any, prompt: str, how: str) -> str:
         return prompt
 
 
-def _dissolve_styles(p: Any) -> None:
+def _dissolve_styles(p: Picture) -> None:
     """Puts the styles into the prompts where they bring LoRAs, which the axes are to reach."""
     prompt = getattr(p, "prompt", None)
     if not isinstance(prompt, str):
@@ -200,7 +201,7 @@ def _dissolve_styles(p: Any) -> None:
     p.styles = []
 
 
-def _fail(p: Any, sentence: str) -> None:
+def _fail(p: Picture, sentence: str) -> None:
     """Makes the host fail at this picture, with our sentence: it goes on with the next cell.
 
     What is raised here and now it only writes to its console. It fails where it prepares the sampling, as
@@ -209,7 +210,7 @@ def _fail(p: Any, sentence: str) -> None:
     if hasattr(p, "comment"):
         p.comment(sentence)
 
-    def init(*args: Any, **kwargs: Any) -> None:
+    def init(*args: object, **kwargs: object) -> None:
         raise RuntimeError(sentence)
 
     p.init = init

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ...errors import LoraMergeError
 from ...methods import METHODS
@@ -14,38 +15,41 @@ from .axes import AXES, MOST_STRENGTHS, Axis, names_in, typed_values
 from .cell import ALL
 from .plot import Plot, prompt_of
 
+if TYPE_CHECKING:
+    from .theirs import AxisOption, AxisOptions, Picture
+
 TITLE = "LoRA Merge"
 # The hosts execute the plot's script under the name of its file, outside sys.modules.
 SCRIPTS = ("xyz_grid.py", "xy_grid.py")
 
 
-def _scripts() -> Any:
+def _scripts() -> ModuleType:
     """The host's module with the scripts of its pages; SD.Next has moved it."""
     known = (host_module(name) for name in ("scripts_manager", "scripts"))
-    return next(module for module in known if hasattr(module, "Script"))
+    return next(module for module in known if module is not None and hasattr(module, "Script"))
 
 
 def script_class(services: Callable[[], Plot]) -> type:
     """The always-on script, without controls, that the host finds in ``scripts/``."""
-    scripts: Any = _scripts()
+    scripts: Any = _scripts()  # Its class is known when the host runs.
 
     class LoraMergeAxes(scripts.Script):  # type: ignore[misc]
         def title(self) -> str:
             return TITLE
 
-        def show(self, is_img2img: bool) -> Any:
+        def show(self, is_img2img: bool) -> object:
             return scripts.AlwaysVisible
 
-        def ui(self, is_img2img: bool) -> list[Any]:
+        def ui(self, is_img2img: bool) -> list[object]:
             return []
 
-        def before_process(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        def before_process(self, p: Picture, *args: object, **kwargs: object) -> None:
             services().before_process(p)
 
     return LoraMergeAxes
 
 
-def grid_modules() -> list[Any]:
+def grid_modules() -> list[ModuleType]:
     """Every module of the host with the axes of a plot; SD.Next has them in one of their own."""
     scripts = _scripts()
     found = [
@@ -66,14 +70,14 @@ def add_axes(plot: Plot) -> None:
         )
 
 
-def _option(kind: Any, plot: Plot, axis: Axis) -> Any:
-    def apply(p: Any, x: Any, xs: Any) -> None:
+def _option(kind: AxisOptions, plot: Plot, axis: Axis) -> AxisOption:
+    def apply(p: Picture, x: object, xs: object) -> None:
         plot.apply(axis, p, x)
 
-    def confirm(p: Any, xs: Any) -> None:
+    def confirm(p: Picture, xs: Sequence[object]) -> None:
         plot.confirm(axis, p, xs)
 
-    def format_value(p: Any, opt: Any, x: Any) -> str:
+    def format_value(p: Picture, opt: object, x: object) -> str:
         return axis.shown(names_in(prompt_of(p)), x)
 
     def prepare(text: str) -> list[str]:
