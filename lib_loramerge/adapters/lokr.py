@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..delta import LowRank
+from ..delta import Kronecker, LowRank, structured
 from ..errors import IncompatibleError
 from .kinds import AdapterKind, Layer, LayerFacts, Shape, Shapes, matrix, register, require, split_kernel
 from .scaling import ALPHA_UNUSED, wide
@@ -118,26 +119,27 @@ def _from_singular_values(p1: Tensor, q1: Tensor, p2: Tensor, q2: Tensor, kernel
     The singular values of a Kronecker product are the products of its factors'
     singular values, and so are its vectors: the large matrix is never formed.
     """
-    up1, s1, down1 = _svd(p1, q1)
-    up2, s2, down2 = _svd(p2, q2)
+    (a, u1, s1, v1), (b, u2, s2, v2) = _svd(p1, q1), _svd(p2, q2)
     values = torch.outer(s1, s2).flatten()
     order = torch.argsort(values, descending=True, stable=True)
     noise = values[order[0]] * torch.finfo(torch.float32).eps
     keep = order[: max(1, int((values > noise).sum()))]
     i, j = keep // len(s2), keep % len(s2)
-    # Whole matrices are large: they take the type that they are stored in.
-    dtype = torch.float64 if len(keep) < _WHOLE else q2.dtype
-    up1, up2, down1, down2 = (factor.to(dtype) for factor in (up1, up2, down1, down2))
-    up = (up1[:, None, i] * up2[None, :, j]).flatten(0, 1)
-    down = (down1[i][:, :, None] * down2[j][:, None, :]).flatten(1)
-    return LowRank(up, down, float(len(keep)), kernel, spectra=(values[keep],))
+    # Whole matrices are large: their factors take the type that they are stored in, if they are made at all.
+    whole = len(keep) >= _WHOLE
+    dtype = q2.dtype if whole else torch.float64
+    made = Kronecker(a, b, (u1, u2), (v1, v2), (i, j), values[keep], dtype)
+    known: dict[str, Any] = {"kernel": kernel, "spectra": (values[keep],)}
+    if whole:
+        return structured(made, float(len(keep)), **known)
+    return LowRank(made.factor("up"), made.factor("down"), float(len(keep)), **known)
 
 
-def _svd(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(up, singular values float64, down) of ``p q``; up and down share the root of the values."""
-    u, s, v = torch.linalg.svd(p.double() @ q.double(), full_matrices=False)
-    root = s.sqrt()
-    return u * root, s, root[:, None] * v
+def _svd(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``p q`` and its singular vectors and values, (rows, k) (k,) (columns, k), in float64."""
+    whole = p.double() @ q.double()
+    u, s, v = torch.linalg.svd(whole, full_matrices=False)
+    return whole, u, s, v.mT
 
 
 def _scale_rank(shapes: Shapes) -> int | None:

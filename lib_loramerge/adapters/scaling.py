@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..delta import NEAR, Delta, Dense, LowRank, largest
+from ..delta import NEAR, Delta, Dense, Kronecker, LowRank, changed, largest
 from ..errors import IncompatibleError
 from .kinds import AdapterKind, Layer, Shapes, shapes_of
 
@@ -76,12 +76,14 @@ def apply_scale(delta: Delta, scale: Scale) -> Delta:
         return replace(delta, weight=delta.weight * scale.value)
     if scale.numerator == 0 or delta.alpha == 0:
         return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank), spectra=())
-    up = -delta.up if scale.value < 0 else delta.up
     if delta.alpha == scale.denominator:
         alpha = abs(scale.numerator)
     else:
         alpha = abs(delta.alpha * scale.numerator / scale.denominator)
-    return replace(delta, up=up, alpha=alpha)
+    if isinstance(delta.structure, Kronecker):
+        structure = delta.structure.negated() if scale.value < 0 else delta.structure
+        return changed(delta, structure=structure, alpha=alpha)
+    return replace(delta, up=-delta.up if scale.value < 0 else delta.up, alpha=alpha)
 
 
 def plain_delta(kind: AdapterKind, layer: Layer) -> Delta | None:

@@ -99,8 +99,9 @@ def _factors(
 ) -> tuple[Tensor, Tensor | None]:
     if merged is None:
         return torch.zeros(layer.out, _product(shape[1:]), dtype=wide), None
-    if isinstance(merged, Dense):
-        whole = merged.weight.to(wide).reshape(merged.weight.shape[0], -1).cpu()
+    if isinstance(merged, Dense) or (isinstance(merged, LowRank) and merged.structure is not None):
+        whole = merged.weight if isinstance(merged, Dense) else merged.dense()
+        whole = whole.to(wide).reshape(whole.shape[0], -1).cpu()
         whole = whole.T.contiguous() if place.transposed else _padded(whole, layer, shape)
         return whole, None
     if isinstance(merged, LowRank):

@@ -7,6 +7,7 @@ from .core import NOISE, Spectrum, added_to_parts, decompose, truncate
 from .counted import all_values, is_counted
 from .dense import decompose_dense
 from .fair import directions
+from .kronecker import Kronecker
 from .measure import (
     Overlaps,
     added_by_components,
@@ -33,6 +34,7 @@ from .types import (
     LowRank,
     Merged,
     Mixed,
+    changed,
     check_same_shape,
     last_digits,
     moved,
@@ -40,6 +42,7 @@ from .types import (
     place_rows,
     scaled,
     stack,
+    structured,
     take_rows,
     weighted_sum,
 )
@@ -51,6 +54,7 @@ __all__ = [
     "Delta",
     "Dense",
     "Grams",
+    "Kronecker",
     "LayerDelta",
     "LowRank",
     "Merged",
@@ -63,6 +67,7 @@ __all__ = [
     "all_values",
     "as_double",
     "available_cores",
+    "changed",
     "check_same_shape",
     "conflict_of",
     "cut_layer",
@@ -95,6 +100,7 @@ __all__ = [
     "sampled_rows",
     "scaled",
     "stack",
+    "structured",
     "take_rows",
     "times_two_to",
     "truncate",

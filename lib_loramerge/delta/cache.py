@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .types import Delta, LayerDelta, LowRank, named
+from .types import Delta, Dense, LayerDelta, LowRank, named
 
 ROOM = 1 << 30  # Bytes: two LoRAs of rank 32 for SDXL take half of it.
 _NARROW = (torch.float16, torch.bfloat16)
@@ -65,9 +65,9 @@ def size_of(*tensors: Tensor | None) -> int:
 
 def _changed(delta: LayerDelta, change: Callable[[Tensor], Tensor]) -> LayerDelta:
     weight: Delta | None = delta.weight
-    if isinstance(weight, LowRank):
+    if isinstance(weight, LowRank) and weight.structure is None:
         weight = replace(weight, up=change(weight.up), down=change(weight.down))
-    elif weight is not None:
+    elif isinstance(weight, Dense):
         weight = replace(weight, weight=change(weight.weight))
     return replace(delta, weight=weight)
 
@@ -89,6 +89,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _bytes(delta: LayerDelta) -> int:
     weight = delta.weight
+    if isinstance(weight, LowRank) and weight.structure is not None:
+        return weight.structure.size + size_of(delta.bias)
     if isinstance(weight, LowRank):
         return size_of(weight.up, weight.down, weight.gains, delta.bias, *weight.spectra)
     return size_of(delta.bias, *(() if weight is None else (weight.weight, weight.start)))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..errors import OutputError
 from .cache import Cache, size_of
+from .kronecker import operator
 from .small import cholesky, gram, grams, grams_of_all, joined, lost_of_parts, root_of_dependent, sizes
 from .types import Grams, LowRank, Mixed
 
@@ -405,6 +406,10 @@ def truncate_all(
     first = spectra[0]
     assert first.source is not None
     assert first.mixing is not None
+    if first.ordered and isinstance(first.source, LowRank):
+        best = _first(first.source, rank, dtype)
+        left, right = first.mixing(rank)
+        return best.up[None], best.down[None], (left[None], right[None]), True
     if first.solved is not None:
         rows = [spectrum.row for spectrum in spectra]
         mixings = first.solved.mixings(rows, rank)
@@ -413,9 +418,6 @@ def truncate_all(
     else:
         left, right = first.mixing(rank)
         mixings, ups, downs = (left[None], right[None]), first.source.up[None], first.source.down[None]
-    if first.ordered and isinstance(first.source, LowRank):
-        best = _first(first.source, rank, dtype)
-        return best.up[None], best.down[None], mixings, True
     pairs = zip(spectra, *mixings)
     holds = mixings_fit(*mixings) and all(_sums_hold(spectrum, *pair) for spectrum, *pair in pairs)
     work = dtype if holds else torch.float64
@@ -427,8 +429,12 @@ def _first(delta: LowRank, rank: int, dtype: torch.dtype) -> LowRank:
     """The first components of a delta of one piece, its scale shared by both factors."""
     gain = float(delta.component_gains()[0])
     root = abs(gain) ** 0.5
-    up = delta.up[:, :rank].to(dtype) * math.copysign(root, gain)
-    return LowRank(up, delta.down[:rank].to(dtype) * root, float(rank), delta.kernel)
+    if delta.structure is None:
+        up, down = delta.up[:, :rank], delta.down[:rank]
+    else:
+        up, down = (delta.structure.factor(name, rank) for name in ("up", "down"))
+    up = up.to(dtype) * math.copysign(root, gain)
+    return LowRank(up, down.to(dtype) * root, float(rank), delta.kernel)
 
 
 def _sums_hold(spectrum: Spectrum, left: Tensor, right: Tensor) -> bool:
@@ -475,9 +481,9 @@ def _decompose_short(delta: LowRank, size: float | None, vectors: bool) -> Spect
     """:func:`decompose` for more components than the shorter side has: that side takes their place."""
     gains = delta.component_gains()
     if size is None:
-        size = float(sizes(grams(delta), gains, delta.parts)[1])
-    whole = (delta.up.double() * gains.to(delta.up.device)) @ delta.down.double()
-    return decompose_whole(whole, size, delta.kernel, vectors=vectors)
+        structure = operator(delta)
+        size = structure.size if structure else float(sizes(grams(delta), gains, delta.parts)[1])
+    return decompose_whole(delta.dense(), size, delta.kernel, vectors=vectors)
 
 
 def decompose_whole(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .core import NOISE, Spectrum, cancelled, decompose
+from .sampled import sampled_values
 from .small import as_double, grams, sizes
 from .types import LowRank, Mixed
 
@@ -42,10 +43,13 @@ _PAYS = (
 def all_values(delta: LowRank | Mixed) -> Spectrum:
     """A delta's singular values, without what is needed to write it.
 
-    Exact where :func:`decompose` is quick. Otherwise the largest 128 values are right to 0.2 %, the others to
-    3 %, those that hardly count to 12 %, and the norm exactly.
+    Exact where :func:`decompose` is quick. Otherwise the largest 128 values are right to 0.4 %, the others to
+    3 %, those that hardly count to 12 %, and the norm exactly. Of sums of several whole-matrix LoKr see
+    :func:`~lib_loramerge.delta.sampled.sampled_values`.
     """
-    found = _counted(delta) if isinstance(delta, LowRank) else None
+    found = None
+    if isinstance(delta, LowRank) and is_counted(delta):
+        found = _counted(delta) if _is_small_beside(delta) else sampled_values(delta)
     return found if found is not None else decompose(delta, vectors=False)
 
 
@@ -53,8 +57,20 @@ def is_counted(delta: LowRank | Mixed) -> bool:
     """Whether :func:`all_values` counts the singular values of a delta instead of computing them."""
     if not isinstance(delta, LowRank) or len(delta.spectra) < 2:
         return False
-    known = [part for part, own in zip(delta.parts, delta.spectra, strict=True) if own is not None]
-    return len(known) == 1 and known[0] >= _LARGE and delta.rank - known[0] <= _PAYS * known[0]
+    return max(_known(delta), default=0) >= _LARGE and (
+        delta.structure is not None or _is_small_beside(delta)
+    )
+
+
+def _known(delta: LowRank) -> list[int]:
+    """Ranks of the parts whose singular values are known."""
+    return [part for part, own in zip(delta.parts, delta.spectra, strict=True) if own is not None]
+
+
+def _is_small_beside(delta: LowRank) -> bool:
+    """Whether one part is known, and the others are few components beside it."""
+    known = _known(delta)
+    return len(known) == 1 and delta.rank - known[0] <= _PAYS * known[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +102,6 @@ class _Update:
 
 
 def _counted(delta: LowRank) -> Spectrum | None:
-    if not is_counted(delta):
-        return None
     small, gains = grams(delta), delta.component_gains()
     energy, size = (float(found) for found in sizes(small, gains, delta.parts))
     if not math.isfinite(energy) or energy == 0 or cancelled(energy, size):

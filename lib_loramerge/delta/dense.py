@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .core import Spectrum, cancelled, decompose, decompose_whole, in_float32
+from .kronecker import Operator, operator
 from .krylov import outside, to_come
 from .reach import NEAR, largest, times_two_to
 from .small import gram, grams, sizes
@@ -98,6 +99,9 @@ def decompose_large(delta: LowRank, rank: int) -> Spectrum | None:
     """
     if 2 * _WIDTH * rank > _PAYS * min(delta.out, delta.in_):
         return None
+    whole = operator(delta)
+    if whole is not None:
+        return decompose_operator(delta, whole, rank)
     small, gains = grams(delta), delta.component_gains()
     energy, size = (float(found) for found in sizes(small, gains, delta.parts))
     del small
@@ -118,6 +122,22 @@ def decompose_large(delta: LowRank, rank: int) -> Spectrum | None:
     image = ((basis.mT @ delta.up.double()) * own) @ delta.down.double()
     inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
     small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image).cpu())
+    spectrum = decompose(inside, energy**0.5, small=small)
+    return replace(spectrum, energy=energy, size=size, beyond=max(0.0, energy - spectrum.energy))
+
+
+def decompose_operator(delta: LowRank, whole: Operator, rank: int) -> Spectrum | None:
+    """:func:`decompose_large` of a delta that has structure."""
+    energy, size = whole.energy, whole.size
+    if not math.isfinite(energy) or cancelled(energy, size) or not in_float32(size):
+        return None
+    start = _start_block(None, delta.in_, rank)
+    basis = _krylov(whole.times, whole.onto, start, rank, energy, min(delta.out, delta.in_))
+    if basis is None:
+        return None
+    image = whole.onto(basis)
+    inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
+    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image))
     spectrum = decompose(inside, energy**0.5, small=small)
     return replace(spectrum, energy=energy, size=size, beyond=max(0.0, energy - spectrum.energy))
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .small import grams, whitener
+from .kronecker import Kronecker, operator, terms_of
+from .kronecker import inner as inner_of_terms
+from .small import gram, grams, whitener
 from .types import Delta, Dense, Grams, LowRank, stack
 
 _EXACT_BELOW = 1e-8  # Squared relative distance under which the Gram form would lose digits to cancellation.
@@ -25,6 +27,8 @@ def inner(a: Delta, b: Delta) -> float:
     """Frobenius inner product ``sum(a * b)``, in float64, of two deltas on one device."""
     if a is b and isinstance(a, LowRank) and len(a.spectra) == 1 and a.spectra[0] is not None:
         return float((a.spectra[0].cpu() * a.component_gains()).square().sum())
+    if isinstance(a, LowRank) and isinstance(b, LowRank) and (operator(a) or operator(b)):
+        return sum(inner_of_terms(one, two) for one in terms_of(a) for two in terms_of(b))
     if isinstance(a, LowRank) and isinstance(b, LowRank):
         left = a.component_gains()[:, None] * b.component_gains()
         return float((cross(a.up.mT, b.up.mT) * cross(a.down, b.down) * left.to(a.up.device)).sum())
@@ -45,7 +49,7 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 def inner_products(deltas: Sequence[Delta]) -> Tensor:
     """(n, n) float64 on the CPU: the Frobenius inner product of each two deltas of one shape."""
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(low) < len(deltas):
+    if len(low) < len(deltas) or any(operator(delta) for delta in low):
         rows = [[inner(a, b) for b in deltas] for a in deltas]
         return torch.tensor(rows, dtype=torch.float64)
     whole = stack(low, [1.0] * len(low))
@@ -75,6 +79,11 @@ def overlaps(deltas: Sequence[Delta]) -> Overlaps:
     if not low:
         return Overlaps(inner_products(deltas), inputs, outputs)
     parts = [delta for delta in deltas if isinstance(delta, LowRank)]
+    if any(delta.structure is not None for delta in parts):
+        for (i, a), (j, b) in itertools.combinations_with_replacement(zip(low, parts), 2):
+            inputs[i, j] = inputs[j, i] = _shared_space("down", a, b)
+            outputs[i, j] = outputs[j, i] = _shared_space("up", a, b)
+        return Overlaps(inner_products(deltas), inputs, outputs)
     whole = stack(parts, [1.0] * len(parts))
     small, places = grams(whole), _places(parts)
     inputs[_square(low)], outputs[_square(low)] = _shared(small.down, places), _shared(small.up, places)
@@ -86,6 +95,9 @@ def overlaps(deltas: Sequence[Delta]) -> Overlaps:
 def sampled_rows(delta: Delta, rows: int = 64) -> Tensor:
     """About ``rows`` rows of a delta weight, evenly spread, (n, in * kh * kw) float32."""
     step = max(1, delta.out // rows)
+    if isinstance(delta, LowRank) and isinstance(delta.structure, Kronecker):
+        gain = float(delta.component_gains()[0])
+        return (delta.structure.rows(0, delta.out, step) * gain).float()
     if isinstance(delta, Dense):
         return delta.weight[::step].float()
     up = delta.up[::step].double() * delta.component_gains().to(delta.up.device)
@@ -187,6 +199,31 @@ def _products_of_parts(small: Grams, gains: Tensor, places: Sequence[slice]) -> 
     for index, place in enumerate(places):
         owner[place, index] = 1.0
     return owner.mT @ product @ owner
+
+
+def _shared_space(name: str, a: LowRank, b: LowRank) -> float:
+    """Mean squared cosine of the angles between the spaces of two factors, ``up`` or ``down``."""
+    one, two = a.structure, b.structure
+    if a is b:
+        return 1.0 if a.rank else 0.0
+    if isinstance(one, Kronecker) and isinstance(two, Kronecker) and one.a.shape == two.a.shape:
+        return min(1.0, one.shared(name, two) / min(a.rank, b.rank))
+    if not isinstance(one, Kronecker) and isinstance(two, Kronecker):
+        return _shared_space(name, b, a)
+    columns = _orthonormal(name, b)
+    least = min(a.rank if isinstance(one, Kronecker) else columns.shape[1], columns.shape[1])
+    if isinstance(one, Kronecker):
+        found = one.along(name, columns)
+    else:
+        own = _orthonormal(name, a)
+        least, found = min(least, own.shape[1]), own.mT @ columns
+    return min(1.0, float(found.square().sum()) / least) if least else 0.0
+
+
+def _orthonormal(name: str, delta: LowRank) -> Tensor:
+    """Orthonormal columns, float64, that span those of ``up``, or the rows of ``down``."""
+    rows = (delta.up.mT if name == "up" else delta.down).double()
+    return rows.mT @ whitener(gram(rows))
 
 
 def _shared(square: Tensor, places: Sequence[slice]) -> Tensor:

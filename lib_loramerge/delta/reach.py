@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError
-from .types import Delta, Dense, Grams, LowRank, Merged, Mixed
+from .types import Delta, Dense, Grams, LowRank, Merged, Mixed, scaled
 
 NEAR = 50  # Squares of float32 numbers up to 2 to this power, and sums of them, are float32 numbers.
 _SAFE_SCALE = 200  # Float64 arithmetic on factors has room for a scale of 2 to this power.
@@ -58,6 +58,8 @@ def times_two_to(delta: _D, power: int) -> _D:
             alpha = math.ldexp(delta.alpha, power)
         except OverflowError:
             alpha = math.copysign(math.inf, delta.alpha)
+        if delta.structure is not None and alpha != 0 and math.isfinite(alpha):
+            return scaled(delta, 2.0**power)
         if alpha == 0 or power < -_LAST:
             return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank), spectra=())
         return replace(delta, alpha=alpha)

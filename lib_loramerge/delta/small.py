@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .kronecker import Kronecker, terms_of
 from .types import Grams, LowRank, Mixed
 
 _CHUNK = 1 << 19  # Numbers turned to float64 at a time: they stay in the processor's cache.
@@ -46,6 +47,8 @@ def _lower(piece: Tensor) -> Tensor:
 
 def grams(delta: LowRank) -> Grams:
     """The Gram matrices of a delta's factors, without its gains."""
+    if delta.structure is not None:
+        return Grams(*(_gram_of_terms(name, terms_of(delta)) for name in ("up", "down")))
     if any(part is not None for part in delta.spectra):
         return Grams(_gram_of_parts(delta.up.mT, delta), _gram_of_parts(delta.down, delta))
     return Grams(gram(delta.up.mT).cpu(), gram(delta.down).cpu())
@@ -76,6 +79,34 @@ def _gram_of_parts(rows: Tensor, delta: LowRank) -> Tensor:
             square[start:stop, other:end] = both
             square[other:end, start:stop] = both.mT
     return square
+
+
+def _gram_of_terms(name: str, terms: Sequence[LowRank]) -> Tensor:
+    """:func:`gram` of one of the factors of a sum with structure."""
+    edges = list(itertools.pairwise(itertools.accumulate((term.rank for term in terms), initial=0)))
+    square = torch.zeros((edges[-1][1],) * 2, dtype=torch.float64)
+    for place, (term, (start, stop)) in enumerate(zip(terms, edges)):
+        if isinstance(term.structure, Kronecker):
+            square[start:stop, start:stop] = torch.diag(term.structure.values)
+        else:
+            small = grams(term)
+            square[start:stop, start:stop] = small.up if name == "up" else small.down
+        for other, (first, last) in zip(terms[:place], edges):
+            square[start:stop, first:last] = _across(name, term, other)
+            square[first:last, start:stop] = square[start:stop, first:last].mT
+    return square
+
+
+def _across(name: str, term: LowRank, other: LowRank) -> Tensor:
+    one, two = term.structure, other.structure
+    if isinstance(one, Kronecker) and isinstance(two, Kronecker) and one.a.shape == two.a.shape:
+        return one.across(name, two)
+    if isinstance(two, Kronecker) and not isinstance(one, Kronecker):
+        return _across(name, other, term).mT
+    columns = other.up if name == "up" else other.down.mT
+    if isinstance(one, Kronecker):
+        return one.coordinates(name, columns)
+    return (term.up.mT if name == "up" else term.down).double() @ columns.double()
 
 
 def joined(factors: Sequence[Tensor]) -> Tensor:

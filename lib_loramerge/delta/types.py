@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from ..errors import IncompatibleError
+from .kronecker import Kronecker, Structure, Terms
 
 
 @final
@@ -33,6 +35,8 @@ class LowRank:
             a part of which that is not known. Empty: it is known of no part.
         name: What the numbers of both factors are known as, where several merges share what is computed of
             them; see :func:`named`. ``dataclasses.replace`` loses it.
+        structure: What takes the place of factors that are large, until one of them is asked for; see
+            :func:`structured`. ``dataclasses.replace`` loses it, :func:`changed` does not.
     """
 
     up: Tensor
@@ -43,19 +47,29 @@ class LowRank:
     gains: Tensor | None = None
     spectra: tuple[Tensor | None, ...] = ()
     name: Hashable = field(default=None, init=False)
+    structure: Structure | None = field(default=None, init=False)
+
+    if not TYPE_CHECKING:  # or any name would be an attribute
+
+        def __getattr__(self, name: str) -> Tensor:
+            if name not in ("up", "down") or self.structure is None:
+                raise AttributeError(name)
+            made = self.structure.factor(name)
+            object.__setattr__(self, name, made)
+            return made
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.down.shape[0] if self.structure is None else self.structure.shape[1]
 
     @property
     def out(self) -> int:
-        return self.up.shape[0]
+        return self.up.shape[0] if self.structure is None else self.structure.shape[0]
 
     @property
     def in_(self) -> int:
         """Columns of the unfolded matrix: in * kh * kw."""
-        return self.down.shape[1]
+        return self.down.shape[1] if self.structure is None else self.structure.shape[2]
 
     @property
     def scale(self) -> float:
@@ -69,6 +83,13 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The delta weight itself, (out, in * kh * kw) float64. For tests and methods that need elements."""
+        if isinstance(self.structure, Kronecker):
+            return torch.kron(self.structure.a * float(self.component_gains()[0]), self.structure.b)
+        if self.structure is not None:
+            whole = self.structure.terms[0].dense()
+            for term in self.structure.terms[1:]:
+                whole += term.dense()
+            return whole
         gains = self.component_gains().to(self.up.device)
         return (self.up.double() * gains) @ self.down.double()
 
@@ -176,14 +197,34 @@ class LayerDelta:
 
 def named(delta: LowRank, name: Hashable) -> LowRank:
     """The delta with a name for its factors: of two with equal names, ``up`` and ``down`` are equal too."""
-    result = replace(delta)
-    object.__setattr__(result, "name", name)
+    return changed(delta, name=name)
+
+
+def changed(delta: LowRank, **fields: Any) -> LowRank:
+    """As ``dataclasses.replace`` of what are no factors, but a structure stays."""
+    result = copy.copy(delta)
+    for field_name, value in {"name": None, **fields}.items():
+        object.__setattr__(result, field_name, value)
+    return result
+
+
+def structured(structure: Structure, alpha: float, **fields: Any) -> LowRank:
+    """A delta whose factors are made when they are first asked for.
+
+    Args:
+        fields: As of :class:`LowRank`.
+    """
+    result: LowRank = object.__new__(LowRank)
+    for field_name, value in {"structure": structure, "alpha": alpha, **fields}.items():
+        object.__setattr__(result, field_name, value)
     return result
 
 
 def moved(delta: Delta, device: torch.device) -> Delta:
     """The delta with its factors, or its weight, on a device."""
     if isinstance(delta, LowRank):
+        if delta.structure is not None and device.type == "cpu":
+            return delta
         there = replace(delta, up=delta.up.to(device), down=delta.down.to(device))
         return named(there, delta.name)
     start = None if delta.start is None else delta.start.to(device)
@@ -243,17 +284,33 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     gains = torch.cat(
         [delta.component_gains() * (weight * rank / alpha) for delta, weight in zip(deltas, weights)]
     )
-    result = LowRank(
-        up=_joined([delta.up for delta in deltas], dim=1),
-        down=_joined([delta.down for delta in deltas], dim=0),
-        alpha=alpha,
-        kernel=first.kernel,
-        parts=tuple(part for delta in deltas for part in (delta.parts or (delta.rank,))),
-        gains=gains,
-        spectra=_spectra(deltas),
-    )
+    parts = tuple(part for delta in deltas for part in (delta.parts or (delta.rank,)))
+    known: dict[str, Any] = {
+        "kernel": first.kernel,
+        "parts": parts,
+        "gains": gains,
+        "spectra": _spectra(deltas),
+    }
+    if any(delta.structure is not None for delta in deltas):
+        result = structured(Terms(_terms(deltas, weights)), alpha, **known)
+    else:
+        result = LowRank(
+            _joined([delta.up for delta in deltas], dim=1),
+            _joined([delta.down for delta in deltas], dim=0),
+            alpha,
+            **known,
+        )
     names = tuple(delta.name for delta in deltas)
     return result if None in names else named(result, names)
+
+
+def _terms(deltas: Sequence[LowRank], weights: Sequence[float]) -> list[LowRank]:
+    """The weighted deltas, sums among them taken apart."""
+    terms: list[LowRank] = []
+    for delta, weight in zip(deltas, weights):
+        own = delta.structure.terms if isinstance(delta.structure, Terms) else [delta]
+        terms += [scaled(term, weight) for term in own]
+    return terms
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
@@ -298,7 +355,11 @@ def _joined(factors: Sequence[Tensor], dim: int) -> Tensor:
 def scaled(delta: _D, weight: float) -> _D:
     """``weight * delta``."""
     if isinstance(delta, LowRank):
-        return replace(delta, alpha=delta.alpha * weight)
+        result = changed(delta, alpha=delta.alpha * weight)
+        if isinstance(delta.structure, Terms):
+            terms = [scaled(term, weight) for term in delta.structure.terms]
+            object.__setattr__(result, "structure", Terms(terms))
+        return result
     return replace(delta, weight=delta.weight * weight, doubt=delta.doubt * abs(weight))
 
 

@@ -21,11 +21,11 @@ from ..delta import (
     Spectrum,
     Stored,
     all_values,
+    changed,
     cut_layers,
     decompose_dense,
     directions,
     moved,
-    named,
     near_one,
     norm,
     relative_error,
@@ -139,8 +139,8 @@ class Merger:
         merged = times_two_to(merged, power)
         if isinstance(merged, LowRank) and not self.tensors.has_alpha:
             # Readers of such files take the scale as 1, so it has to be in the factors.
-            rescaled = replace(merged, alpha=float(merged.rank), gains=merged.component_gains())
-            merged = named(rescaled, merged.name)
+            alpha, gains = float(merged.rank), merged.component_gains()
+            merged = changed(merged, alpha=alpha, gains=gains, name=merged.name)
         return merged, None if method.exact else weighted_sum(deltas, weights)
 
     def _context(self, layer: LayerPlan, present: Sequence[int], name: str = "") -> LayerContext:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank, check_same_shape, weighted_sum
+from ..delta import Delta, Dense, Kronecker, LowRank, check_same_shape, weighted_sum
 from ..errors import IncompatibleError
 from .registry import METHODS, LayerContext, merge_method
 
@@ -98,7 +98,13 @@ def _times(delta: Delta, other: Delta) -> float | None:
         return None
     if delta.gains is not None or other.gains is not None:
         return None
-    if not (_same(delta.up, other.up) and _same(delta.down, other.down)):
+    one, two = delta.structure, other.structure
+    if one is not None or two is not None:
+        if not (isinstance(one, Kronecker) and isinstance(two, Kronecker)):
+            return None
+        if not (_same(one.a, two.a) and _same(one.b, two.b)):
+            return None
+    elif not (_same(delta.up, other.up) and _same(delta.down, other.down)):
         return None
     return 1.0 if delta.alpha == other.alpha else delta.scale / other.scale
 
