@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lib_loramerge.analysis import inspect
 from lib_loramerge.errors import (
     IncompatibleError,
     LoraMergeError,
@@ -71,7 +72,23 @@ def test_02_an_alpha_of_0_is_a_delta_of_0_and_is_reported(tmp_path):
     tensors = {**lora(SD1_K), **lora(Q, in_=16), f"{Q}.alpha": torch.tensor(0.0)}
     weights, _, report = merged(tmp_path, tensors)
     assert weights.keys() == {SD1_K}
-    assert any("alpha is 0" in text for text in report.warnings)
+    found = [text for text in report.warnings if "alpha is 0" in text]
+    assert len(found) == 1
+    assert "alpha is 0 in 1 layer (" in found[0]
+    assert "attn2_to_q" in found[0]
+
+
+def test_02_many_layers_with_an_alpha_of_0_are_counted_in_one_sentence_and_inspect_names_them_too(tmp_path):
+    tensors = lora(SD1_K)
+    for block in (1, 2, 4, 5, 7):
+        layer = f"lora_unet_input_blocks_{block}_1_transformer_blocks_0_attn2_to_v"
+        tensors |= {**lora(layer), f"{layer}.alpha": torch.tensor(0.0)}
+    path = save(tmp_path / "many.safetensors", tensors)
+    _, _, report = merged(tmp_path, tensors)
+    for notes in (report.warnings, inspect(path).notes):
+        [found] = [text for text in notes if "alpha is 0" in text]
+        assert "in 5 layers (lora_unet_input_blocks_1_1_" in found
+        assert "and 2 more)" in found
 
 
 @pytest.mark.parametrize("alpha", [

@@ -246,6 +246,42 @@ def test_metadata_choose_among_models_that_have_every_layer_of_a_small_file(said
         assert found.reason.endswith("alike")
 
 
+CHROMA = {"lora_unet_double_blocks_3_img_attn_qkv": slots("lora", 9216, 3072)}
+COSMOS = {"lora_unet_blocks_3_self_attn_q_proj": slots("lora", 2048, 2048)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "name", "expected"),
+    [
+        (CHROMA, "/models/Chroma1-HD-Flash.safetensors", "chroma"),
+        (CHROMA, "C:\\models\\flux\\chroma-unlocked-v48.safetensors", "chroma"),
+        (CHROMA, "flux1-dev.safetensors", "flux1"),
+        (CHROMA, "monochroma-flux.safetensors", "flux1"),
+        (CHROMA, "flux-chroma-mix.safetensors", None),
+        (CHROMA, "my_own_model.safetensors", None),
+        (COSMOS, "cosmos_predict2_2B_t2i.safetensors", "cosmos_predict2"),
+        (COSMOS, "anima-preview.safetensors", "anima"),
+        (COSMOS, "wanda.safetensors", None),
+    ],
+)
+def test_the_name_of_the_checkpoint_chooses_where_the_layers_do_not(layers, name, expected):
+    found = detect(layers, {"ss_sd_model_name": name})
+    several = {model for model, _ in found.candidates}
+    if expected is None:
+        assert len(several) > 1
+        assert found.reason.endswith("alike")
+    else:
+        assert several == {expected}
+        assert repr(name) in found.reason
+
+
+def test_the_name_of_the_checkpoint_does_not_overrule_layers_or_a_stated_base_model():
+    modulation = {**CHROMA, "lora_unet_double_blocks_3_img_mod_lin": slots("lora", 18432, 3072)}
+    named = {"ss_sd_model_name": "Chroma1-HD.safetensors"}
+    assert detect(modulation, named).architecture.id == "flux1"
+    assert detect(CHROMA, {**named, "ss_base_model_version": "flux1"}).architecture.id == "flux1"
+
+
 def linear(name: str, out: int, in_: int) -> dict[str, dict[str, tuple[int, ...]]]:
     return {f"lora_unet_{name}": slots("lora", out, in_)}
 

@@ -18,6 +18,7 @@ from .glora import GLORA_SLOTS, is_old_glora
 from .groups import endings
 from .kinds import ADAPTERS, AdapterKind, LayerFacts
 from .layers import build, check_base_shape, describe, measured
+from .scaling import ALPHA_ZERO
 
 # Kinds in further modules come last in it.
 for _entry in iter_modules(__path__):
@@ -25,6 +26,7 @@ for _entry in iter_modules(__path__):
 
 __all__ = [
     "ADAPTERS",
+    "ALPHA_ZERO",
     "GLORA_SLOTS",
     "AdapterKind",
     "LayerFacts",

@@ -17,6 +17,7 @@ from ..errors import LoraMergeError
 from ..hosts import HOSTS
 from ..merge.base import BaseCheckpoint
 from ..merge.base_model import model_id
+from ..merge.input_notes import layer_notes
 from ..merge.read import SourceReader
 from ..merge.sources import Source, open_source
 from ..models import ARCHITECTURES
@@ -157,7 +158,7 @@ def inspect(
         hosts=hosts_that_load(source),
         host_versions={host.label: host.read_from for host in HOSTS.values()},
         written_as=_written_as(source),
-        notes=sorted({*source.notes(), *measured.notes}),
+        notes=sorted({*source.notes(), *layer_notes(measured.notes)}),
         norm=whole**0.5,
         norm_by_block={block: value**0.5 for block, value in sorted(measured.norm_sq.items())},
         effective_rank_by_block={
@@ -176,13 +177,17 @@ def _listed(texts: Iterable[str]) -> str:
     return ", ".join(texts)
 
 
+# Block, singular values, squared norm, and what is worth knowing of a layer, with its name.
+_Look = tuple[str, torch.Tensor | None, float, tuple[tuple[str, str], ...]]
+
+
 @dataclass
 class _Measured:
     alphas: dict[str, int]
     norm_sq: dict[str, float]
     kept_sq: dict[int, float]
     ranks: list[int]
-    notes: list[str]
+    notes: list[tuple[str, str]]
     effective: dict[str, list[float]]
 
 
@@ -193,19 +198,20 @@ def _measure(source: Source, base: Path | None, cancel: Callable[[], bool] | Non
     try:
         with SourceReader(source, checkpoint) as reader:
 
-            def look(layer: str) -> tuple[str, torch.Tensor | None, float, tuple[str, ...]]:
+            def look(layer: str) -> _Look:
                 delta = reader.delta(layer)
+                notes = tuple((layer, note) for note in delta.notes)
                 weight, block = delta.weight, models.block(source.architecture.id, layer) or "other"
                 if weight is None:
-                    return block, None, 0.0, delta.notes
+                    return block, None, 0.0, notes
                 if isinstance(weight, Dense) and weight.weight.dim() == 1:
-                    return block, None, norm(weight) ** 2, delta.notes
+                    return block, None, norm(weight) ** 2, notes
                 spectrum = (
                     decompose_dense(weight, vectors=False)
                     if isinstance(weight, Dense)
                     else decompose(weight, vectors=False)
                 )
-                return block, spectrum.values, spectrum.energy, delta.notes
+                return block, spectrum.values, spectrum.energy, notes
 
             layers = [
                 layer

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..adapters import ALPHA_ZERO
 from ..delta.device import WITHOUT_DOUBLE
 from ..recipe import MergeRecipe
 from .noise import noise
+from .sources import count_text, some_text
 
 if TYPE_CHECKING:
     from ..methods import MergeMethod
@@ -63,6 +65,28 @@ def _noise_notes(plans: Sequence[SourcePlan]) -> list[str]:
         f"{kinds['high']} is for Wan 2.2's high-noise model and {kinds['low']} for its low-noise model. One "
         "file of both suits neither: merge the high ones and the low ones each on their own."
     ]
+
+
+def layer_notes(found: Iterable[tuple[str, str]]) -> list[str]:
+    """What the numbers of layers showed, each sentence once; one on single layers names them.
+
+    Args:
+        found: Layer and sentence, the file's name before it or not.
+    """
+    layers: dict[str, list[str]] = {}
+    for layer, note in found:
+        layers.setdefault(note, []).append(layer)
+    return sorted(
+        note.replace(ALPHA_ZERO, _alpha_zero(tuple(names))) if note.endswith(ALPHA_ZERO) else note
+        for note, names in layers.items()
+    )
+
+
+def _alpha_zero(layers: tuple[str, ...]) -> str:
+    return (
+        f"alpha is 0 in {count_text(len(layers), 'layer')} ({some_text(layers)}), so nothing changes there: "
+        "the WebUIs apply the stored number."
+    )
 
 
 def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe: MergeRecipe) -> list[str]:

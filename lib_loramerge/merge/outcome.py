@@ -23,6 +23,7 @@ from ..report import (
     relative,
     worst,
 )
+from .input_notes import layer_notes
 from .layout import WORTH, LayerPlan, MergePlan, SourcePlan, smaller
 from .memory import peak_memory_bytes
 from .merged import MergedLayer
@@ -49,7 +50,7 @@ def merge_report(
     least, error = error_range(results)
     exact_sq = sum(result.exact_sq for result in results)
     histogram = Counter(entry.result.rank for entry in present if entry.result.rank)
-    notes = sorted({note for entry in merged for note in entry.notes})
+    notes = layer_notes((entry.result.layer, note) for entry in merged for note in entry.notes)
     inputs = [_input_report(plan, index, hashes[index], merged) for index in range(len(plan.sources))]
     return MergeReport(
         output=str(written.path),

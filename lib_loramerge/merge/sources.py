@@ -169,8 +169,8 @@ class Source:
         notes |= set(self.remarks)
         if self.orphans:
             notes.add(
-                f"{_count(len(self.orphans), 'alpha')} without factors dropped, for it changes nothing: "
-                f"{_some(self.orphans)}."
+                f"{count_text(len(self.orphans), 'alpha')} without factors dropped, for it changes nothing: "
+                f"{some_text(self.orphans)}."
             )
         if not any("alpha" in part.part.slots for parts in self.layers.values() for part in parts):
             stated = stated_scale_note(self.path, self.header.metadata, self._trained_ranks())
@@ -186,8 +186,8 @@ class Source:
         """
         if self.unknown:
             raise UnknownKeyError(
-                f"{self.path.name}: {_count(len(self.unknown), 'tensor')} not understood: "
-                f"{_some(self.unknown)}. Nothing was written; --skip-unsupported merges the rest "
+                f"{self.path.name}: {count_text(len(self.unknown), 'tensor')} not understood: "
+                f"{some_text(self.unknown)}. Nothing was written; --skip-unsupported merges the rest "
                 "and lists what was left out."
             )
         if self.unsupported:
@@ -195,18 +195,20 @@ class Source:
             raise UnsupportedError(
                 self.unsupported[0]
                 + (
-                    f" ({_count(more, 'more layer')} of {self.path.name} cannot be merged either.)"
+                    f" ({count_text(more, 'more layer')} of {self.path.name} cannot be merged either.)"
                     if more
                     else ""
                 )
             )
 
 
-def _count(number: int, noun: str) -> str:
+def count_text(number: int, noun: str) -> str:
+    """A number and what it counts."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _some(names: tuple[str, ...], limit: int = 3) -> str:
+def some_text(names: tuple[str, ...], limit: int = 3) -> str:
+    """The first few names of many."""
     shown = ", ".join(sorted(names)[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -297,12 +299,13 @@ def _remarks(parsed: dialects.ParsedFile) -> list[str]:
     remarks = []
     if parsed.dropped:
         remarks.append(
-            f"{_count(len(parsed.dropped), 'tensor')} that no WebUI reads left out: {_some(parsed.dropped)}."
+            f"{count_text(len(parsed.dropped), 'tensor')} that no WebUI reads left out: "
+            f"{some_text(parsed.dropped)}."
         )
     if parsed.unlisted:
         remarks.append(
-            f"{_count(len(parsed.unlisted), 'layer')} not in our list of {parsed.architecture.label}, "
-            f"written under the name that the file gives: {_some(parsed.unlisted)}."
+            f"{count_text(len(parsed.unlisted), 'layer')} not in our list of {parsed.architecture.label}, "
+            f"written under the name that the file gives: {some_text(parsed.unlisted)}."
         )
     return remarks
 

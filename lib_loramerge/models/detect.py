@@ -8,7 +8,7 @@ choose among them, and never beyond them, because they are often wrong or copied
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -127,6 +127,31 @@ def _said(metadata: Mapping[str, str]) -> tuple[str, str, str] | None:
     return None
 
 
+_CHECKPOINT = ("ss_sd_model_name", "base_model", "base_model_name_or_path")
+
+
+def _trained_on(
+    metadata: Mapping[str, str], fits: Sequence[tuple[Architecture, Size | None]]
+) -> tuple[str, str, str] | None:
+    """As :func:`_said`, of the checkpoint's name, where it has the words of one of these models alone."""
+    for key in _CHECKPOINT:
+        value = str(metadata.get(key, ""))
+        name = re.split(r"[/\\]", value.lower().replace("_", "-"))[-1]
+        found = {
+            record.id: size.label if size is not None and _has_word(name, size.words) else ""
+            for record, size in fits
+            if _has_word(name, record.words) or (size is not None and _has_word(name, size.words))
+        }
+        if len(found) == 1:
+            [(model, label)] = found.items()
+            return model, label, f"its metadata says that it was trained on {value!r}"
+    return None
+
+
+def _has_word(name: str, words: Iterable[str]) -> bool:
+    return any(re.search(rf"(?<![a-z]){re.escape(word)}", name) for word in words)
+
+
 @cache
 def _by_start() -> tuple[tuple[str, str, str], ...]:
     """Beginnings of metadata that name a model and a size, the longest first."""
@@ -242,7 +267,7 @@ def _chosen(
     fits: list[tuple[Architecture, Size | None]], reason: str, metadata: Mapping[str, str]
 ) -> Detection:
     """The metadata's model of those that fit, or the first."""
-    said = _said(metadata)
+    said = _said(metadata) or _trained_on(metadata, fits)
     if said is not None and len(fits) > 1:
         named = [fit for fit in fits if fit[0].id == said[0]]
         named = [fit for fit in named if fit[1] is not None and fit[1].label == said[1]] or named
