@@ -75,7 +75,7 @@ def test_02_an_alpha_of_0_is_a_delta_of_0_and_is_reported(tmp_path):
     found = [text for text in report.warnings if "alpha is 0" in text]
     assert len(found) == 1
     assert "alpha is 0 in 1 layer (" in found[0]
-    assert "attn2_to_q" in found[0]
+    assert "attn1_to_q" in found[0]
 
 
 def test_02_many_layers_with_an_alpha_of_0_are_counted_in_one_sentence_and_inspect_names_them_too(tmp_path):

@@ -1,9 +1,10 @@
 """Time and memory of merging a whole-matrix LoKr of a large base model with a LoRA, as whole files.
 
     python tests/benchmarks/lokr_files.py [--model flux1|klein9b|zimage] [--rule "--rank 32"] [--layers N]
+        [--command merge|advise|compare] [--both]
 
 Every layer of the blocks is in both files: the LoKr with factor 8 and both factors whole, in bfloat16, the
-LoRA with rank 32. The merge runs as the command line in a process of its own; peak memory is that process's.
+LoRA with rank 32, or with ``--both`` another such LoKr. The command runs as the command line in a process of its own; peak memory is that process's.
 """
 
 from __future__ import annotations
@@ -46,16 +47,24 @@ def shapes(model: str) -> Iterator[tuple[str, int, int]]:
             yield f"diffusion_model.{path.format(number)}", int(shape[0] or 0), int(shape[1] or 0)
 
 
-def write(model: str, folder: Path, most: int | None) -> tuple[int, float]:
+def whole_lokr(rows: int, columns: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Both factors of one layer, with a falling spectrum."""
+    fall = torch.arange(1, columns // FACTOR + 1, dtype=torch.float32) ** -0.5
+    small = torch.randn(FACTOR, FACTOR, generator=generator)
+    large = 1e-3 * torch.randn(rows // FACTOR, columns // FACTOR, generator=generator) * fall
+    return {"lokr_w1": small.bfloat16(), "lokr_w2": large.bfloat16()}
+
+
+def write(model: str, folder: Path, most: int | None, both: bool) -> tuple[int, float]:
     """The two files; the number of layers and of the model's weights in them."""
     generator = torch.Generator().manual_seed(0)
     lokr, lora = {}, {}
     layers = list(shapes(model))[:most]
     for name, rows, columns in layers:
-        fall = torch.arange(1, columns // FACTOR + 1, dtype=torch.float32) ** -0.5
-        small = torch.randn(FACTOR, FACTOR, generator=generator)
-        large = 1e-3 * torch.randn(rows // FACTOR, columns // FACTOR, generator=generator) * fall
-        lokr[f"{name}.lokr_w1"], lokr[f"{name}.lokr_w2"] = small.bfloat16(), large.bfloat16()
+        lokr |= {f"{name}.{slot}": one for slot, one in whole_lokr(rows, columns, generator).items()}
+        if both:
+            lora |= {f"{name}.{slot}": one for slot, one in whole_lokr(rows, columns, generator).items()}
+            continue
         up, down = (
             torch.randn(rows, RANK, generator=generator),
             torch.randn(RANK, columns, generator=generator),
@@ -73,12 +82,13 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="klein9b")
     parser.add_argument("--rule", default="--rank 32", help="the rank rule, as for `loramerge merge`")
-    parser.add_argument("--command", choices=("merge", "advise"), default="merge")
+    parser.add_argument("--command", choices=("merge", "advise", "compare"), default="merge")
+    parser.add_argument("--both", action="store_true", help="two LoKr")
     parser.add_argument("--layers", type=int, help="only the first of them")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        count, weights = write(options.model, folder, options.layers)
+        count, weights = write(options.model, folder, options.layers, options.both)
         sizes = [f"{path.stat().st_size / 1e6:,.0f} MB" for path in sorted(folder.glob("*.safetensors"))]
         print(f"{options.model}: {count} layers, {weights / 1e9:.2f} billion weights; {', '.join(sizes)}")
         command = [sys.executable, "-m", "lib_loramerge", options.command]
