@@ -133,21 +133,25 @@ def cut_layers(
     for index, delta in enumerate(deltas):
         groups.setdefault(_group(delta, choose[index], index), []).append(index)
 
-    def cut(members: Sequence[int]) -> None:
+    # Neither function calls itself: one that does is a cycle, which would hold the factors of a batch until
+    # Python's collector comes by.
+    def cut(members: Sequence[int]) -> list[Stored | None]:
         chosen = [deltas[index] for index in members], [choose[index] for index in members]
+        return _cut_alike(*chosen, most[members[0]], dtype, fixed_alpha, smaller, cache)
+
+    def cut_alone(index: int) -> Stored | None:
         try:
-            found = _cut_alike(*chosen, most[members[0]], dtype, fixed_alpha, smaller, cache)
+            return cut([index])[0]
         except OutputError as error:
-            if len(members) == 1:
-                raise OutputError(f"{names[members[0]]}: {error}" if names else str(error)) from error
-            for index in members:
-                cut([index])
-        else:
-            results.update(zip(members, found, strict=True))
+            raise OutputError(f"{names[index]}: {error}" if names else str(error)) from error
 
     with own_settings():
         for members in groups.values():
-            cut(members)
+            try:
+                found = cut(members)
+            except OutputError:
+                found = [cut_alone(index) for index in members]  # which says in which layer it is
+            results.update(zip(members, found, strict=True))
     return [results[index] for index in range(len(deltas))]
 
 
