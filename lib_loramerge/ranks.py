@@ -123,26 +123,44 @@ def allot(layers: Sequence[LayerCost], budget: int, *, one_rank: bool = False) -
     Source: the greedy solution of the fractional knapsack (Dantzig 1957); singular values fall, so a layer's
         components are taken in order by themselves.
     """
+    return allot_each(layers, [budget], one_rank=one_rank)[0]
+
+
+def allot_each(
+    layers: Sequence[LayerCost], budgets: Sequence[int], *, one_rank: bool = False
+) -> list[list[int]]:
+    """:func:`allot` for several budgets; what each step costs and is worth is found once."""
     if one_rank:
-        return [_one_rank_within(layers, budget)] * len(layers)
+        return [[_one_rank_within(layers, budget)] * len(layers) for budget in budgets]
     ranks = _least_ranks(layers)
-    left = budget - sum(layer.bytes(rank) for layer, rank in zip(layers, ranks))
+    spent = sum(layer.bytes(rank) for layer, rank in zip(layers, ranks))
+    owner, upto, cost, _ = _items(layers, ranks)
+    return [_within(ranks, budget - spent, owner, upto, cost) for budget in budgets]
+
+
+def _within(
+    ranks: Sequence[int], left: int, owner: np.ndarray, upto: np.ndarray, cost: np.ndarray
+) -> list[int]:
+    """Ranks after the steps of :func:`_items` that ``left`` bytes hold; a step too large ends its layer's."""
     if left < 0:
         raise OutputError(
             f"The size limit is too small by {-left / 1e6:.3f} MB for the layers that must be there."
         )
-    owner, upto, cost, _ = _items(layers, ranks)
+    chosen, spent = np.array(ranks, dtype=np.int64), np.cumsum(cost)
+    fit = int(np.searchsorted(spent, left, side="right"))  # the steps before the first that is too large
+    np.maximum.at(chosen, owner[:fit], upto[:fit])
+    left -= int(spent[fit - 1]) if fit else 0
+    least = int(cost[fit:].min(initial=left + 1))
     closed: set[int] = set()
-    for item in range(len(owner)):
-        layer = int(owner[item])
-        if layer in closed:
-            continue
-        if cost[item] > left:
+    for layer, rank, bytes_ in zip(owner[fit:].tolist(), upto[fit:].tolist(), cost[fit:].tolist()):
+        if left < least:
+            break
+        if bytes_ > left:
             closed.add(layer)
-            continue
-        ranks[layer] = int(upto[item])
-        left -= int(cost[item])
-    return ranks
+        elif layer not in closed:
+            chosen[layer] = rank
+            left -= bytes_
+    return chosen.tolist()
 
 
 def smallest(layers: Sequence[LayerCost], error_sq: float, *, one_rank: bool = False) -> int:

@@ -371,7 +371,8 @@ def _allotted(costs: FileCosts, wanted: int | None) -> dict[int, list[int]]:
     least = max(largest // 64, ranks.least_bytes(layers, one_rank=costs.one_rank))
     budgets = {int(size) for size in np.geomspace(least, largest, _SIZE_POINTS)}
     sizes = sorted(budgets | ({wanted - costs.fixed} if wanted else set()))
-    return {costs.fixed + size: ranks.allot(layers, size, one_rank=costs.one_rank) for size in sizes}
+    chosen = ranks.allot_each(layers, sizes, one_rank=costs.one_rank)
+    return {costs.fixed + size: own for size, own in zip(sizes, chosen, strict=True)}
 
 
 def _kept_by_block(
