@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from ..errors import IncompatibleError
 
@@ -231,6 +232,9 @@ T5_XXL = TextEncoder("t5", "t5xxl", 24, 4096)
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3")
 
+MANY_LAYERS = 1 << 14
+"""Layers whose names are remembered with what they say: a plan asks for the same a dozen times for each."""
+
 # Spellings of a text encoder at the start of a layer name that was kept as a file has it.
 _VERBATIM_TEXT_ENCODERS = (
     ("lora_te1_", "te1"), ("lora_te2_", "te2"), ("lora_te3_", "te3"), ("lora_te_", "te"),
@@ -240,6 +244,7 @@ _VERBATIM_TEXT_ENCODERS = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=MANY_LAYERS)
 def component(layer: str) -> str:
     """Part of the base model that a layer is in: ``"unet"`` for any denoiser, else ``"te"`` to ``"te3"``."""
     if layer.startswith("lora_unet_"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 
-from .base import component, layer_path
+from .base import MANY_LAYERS, component, layer_path
 from .block_lists import stacks
 from .dit import dotted_path
 from .records import ARCHITECTURES
@@ -41,6 +41,7 @@ _OUTPUTS = (
 _IN_NO_BLOCK = ("distilled_guidance_layer",)
 
 
+@lru_cache(maxsize=MANY_LAYERS)
 def block(architecture_id: str, layer: str) -> str | None:
     """Block id of a layer, or None for layers that no block weight reaches.
 

@@ -160,6 +160,7 @@ def by_any_name(architecture_id: str) -> Mapping[str, UNetLayer]:
     return table
 
 
+@cache
 def widths(unet: UNet, layer: UNetLayer) -> tuple[int | None, int | None]:
     """(out, in) channels of a layer of a U-Net; None for those that need more than its level."""
     where, _, rest = layer.diffusers.partition(".")
