@@ -16,7 +16,7 @@ from .layout import LayerPlan, MergePlan
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
 LAYERS = 16
 # Largest number of elements in a batch: a CPU's cache is small, an accelerator needs work.
-NUMBERS, NUMBERS_ON_DEVICE = 1 << 19, 1 << 22
+NUMBERS, NUMBERS_ON_DEVICE = 1 << 20, 1 << 22
 # Layers of more numbers than this are merged on fewer threads, so that all of them together keep within the
 # room (bytes); a layer takes so many bytes for each number.
 HUGE, ROOM, PER_NUMBER = 20_000_000, 3e9, 30
