@@ -3,12 +3,13 @@
     python tests/benchmarks/merge_sdxl.py [--ranks 32 128] [--no-dense] [--folder DIR]
 
 makes two random float16 LoRAs with the true shapes of SDXL (986 layers) per rank, merges them to the same
-rank and prints one table. Two kinds of rows:
+rank and prints one table. Three kinds of rows:
 
-- whole processes, files in, file out: ours (``python -m lib_loramerge merge``), ``compare`` of the same files
-  (in turns with ``merge``), and the floor: reading both files and writing one of the result's size with the
-  safetensors library alone. CPU and wall seconds, and peak memory beyond that of Python with torch imported,
-  mapped file pages aside (Linux).
+- whole processes, files in, file out: ours (``python -m lib_loramerge merge``) to the inputs' rank and with
+  all ranks kept, ``compare`` and ``advise`` of the same files (in turns with ``merge``), and the floor:
+  reading both files and writing one of their size with the safetensors library alone. CPU and wall seconds,
+  and peak memory beyond that of Python with torch imported, mapped file pages aside (Linux).
+- planning alone, from two headers that were not read before.
 - arithmetic alone, on one thread: our core with the measurement of its error; ``torch.svd_lowrank`` and the
   full ``torch.linalg.svd`` of the dense sum, as other merge tools do it. Measured once per shape and
   multiplied by the number of layers of that shape (least of several runs; dense once), CPU seconds.
@@ -47,6 +48,19 @@ first = {key: tensor.clone() for key, tensor in load_file(sys.argv[1]).items()}
 second = {key: tensor.clone() for key, tensor in load_file(sys.argv[2]).items()}
 save_file(first, sys.argv[3])
 """
+_PLANNING = """
+import gc, sys, time
+gc.set_threshold(100_000)  # as the command does
+from pathlib import Path
+from lib_loramerge.blocks import load_presets
+from lib_loramerge.merge.plan import plan_merge
+from lib_loramerge.recipe import MergeRecipe, parse_inputs
+from lib_loramerge import methods
+recipe = MergeRecipe(inputs=parse_inputs(sys.argv[1:]))
+start, wall = time.process_time(), time.perf_counter()
+plan_merge(recipe, find=Path, presets=load_presets(()))
+print(time.process_time() - start, time.perf_counter() - wall)
+"""
 
 
 @dataclass(frozen=True)
@@ -80,10 +94,8 @@ def main() -> None:
 
 def benchmark(rank: int, folder: Path, options: argparse.Namespace) -> list[Row]:
     """All rows of one rank."""
-    rows = []
-    if not options.no_files:
-        rows += _whole_processes(rank, folder, options.repeat)
     core = arithmetic(_ours(rank), rank, options.repeat)
+    rows = [] if options.no_files else _whole_processes(rank, folder, options.repeat, core)
     rows.append(Row("our core, one thread, error measured", rank, core))
     low = arithmetic(_svd_lowrank(rank), rank, 1)
     rows.append(
@@ -102,25 +114,46 @@ def benchmark(rank: int, folder: Path, options: argparse.Namespace) -> list[Row]
     return rows
 
 
-def _whole_processes(rank: int, folder: Path, repeat: int) -> list[Row]:
+def _whole_processes(rank: int, folder: Path, repeat: int, core: float) -> list[Row]:
+    """Rows of whole processes.
+
+    Args:
+        core: CPU seconds of the arithmetic alone.
+    """
     files = [make_lora(folder / f"r{rank}_{name}.safetensors", rank, seed) for seed, name in enumerate("ab")]
     output = folder / "merged.safetensors"
     floor = _least([sys.executable, "-c", _FLOOR, *map(str, files), str(output)], repeat)
     inputs = [f"{file}:{strength}" for file, strength in zip(files, _STRENGTHS)]
     program = [sys.executable, "-m", "lib_loramerge"]
-    merging = [*program, "merge", *inputs, "-o", str(output), "--dtype", "float16", "--overwrite", "--json"]
-    ours, comparing = _least_in_turns([merging, [*program, "compare", *inputs, "--json"]], repeat)
+    whole = [*program, "merge", *inputs, "-o", str(output), "--dtype", "float16", "--overwrite", "--json"]
+    looks = {name: [*program, name, *inputs, "--json"] for name in ("compare", "advise")}
+    ours, kept, *looking = _least_in_turns([[*whole, "--rank", str(rank)], whole, *looks.values()], repeat)
     base = _least([sys.executable, "-c", "import torch, safetensors"], repeat)
+    planning = [_seconds([sys.executable, "-c", _PLANNING, *inputs]) for _ in range(repeat)]
     for file in (*files, output):
         file.unlink()
+
+    def row(what: str, cost: Cost, ratio: str = "") -> Row:
+        return Row(what, rank, cost.cpu, cost.wall, (cost.memory - base.memory) / 2**20, ratio)
+
+    beyond = (ours.cpu - base.cpu) / core
+    against = f"{ours.wall / floor.wall:.2f} x the floor; CPU beyond importing torch {beyond:.2f} x our core"
     return [
-        Row("merge, files to file", rank, ours.cpu, ours.wall, (ours.memory - base.memory) / 2**20,
-            f"{ours.wall / floor.wall:.2f} x the floor"),
-        Row("compare, files to report", rank, comparing.cpu, comparing.wall,
-            (comparing.memory - base.memory) / 2**20, f"{comparing.cpu / ours.cpu:.2f} x the CPU of merge"),
-        Row("the floor: safetensors reads both, writes one", rank, floor.cpu, floor.wall,
-            (floor.memory - base.memory) / 2**20),
-    ]  # fmt: skip
+        row("merge to the inputs' rank, files to file", ours, against),
+        row("merge, all ranks kept: a file twice as large", kept),
+        *(
+            row(f"{name}, files to report", cost, f"{cost.cpu / kept.cpu:.2f} x the CPU of merge, all ranks")
+            for name, cost in zip(looks, looking, strict=True)
+        ),
+        Row("planning alone, two headers", rank, *map(min, zip(*planning))),
+        row("the floor: safetensors reads both, writes one", floor),
+    ]
+
+
+def _seconds(command: list[str]) -> tuple[float, float]:
+    """CPU and wall seconds that a process prints."""
+    cpu, wall = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    return float(cpu), float(wall)
 
 
 def make_lora(path: Path, rank: int, seed: int, layers: Mapping[str, tuple[int, int]] | None = None) -> Path:
