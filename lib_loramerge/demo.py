@@ -48,7 +48,7 @@ def make_samples(folder: Path) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+        raise OutputError("The folder {folder} cannot be made: {reason}.", folder, error.strerror) from error
     return (
         _write(folder / "style.safetensors", rank=8, seed=1, tag="sample style"),
         _write(folder / "subject.safetensors", rank=4, seed=2, tag="sample subject"),

@@ -7,7 +7,7 @@ exception is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -18,6 +18,7 @@ class Sentence(str):
 
     ``Sentence("{file} has {count} layers.", path.name, 3)`` is the text ``"a.safetensors has 3 layers."``.
     What is cut out of it or joined to it is plain text again; slots and :func:`joined` keep it whole.
+    ``Sentence(word)`` says of a word from a table that it is ours, and no name that somebody gave.
 
     Attributes:
         key: The English with a named slot for each part; translations are found by it.
@@ -29,14 +30,15 @@ class Sentence(str):
     parts: tuple[str, ...]
 
     def __new__(cls, key: str, *parts: object) -> Sentence:
+        if isinstance(key, Sentence) and not parts:
+            return key
         held = tuple(part if isinstance(part, str) else str(part) for part in parts)
-        slots = dict(zip(dict.fromkeys(_SLOT.findall(key)), held, strict=True)) if held else {}
-        self = super().__new__(cls, _SLOT.sub(lambda slot: slots.get(slot[1], slot[0]), key))
+        self = super().__new__(cls, fill(key, key, held))
         self.key, self.parts = key, held
         return self
 
-    def __getnewargs__(self) -> tuple[str, ...]:
-        return self.key, *self.parts
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sentence, (self.key, *self.parts)
 
     def map(self, change: Callable[[str], str]) -> Sentence:
         """The same sentence with ``change`` applied to the plain text in its slots, however deep."""
@@ -47,6 +49,16 @@ class Sentence(str):
         return [self.key, *(part.to_json() if isinstance(part, Sentence) else part for part in self.parts)]
 
 
+def fill(text: str, key: str, parts: Sequence[str]) -> str:
+    """``text`` with the parts of a sentence in the slots that it shares with the sentence's key.
+
+    Raises:
+        ValueError: There are more slots than parts, or fewer.
+    """
+    slots = dict(zip(dict.fromkeys(_SLOT.findall(key)), parts, strict=True)) if parts else {}
+    return _SLOT.sub(lambda slot: slots.get(slot[1], slot[0]), text)
+
+
 def joined(separator: str, texts: Iterable[str], last: str | None = None) -> Sentence:
     """``separator.join(texts)`` that keeps the sentences among them; ``last`` stands before the last one."""
     held = list(texts)
@@ -54,6 +66,11 @@ def joined(separator: str, texts: Iterable[str], last: str | None = None) -> Sen
     if last is not None and len(held) > 1:
         slots[-2:] = [last.join(slots[-2:])]
     return Sentence(separator.join(slots), *held)
+
+
+def counted(count: int, one: str, many: str, *parts: object) -> Sentence:
+    """The sentence for one thing, or that for several; its first slot holds the count."""
+    return Sentence(one if count == 1 else many, count, *parts)
 
 
 def mapped(text: str, change: Callable[[str], str]) -> str:
@@ -70,7 +87,7 @@ class LoraMergeError(Exception):
     """
 
     def __init__(self, key: str, *parts: object) -> None:
-        self.sentence = key if isinstance(key, Sentence) and not parts else Sentence(key, *parts)
+        self.sentence = Sentence(key, *parts)
         super().__init__(self.sentence)
 
     def __str__(self) -> str:

@@ -144,7 +144,8 @@ def _within(
     """Ranks after the steps of :func:`_items` that ``left`` bytes hold; a step too large ends its layer's."""
     if left < 0:
         raise OutputError(
-            f"The size limit is too small by {-left / 1e6:.3f} MB for the layers that must be there."
+            "The size limit is too small by {missing} MB for the layers that must be there.",
+            f"{-left / 1000000.0:.3f}",
         )
     chosen, spent = np.array(ranks, dtype=np.int64), np.cumsum(cost)
     fit = int(np.searchsorted(spent, left, side="right"))  # the steps before the first that is too large
@@ -224,8 +225,9 @@ def _one_rank_within(layers: Sequence[LayerCost], budget: int) -> int:
     most = (budget - fixed) // per_rank if per_rank else 0
     if most < 1:
         raise OutputError(
-            f"This spelling stores all layers in one rank; rank 1 takes {(fixed + per_rank) / 1e6:.3f} MB. "
-            "Allow a larger file, or use the kohya dialect."
+            "This spelling stores all layers in one rank; rank 1 takes {least} MB. Allow a larger file, or "
+            "use the kohya dialect.",
+            f"{(fixed + per_rank) / 1000000.0:.3f}",
         )
     return int(most)
 

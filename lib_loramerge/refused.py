@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from .errors import Sentence
+
 # First bytes of files that are found under the name of a LoRA, and what the file is: the end of a sentence.
 BYTES: tuple[tuple[bytes, str], ...] = (
     (
@@ -58,7 +60,9 @@ class Kind:
     @property
     def sentence(self) -> str:
         """Why a file of this kind is refused, after its name and a colon."""
-        return f"this is {self.name}, which cannot be merged: {self.reason}"
+        return Sentence(
+            "this is {name}, which cannot be merged: {reason}", Sentence(self.name), Sentence(self.reason)
+        )
 
 
 _NO_CHANGE = "it holds no change to a base model"

@@ -28,7 +28,9 @@ def check_biases(shapes: Shapes, facts: LayerFacts, where: str) -> None:
         size = math.prod(shapes[slot])
         wanted = shapes["down"][0] if slot == "down_bias" else facts.out
         if wanted is not None and size != wanted:
-            raise IncompatibleError(f"{where}: {slot} has {size} numbers where {wanted} are needed.")
+            raise IncompatibleError(
+                "{where}: {slot} has {size} numbers where {wanted} are needed.", where, slot, size, wanted
+            )
 
 
 def bias_delta(kind: AdapterKind, layer: Layer) -> Tensor | None:
@@ -50,7 +52,7 @@ def bias_delta(kind: AdapterKind, layer: Layer) -> Tensor | None:
         up = wide(slots["up"])
         down_bias = wide(slots["down_bias"]).reshape(-1)
         if "mid" in slots:
-            raise IncompatibleError(f"{layer.where}: down_bias has no exact form in a Tucker layer.")
+            raise IncompatibleError("{where}: down_bias has no exact form in a Tucker layer.", layer.where)
         own = _plus(own, (up.reshape(up.shape[0], -1).double() @ down_bias.double()).to(up.dtype))
     if own is not None:
         scale = read_scale(kind, slots, layer.where).value

@@ -46,7 +46,7 @@ def _inner(slots: frozenset[str], where: str) -> AdapterKind:
     kind = identify(slots - MAGNITUDES, where).kind
     if kind is None or kind not in INNER:
         name = "nothing" if kind is None else kind.label
-        raise UnsupportedError(f"{where}: a DoRA magnitude on {name} has no known meaning.")
+        raise UnsupportedError("{where}: a DoRA magnitude on {kind} has no known meaning.", where, name)
     return kind
 
 
@@ -62,8 +62,13 @@ def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     assert facts.in_ is not None
     if axis(shapes[slot], facts.out, facts.in_, slot) is None:
         raise IncompatibleError(
-            f"{where}: {slot} has the shape {tuple(shapes[slot])}, which fits neither the {facts.out} "
-            f"outputs nor the {facts.in_} inputs."
+            "{where}: {slot} has the shape {shape}, which fits neither the {outputs} outputs nor the "
+            "{inputs} inputs.",
+            where,
+            slot,
+            tuple(shapes[slot]),
+            facts.out,
+            facts.in_,
         )
     return replace(facts, kind="dora", rank=None, needs_base=True, notes=(*facts.notes, HOSTS_DIFFER))
 

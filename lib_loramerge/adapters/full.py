@@ -16,7 +16,7 @@ LONE_NORM = "A norm without b_norm: not every program loads such a file."
 def _describe_full(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     shape = shapes["diff"]
     if not shape:
-        raise IncompatibleError(f"{where}: diff is a single number where a whole weight is needed.")
+        raise IncompatibleError("{where}: diff is a single number where a whole weight is needed.", where)
     if len(shape) == 1:
         return LayerFacts("full", shape[0], 0)
     return LayerFacts("full", shape[0], shape[1], plain_kernel(shape[2:]))
@@ -31,7 +31,9 @@ def _build_full(layer: Layer) -> Dense:
 def _describe_norm(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     shape = shapes["w_norm"]
     if len(shape) != 1:
-        raise IncompatibleError(f"{where}: w_norm has the shape {tuple(shape)} where a vector is needed.")
+        raise IncompatibleError(
+            "{where}: w_norm has the shape {shape} where a vector is needed.", where, tuple(shape)
+        )
     return LayerFacts("norm", shape[0], 0, notes=() if "b_norm" in shapes else (LONE_NORM,))
 
 

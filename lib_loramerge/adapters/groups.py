@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .. import refused
-from ..errors import IncompatibleError, UnsupportedError
+from ..errors import IncompatibleError, Sentence, UnsupportedError, joined
 from .kinds import ADAPTERS, AdapterKind
 
 RESIDUAL_PARTS = frozenset({"bias_indices", "bias_values", "bias_size"})
@@ -74,18 +74,23 @@ def identify(slots: Collection[str], where: str) -> Group:
     """
     present = frozenset(slots)
     for slot in sorted(present & refused.SLOTS.keys()):
-        raise UnsupportedError(f"{where}: {slot} cannot be merged: it {refused.SLOTS[slot]}.")
+        raise UnsupportedError(
+            "{where}: {slot} cannot be merged: it {reason}.", where, slot, Sentence(refused.SLOTS[slot])
+        )
     families = [name for name, (_, slots) in _families().items() if present & slots]
     if len(families) > 1:
         raise UnsupportedError(
-            f"{where}: this layer holds {' and '.join(families)} at once, and the WebUIs disagree which of "
-            "them counts."
+            "{where}: this layer holds {kinds} at once, and the WebUIs disagree which of them counts.",
+            where,
+            joined(" and ", map(Sentence, families)),
         )
     if not families:
         return _companions_only(present, where)
     magnitudes = sorted(present & MAGNITUDES)
     if len(magnitudes) > 1:
-        raise UnsupportedError(f"{where}: this layer holds two DoRA magnitudes, {' and '.join(magnitudes)}.")
+        raise UnsupportedError(
+            "{where}: this layer holds two DoRA magnitudes, {magnitudes}.", where, " and ".join(magnitudes)
+        )
     kind = _complete_kind(families[0], present, where)
     _check_residual(present, where)
     _check_leftovers(kind, present, where)
@@ -103,43 +108,62 @@ def _complete_kind(family: str, present: frozenset[str], where: str) -> AdapterK
     form = min(forms, key=lambda form: (len(form - own), -len(form & own)))
     there, missing = _listed(sorted(own)), sorted(form - own)
     if not missing:
-        raise IncompatibleError(f"{where}: {there} do not belong together in one {family} layer.")
+        raise IncompatibleError(
+            "{where}: {slots} do not belong together in one {kind} layer.", where, there, Sentence(family)
+        )
     raise IncompatibleError(
-        f"{where}: this {family} layer is incomplete: it has {there} and lacks {_listed(missing)}."
+        "{where}: this {kind} layer is incomplete: it has {has} and lacks {lacking}.",
+        where,
+        Sentence(family),
+        there,
+        _listed(missing),
     )
 
 
 def _companions_only(present: frozenset[str], where: str) -> Group:
     unknown = sorted(present - COMPANIONS - MAGNITUDES)
     if unknown:
-        raise UnsupportedError(f"{where}: nothing here can merge the slot {_listed(unknown)}.")
+        raise UnsupportedError("{where}: nothing here can merge the slot {slots}.", where, _listed(unknown))
     if "diff_b" in present:
         rest = sorted(present - {"diff_b", "alpha", "scale", "scalar"})
         if rest:
-            raise IncompatibleError(f"{where}: {_listed(rest)} lacks the factors that it belongs to.")
+            raise IncompatibleError(
+                "{where}: {slots} lacks the factors that it belongs to.", where, _listed(rest)
+            )
         return Group(ADAPTERS["bias"])
     rest = sorted(present - {"alpha", "scale", "scalar"})
     if rest:
-        raise IncompatibleError(f"{where}: {_listed(rest)} lacks the factors that it belongs to.")
+        raise IncompatibleError(
+            "{where}: {slots} lacks the factors that it belongs to.", where, _listed(rest)
+        )
     left = _listed(sorted(present))
-    return Group(None, None, (f"{left} without any factors was dropped; it changes nothing.",))
+    return Group(
+        None, None, (Sentence("{slots} without any factors was dropped; it changes nothing.", left),)
+    )
 
 
 def _check_residual(present: frozenset[str], where: str) -> None:
     parts = present & RESIDUAL_PARTS
     if parts and parts != RESIDUAL_PARTS:
         raise IncompatibleError(
-            f"{where}: the sparse residual is incomplete: it has {_listed(sorted(parts))} and lacks "
-            f"{_listed(sorted(RESIDUAL_PARTS - parts))}."
+            "{where}: the sparse residual is incomplete: it has {has} and lacks {lacking}.",
+            where,
+            _listed(sorted(parts)),
+            _listed(sorted(RESIDUAL_PARTS - parts)),
         )
     if parts and "bias" in present:
-        raise UnsupportedError(f"{where}: this layer holds a dense and a sparse residual at once.")
+        raise UnsupportedError("{where}: this layer holds a dense and a sparse residual at once.", where)
 
 
 def _check_leftovers(kind: AdapterKind, present: frozenset[str], where: str) -> None:
     unknown = sorted(present - kind.slots - COMPANIONS - MAGNITUDES)
     if unknown:
-        raise UnsupportedError(f"{where}: {_listed(unknown)} has no meaning in a {kind.label} layer.")
+        raise UnsupportedError(
+            "{where}: {slots} has no meaning in a {kind} layer.",
+            where,
+            _listed(unknown),
+            Sentence(kind.label),
+        )
 
 
 def _listed(names: Collection[str]) -> str:

@@ -13,7 +13,9 @@ from .scaling import number, wide
 def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
     shape = shapes["ia3_weight"]
     if math.prod(shape) != max(shape, default=1):
-        raise IncompatibleError(f"{where}: ia3_weight has the shape {tuple(shape)} where a vector is needed.")
+        raise IncompatibleError(
+            "{where}: ia3_weight has the shape {shape} where a vector is needed.", where, tuple(shape)
+        )
     # A stored value says which side the vector belongs to, so only the base weight has the other size.
     return LayerFacts("ia3", None, None, plain_kernel(kernel or ()), needs_base=True)
 
@@ -26,8 +28,13 @@ def _build(layer: Layer) -> Dense:
     side = 1 if on_input else 0
     if w.numel() != base.shape[side]:
         raise IncompatibleError(
-            f"{layer.where}: ia3_weight has {w.numel()} numbers, but the base weight {tuple(base.shape)} has "
-            f"{base.shape[side]} {'inputs' if on_input else 'outputs'}."
+            "{where}: ia3_weight has {count} numbers, but the base weight {shape} has {size} inputs."
+            if on_input
+            else "{where}: ia3_weight has {count} numbers, but the base weight {shape} has {size} outputs.",
+            layer.where,
+            w.numel(),
+            tuple(base.shape),
+            base.shape[side],
         )
     shape = [1] * base.dim()
     shape[side] = -1

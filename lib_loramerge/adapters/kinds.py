@@ -151,7 +151,9 @@ def shapes_of(slots: Mapping[str, Tensor]) -> dict[str, Shape]:
 def matrix(shape: Shape, slot: str, where: str) -> tuple[int, int]:
     """(rows, columns) of a factor that may carry trailing 1 x 1 kernel axes."""
     if len(shape) < 2 or math.prod(shape[2:]) != 1:
-        raise IncompatibleError(f"{where}: {slot} has the shape {tuple(shape)} where a matrix is needed.")
+        raise IncompatibleError(
+            "{where}: {slot} has the shape {shape} where a matrix is needed.", where, slot, tuple(shape)
+        )
     return shape[0], shape[1]
 
 
@@ -162,20 +164,30 @@ def split_kernel(shape: Shape, slot: str, where: str, kernel: Shape | None) -> t
     the base model's layer is known to have.
     """
     if len(shape) < 2:
-        raise IncompatibleError(f"{where}: {slot} has the shape {tuple(shape)} where a matrix is needed.")
+        raise IncompatibleError(
+            "{where}: {slot} has the shape {shape} where a matrix is needed.", where, slot, tuple(shape)
+        )
     known = plain_kernel(kernel or ())
     stored = plain_kernel(shape[2:])
     if len(shape) > 2:
         if kernel and stored != known:
             raise IncompatibleError(
-                f"{where}: {slot} has the shape {tuple(shape)}, but this layer of the base model is a "
-                f"{' x '.join(map(str, kernel))} convolution."
+                "{where}: {slot} has the shape {shape}, but this layer of the base model is a {kernel} "
+                "convolution.",
+                where,
+                slot,
+                tuple(shape),
+                " x ".join(map(str, kernel)),
             )
         return shape[0], shape[1], stored
     if shape[1] % math.prod(known):
         raise IncompatibleError(
-            f"{where}: {slot} has the shape {tuple(shape)}, which does not divide into the "
-            f"{' x '.join(map(str, known))} kernel of this layer."
+            "{where}: {slot} has the shape {shape}, which does not divide into the {kernel} kernel of this "
+            "layer.",
+            where,
+            slot,
+            tuple(shape),
+            " x ".join(map(str, known)),
         )
     return shape[0], shape[1] // math.prod(known), known
 
@@ -188,7 +200,7 @@ def plain_kernel(kernel: Shape) -> Shape:
 def misfit(where: str, shapes: Shapes, *slots: str) -> IncompatibleError:
     """The error for slots of one layer whose shapes contradict each other."""
     listed = " and ".join(f"{slot} {tuple(shapes[slot])}" for slot in slots if slot in shapes)
-    return IncompatibleError(f"{where}: the shapes of {listed} do not fit each other.")
+    return IncompatibleError("{where}: the shapes of {slots} do not fit each other.", where, listed)
 
 
 def require(fits: bool, where: str, shapes: Shapes, *slots: str) -> None:

@@ -122,7 +122,9 @@ def build(
 def _in_reach(delta: Delta, where: str) -> Delta:
     """The delta, unless its scale is beyond float64."""
     if isinstance(delta, LowRank) and not math.isfinite(delta.alpha):
-        raise IncompatibleError(f"{where}: the product of its factors is too large for any type of number.")
+        raise IncompatibleError(
+            "{where}: the product of its factors is too large for any type of number.", where
+        )
     return delta
 
 
@@ -131,15 +133,21 @@ def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) ->
         return LayerFacts(ORPHAN, None, None, notes=group.notes)
     for slot, shape in shapes.items():
         if math.prod(shape) == 0 and slot not in ("bias_indices", "bias_values"):
-            raise IncompatibleError(f"{where}: {slot} is empty, its shape is {tuple(shape)}.")
+            raise IncompatibleError(
+                "{where}: {slot} is empty, its shape is {shape}.", where, slot, tuple(shape)
+            )
     kind = ADAPTERS["dora"] if group.magnitude else group.kind
     facts = kind.describe(shapes, where, kernel)
     notes = facts.notes + scale_notes(shapes)
     check_biases(shapes, facts, where)
     if "bias" in shapes and facts.columns and math.prod(shapes["bias"]) != (facts.out or 0) * facts.columns:
         raise IncompatibleError(
-            f"{where}: bias has the shape {tuple(shapes['bias'])}; only LyCORIS's residual of the whole "
-            f"weight ({facts.out}, {facts.columns}) is known under this name."
+            "{where}: bias has the shape {shape}; only LyCORIS's residual of the whole weight ({outputs}, "
+            "{inputs}) is known under this name.",
+            where,
+            tuple(shapes["bias"]),
+            facts.out,
+            facts.columns,
         )
     if "bias" in shapes or "bias_indices" in shapes:
         facts, notes = replace(facts, rank=None), (*notes, RESIDUAL)
@@ -150,8 +158,10 @@ def _describe(group: Group, shapes: Shapes, where: str, kernel: Shape | None) ->
 def _check_base(kind: AdapterKind, facts: LayerFacts, base: Tensor | None, where: str) -> None:
     if base is None:
         raise UnsupportedError(
-            f"{where}: {kind.label} changes the base model's own weight and cannot be merged without it; "
-            "name the model it was trained on with --base CHECKPOINT."
+            "{where}: {kind} changes the base model's own weight and cannot be merged without it; name the "
+            "model it was trained on with --base CHECKPOINT.",
+            where,
+            kind.label,
         )
     check_base_shape(facts, tuple(base.shape), where)
 
@@ -171,6 +181,10 @@ def check_base_shape(facts: LayerFacts, shape: Shape, where: str) -> None:
     if not same:
         expected = (facts.out, facts.in_, *facts.kernel)
         raise IncompatibleError(
-            f"{where}: this {ADAPTERS[facts.kind].label} layer was made for a weight of {expected} (out, in, "
-            f"kernel), but the base checkpoint's is {shape}."
+            "{where}: this {kind} layer was made for a weight of {expected} (out, in, kernel), but the base "
+            "checkpoint's is {shape}.",
+            where,
+            ADAPTERS[facts.kind].label,
+            expected,
+            shape,
         )

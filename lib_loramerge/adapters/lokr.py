@@ -32,7 +32,9 @@ def _describe(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFacts:
         whole, parts = f"lokr_w{n}", [f"lokr_w{n}_a", f"lokr_w{n}_b", "lokr_t2" if n == "2" else ""]
         double = [part for part in parts if whole in shapes and part in shapes]
         if double:
-            raise IncompatibleError(f"{where}: {whole} is stored whole and as {', '.join(double)} at once.")
+            raise IncompatibleError(
+                "{where}: {whole} is stored whole and as {parts} at once.", where, whole, ", ".join(double)
+            )
     a, c, rank1 = _small(shapes, "1", where)
     b, d, stored, rank2 = _large(shapes, where, kernel)
     notes: tuple[str, ...] = (_T1_IGNORED,) if "lokr_t1" in shapes else ()

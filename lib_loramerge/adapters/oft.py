@@ -31,7 +31,10 @@ def _describe_boft(shapes: Shapes, where: str, kernel: Shape | None) -> LayerFac
     # Stage i mixes groups of 2^i * size outputs, in halves.
     if size % 2 or (blocks * size) % (2 ** (stages - 1) * size):
         raise IncompatibleError(
-            f"{where}: oft_blocks {shapes['oft_blocks']} are no butterfly of {blocks * size} outputs."
+            "{where}: oft_blocks {blocks} are no butterfly of {outputs} outputs.",
+            where,
+            shapes["oft_blocks"],
+            blocks * size,
         )
     return facts
 
@@ -40,11 +43,13 @@ def _facts(kind: str, slot: str, shapes: Shapes, where: str, kernel: Shape | Non
     shape = shapes[slot]
     if len(shape) != 3 or shape[1] != shape[2]:
         raise IncompatibleError(
-            f"{where}: {slot} has the shape {tuple(shape)} where square blocks are needed."
+            "{where}: {slot} has the shape {shape} where square blocks are needed.", where, slot, tuple(shape)
         )
     out = shape[0] * shape[1]
     if "rescale" in shapes and math.prod(shapes["rescale"]) != out:
-        raise IncompatibleError(f"{where}: rescale {tuple(shapes['rescale'])} does not fit {out} outputs.")
+        raise IncompatibleError(
+            "{where}: rescale {shape} does not fit {outputs} outputs.", where, tuple(shapes["rescale"]), out
+        )
     return LayerFacts(kind, out, None, plain_kernel(kernel or ()), needs_base=True)
 
 

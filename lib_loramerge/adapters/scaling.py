@@ -58,10 +58,14 @@ def number(tensor: Tensor, slot: str, where: str) -> float:
     """The value of a tensor that holds one number, 0-d or [1], of any dtype."""
     if tensor.numel() != 1:
         shape = tuple(tensor.shape)
-        raise IncompatibleError(f"{where}: {slot} has the shape {shape} where one number is needed.")
+        raise IncompatibleError(
+            "{where}: {slot} has the shape {shape} where one number is needed.", where, slot, shape
+        )
     value = float(tensor.reshape(-1)[0])
     if not math.isfinite(value):
-        raise IncompatibleError(f"{where}: {slot} is {value}, which is not a usable number.")
+        raise IncompatibleError(
+            "{where}: {slot} is {value}, which is not a usable number.", where, slot, value
+        )
     return value
 
 
@@ -139,17 +143,25 @@ def read_residual(layer: Layer) -> Tensor | None:
     size = [int(n) for n in slots["bias_size"].reshape(-1)]
     if min(size, default=0) < 1 or math.prod(size) != (layer.facts.out or 0) * (layer.facts.columns or 1):
         # Checked before any memory is taken; LyCORIS stores sizes as int16, which overflow.
-        raise IncompatibleError(f"{layer.where}: bias_size {tuple(size)} is not the size of this layer.")
+        raise IncompatibleError(
+            "{where}: bias_size {size} is not the size of this layer.", layer.where, tuple(size)
+        )
     indices = indices.reshape(len(size), -1) if indices.dim() < 2 else indices
     if indices.shape != (len(size), values.numel()):
         raise IncompatibleError(
-            f"{layer.where}: bias_indices {tuple(indices.shape)}, bias_values {tuple(values.shape)} and "
-            f"bias_size {tuple(size)} do not fit each other."
+            "{where}: bias_indices {indices}, bias_values {values} and bias_size {size} do not fit each "
+            "other.",
+            layer.where,
+            tuple(indices.shape),
+            tuple(values.shape),
+            tuple(size),
         )
     if values.numel() and (
         bool((indices < 0).any()) or bool((indices.amax(1).cpu() >= torch.tensor(size)).any())
     ):
-        raise IncompatibleError(f"{layer.where}: bias_indices point outside the shape {tuple(size)}.")
+        raise IncompatibleError(
+            "{where}: bias_indices point outside the shape {size}.", layer.where, tuple(size)
+        )
     dense = torch.zeros(size, dtype=wide(values).dtype, device=values.device)
     return dense.index_put_(tuple(indices), wide(values), accumulate=True)
 
@@ -159,8 +171,10 @@ def add_residual(delta: Delta, residual: Tensor, layer: Layer) -> Delta:
     weight = delta.weight if isinstance(delta, Dense) else dense_product(delta)
     if residual.numel() != weight.numel():
         raise IncompatibleError(
-            f"{layer.where}: the residual has {residual.numel()} elements where the layer has "
-            f"{weight.numel()}."
+            "{where}: the residual has {count} elements where the layer has {size}.",
+            layer.where,
+            residual.numel(),
+            weight.numel(),
         )
     return Dense(weight + residual.reshape(weight.shape).to(weight.dtype), delta.kernel)
 

@@ -16,6 +16,7 @@ import torch
 
 from ..blocks import BLOCK_IDS
 from ..delta import Delta, Dense, conflict_of, overlaps, sampled_rows
+from ..errors import Sentence, joined
 from ..merge.layer import open_merger
 from ..merge.layout import LayerPlan, MergePlan
 from ..merge.loudness import PARTS, Sizes, normalized, quieter, ratios, sizes_of
@@ -327,18 +328,26 @@ def _verdict(
 ) -> str:
     a, b = names
     if not shared:
-        return f"{a} and {b} change no layer in common: a plain sum is exact for both."
+        return Sentence(
+            "{first} and {second} change no layer in common: a plain sum is exact for both.", a, b
+        )
     fighting = [block for block, relation in blocks.items() if relation.cosine <= OPPOSED < whole.cosine]
     agreeing = [block for block, relation in blocks.items() if relation.cosine >= AGREE > whole.cosine]
-    sentences = [_agreement(whole, everywhere=not (fighting or agreeing))]
+    sentences = [Sentence(_agreement(whole, everywhere=not (fighting or agreeing)))]
     if fighting:
         sentences.append(
-            f"They pull against each other in {', '.join(fighting)}: lower one of them there with block "
-            f"weights (lbw={_lowering(fighting, blocks, architecture)}), or let one go first with mode np."
+            Sentence(
+                "They pull against each other in {blocks}: lower one of them there with block weights "
+                "(lbw={weights}), or let one go first with mode np.",
+                ", ".join(fighting),
+                _lowering(fighting, blocks, architecture),
+            )
         )
     if agreeing:
-        sentences.append(f"They agree in {', '.join(agreeing)}: there the sum is louder than either.")
-    return " ".join([*sentences, *_loudness(names, whole, blocks)])
+        sentences.append(
+            Sentence("They agree in {blocks}: there the sum is louder than either.", ", ".join(agreeing))
+        )
+    return joined(" ", [*sentences, *_loudness(names, whole, blocks)])
 
 
 def _lowering(fighting: Sequence[str], blocks: Iterable[str], architecture: str) -> str:
@@ -353,10 +362,16 @@ def _loudness(names: tuple[str, str], whole: Relation, blocks: Mapping[str, Rela
     """Which LoRA dominates, overall or per block."""
     for side in (0, 1):
         if _drowns(whole, side):
-            return [f"{names[side]} is more than three times as strong as the other at these strengths."]
+            return [
+                Sentence(
+                    "{name} is more than three times as strong as the other at these strengths.", names[side]
+                )
+            ]
     loud = [[block for block, relation in blocks.items() if _drowns(relation, side)] for side in (0, 1)]
     return [
-        f"{name} is more than three times as strong as the other in {', '.join(where)}."
+        Sentence(
+            "{name} is more than three times as strong as the other in {blocks}.", name, ", ".join(where)
+        )
         for name, where in zip(names, loud)
         if where
     ]

@@ -53,7 +53,9 @@ def split_named(text: str, what: str) -> list[tuple[str, str]]:
         sides = [side.strip() for side in _MARK.split(part)]
         if len(sides) != 2 or not all(sides):
             raise RecipeError(
-                f"{what}: an entry by name is BLOCKS:WEIGHT, such as B00-B07:0.5, got {shown(part)}."
+                "{what}: an entry by name is BLOCKS:WEIGHT, such as B00-B07:0.5, got {part}.",
+                what,
+                shown(part),
             )
         found.append((sides[0], sides[1]))
     return found
@@ -71,7 +73,7 @@ def by_name(text: str, model: BlockMap, what: str) -> list[NamedWeight]:
         own = tuple(block for block in blocks_of(name, model, what) if block not in later)
         if not own:
             raise RecipeError(
-                f"{what}: {shown(name)} has no effect, since later entries name all of its blocks."
+                "{what}: {name} has no effect, since later entries name all of its blocks.", what, shown(name)
             )
         later.update(own)
         found.append(NamedWeight(name, weight, own))
@@ -106,8 +108,12 @@ def blocks_of(name: str, model: BlockMap, what: str) -> Sequence[str]:
         found = [name] if name in ids else []
     if not found:
         raise RecipeError(
-            f"{what}: {shown(name)} names no block of {model.label}, which has {in_ranges(ids)}."
-            f"{nearest_hint(name, ids)}"
+            "{what}: {name} names no block of {model}, which has {ids}.{hint}",
+            what,
+            shown(name),
+            model.label,
+            in_ranges(ids),
+            nearest_hint(name, ids),
         )
     return found
 

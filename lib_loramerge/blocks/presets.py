@@ -17,7 +17,7 @@ from lib_loramerge.blocks.ids import BLOCK_IDS
 from lib_loramerge.blocks.named import is_elemental, is_named, parts
 from lib_loramerge.blocks.rules import parse_rules
 from lib_loramerge.blocks.weights import check_entry, split_weights
-from lib_loramerge.errors import OutputError, RecipeError
+from lib_loramerge.errors import OutputError, RecipeError, Sentence
 from lib_loramerge.recipe.check import shown
 
 LARGEST_FILE = 1_000_000  # bytes
@@ -83,10 +83,14 @@ def _read(path: Path, problems: list[str]) -> tuple[dict[str, str], dict[str, st
     except FileNotFoundError:
         return {}, {}
     except UnicodeDecodeError:
-        problems.append(f"{path.name}: not UTF-8 text, so its presets are not used. Save it as UTF-8.")
+        problems.append(
+            Sentence("{file}: not UTF-8 text, so its presets are not used. Save it as UTF-8.", path.name)
+        )
         return {}, {}
     except (OSError, RecipeError) as error:
-        problems.append(f"{path.name}: cannot be read, so its presets are not used ({error}).")
+        problems.append(
+            Sentence("{file}: cannot be read, so its presets are not used ({error}).", path.name, error)
+        )
         return {}, {}
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if path.name.lower() == "lbwpresets.txt":
@@ -100,7 +104,7 @@ def _bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         raw = file.read(LARGEST_FILE + 1)
     if len(raw) > LARGEST_FILE:
-        raise RecipeError(f"{path.name}: a preset file has at most {LARGEST_FILE} bytes")
+        raise RecipeError("{file}: a preset file has at most {most} bytes", path.name, LARGEST_FILE)
     return raw
 
 
@@ -113,7 +117,11 @@ def _own_lines(text: str, path: Path, problems: list[str]) -> tuple[dict[str, st
             name, value = entry
             (elements if is_elemental(value) else weights)[name] = value  # a later line wins
         elif line.split("#")[0].strip():
-            problems.append(f"{path.name}, line {number}: no preset, got {shown(line.strip())}.")
+            problems.append(
+                Sentence(
+                    "{file}, line {number}: no preset, got {line}.", path.name, number, shown(line.strip())
+                )
+            )
     return weights, elements
 
 
@@ -196,7 +204,7 @@ def delete_preset(path: Path, name: str) -> None:
             if not (_is_preset(line, name, True) or _is_preset(line, name, False))
         ]
         if len(kept) == len(lines):
-            raise RecipeError(f"{Path(path).name} has no preset {shown(name)}.")
+            raise RecipeError("{path} has no preset {name}.", Path(path).name, shown(name))
         _write_lines(path, raw, kept)
 
 
@@ -211,14 +219,18 @@ def check_preset(name: str, text: str) -> tuple[str, str]:
         raise RecipeError("A preset needs a name and a text.")
     name, text = name.strip(), text.strip()
     if not name or len(name) > LONGEST_PRESET_NAME:
-        raise RecipeError(f"A preset's name has 1 to {LONGEST_PRESET_NAME} characters, got {len(name)}.")
+        raise RecipeError(
+            "A preset's name has 1 to {most} characters, got {count}.", LONGEST_PRESET_NAME, len(name)
+        )
     if re.search(r"[:,#<>=@\x00-\x1f\x7f\u2028\u2029\ufeff]", name):
-        raise RecipeError(f"A preset's name has none of : , # < > = @ in it, got {shown(name)}.")
+        raise RecipeError("A preset's name has none of : , # < > = @ in it, got {name}.", shown(name))
     if not re.search(r"[^\W\d_]", name):
-        raise RecipeError(f"A preset's name has a letter in it, so that it is no number; got {shown(name)}.")
+        raise RecipeError(
+            "A preset's name has a letter in it, so that it is no number; got {name}.", shown(name)
+        )
     if "#" in text or "\0" in text:
-        raise RecipeError(f"Preset {name}: # starts a comment and cannot be part of it.")
-    what = f"Preset {name}"
+        raise RecipeError("Preset {name}: # starts a comment and cannot be part of it.", name)
+    what = Sentence("Preset {name}", name)
     if is_elemental(text):
         parse_rules(text, None, where=what)
         return name, ",".join(parts(text))
@@ -242,10 +254,12 @@ def _lines_to_edit(path: Path) -> tuple[bytes, list[tuple[str, str]]]:
         return b"", []
     except UnicodeDecodeError:
         raise RecipeError(
-            f"{Path(path).name} is not UTF-8 text, so it is not changed. Save it as UTF-8."
+            "{path} is not UTF-8 text, so it is not changed. Save it as UTF-8.", Path(path).name
         ) from None
     except OSError as error:
-        raise OutputError(f"{Path(path).name} cannot be read: {error.strerror or error}.") from None
+        raise OutputError(
+            "{path} cannot be read: {what}.", Path(path).name, error.strerror or error
+        ) from None
     lines = [(match[1], match[2]) for match in _LINE.finditer(text)]
     return raw, lines[:-1] if lines and lines[-1] == ("", "") else lines
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lib_loramerge.block_lists import TEXT_ENCODERS
 from lib_loramerge.blocks.elements import WORDS
 from lib_loramerge.blocks.ids import FLUX, OTHER, SD_FULL
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.recipe import STRENGTH_LIMIT, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
 
@@ -108,19 +108,34 @@ def parse_rules(
 def _rule(text: str, ids: tuple[str, ...] | None, where: str, own: tuple[str, ...]) -> ElementRule:
     parts = text.split(":")
     if len(parts) != 3:
-        raise RecipeError(f"{where}: an elemental rule is blocks:elements:ratio, got {shown(text)}.")
+        raise RecipeError(
+            "{where}: an elemental rule is blocks:elements:ratio, got {text}.", where, shown(text)
+        )
     blocks, not_blocks = _tokens(parts[0])
     elements, not_elements = _tokens(parts[1])
     for token in elements:
         if _WORD_LIKE.fullmatch(token) and token not in (*WORDS, *TEXT_ENCODERS):
-            raise RecipeError(f"{where}: there is no word {shown(token)} for elements: {', '.join(WORDS)}.")
+            raise RecipeError(
+                "{where}: there is no word {token} for elements: {words}.",
+                where,
+                shown(token),
+                ", ".join(WORDS),
+            )
     ratio = check_number(
-        f"{where}: the ratio of {shown(text)}", parts[2], -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True
+        Sentence("{where}: the ratio of {rule}", where, shown(text)),
+        parts[2],
+        -STRENGTH_LIMIT,
+        STRENGTH_LIMIT,
+        text=True,
     )
     expanded = tuple(block for token in blocks for block in _expand(token, ids, where, own))
     if ids and expanded and not not_blocks and not any(_may_hit(token, ids) for token in expanded):
         raise RecipeError(
-            f"{where}: {shown(text)} picks nothing, the block weights are for {ids[0]} to {ids[-1]}."
+            "{where}: {rule} picks nothing, the block weights are for {first} to {last}.",
+            where,
+            shown(text),
+            ids[0],
+            ids[-1],
         )
     return ElementRule(expanded, not_blocks, elements, not_elements, ratio)
 
@@ -146,10 +161,14 @@ def _expand(token: str, ids: tuple[str, ...] | None, where: str, own: tuple[str,
         if found:
             return tuple(found)
         unknown = next((end for end in (first, last) if end not in known), token)
-        raise RecipeError(f"{where}: {shown(token)} is no range of blocks.{nearest_hint(unknown, known)}")
+        raise RecipeError(
+            "{where}: {token} is no range of blocks.{hint}", where, shown(token), nearest_hint(unknown, known)
+        )
     if _BLOCK_LIKE.fullmatch(token) and not _in_a_block(token, SD_FULL + FLUX + OTHER + own):
-        hint = " The middle block is M00." if token.startswith("MID") else nearest_hint(token, known)
-        raise RecipeError(f"{where}: there is no block {shown(token)}.{hint}")
+        hint = (
+            Sentence(" The middle block is M00.") if token.startswith("MID") else nearest_hint(token, known)
+        )
+        raise RecipeError("{where}: there is no block {token}.{hint}", where, shown(token), hint)
     return (token,)
 
 

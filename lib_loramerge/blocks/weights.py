@@ -20,7 +20,7 @@ from lib_loramerge.blocks.elements import elements_of, words_of
 from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
 from lib_loramerge.blocks.named import by_name, fits, is_named, split_named
 from lib_loramerge.blocks.rules import ElementRule, host_name, parse_rules
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
 
@@ -100,8 +100,13 @@ class BlockWeights:
     def _wrong_list(self, block: str) -> RecipeError:
         fitting = "61 weights (Flux)" if block in FLUX else "12, 17, 20 or 26 weights (SD and SDXL)"
         return RecipeError(
-            f"{shown(self.name)}: the block weights are for {self.ids[0]} to {self.ids[-1]} and have no "
-            f"entry for block {block} of this LoRA. Give {fitting}, or leave lbw= out."
+            "{name}: the block weights are for {first} to {last} and have no entry for block {block} of "
+            "this LoRA. Give {list}, or leave lbw= out.",
+            shown(self.name),
+            self.ids[0],
+            self.ids[-1],
+            block,
+            Sentence(fitting),
         )
 
 
@@ -120,14 +125,17 @@ def resolve(
         RecipeError: An unknown preset (with the nearest names), a list that the base model does not have
             (with those that it has, and the presets that fit), an entry or a rule that makes no sense.
     """
-    where = f"{shown(input.name)}: "
+
+    def about(field: str) -> Sentence:
+        return Sentence("{name}: {field}", shown(input.name), field)
+
     ids: tuple[str, ...] = ()
     values: dict[str, float] = {}
     named = absent = frozenset[str]()
     by_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
     if input.lbw is not None:
-        text = _look_up(input.lbw, presets.weights, ",", where + "lbw")
-        what = where + _named("lbw", input.lbw, text)
+        text = _look_up(input.lbw, presets.weights, ",", about("lbw"))
+        what = about(_named("lbw", input.lbw, text))
         base = 1.0 if input.x is None else input.x
         if is_named(text):
             _check_reading(input.lbw, presets, what)
@@ -147,9 +155,9 @@ def resolve(
         named = frozenset(order) | absent
     rules: tuple[ElementRule, ...] = ()
     if input.lbwe is not None:
-        text = _look_up(input.lbwe, presets.elements, ":", where + "lbwe")
+        text = _look_up(input.lbwe, presets.elements, ":", about("lbwe"))
         own = model.all if model is not None else ()
-        rules = parse_rules(text, ids or None, where=where + _named("lbwe", input.lbwe, text), own=own)
+        rules = parse_rules(text, ids or None, where=about(_named("lbwe", input.lbwe, text)), own=own)
     architecture = model.architecture if model is not None else "unknown"
     return BlockWeights(ids, values, rules, input.name, named, absent, by_names, architecture)
 
@@ -159,8 +167,12 @@ def _check_reading(written: str, presets: Presets, what: str) -> None:
     name, colon, rest = written.partition(":")
     if written not in presets.weights and colon and "," not in rest and name.strip() in presets.weights:
         raise RecipeError(
-            f"{what}: {shown(written)} may mean the block or the preset {name.strip()}. Write "
-            f"lbw={name.strip()}={rest.strip()} for the block; for the preset, give the strength before lbw=."
+            "{what}: {written} may mean the block or the preset {name}. Write lbw={name}={weights} for the "
+            "block; for the preset, give the strength before lbw=.",
+            what,
+            shown(written),
+            name.strip(),
+            rest.strip(),
         )
 
 
@@ -176,8 +188,10 @@ def check_place(text: str, what: str) -> tuple[float, float]:
     match = _PLACE.fullmatch(text)
     if match is None or not 0 <= float(match[1]) < float(match[2]) <= 1:
         raise RecipeError(
-            f"{what}: a part of the model is written @FROM-TO with fractions from 0 to 1, such as "
-            f"@0-0.33, got {shown(text)}."
+            "{what}: a part of the model is written @FROM-TO with fractions from 0 to 1, such as @0-0.33, "
+            "got {text}.",
+            what,
+            shown(text),
         )
     return float(match[1]), float(match[2])
 
@@ -203,7 +217,7 @@ def _by_place(text: str, model: BlockMap | None, what: str) -> str:
 def _all_ids(text: str, model: BlockMap | None, what: str) -> tuple[str, ...]:
     """The list of a base model that has an entry for each of its blocks: the one that is stored."""
     if model is None:
-        raise RecipeError(f"{what}: {shown(text)} needs a LoRA whose base model is known.")
+        raise RecipeError("{what}: {text} needs a LoRA whose base model is known.", what, shown(text))
     return next((entry.ids for entry in model.lists if set(model.ids) <= set(entry.ids)), model.ids)
 
 
@@ -218,14 +232,23 @@ def _list_of(
     found = [entry for entry in model.lists if len(entry.ids) == count]
     if not found:
         raise RecipeError(
-            f"{what} has {count} block weights, and {model.label} has lists of {model.counts_text()}."
-            + presets_text(fitting(presets, model))
+            "{what} has {count} block weights, and {model} has lists of {counts}.{presets}",
+            what,
+            count,
+            model.label,
+            model.counts_text(),
+            presets_text(fitting(presets, model)),
         )
     if len(found) > 1:
         readings = " or ".join(in_ranges(entry.ids) for entry in found)
         raise RecipeError(
-            f"{what} has {count} block weights, which may mean {readings} of {model.label}. Give a longer or "
-            f"shorter list: {model.counts_text()}."
+            "{what} has {count} block weights, which may mean {readings} of {model}. Give a longer or "
+            "shorter list: {counts}.",
+            what,
+            count,
+            readings,
+            model.label,
+            model.counts_text(),
         )
     chosen = found[0]
     stored = SD_FULL if chosen.rest == 0 else chosen.ids
@@ -247,10 +270,9 @@ def fitting(presets: Presets, model: BlockMap) -> list[str]:
 def presets_text(names: list[str], most: int = 12) -> str:
     """A sentence that lists presets, for the end of a message."""
     if not names:
-        return " No preset fits it."
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    listed = ", ".join(names[:most]) + more
-    return f" Presets that fit: {listed}."
+        return Sentence(" No preset fits it.")
+    more = Sentence(" and {count} more", len(names) - most) if len(names) > most else ""
+    return Sentence(" Presets that fit: {presets}{more}.", ", ".join(names[:most]), more)
 
 
 def check_reach(
@@ -271,32 +293,56 @@ def check_reach(
     for entry, blocks in found.entries:
         if present.isdisjoint(blocks):
             raise RecipeError(
-                f"{name}: {shown(entry)} governs no layer of this LoRA, which has layers of {has} of "
-                f"{model.label}."
+                "{name}: {entry} governs no layer of this LoRA, which has layers of {has} of {model}.",
+                name,
+                shown(entry),
+                has,
+                model.label,
             )
     if found.ids:
         left = [layer for _, block, layer in known if block not in found.named]
         if len(left) == len(known):
             raise RecipeError(
-                f"{name}: the block weights govern no layer of this LoRA, which has layers of {has} of "
-                f"{model.label}. The lists are {model.counts_text()}." + presets_text(fitting(presets, model))
+                "{name}: the block weights govern no layer of this LoRA, which has layers of {has} of "
+                "{model}. The lists are {counts}.{presets}",
+                name,
+                has,
+                model.label,
+                model.counts_text(),
+                presets_text(fitting(presets, model)),
             )
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            more = Sentence(" and {count} more", len(left) - 3) if len(left) > 3 else ""
             notes.append(
-                f"{name}: the block weights leave {len(left)} of {len(known)} layers at 1: "
-                f"{', '.join(left[:3])}{more}."
+                Sentence(
+                    "{name}: the block weights leave {count} of {total} layers at 1: {layers}{more}.",
+                    name,
+                    len(left),
+                    len(known),
+                    ", ".join(left[:3]),
+                    more,
+                )
             )
     lacking = [block for _, block, _ in known if block in found.absent]
     if lacking:
         where = in_ranges(block for block in model.all if block in lacking)
         notes.append(
-            f"{name}: the list of block weights has no entry for {where}, so {len(lacking)} of {len(known)} "
-            "layers have weight 0."
+            Sentence(
+                "{name}: the list of block weights has no entry for {blocks}, so {count} of {total} layers "
+                "have weight 0.",
+                name,
+                where,
+                len(lacking),
+                len(known),
+            )
         )
     notes += [
-        f"{name}: {shown(token)} in an elemental rule is a part of 'diffusion_model', as the WebUI calls the "
-        "denoiser, so it picks all of the denoiser. Write more of the element's name, such as ff_net."
+        Sentence(
+            "{name}: {token} in an elemental rule is a part of 'diffusion_model', as the WebUI calls the "
+            "denoiser, so it picks all of the denoiser. Write more of the element's name, such as ff_net.",
+            name,
+            shown(token),
+        )
         for rule in found.elements
         for token in rule.elements
         if token in "diffusion_model"
@@ -305,15 +351,26 @@ def check_reach(
     if found.elements and len(idle) == len(found.elements):
         words = elements_of(model.architecture)
         raise RecipeError(
-            f"{name}: the elemental rules govern no layer of this LoRA: {shown(','.join(idle))}. It "
-            f"has layers of {has} of {model.label}. Words for its elements: {', '.join(words) or 'none'}."
+            "{name}: the elemental rules govern no layer of this LoRA: {rules}. It has layers of {has} of "
+            "{model}. Words for its elements: {words}.",
+            name,
+            shown(",".join(idle)),
+            has,
+            model.label,
+            ", ".join(words) or "none",
         )
-    return [*notes, *(f"{name}: the elemental rule {shown(text)} reaches no layer." for text in idle)]
+    return [
+        *notes,
+        *(
+            Sentence("{name}: the elemental rule {text} reaches no layer.", name, shown(text))
+            for text in idle
+        ),
+    ]
 
 
 def _named(field_name: str, written: str, text: str) -> str:
     """``lbw`` for a literal, ``preset MIDD`` for what came from a preset."""
-    return field_name if written == text else f"preset {written}"
+    return field_name if written == text else Sentence("preset {written}", written)
 
 
 def _look_up(written: str, presets: Mapping[str, str], literal_mark: str, what: str) -> str:
@@ -322,7 +379,7 @@ def _look_up(written: str, presets: Mapping[str, str], literal_mark: str, what: 
     if literal_mark in written or (literal_mark == "," and (written.startswith("@") or is_named(written))):
         return written
     hint = nearest_hint(written, presets)
-    raise RecipeError(f"{what}: there is no preset {shown(written)}.{hint}")
+    raise RecipeError("{what}: there is no preset {written}.{hint}", what, shown(written), hint)
 
 
 def split_weights(text: str, what: str) -> list[str]:
@@ -347,7 +404,9 @@ def _entries(text: str) -> list[str]:
 
 
 def _wrong_count(count: int, what: str) -> RecipeError:
-    return RecipeError(f"{what} has {count} block weights; a list has {counts_text()}.")
+    return RecipeError(
+        "{what} has {count} block weights; a list has {counts}.", what, count, Sentence(counts_text())
+    )
 
 
 @cache
@@ -378,12 +437,16 @@ def _entry(entry: str, base: float, rng: random.Random, what: str) -> float:
     match = _X.fullmatch(entry)
     if match:
         offset = (
-            check_number(f"{what}: the offset of X", match[2], 0, STRENGTH_LIMIT, text=True)
+            check_number(Sentence("{what}: the offset of X", what), match[2], 0, STRENGTH_LIMIT, text=True)
             if match[1]
             else 0.0
         )
         value = base - offset if match[1] == "-" else base + offset
-        return check_number(f"{what}: {entry}", value, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+        return check_number(Sentence("{name}: {field}", what, entry), value, -STRENGTH_LIMIT, STRENGTH_LIMIT)
     if re.fullmatch(r"[A-Za-z].*", entry) and not re.fullmatch(r"(?i)nan|inf(inity)?", entry):
-        raise RecipeError(f"{what}: a block weight is a number, R, U, X, X+0.1 or X-0.1, got {shown(entry)}.")
-    return check_number(f"{what}: a block weight", entry, -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True)
+        raise RecipeError(
+            "{what}: a block weight is a number, R, U, X, X+0.1 or X-0.1, got {entry}.", what, shown(entry)
+        )
+    return check_number(
+        Sentence("{what}: a block weight", what), entry, -STRENGTH_LIMIT, STRENGTH_LIMIT, text=True
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Cancelled, OutputError
+from ..errors import Cancelled, OutputError, Sentence
 from ..files import LoraFile, check_target
 from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
@@ -155,7 +155,10 @@ class Bake:
             other = seen.setdefault(target.name.lower(), file)
             if other is not file:
                 raise OutputError(
-                    f"{other.path} and {file.path} would both be written to {target.name}. Rename one."
+                    "{first} and {second} would both be written to {file}. Rename one.",
+                    other.path,
+                    file.path,
+                    target.name,
                 )
 
     def _jobs(self, output: Path) -> list[tuple[LoraFile, Path, list[Entry]]]:
@@ -348,7 +351,9 @@ class Bake:
             if same:
                 what = "the base itself" if path == self.checkpoint.files[0].path else "one of the inputs"
                 raise OutputError(
-                    f"{output.name} is {what}, so it cannot be overwritten. Choose another name."
+                    "{file} is {what}, so it cannot be overwritten. Choose another name.",
+                    output.name,
+                    Sentence(what),
                 )
 
     def _report(
@@ -444,9 +449,9 @@ def _root(path: Path) -> Path:
 
 def _check_folder(path: Path, output: Path) -> None:
     if os.path.lexists(output):
-        raise OutputError(f"{output} exists already; choose another name for the new folder.")
+        raise OutputError("{folder} exists already; choose another name for the new folder.", output)
     if output.resolve().is_relative_to(_root(path).resolve()):
-        raise OutputError(f"{output} is within the checkpoint's own folder; choose another place.")
+        raise OutputError("{folder} is within the checkpoint's own folder; choose another place.", output)
 
 
 def _copy_settings(base: Path, output: Path) -> list[str]:
@@ -461,5 +466,12 @@ def _copy_settings(base: Path, output: Path) -> list[str]:
             write_whole(target, beside.read_bytes())
     except (OSError, OutputError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        return [f"{beside.name} could not be copied to {target.name} ({reason}). Copy it yourself."]
+        return [
+            Sentence(
+                "{file} could not be copied to {target} ({reason}). Copy it yourself.",
+                beside.name,
+                target.name,
+                reason,
+            )
+        ]
     return []

@@ -15,7 +15,7 @@ from .. import dialects, models
 from ..delta import LowRank, Spectrum, Stored, truncate
 from ..delta.krylov import leading
 from ..delta.storing import round_cut
-from ..errors import FileError, IncompatibleError, OutputError, RecipeError
+from ..errors import FileError, IncompatibleError, OutputError, RecipeError, Sentence, joined
 from ..ranks import retaining
 from ..recipe.check import check_whole
 from ..recipe.model import check_size
@@ -63,10 +63,12 @@ class ExtractSettings:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         if self.rank != "auto" and not (whole and 1 <= int(self.rank) <= MOST_RANKS):
             raise RecipeError(
-                f"rank must be a whole number from 1 to {MOST_RANKS}, or auto, got {self.rank!r}."
+                "rank must be a whole number from 1 to {most}, or auto, got {value}.",
+                MOST_RANKS,
+                repr(self.rank),
             )
         if self.retain is not None and not 0 < self.retain <= 1:
-            raise RecipeError(f"retain must be above 0 and at most 1, got {self.retain:g}.")
+            raise RecipeError("retain must be above 0 and at most 1, got {value}.", f"{self.retain:g}")
         if self.size is not None:
             check_size(self.size)
         if (self.rank == "auto") + (self.retain is not None) + (self.size is not None) > 1:
@@ -76,7 +78,7 @@ class ExtractSettings:
             check_whole("conv_rank", self.conv_rank, 0, MOST_RANKS)
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown:
-            raise RecipeError(f"There is no part {unknown[0]!r}. Parts: {', '.join(PARTS)}.")
+            raise RecipeError("There is no part {name}. Parts: {parts}.", repr(unknown[0]), ", ".join(PARTS))
 
     @property
     def measured(self) -> bool:
@@ -158,7 +160,7 @@ class Pair:
         """
         for file in (*self.tuned.files, *self.base.files):
             if output.exists() and os.path.samefile(output, file.path):
-                raise OutputError(f"{output.name} is one of the inputs. Choose another name.")
+                raise OutputError("{file} is one of the inputs. Choose another name.", output.name)
 
     def stored_bytes(self, layer: str) -> int:
         """Bytes of a layer's weight in both."""
@@ -190,15 +192,20 @@ class Pair:
         for name, only in alone.items():
             other = next((entry for entry in alone if entry != name), name)
             if only and not (self.settings.skip_unsupported and len(only) <= _FEW * total):
-                few = " --skip-unsupported leaves them out." if len(only) <= _FEW * total else ""
+                few = Sentence(" --skip-unsupported leaves them out.") if len(only) <= _FEW * total else ""
                 raise IncompatibleError(
-                    f"{name} has {len(only)} layers that {other} lacks (such as {only[0]}): not a "
-                    f"fine-tune of it. Choose the base that it was trained from.{few}"
+                    "{file} has {count} layers that {other} lacks (such as {layer}): not a fine-tune of it. "
+                    "Choose the base that it was trained from.{hint}",
+                    name,
+                    len(only),
+                    other,
+                    only[0],
+                    few,
                 )
-            self.skipped += [f"{layer}: only in {name}" for layer in only]
+            self.skipped += [Sentence("{layer}: only in {file}", layer, name) for layer in only]
         if not found:
-            why = ["The two checkpoints have no layer of these parts in common.", *self.notes]
-            raise IncompatibleError(" ".join(why))
+            why = Sentence("The two checkpoints have no layer of these parts in common.")
+            raise IncompatibleError(joined(" ", [why, *self.notes]))
         return found
 
     def _parts_of_one(self) -> set[str]:
@@ -210,7 +217,11 @@ class Pair:
         for side, missing in ((self.tuned, parts[1] - parts[0]), (self.base, parts[0] - parts[1])):
             if missing:
                 self.notes.append(
-                    f"{side.path.name} has no {', '.join(sorted(missing))}, so the LoRA holds nothing of it."
+                    Sentence(
+                        "{file} has no {part}, so the LoRA holds nothing of it.",
+                        side.path.name,
+                        ", ".join(sorted(missing)),
+                    )
                 )
         return parts[0] ^ parts[1]
 
@@ -232,15 +243,23 @@ class Pair:
         if not self.settings.skip_unsupported:
             if len(shapes[0]) == 4 and len(shapes[1]) == 4 and shapes[0][0] == shapes[1][0]:
                 raise IncompatibleError(
-                    f"{self.tuned.path.name} reads {shapes[0][1]} channels, {self.base.path.name} "
-                    f"{shapes[1][1]}: the first convolution cannot be in a LoRA. --skip-unsupported leaves "
-                    "it out."
+                    "{file} reads {channels} channels, {other} {others}: the first convolution cannot be in "
+                    "a LoRA. --skip-unsupported leaves it out.",
+                    self.tuned.path.name,
+                    shapes[0][1],
+                    self.base.path.name,
+                    shapes[1][1],
                 )
             raise IncompatibleError(
-                f"{layer} is {_text(shapes[0])} in {self.tuned.path.name} and {_text(shapes[1])} in "
-                f"{self.base.path.name}. --skip-unsupported leaves it out."
+                "{layer} is {shape} in {file} and {other_shape} in {other}. --skip-unsupported leaves it "
+                "out.",
+                layer,
+                _text(shapes[0]),
+                self.tuned.path.name,
+                _text(shapes[1]),
+                self.base.path.name,
             )
-        self.skipped.append(f"{layer}: of different shapes")
+        self.skipped.append(Sentence("{layer}: of different shapes", layer))
         return False
 
     def rows(self, layer: str, *, bias: bool = False) -> tuple[LayerRows, LayerRows] | None:
@@ -307,8 +326,9 @@ def _check_finite(pair: Pair, layer: Found) -> None:
         return
     owner = pair.tuned if math.isfinite(layer.size) else pair.base
     raise FileError(
-        f"{owner.path.name} holds NaN or infinity in {layer.name}, so no difference can be taken. "
-        "Take an undamaged copy."
+        "{file} holds NaN or infinity in {layer}, so no difference can be taken. Take an undamaged copy.",
+        owner.path.name,
+        layer.name,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
+from ..errors import Sentence
 from ..report import histogram_text, percent, relative
 from .differing import Found, Pair
 
@@ -86,9 +87,12 @@ def report_of(
     cosine = None
     if error > _LOSSY:
         warnings.append(
-            f"{percent(error)} of the difference is not in the LoRA: it is spread over more directions than "
-            "the ranks hold. Allow a higher rank, or add the difference itself to a checkpoint (loramerge "
-            "bake --add, on the command line)."
+            Sentence(
+                "{share} of the difference is not in the LoRA: it is spread over more directions than the "
+                "ranks hold. Allow a higher rank, or add the difference itself to a checkpoint (loramerge "
+                "bake --add, on the command line).",
+                percent(error),
+            )
         )
     if moved and moved[len(moved) // 2] > _FAR:
         tuned = sum(layer.tuned for layer in matrices)
@@ -96,8 +100,11 @@ def report_of(
             sum(layer.inner for layer in matrices) / (tuned * weights) ** 0.5 if tuned * weights > 0 else 0.0
         )
         warnings.append(
-            "These two may not be base and fine-tune of one another: the cosine of their weights is "
-            f"{cosine:.3f}. Choose the base that it was trained from."
+            Sentence(
+                "These two may not be base and fine-tune of one another: the cosine of their weights is "
+                "{cosine}. Choose the base that it was trained from.",
+                f"{cosine:.3f}",
+            )
         )
     if ("v_pred" in pair.tuned.keys) != ("v_pred" in pair.base.keys):
         warnings.append("One predicts v, the other noise: the LoRA will carry the change of objective.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import dialects
 from ..delta import parallel_map
-from ..errors import Cancelled, IncompatibleError, RecipeError
+from ..errors import Cancelled, IncompatibleError, RecipeError, Sentence
 from ..files import check_target, write_file
 from ..merge import Progress
 from ..metadata import build_metadata
@@ -69,8 +69,9 @@ def extract(
             complete_groups(pair, found, tensors)
             if not len(tensors) and output is not None:
                 raise IncompatibleError(
-                    f"Nothing of the difference of {tuned.name} and {base.name} can be in a LoRA. "
-                    "Choose other parts."
+                    "Nothing of the difference of {tuned} and {base} can be in a LoRA. Choose other parts.",
+                    tuned.name,
+                    base.name,
                 )
             skipped_vectors = write_vectors(pair, found, vectors, tensors)
             written = None
@@ -97,22 +98,27 @@ def opened_pair(tuned: Path, base: Path, settings: ExtractSettings) -> Iterator[
         LoraMergeError: They are none, or not of one base model.
     """
     if os.path.exists(tuned) and os.path.exists(base) and os.path.samefile(tuned, base):
-        raise RecipeError(f"{tuned.name} and {base.name} are the same file, so there is nothing to extract.")
+        raise RecipeError(
+            "{tuned} and {base} are the same file, so there is nothing to extract.", tuned.name, base.name
+        )
     with (
         Checkpoint(tuned, role="a fine-tuned checkpoint") as first,
         Checkpoint(base, role="its base") as second,
     ):
         if first.architecture.id != second.architecture.id:
             raise IncompatibleError(
-                f"{tuned.name} is {first.architecture.label}, {base.name} is {second.architecture.label}. "
-                "Choose the base that it was trained from."
+                "{tuned} is {model}, {base} is {other_model}. Choose the base that it was trained from.",
+                tuned.name,
+                first.architecture.label,
+                base.name,
+                second.architecture.label,
             )
         yield Pair(first, second, settings)
 
 
 def shortened(sentences: Sequence[str]) -> list[str]:
     """The first few, and how many more there are."""
-    return [*sentences[:5], *([f"{len(sentences) - 5} more"] if len(sentences) > 5 else [])]
+    return [*sentences[:5], *([Sentence("{count} more", len(sentences) - 5)] if len(sentences) > 5 else [])]
 
 
 def raise_if(cancel: Callable[[], bool] | None) -> None:
@@ -149,10 +155,16 @@ def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
         return
     dtypes = sorted({stored_as(c, found[0].name)[0] for c in (pair.tuned, pair.base)})
     how = " against ".join(_WORDS.get(name, name) for name in dtypes)
-    differ = "are equal" if all(layer.exact == 0 for layer in found) else f"differ only by rounding ({how})"
+    differ = (
+        Sentence("are equal")
+        if all(layer.exact == 0 for layer in found)
+        else Sentence("differ only by rounding ({dtype})", how)
+    )
     raise IncompatibleError(
-        f"{pair.tuned.path.name} and {pair.base.path.name} hold the same model: their matrices {differ}. "
-        "There is nothing to extract."
+        "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
+        pair.tuned.path.name,
+        pair.base.path.name,
+        differ,
     )
 
 

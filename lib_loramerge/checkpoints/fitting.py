@@ -129,8 +129,9 @@ def _ranks(
         # Of a layer the first components are written together or not at all.
         some = ranks.smallest(layers, (1 - 1e-6) * sum(layer.tail(0) for layer in layers), one_rank=one_rank)
         raise OutputError(
-            f"{pair.settings.size:g} MB is too small for this difference; it takes at least "
-            f"{math.ceil((fixed + max(least, some)) / 1e3) / 1e3:.3f} MB."
+            "{size} MB is too small for this difference; it takes at least {least} MB.",
+            f"{pair.settings.size:g}",
+            f"{math.ceil((fixed + max(least, some)) / 1000.0) / 1000.0:.3f}",
         )
     return {name: min(rank, len(costs[name].values)) for name, rank in zip(costs, chosen, strict=True)}
 

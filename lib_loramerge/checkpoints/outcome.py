@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import Sentence, joined
 from ..metadata import RECIPE_KEY, RECIPE_LIMIT
 from ..recipe import MergeRecipe, to_json
 from ..recipe.stored import VERSION
@@ -114,9 +115,11 @@ def remedy(survives: float, rounding: str, dtypes: Mapping[str, int]) -> str | N
         return None
     ways = [] if rounding == "stochastic" else ["--rounding stochastic keeps all of it on average"]
     ways.append("--dtype float16 (or float32) holds it more finely, in a larger file")
-    return (
-        f"Only {percent(max(0.0, survives))} of the change survives rounding to "
-        f"{', '.join(dtypes)}. {'; '.join(ways)}."
+    return Sentence(
+        "Only {share} of the change survives rounding to {dtype}. {ways}.",
+        percent(max(0.0, survives)),
+        ", ".join(dtypes),
+        joined("; ", map(Sentence, ways)),
     )
 
 
@@ -129,7 +132,13 @@ def kept_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, str], list[str
                 notes.append("The checkpoint's thumbnail was left out: it shows the model as it was.")
             continue
         if key in ("prompt", "workflow") and len(value.encode("utf-8", "replace")) > _LONG_TEXT:
-            notes.append(f"ComfyUI's {key} of {len(value):,} characters was left out of the metadata.")
+            notes.append(
+                Sentence(
+                    "ComfyUI's {field} of {count} characters was left out of the metadata.",
+                    key,
+                    f"{len(value):,}",
+                )
+            )
             continue
         kept[key] = value
     return kept, notes

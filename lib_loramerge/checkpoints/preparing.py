@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..blocks import Presets
-from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..errors import IncompatibleError, RecipeError, Sentence, UnsupportedError
 from ..files import size_text
 from ..merge import LayerPlan, MergePlan, open_source, plan_merge
 from ..merge.input_notes import input_notes
@@ -67,7 +67,9 @@ def prepare_bake(
             warnings.append("A checkpoint that was baked in less than float32 does not come back exactly.")
         if plan.embeddings:
             names = ", ".join(sorted({name.partition(".")[0] for name in plan.embeddings}))
-            warnings.append(f"Textual inversion {names} stays in its LoRA; a checkpoint cannot hold it.")
+            warnings.append(
+                Sentence("Textual inversion {name} stays in its LoRA; a checkpoint cannot hold it.", names)
+            )
         yield Bake(
             checkpoint,
             settings,
@@ -75,7 +77,15 @@ def prepare_bake(
             changes,
             len({layer.layer for entries in parts.values() for layer, _, _ in entries}),
             plan,
-            [f"{e.path.name}: text encoder {e.input.te:g}, denoiser {e.input.unet:g}" for e in plan.sources],
+            [
+                Sentence(
+                    "{file}: text encoder {te}, denoiser {unet}",
+                    e.path.name,
+                    f"{e.input.te:g}",
+                    f"{e.input.unet:g}",
+                )
+                for e in plan.sources
+            ],
             [entry.path.stem for entry in plan.sources],
             warnings,
             [*plan.skipped, *skipped],
@@ -94,7 +104,12 @@ def _ema_note(checkpoint: Checkpoint, settings: BakeSettings) -> list[str]:
     size = sum(info.end - info.start for info in infos)
     if settings.drop_ema or size < 1_000_000:
         return []
-    return [f"{size_text(size)} of EMA weights are in it, which no WebUI uses; --drop-ema leaves them out."]
+    return [
+        Sentence(
+            "{size} of EMA weights are in it, which no WebUI uses; --drop-ema leaves them out.",
+            size_text(size),
+        )
+    ]
 
 
 def _for_checkpoint(recipe: MergeRecipe, checkpoint: Checkpoint, find: Callable[[str], Path]) -> MergeRecipe:
@@ -112,8 +127,12 @@ def _for_checkpoint(recipe: MergeRecipe, checkpoint: Checkpoint, find: Callable[
         ids = {source.architecture.id, *(name for name, _ in source.candidates)}
         if identity not in ids and source.architecture.id != "unknown":
             raise IncompatibleError(
-                f"{source.path.name} is for {source.base_model}, {checkpoint.path.name} is {label}. "
-                f"Choose a {source.architecture.label} checkpoint."
+                "{lora} is for {model}, {file} is {other_model}. Choose a {wanted} checkpoint.",
+                source.path.name,
+                source.base_model,
+                checkpoint.path.name,
+                label,
+                source.architecture.label,
             )
         named |= source.architecture.id != identity or len({name for name, _ in source.candidates}) > 1
     method = METHODS.get(recipe.mode)
@@ -150,11 +169,13 @@ def _parts(
     skipped = _missing(checkpoint, plan, missing, skip)
     if without_bias and not skip:
         raise UnsupportedError(
-            f"{checkpoint.path.name} has no bias in {without_bias[0]}"
-            + (f" and {len(without_bias) - 1} more layers" if len(without_bias) > 1 else "")
-            + ", and the LoRA changes one. --skip-unsupported leaves that out."
+            "{file} has no bias in {layer}{more}, and the LoRA changes one. --skip-unsupported leaves "
+            "that out.",
+            checkpoint.path.name,
+            without_bias[0],
+            Sentence(" and {count} more layers", len(without_bias) - 1) if len(without_bias) > 1 else "",
         )
-    skipped += [f"{name}: the checkpoint has no bias there" for name in without_bias]
+    skipped += [Sentence("{layer}: the checkpoint has no bias there", name) for name in without_bias]
     if not found:
         raise RecipeError("Nothing would change: the checkpoint has none of the layers with a strength.")
     return found, skipped
@@ -165,24 +186,33 @@ def _missing(checkpoint: Checkpoint, plan: MergePlan, layers: Sequence[LayerPlan
         return []
     name = checkpoint.path.name
     if skip:
-        return [f"{layer.layer}: not in {name}" for layer in layers]
+        return [Sentence("{layer}: not in {file}", layer.layer, name) for layer in layers]
     first = layers[0]
     source = plan.sources[first.inputs[0][0]].path.name
     parts = {component(layer.layer) for layer in layers}
     of_part = [layer for layer in plan.layers if component(layer.layer) in parts]
     if "unet" not in parts and len(of_part) == len(layers):
         encoders = plan.architecture.encoders
-        names = (
-            ", ".join(sorted({encoders[part].comfy for part in parts if part in encoders})) or "text encoders"
+        names = ", ".join(sorted({encoders[part].comfy for part in parts if part in encoders})) or Sentence(
+            "text encoders"
         )
         raise IncompatibleError(
-            f"{name} has no text encoder, and {len(layers)} layers of {source} are for {names}. Set that "
-            f"strength to 0 ({Path(source).stem}:te=0), or bake on the command line with --base-te FILE."
+            "{file} has no text encoder, and {count} layers of {lora} are for {encoders}. Set that strength "
+            "to 0 ({tag}:te=0), or bake on the command line with --base-te FILE.",
+            name,
+            len(layers),
+            source,
+            names,
+            Path(source).stem,
         )
     raise IncompatibleError(
-        f"{name} lacks {len(layers)} layers that {source} changes, such as {first.layer}. Choose another "
-        f"checkpoint of {checkpoint.architecture.label}, set that part's strength to 0 (te=0), or leave them "
-        "out (--skip-unsupported)."
+        "{file} lacks {count} layers that {lora} changes, such as {layer}. Choose another checkpoint of "
+        "{model}, set that part's strength to 0 (te=0), or leave them out (--skip-unsupported).",
+        name,
+        len(layers),
+        source,
+        first.layer,
+        checkpoint.architecture.label,
     )
 
 
@@ -192,8 +222,11 @@ def _check_shape(checkpoint: Checkpoint, layer: LayerPlan) -> None:
     wider = len(shape) == 4 and shape[0] == layer.out and shape[1] > layer.in_ and shape[2:] == layer.kernel
     if math.prod(shape) != numbers and not (wider and layer.in_ == 4):
         raise IncompatibleError(
-            f"{layer.layer} is {' x '.join(map(str, shape))} in {checkpoint.path.name}, and the LoRAs are "
-            f"for {' x '.join(map(str, (layer.out, layer.in_, *layer.kernel)))}. Choose their own base model."
+            "{layer} is {shape} in {file}, and the LoRAs are for {other_shape}. Choose their own base model.",
+            layer.layer,
+            " x ".join(map(str, shape)),
+            checkpoint.path.name,
+            " x ".join(map(str, (layer.out, layer.in_, *layer.kernel))),
         )
 
 
@@ -226,8 +259,11 @@ def prepare_difference(
         for other in (more, less):
             if other.architecture.id != checkpoint.architecture.id:
                 raise IncompatibleError(
-                    f"{other.path.name} is {other.architecture.label}, {checkpoint.path.name} is "
-                    f"{checkpoint.architecture.label}. All three must be of one base model."
+                    "{file} is {model}, {other} is {other_model}. All three must be of one base model.",
+                    other.path.name,
+                    other.architecture.label,
+                    checkpoint.path.name,
+                    checkpoint.architecture.label,
                 )
         changes: dict[str, Change] = {}
         layers = 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import models
 from ..dialects import is_adapters
-from ..errors import FileError, IncompatibleError, UnsupportedError
+from ..errors import FileError, IncompatibleError, Sentence, UnsupportedError
 from ..files import LoraFile, TensorInfo, open_file
 from ..files.decode import decode
 from ..files.header import reading
@@ -215,8 +215,9 @@ class Checkpoint(BaseCheckpoint):
         found = models.detect(layers, {}) if layers else None
         if found is None or found.architecture.id == "unknown":
             raise UnsupportedError(
-                f"{self.path.name} is not a base model that is known here: its layers are named as those of "
-                "none. Give the checkpoint with the denoiser (U-Net or transformer) in it."
+                "{file} is not a base model that is known here: its layers are named as those of none. Give "
+                "the checkpoint with the denoiser (U-Net or transformer) in it.",
+                self.path.name,
             )
         return found.architecture, found.reason
 
@@ -233,13 +234,17 @@ class Checkpoint(BaseCheckpoint):
                 break
         else:
             raise IncompatibleError(
-                f"{path.name} is no text encoder of {self.architecture.label}; choose one that belongs to it."
+                "{file} is no text encoder of {model}; choose one that belongs to it.",
+                path.name,
+                self.architecture.label,
             )
         added = {prefix + key: (file, key) for key in file.tensors}
         if both := next((key for key in added if key in self._keys), None):
             raise IncompatibleError(
-                f"{path.name} and {self._keys[both][0].path.name} are the same text encoder, "
-                f"{encoder.comfy}. Give it once."
+                "{first} and {second} are the same text encoder, {encoder}. Give it once.",
+                path.name,
+                self._keys[both][0].path.name,
+                encoder.comfy,
             )
         self._keys.update(added)
 
@@ -249,7 +254,7 @@ class Checkpoint(BaseCheckpoint):
             for pattern, what in _QUANTISED:
                 how = what if pattern.search(name) else how
             if info.dtype in ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"):
-                how = f"as {info.dtype}, with a scale for each group of them"
+                how = Sentence("as {dtype}, with a scale for each group of them", info.dtype)
             if name.endswith((".scale_weight", ".weight_scale")) and math.prod(info.shape) != 1:
                 how = "in 8 bits, with a scale for each row or group of them"
             if name.endswith(".weight") and len(info.shape) > 1 and info.dtype in ("I8", "U8"):
@@ -257,7 +262,13 @@ class Checkpoint(BaseCheckpoint):
             if how is None and name.endswith(".comfy_quant"):
                 how = _other_comfy_format(bytes(file.data_bytes(name)))
             if how is not None:
-                raise UnsupportedError(f"{file.path.name} stores its weights {how} ({key}): {_WAY_OUT}")
+                raise UnsupportedError(
+                    "{file} stores its weights {how} ({key}): {way_out}",
+                    file.path.name,
+                    Sentence(how),
+                    key,
+                    Sentence(_WAY_OUT),
+                )
 
 
 @dataclass(frozen=True)
@@ -295,7 +306,7 @@ def _other_comfy_format(data: bytes) -> str | None:
         name = json.loads(data.decode("utf-8").rstrip("\0"))["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         name = "unknown"
-    return None if name == "float8_e4m3fn" else f"in ComfyUI's format {str(name)[:40]}"
+    return None if name == "float8_e4m3fn" else Sentence("in ComfyUI's format {name}", str(name)[:40])
 
 
 def _refuse_other_formats(path: Path, role: str) -> None:
@@ -306,24 +317,29 @@ def _refuse_other_formats(path: Path, role: str) -> None:
         magic = file.read(4)
     if magic == b"GGUF" or path.suffix.lower() == ".gguf":
         raise UnsupportedError(
-            f"{path.name} is a GGUF model: its weights are stored in groups of 4 to 8 bits, {_WAY_OUT}"
+            "{file} is a GGUF model: its weights are stored in groups of 4 to 8 bits, {way_out}",
+            path.name,
+            Sentence(_WAY_OUT),
         )
     if magic == b"PK\x03\x04" or path.suffix.lower() in (*PICKLE_SUFFIXES, ".pth", ".bin"):
         raise UnsupportedError(
-            f"{path.name} is a pickle, which would have to be loaded whole; convert it to .safetensors first."
+            "{file} is a pickle, which would have to be loaded whole; convert it to .safetensors first.",
+            path.name,
         )
     if path.suffix.lower() != ".safetensors":
-        raise FileError(f"{path.name} is not {role}: a .safetensors file is needed.")
+        raise FileError("{file} is not {what}: a .safetensors file is needed.", path.name, Sentence(role))
 
 
 def _refuse_lora(path: Path, keys: Iterable[str], role: str) -> None:
     names = list(keys)
     adapters = sum(is_adapters(key) for key in names)
     if not names:
-        raise FileError(f"{path.name} holds no tensors.")
+        raise FileError("{file} holds no tensors.", path.name)
     if 2 * adapters > len(names):
-        hint = " bake takes the checkpoint first, then the LoRAs." if role == "a checkpoint" else ""
-        raise UnsupportedError(f"{path.name} is a LoRA, where {role} is expected.{hint}")
+        hint = Sentence(" bake takes the checkpoint first, then the LoRAs.") if role == "a checkpoint" else ""
+        raise UnsupportedError(
+            "{file} is a LoRA, where {what} is expected.{hint}", path.name, Sentence(role), hint
+        )
 
 
 def _encoder_of(tensors: Mapping[str, TensorInfo]) -> tuple[str, int]:

@@ -201,7 +201,9 @@ def check_room(target: Path, size: int) -> None:
     except OutputError as error:
         if not target.exists():
             raise
-        raise OutputError(f"{error} The old {target.name} stays until the new one is complete.") from error
+        raise OutputError(
+            "{error} The old {file} stays until the new one is complete.", error, target.name
+        ) from error
 
 
 def largest(source: LoraFile, entry: Entry) -> float:
@@ -289,13 +291,17 @@ def _measured(entry: Entry, written: Tensor, new: Tensor, before: Tensor, delta:
     size = float(torch.dot(flat, flat))
     lost = float(torch.dot(error, error))
     if not math.isfinite(size):
-        raise FileError(f"{title} holds NaN or infinity in the checkpoint, so nothing can be added to it.")
+        raise FileError(
+            "{layer} holds NaN or infinity in the checkpoint, so nothing can be added to it.", title
+        )
     # float8 ends at its largest number, and hosts' rounding there is no more than half a step.
     most = FLOAT8_LARGEST.get(entry.dtype)
     over = most is not None and bool((new.abs() > most * entry.new_scale * 1.07).any())
     if not math.isfinite(lost) or over:
         raise OutputError(
-            f"{title}: the sum is too large for {entry.dtype}. Lower the strength, or write another --dtype."
+            "{layer}: the sum is too large for {dtype}. Lower the strength, or write another --dtype.",
+            title,
+            entry.dtype,
         )
     if delta is None:
         return Sums(changed=changed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dialects, models
 from ..delta import LowRank, Stored, take_rows
-from ..errors import OutputError
+from ..errors import OutputError, Sentence
 from ..files.decode import tensor_bytes
 from ..hosts import companions
 from ..merge.run import filled, largest_ranks
@@ -35,8 +35,9 @@ class Spill(Mapping[str, Tensor]):
             self._file.flush()
         except OSError as error:
             raise OutputError(
-                f"The disk has no room for the LoRA while it is made ({error.strerror or error}); nothing "
-                "was written. Free some space, or choose a lower rank."
+                "The disk has no room for the LoRA while it is made ({what}); nothing was written. Free "
+                "some space, or choose a lower rank.",
+                error.strerror or error,
             ) from error
         self._places[key] = (place, len(data), tensor.dtype, tuple(tensor.shape))
 
@@ -178,7 +179,7 @@ def write_vectors(
         if vector:
             layer.lost = 0.0
     return [
-        f"{count} norms and biases of {part}, which are no part of a low-rank LoRA"
+        Sentence("{count} norms and biases of {part}, which are no part of a low-rank LoRA", count, part)
         for part, count in sorted(left.items())
     ]
 

@@ -49,12 +49,14 @@ def many_merges(options: argparse.Namespace) -> list[tuple[str, str, MergeRecipe
             name = given.pop("output", "") if isinstance(given, dict) else ""
             recipe = replaced(from_json(given), fields)
         except RecipeError as error:
-            raise RecipeError(f"{options.recipe.name}, {where}: {error}") from None
+            raise RecipeError("{recipe}, {where}: {error}", options.recipe.name, where, error) from None
         if not isinstance(name, str) or (name and not file_stem(name).strip(". ")):
-            raise RecipeError(f"{options.recipe.name}, {where}: output must be the name of a file.")
+            raise RecipeError(
+                "{recipe}, {where}: output must be the name of a file.", options.recipe.name, where
+            )
         found.append((where, file_stem(name) if name else f"merge-{number:03}", recipe))
     if not found:
-        raise RecipeError(f"{options.recipe.name} holds no recipe.")
+        raise RecipeError("{recipe} holds no recipe.", options.recipe.name)
     return found
 
 
@@ -73,7 +75,12 @@ def run_many(jobs: Sequence[tuple[str, str, MergeRecipe]], options: argparse.Nam
     seen: dict[str, str] = {}
     for label, name, _ in jobs:
         if other := seen.get(name.lower()):
-            raise OutputError(f"{other} and {label} would both be written to {folder / name}.safetensors.")
+            raise OutputError(
+                "{other} and {label} would both be written to {folder}.safetensors.",
+                other,
+                label,
+                folder / name,
+            )
         seen[name.lower()] = label
     make_folder(folder)
     inputs = _files_of(jobs, options) if options.overwrite else []

@@ -158,7 +158,7 @@ def output_target(output: str, lora_dir: Path | None) -> Path:
         OutputError: It names no file.
     """
     if not output.strip() or output.endswith(("/", os.sep)) or Path(output).name in ("", ".", ".."):
-        raise OutputError(f"-o {output!r} is a folder or nothing; give the name of a file.")
+        raise OutputError("-o {output} is a folder or nothing; give the name of a file.", repr(output))
     path = Path(output)
     if path.suffix.lower() != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")

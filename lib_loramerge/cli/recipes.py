@@ -31,7 +31,8 @@ def recipe_of(options: argparse.Namespace) -> tuple[MergeRecipe, list[str]]:
         base = getattr(options, "checkpoint", None)
         command = "merge" if base is None else f"bake {base.name}"
         raise RecipeError(
-            f"Name at least one LoRA to merge, for example: loramerge {command} a.safetensors:0.8 -o out"
+            "Name at least one LoRA to merge, for example: loramerge {command} a.safetensors:0.8 -o out",
+            command,
         )
     if getattr(options, "inputs", None):
         return MergeRecipe(inputs=options.inputs, **fields), notes
@@ -63,7 +64,7 @@ def read_recipe_file(path: Path) -> MergeRecipe:
         return from_json(text_of(path))
     recipe = read_recipe(read_header(path).metadata)
     if recipe is None:
-        raise RecipeError(f"{path.name} holds no recipe: it was not made by LoRA Merge.")
+        raise RecipeError("{file} holds no recipe: it was not made by LoRA Merge.", path.name)
     return recipe
 
 
@@ -71,4 +72,4 @@ def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as a recipe: {error}.") from error
+        raise RecipeError("{path} cannot be read as a recipe: {error}.", path, error) from error

@@ -189,8 +189,9 @@ def apply(
     patched = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
     if _patches(*patched) == _patches(model, clip):
         raise IncompatibleError(
-            f"No layer of the merged LoRA fits the connected model. The LoRA is for "
-            f"{merged.report.base_model}: connect a model of that kind."
+            "No layer of the merged LoRA fits the connected model. The LoRA is for {base_model}: connect a "
+            "model of that kind.",
+            merged.report.base_model,
         )
     return patched
 

@@ -25,13 +25,15 @@ def compute_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"There is no device {name!r}. Use auto, cpu, cuda, cuda:N, mps or xpu.") from error
+        raise RecipeError(
+            "There is no device {name}. Use auto, cpu, cuda, cuda:N, mps or xpu.", repr(name)
+        ) from error
     if device.type != "cpu" and name.partition(":")[0] not in {
         entry.partition(":")[0] for entry in devices()
     }:
-        raise RecipeError(f"This machine has no {name}. It has {', '.join(devices())}.")
+        raise RecipeError("This machine has no {name}. It has {devices}.", name, ", ".join(devices()))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"This machine has no {name}. It has {', '.join(devices())}.")
+        raise RecipeError("This machine has no {name}. It has {devices}.", name, ", ".join(devices()))
     return torch.device("cpu") if device.type in WITHOUT_DOUBLE else device
 
 

@@ -138,7 +138,7 @@ def check_finite(error_sq: float, alpha: float, dtype: torch.dtype) -> None:
     if not (math.isfinite(error_sq) and abs(alpha) < torch.finfo(torch.float32).max):
         name = str(dtype).removeprefix("torch.")
         raise OutputError(
-            f"A layer is too large to be saved as {name}. Save as float32, or lower the strengths."
+            "A layer is too large to be saved as {name}. Save as float32, or lower the strengths.", name
         )
 
 

@@ -143,7 +143,9 @@ def cut_layers(
         try:
             return cut([index])[0]
         except OutputError as error:
-            raise OutputError(f"{names[index]}: {error}" if names else str(error)) from error
+            if not names:
+                raise
+            raise OutputError("{name}: {error}", names[index], error) from error
 
     with own_settings():
         for members in groups.values():

@@ -373,8 +373,10 @@ def check_same_shape(deltas: Sequence[Delta]) -> None:
     for delta in deltas[1:]:
         if (delta.out, delta.in_, delta.kernel) != (first.out, first.in_, first.kernel):
             raise IncompatibleError(
-                f"The deltas of one layer differ in shape: {_shape(first)} and {_shape(delta)}. "
-                "The files are made for different base models."
+                "The deltas of one layer differ in shape: {first} and {second}. The files are made for "
+                "different base models.",
+                _shape(first),
+                _shape(delta),
             )
 
 

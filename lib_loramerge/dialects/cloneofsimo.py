@@ -85,8 +85,12 @@ def number_layers(
             continue
         if numbers != list(range(len(order))):
             raise UnsupportedError(
-                f"{start}{len(numbers)} numbered layers for the {prefix.replace('_', ' ')}; only files with "
-                f"{len(order)}, trained on attention alone, say by their order which layer each of them is."
+                "{start}{count} numbered layers for the {encoder}; only files with {counts}, trained on "
+                "attention alone, say by their order which layer each of them is.",
+                start,
+                len(numbers),
+                prefix.replace("_", " "),
+                len(order),
             )
         for number, (path, width) in enumerate(order):
             spelling = f"{prefix}:{number}"
@@ -94,8 +98,11 @@ def number_layers(
             shapes = {slot: tensors[key] for slot, key in slots.items()}
             if not _fits(path, width, *measured(shapes)[:2]):
                 raise UnsupportedError(
-                    f"{start}{spelling} should be {path} by its number, but its shapes are "
-                    f"{', '.join(f'{slot} {shape}' for slot, shape in sorted(shapes.items()))}."
+                    "{start}{spelling} should be {layer} by its number, but its shapes are {shapes}.",
+                    start,
+                    spelling,
+                    path,
+                    ", ".join((f"{slot} {shape}" for slot, shape in sorted(shapes.items()))),
                 )
             layers[spelling] = RawLayer("cloneofsimo", part, path, slots)
     return layers

@@ -96,8 +96,10 @@ def _diffusers(architecture_id: str, layer: str) -> Parts:
     prefix = ARCHITECTURES[architecture_id].place_in_pipeline(component(layer))
     if not members or prefix is None:
         raise UnsupportedError(
-            f"The diffusers dialect has no name for the layer {layer} of "
-            f"{ARCHITECTURES[architecture_id].label}. Write it in the kohya dialect."
+            "The diffusers dialect has no name for the layer {layer} of {model}. Write it in the kohya "
+            "dialect.",
+            layer,
+            ARCHITECTURES[architecture_id].label,
         )
     return tuple((f"{prefix}.{name}", rows) for name, rows in members)
 

@@ -200,8 +200,11 @@ class _Reading:
             slots = self._slots[layer] = self._open(layer)
         if slot in slots:
             raise IncompatibleError(
-                f"{self.start}{layer} has the same tensor twice, as {slots[slot]} and as {key}. "
-                "Remove one of them."
+                "{start}{layer} has the same tensor twice, as {first} and as {second}. Remove one of them.",
+                self.start,
+                layer,
+                slots[slot],
+                key,
             )
         slots[slot] = key
         if slot == "up":
@@ -242,7 +245,7 @@ class _Reading:
         """Stop at a file that is something else than a LoRA."""
         kind = refused(keys, self.unknown, len(self.layers) + len(self.numbered))
         if kind is not None:
-            raise UnsupportedError(f"{self.start}{kind.sentence}.")
+            raise UnsupportedError("{start}{sentence}.", self.start, kind.sentence)
 
     def style(self) -> str:
         """The way this file spells most of its slots."""

@@ -64,7 +64,9 @@ def decode(dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None
         return stored.view(getattr(torch, FLOATS[dtype])).view(shape).to(torch.float32)
     if dtype not in INTEGERS and dtype not in FLOAT8 and dtype != "BOOL":
         raise UnsupportedError(
-            f"{where} is stored as {dtype}, which is not read; convert the file to float16 first."
+            "{where} is stored as {dtype}, which is not read; convert the file to float16 first.",
+            where,
+            dtype,
         )
     return torch.from_numpy(_decode_array(dtype, shape, fill))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib_loramerge.errors import FileError, OutputError
+from lib_loramerge.errors import FileError, OutputError, Sentence
 from lib_loramerge.files.header import stored_name
 from lib_loramerge.files.read import LORA_SUFFIXES
 from lib_loramerge.recipe import nearest
@@ -101,8 +101,11 @@ class LoraFolder:
         if len(found) > 1:
             places = " and ".join(str(file.path) for file in found[:3])
             raise FileError(
-                f"{name!r} means {len(found)} files: {places}; write the subfolder too, as in "
-                f"'folder/{found[0].name}'."
+                "{name} means {count} files: {files}; write the subfolder too, as in 'folder/{file}'.",
+                repr(name),
+                len(found),
+                places,
+                found[0].name,
             )
         return found[0].path
 
@@ -113,17 +116,18 @@ class LoraFolder:
 
     def _unknown(self, name: str, files: list[LoraPath]) -> FileError:
         if self.allow_paths and _looks_like_path(name):
-            return FileError(f"{name} does not exist.")
+            return FileError("{name} does not exist.", name)
         places = ", ".join(str(folder) for folder in self.folders)
         if not self.folders:
             return FileError(
-                f"There is no LoRA {name!r}: no LoRA folder is set (--lora-dir), and it is no path to a file."
+                "There is no LoRA {name}: no LoRA folder is set (--lora-dir), and it is no path to a file.",
+                repr(name),
             )
         if not files:
-            return FileError(f"There is no LoRA {name!r}: no LoRA file is in {places}.")
+            return FileError("There is no LoRA {name}: no LoRA file is in {places}.", repr(name), places)
         near = nearest(name, sorted({text for file in files for text in (file.name, file.inside)}))
-        hint = f" Nearest: {', '.join(near)}." if near else ""
-        return FileError(f"There is no LoRA {name!r} in {places}.{hint}")
+        hint = Sentence(" Nearest: {near}.", ", ".join(near)) if near else ""
+        return FileError("There is no LoRA {name} in {places}.{hint}", repr(name), places, hint)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -187,22 +191,28 @@ def output_path(folder: str | os.PathLike[str], name: str, subfolder: str = "") 
     """
     parts = [part for part in re.split(r"[/\\]", subfolder.strip()) if part]
     if subfolder.strip().startswith(("/", "\\")):
-        raise OutputError(f"The subfolder {subfolder!r} begins with a slash; it is inside the LoRA folder.")
+        raise OutputError(
+            "The subfolder {subfolder} begins with a slash; it is inside the LoRA folder.", repr(subfolder)
+        )
     for part in parts:
         _check_name(part, "subfolder")
     stem = name[: -len(".safetensors")] if name.lower().endswith(".safetensors") else name
     _check_name(stem, "name")
     if len(stem.encode()) > NAME_BYTES - LONGEST_SUFFIX:
         raise OutputError(
-            f"The name {stem[:40]!r}... is too long: more than {NAME_BYTES - LONGEST_SUFFIX} UTF-8 bytes."
+            "The name {start}... is too long: more than {most} UTF-8 bytes.",
+            repr(stem[:40]),
+            NAME_BYTES - LONGEST_SUFFIX,
         )
     root = Path(os.path.realpath(folder))
     place = root.joinpath(*parts)
     target = place / f"{stem}.safetensors"
     if Path(os.path.realpath(place)) != place and not Path(os.path.realpath(place)).is_relative_to(root):
-        raise OutputError(f"The subfolder {subfolder!r} is a link that leads out of the LoRA folder.")
+        raise OutputError(
+            "The subfolder {subfolder} is a link that leads out of the LoRA folder.", repr(subfolder)
+        )
     if target.is_symlink():
-        raise OutputError(f"{target.name} is a link to another file; choose another name.")
+        raise OutputError("{file} is a link to another file; choose another name.", target.name)
     return Path(folder).joinpath(*parts, target.name)
 
 
@@ -213,20 +223,29 @@ def _check_name(name: str, what: str) -> None:
         OutputError: With the reason.
     """
     if not name.strip():
-        raise OutputError(f"The {what} is empty.")
+        raise OutputError("The {what} is empty.", Sentence(what))
     if set(name) <= {".", " "}:
-        raise OutputError(f"The {what} {name!r} is not allowed: it would lead out of the folder.")
+        raise OutputError(
+            "The {what} {name} is not allowed: it would lead out of the folder.", Sentence(what), repr(name)
+        )
     if bad := FORBIDDEN.search(name):
         raise OutputError(
-            f"The {what} {name[:80]!r} holds {bad.group()!r}, which not every system allows in a file name."
+            "The {what} {name} holds {characters}, which not every system allows in a file name.",
+            Sentence(what),
+            repr(name[:80]),
+            repr(bad.group()),
         )
     if name[-1] in ". " or name[0] == " ":
-        raise OutputError(f"The {what} {name!r} begins or ends with a space or ends with a dot.")
+        raise OutputError(
+            "The {what} {name} begins or ends with a space or ends with a dot.", Sentence(what), repr(name)
+        )
     if RESERVED.fullmatch(name):
-        raise OutputError(f"The {what} {name!r} belongs to a device on Windows; choose another.")
+        raise OutputError(
+            "The {what} {name} belongs to a device on Windows; choose another.", Sentence(what), repr(name)
+        )
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise OutputError(f"The {what} {name!a} is not valid text.") from error
+        raise OutputError("The {what} {name} is not valid text.", Sentence(what), f"{name!a}") from error
     if size > NAME_BYTES:
-        raise OutputError(f"The {what} {name[:40]!r}... is too long.")
+        raise OutputError("The {what} {name}... is too long.", Sentence(what), repr(name[:40]))

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
 
-from lib_loramerge.errors import FileError
+from lib_loramerge.errors import FileError, Sentence
 from lib_loramerge.files.recognise import describe_bytes, size_text
 
 HEADER_LIMIT = 100_000_000
@@ -99,9 +99,9 @@ def open_regular(path: Path) -> tuple[BinaryIO, os.stat_result]:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise FileError(f"{path} is a folder, not a file; give the file inside it.")
+            raise FileError("{path} is a folder, not a file; give the file inside it.", path)
         if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait for ever.
-            raise FileError(f"{path} is not an ordinary file.")
+            raise FileError("{path} is not an ordinary file.", path)
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
         return file, os.fstat(file.fileno())
     except (OSError, ValueError) as error:
@@ -126,12 +126,12 @@ def reading(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
 def unreadable(path: Path, error: OSError | ValueError) -> FileError:
     """Why a file cannot be read, for people."""
     if isinstance(error, FileNotFoundError):
-        return FileError(f"{path} does not exist.")
+        return FileError("{name} does not exist.", path)
     if isinstance(error, PermissionError):
-        return FileError(f"{path} may not be read: permission denied.")
+        return FileError("{path} may not be read: permission denied.", path)
     if isinstance(error, OSError):
-        return FileError(f"{path} cannot be read: {error.strerror or error}.")
-    return FileError(f"{str(path)!r} is not a file name: {error}.")  # An embedded NUL.
+        return FileError("{path} cannot be read: {what}.", path, error.strerror or error)
+    return FileError("{path} is not a file name: {error}.", repr(str(path)), error)  # An embedded NUL.
 
 
 def read_exactly(file: BinaryIO, count: int) -> bytes:
@@ -154,22 +154,28 @@ def header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
     """
     head = read_exactly(file, min(size, 512))
     if not head:
-        raise FileError(f"{path.name} is empty (0 bytes); download it again.")
+        raise FileError("{file} is empty (0 bytes); download it again.", path.name)
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
     if length < 2 or length > HEADER_LIMIT or head[8:9] not in (b"{", b""):
         what = describe_bytes(head, size)
         if what is not None:
-            raise FileError(f"{path.name} {what}")
+            raise FileError("{file} {what}", path.name, what)
         if length > HEADER_LIMIT and head[8:9] == b"{":
             raise FileError(
-                f"{path.name} claims a header of {size_text(length)}; safetensors allows "
-                f"{size_text(HEADER_LIMIT)}. The file is damaged; download it again."
+                "{file} claims a header of {size}; safetensors allows {most}. The file is damaged; download "
+                "it again.",
+                path.name,
+                size_text(length),
+                size_text(HEADER_LIMIT),
             )
-        raise FileError(f"{path.name} is not a safetensors file, or its start is damaged; download it again.")
+        raise FileError(
+            "{file} is not a safetensors file, or its start is damaged; download it again.", path.name
+        )
     if 8 + length > size:
         raise FileError(
-            f"{path.name} is cut off inside its header: at least {8 + length - size:,} bytes are missing. "
-            "Download it again."
+            "{file} is cut off inside its header: at least {missing} bytes are missing. Download it again.",
+            path.name,
+            f"{8 + length - size:,}",
         )
     return head[8 : 8 + length] + read_exactly(file, 8 + length - len(head))
 
@@ -189,8 +195,9 @@ def parse_header(raw: bytes, size: int, path: Path) -> Header:
         raise _damaged(path, "its header lists more than any adapter file holds")
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not valid JSON ({_short(error)})") from error
+    except (ValueError, RecursionError, FileError) as error:
+        reason = str(error) if isinstance(error, FileError) else _short(error)
+        raise _damaged(path, "its header is not valid JSON ({error})", reason) from error
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a JSON object")
     if b"\\u" in raw:  # Only an escape can make text that UTF-8 cannot hold.
@@ -224,22 +231,27 @@ def _lists_too_much(raw: bytes) -> bool:
 def _tensor_info(key: str, entry: Any, path: Path) -> TensorInfo:
     """One checked entry; its bytes must be as many as dtype and shape demand."""
     if len(key) > NAME_LIMIT:
-        raise _damaged(path, f"tensor {_named(key)} has a name of {len(key):,} characters")
+        raise _damaged(path, "tensor {name} has a name of {count} characters", _named(key), f"{len(key):,}")
     if not isinstance(entry, dict):
-        raise _damaged(path, f"the header entry of tensor {_named(key)} is not a description")
+        raise _damaged(path, "the header entry of tensor {name} is not a description", _named(key))
     dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(path, f"tensor {_named(key)} has the unknown dtype {_short(dtype)}")
+        raise _damaged(path, "tensor {name} has the unknown dtype {dtype}", _named(key), _short(dtype))
     if not _is_naturals(shape) or len(shape) > DIMENSION_LIMIT or _elements(shape) > ELEMENT_LIMIT:
-        raise _damaged(path, f"tensor {_named(key)} has the impossible shape {_short(shape)}")
+        raise _damaged(path, "tensor {name} has the impossible shape {shape}", _named(key), _short(shape))
     if not _is_naturals(place) or len(place) != 2 or place[0] > place[1]:
-        raise _damaged(path, f"tensor {_named(key)} has the impossible place {_short(place)}")
+        raise _damaged(path, "tensor {name} has the impossible place {place}", _named(key), _short(place))
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != place[1] - place[0]:
         raise _damaged(
             path,
-            f"tensor {_named(key)} of shape {tuple(shape)} and dtype {dtype} needs {bits // 8:,} bytes, "
-            f"but the header gives it {place[1] - place[0]:,}",
+            "tensor {name} of shape {shape} and dtype {dtype} needs {needed} bytes, but the header gives it "
+            "{given}",
+            _named(key),
+            tuple(shape),
+            dtype,
+            f"{bits // 8:,}",
+            f"{place[1] - place[0]:,}",
         )
     return TensorInfo(dtype, tuple(shape), place[0], place[1])
 
@@ -249,19 +261,25 @@ def _check_places(tensors: list[tuple[str, TensorInfo]], available: int, path: P
     end = 0
     for key, info in tensors:
         if info.start < end:
-            raise _damaged(path, f"tensor {_named(key)} overlaps the one before it")
+            raise _damaged(path, "tensor {name} overlaps the one before it", _named(key))
         if info.start > end:
-            raise _damaged(path, f"{info.start - end:,} bytes before {_named(key)} belong to no tensor")
+            raise _damaged(
+                path, "{count} bytes before {name} belong to no tensor", f"{info.start - end:,}", _named(key)
+            )
         end = info.end
     if end > available:
         raise FileError(
-            f"{path.name} is cut off: {end - available:,} of its {end:,} bytes of tensors are missing. "
-            "Download it again."
+            "{file} is cut off: {missing} of its {total} bytes of tensors are missing. Download it again.",
+            path.name,
+            f"{end - available:,}",
+            f"{end:,}",
         )
     if end < available:
         raise FileError(
-            f"{path.name} has {available - end:,} bytes after its last tensor, which no WebUI accepts. "
-            "The file is damaged; download it again."
+            "{file} has {count} bytes after its last tensor, which no WebUI accepts. The file is damaged; "
+            "download it again.",
+            path.name,
+            f"{available - end:,}",
         )
 
 
@@ -283,12 +301,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         count = Counter(key for key, _ in pairs)
-        raise ValueError(f"the name {_named(count.most_common(1)[0][0])} occurs twice")
+        raise FileError("the name {name} occurs twice", _named(count.most_common(1)[0][0]))
     return found
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number of JSON")
+    raise FileError("{text} is not a number of JSON", text)
 
 
 def _check_text(entries: dict[str, Any], path: Path) -> None:
@@ -300,11 +318,11 @@ def _check_text(entries: dict[str, Any], path: Path) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise _damaged(path, f"its header holds the broken text {_named(text)}") from error
+            raise _damaged(path, "its header holds the broken text {text}", _named(text)) from error
 
 
-def _damaged(path: Path, what: str) -> FileError:
-    return FileError(f"{path.name} is damaged: {what}. Download it again.")
+def _damaged(path: Path, key: str, *parts: object) -> FileError:
+    return FileError("{file} is damaged: {what}. Download it again.", path.name, Sentence(key, *parts))
 
 
 def _named(key: str) -> str:

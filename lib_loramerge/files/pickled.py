@@ -83,22 +83,25 @@ def load_pickle(path: Path, file: BinaryIO, size: int) -> tuple[Header, dict[str
         raise
     except Harmful as error:
         raise FileError(
-            f"{path.name} holds more than tensors, perhaps harmful code, and was not opened; use a "
-            ".safetensors file."
+            "{file} holds more than tensors, perhaps harmful code, and was not opened; use a .safetensors "
+            "file.",
+            path.name,
         ) from error
     except Excessive as error:
         raise FileError(
-            f"{path.name} asks for more than any adapter file holds and was not opened; use a .safetensors "
-            "file."
+            "{file} asks for more than any adapter file holds and was not opened; use a .safetensors file.",
+            path.name,
         ) from error
     except Unread as error:
-        raise UnsupportedError(f"{path.name} holds {error}, a kind of tensor that is not read.") from error
+        raise UnsupportedError(
+            "{file} holds {kind}, a kind of tensor that is not read.", path.name, error
+        ) from error
     except Exception as error:  # A damaged pickle fails in nearly any way; EINVAL is a place that is none.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise unreadable(path, error) from error
         text = " ".join(str(error).split())[:120]
         raise FileError(
-            f"{path.name} is damaged or not a PyTorch file ({text}); download it again."
+            "{file} is damaged or not a PyTorch file ({reason}); download it again.", path.name, text
         ) from error
 
 
@@ -206,8 +209,11 @@ def _check_storages(path: Path, starts: Starts, size: int) -> None:
         declared = storage.count * WIDTHS.get(storage.dtype, 1)
         if declared > held or held < 0 or start + held > size:
             raise FileError(
-                f"{path.name} is damaged: it declares {declared:,} bytes for a tensor and holds "
-                f"{max(0, min(held, size - start)):,}. Download it again."
+                "{file} is damaged: it declares {declared} bytes for a tensor and holds {held}. Download it "
+                "again.",
+                path.name,
+                f"{declared:,}",
+                f"{max(0, min(held, size - start)):,}",
             )
 
 
@@ -222,8 +228,10 @@ def _described(
     for key, value in _flatten(_unwrap(loaded, path)):
         if key in seen:
             raise FileError(
-                f"{path.name} has two tensors of one name: {key[:200]}. They are spelled apart in its nested "
-                "dictionaries, and one would hide the other. Remove one of them."
+                "{file} has two tensors of one name: {key}. They are spelled apart in its nested "
+                "dictionaries, and one would hide the other. Remove one of them.",
+                path.name,
+                key[:200],
             )
         seen.add(key)
         if isinstance(value, StoredTensor):
@@ -283,27 +291,33 @@ def _in_order(tensor: StoredTensor) -> bool:
 def _check_start(path: Path, file: BinaryIO, size: int) -> None:
     head = read_exactly(file, min(size, 512))
     if not head:
-        raise FileError(f"{path.name} is empty (0 bytes); download it again.")
+        raise FileError("{file} is empty (0 bytes); download it again.", path.name)
     what = describe_bytes(head, size)
     if what is None and head[8:9] == b"{":
         file.seek(0)
         header_bytes(file, size, path)  # A damaged one is reported as such.
-        raise FileError(f"{path.name} is a safetensors file with the wrong name; rename it to .safetensors.")
+        raise FileError(
+            "{file} is a safetensors file with the wrong name; rename it to .safetensors.", path.name
+        )
     if what is not None and not what.endswith(RENAME):
-        raise FileError(f"{path.name} {what}")
+        raise FileError("{file} {what}", path.name, what)
     if what is None:
-        raise FileError(f"{path.name} is not a PyTorch file, or its start is damaged; download it again.")
+        raise FileError(
+            "{file} is not a PyTorch file, or its start is damaged; download it again.", path.name
+        )
     if head.startswith(b"PK"):
         file.seek(0)
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise FileError(f"{path.name} is cut off or damaged ({error}); download it again.") from error
+            raise FileError(
+                "{file} is cut off or damaged ({error}); download it again.", path.name, error
+            ) from error
         # torch stores without compression, so a small file cannot become a huge one.
         compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if compressed or sum(entry.file_size for entry in entries) > size:
-            raise FileError(f"{path.name} is a compressed zip archive, not a file that PyTorch wrote.")
+            raise FileError("{file} is a compressed zip archive, not a file that PyTorch wrote.", path.name)
 
 
 def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
@@ -321,7 +335,9 @@ def _unwrap(loaded: Any, path: Path) -> Mapping[Any, Any]:
     if is_list and all(isinstance(value, StoredTensor) for value in loaded):
         return _numbered(loaded, path)
     kind = {StoredTensor: "Tensor", Name: "class"}.get(type(loaded), type(loaded).__name__)
-    raise UnsupportedError(f"{path.name} holds a {kind}, not a dictionary of tensors; it is no LoRA.")
+    raise UnsupportedError(
+        "{file} holds a {kind}, not a dictionary of tensors; it is no LoRA.", path.name, kind
+    )
 
 
 def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> dict[str, Any]:
@@ -331,7 +347,9 @@ def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> dict[str, Any]:
     """
     if len(pairs) % 2:
         raise FileError(
-            f"{path.name} holds a list of {len(pairs)} tensors, which do not pair up as up and down."
+            "{file} holds a list of {count} tensors, which do not pair up as up and down.",
+            path.name,
+            len(pairs),
         )
     component = "text_encoder" if path.stem.endswith(".text_encoder") else "unet"
     return {f"{component}:{i // 2}:{'down' if i % 2 else 'up'}": value for i, value in enumerate(pairs)}

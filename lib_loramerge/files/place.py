@@ -35,15 +35,17 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
     """
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
-        raise OutputError(f"{path.name!r} must end in .safetensors, as every WebUI expects.")
+        raise OutputError("{file} must end in .safetensors, as every WebUI expects.", repr(path.name))
     try:
         if path.is_dir():
-            raise OutputError(f"{path} is a folder; give the name of a file in it.")
+            raise OutputError("{path} is a folder; give the name of a file in it.", path)
         if os.path.lexists(path) and not overwrite:
-            raise OutputError(f"{path} exists already; choose another name, or allow it to be overwritten.")
+            raise OutputError(
+                "{path} exists already; choose another name, or allow it to be overwritten.", path
+            )
         os.stat(path.parent)
         if not path.parent.is_dir():
-            raise OutputError(f"{path.parent} is a file, so nothing can be written into it.")
+            raise OutputError("{folder} is a file, so nothing can be written into it.", path.parent)
         with suppress(FileNotFoundError):
             os.lstat(path)  # A name that is too long fails here.
         _remove_stale(path.parent)
@@ -65,8 +67,9 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
         with suppress(OSError):
             if path == source or os.path.samefile(path, source):
                 raise OutputError(
-                    f"{path.name} is one of the LoRAs being merged, so it cannot be overwritten. "
-                    "Choose another name."
+                    "{file} is one of the LoRAs being merged, so it cannot be overwritten. Choose another "
+                    "name.",
+                    path.name,
                 )
 
 
@@ -79,7 +82,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+        raise OutputError(
+            "The folder {folder} cannot be made: {reason}.", folder, error.strerror or error
+        ) from error
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -91,7 +96,10 @@ def check_space(folder: Path, needed: int) -> None:
     free = free_space(folder)
     if free is not None and free < needed:
         raise OutputError(
-            f"The disk of {folder} is too full: {size_text(needed)} are needed, {size_text(free)} are free."
+            "The disk of {folder} is too full: {needed} are needed, {free} are free.",
+            folder,
+            size_text(needed),
+            size_text(free),
         )
 
 
@@ -107,26 +115,30 @@ def unwritable(path: Path, error: OSError | ValueError) -> OutputError:
     """Why a file cannot be written, for people."""
     number = getattr(error, "errno", None)
     if isinstance(error, FileExistsError):
-        return OutputError(f"{path} exists already; choose another name, or allow it to be overwritten.")
+        return OutputError("{path} exists already; choose another name, or allow it to be overwritten.", path)
     if number == errno.EFBIG:
         return OutputError(
-            f"{path.name} was not written: this disk cannot hold files of that size (FAT32 ends at 4 GiB). "
-            "Choose another disk."
+            "{file} was not written: this disk cannot hold files of that size (FAT32 ends at 4 GiB). Choose "
+            "another disk.",
+            path.name,
         )
     if number in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)):
-        return OutputError(f"The disk is full, so {path.name} was not written; nothing is left of it.")
+        return OutputError("The disk is full, so {file} was not written; nothing is left of it.", path.name)
     if number == errno.ENAMETOOLONG:
-        return OutputError(f"The name {path.name[:60]!r}... is too long for this disk; choose a shorter one.")
+        return OutputError(
+            "The name {file}... is too long for this disk; choose a shorter one.", repr(path.name[:60])
+        )
     if number == errno.EROFS or isinstance(error, PermissionError):
         return OutputError(
-            f"{path} may not be written: the folder is protected, or another program (such as a WebUI that "
-            "has the file loaded) holds it. Choose another folder or name."
+            "{path} may not be written: the folder is protected, or another program (such as a WebUI that "
+            "has the file loaded) holds it. Choose another folder or name.",
+            path,
         )
     if isinstance(error, FileNotFoundError):
-        return OutputError(f"{path.parent} does not exist; make the folder first.")
+        return OutputError("{parent} does not exist; make the folder first.", path.parent)
     if isinstance(error, OSError):
-        return OutputError(f"{path} cannot be written: {error.strerror or error}.")
-    return OutputError(f"{str(path)!r} is not a file name: {error}.")
+        return OutputError("{path} cannot be written: {what}.", path, error.strerror or error)
+    return OutputError("{path} is not a file name: {error}.", repr(str(path)), error)
 
 
 @contextmanager

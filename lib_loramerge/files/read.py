@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from lib_loramerge.errors import FileError
+from lib_loramerge.errors import FileError, Sentence
 from lib_loramerge.files.decode import decode
 from lib_loramerge.files.hashes import hash_from
 from lib_loramerge.files.header import (
@@ -125,13 +125,16 @@ class LoraFile:
             UnsupportedError: If it is stored in a dtype that holds no ordinary numbers.
         """
         info = self.header.tensors[key]
-        where = f"{self.path.name}: tensor {key!r}"
+        where = Sentence("{file}: tensor {key}", self.path.name, repr(key))
         tensor = decode(info.dtype, info.shape, lambda target: self._fill(key, target), where)
         bad = count_not_finite(tensor)
         if bad:
             raise FileError(
-                f"{where} holds {bad:,} values of {tensor.numel():,} that are NaN or infinite; "
-                "the file is broken (its training diverged) and cannot be merged."
+                "{where} holds {count} values of {total} that are NaN or infinite; the file is broken (its "
+                "training diverged) and cannot be merged.",
+                where,
+                f"{bad:,}",
+                f"{tensor.numel():,}",
             )
         return tensor
 
@@ -192,7 +195,9 @@ class LoraFile:
                 while done < len(target):
                     count = self._file.readinto(target[done:])  # type: ignore[attr-defined]
                     if not count:
-                        raise FileError(f"{self.path.name} became shorter while it was read; start again.")
+                        raise FileError(
+                            "{file} became shorter while it was read; start again.", self.path.name
+                        )
                     done += count
         except OSError as error:
             raise unreadable(self.path, error) from error
@@ -216,8 +221,9 @@ class LoraFile:
 
 def changed_meanwhile(path: Path) -> FileError:
     return FileError(
-        f"{path.name} was changed by another program while it was read, so nothing was written. Start again "
-        "when it is complete."
+        "{file} was changed by another program while it was read, so nothing was written. Start again when "
+        "it is complete.",
+        path.name,
     )
 
 

@@ -6,11 +6,13 @@ import re
 
 from lib_loramerge.refused import BYTES
 
+from ..errors import Sentence
+
 
 def size_text(count: int) -> str:
     """A number of bytes as people read it; one MB is 1,000,000 bytes."""
     if count < 1_000_000:
-        return f"{count:,} bytes"
+        return Sentence("{count} bytes", f"{count:,}")
     if count < 1_000_000_000:
         return f"{count / 1_000_000:,.1f} MB"
     return f"{count / 1_000_000_000:,.2f} GB"
@@ -34,23 +36,28 @@ def describe_bytes(head: bytes, size: int) -> str | None:
     """
     for magic, what in BYTES:
         if head.startswith(magic):
-            return what
+            return Sentence(what)
+    again = Sentence(AGAIN)
     if MARKUP.match(head.removeprefix(b"\xef\xbb\xbf")):
-        return f"is a web page: the download met a log-in or an error page. {AGAIN}"
+        return Sentence("is a web page: the download met a log-in or an error page. {again}", again)
     if head.startswith(b"PK\x03\x04"):
         if any(name in head for name in (b"data.pkl", b"serialization_id", b"byteorder", b".format_version")):
-            return f"is a PyTorch file (a zip with a pickle) {RENAME}"
-        return "is a zip archive; unpack it first."
+            return Sentence("is a PyTorch file (a zip with a pickle) {rename}", Sentence(RENAME))
+        return Sentence("is a zip archive; unpack it first.")
     if PICKLE.match(head):
-        return f"is a PyTorch pickle {RENAME}"
+        return Sentence("is a PyTorch pickle {rename}", Sentence(RENAME))
     if not head.strip(b"\0"):
-        return f"holds only zeros at its start ({size_text(size)}): the download never finished. {AGAIN}"
+        return Sentence(
+            "holds only zeros at its start ({size}): the download never finished. {again}",
+            size_text(size),
+            again,
+        )
     if head[:1] in b"{[" and _is_text(head):
-        return f"is JSON text, such as a server's error message, not a LoRA. {AGAIN}"
+        return Sentence("is JSON text, such as a server's error message, not a LoRA. {again}", again)
     if _is_text(head):
-        return f"is a text file, not a LoRA. {AGAIN}"
+        return Sentence("is a text file, not a LoRA. {again}", again)
     if size < 10:
-        return f"is too short ({size} bytes) to be a LoRA. {AGAIN}"
+        return Sentence("is too short ({size} bytes) to be a LoRA. {again}", size, again)
     return None
 
 

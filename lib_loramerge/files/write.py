@@ -192,8 +192,11 @@ def _bytes_of(tensor: Tensor, entry: _Entry, path: Path) -> memoryview:
     data = tensor_bytes(tensor.detach().cpu().contiguous())
     if not all_finite(data, entry.dtype):
         raise OutputError(
-            f"{path.name} was not written: tensor {entry.key!r} holds values that are NaN or infinite in "
-            f"{entry.dtype}; use a smaller strength or a wider dtype (bfloat16 or float32)."
+            "{file} was not written: tensor {key} holds values that are NaN or infinite in {dtype}; use a "
+            "smaller strength or a wider dtype (bfloat16 or float32).",
+            path.name,
+            repr(entry.key),
+            entry.dtype,
         )
     if sys.byteorder == "big":  # Files are little-endian.
         import numpy as np

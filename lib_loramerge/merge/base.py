@@ -50,8 +50,9 @@ class BaseCheckpoint:
             for prefix, file in _parts(self.path):
                 if file.suffix.lower() != ".safetensors":
                     raise UnsupportedError(
-                        f"The base model {file.name} is not a .safetensors file; convert it, or take its "
-                        ".safetensors version."
+                        "The base model {file} is not a .safetensors file; convert it, or take its "
+                        ".safetensors version.",
+                        file.name,
                     )
                 opened = open_file(file)
                 self._files.append(opened)
@@ -134,13 +135,20 @@ class BaseCheckpoint:
             if len(named) == 1:
                 return (CheckpointKey(named[0]),)
             raise IncompatibleError(
-                f"The base model {self.path.name} has no layer of the name {layer}, and no other name of "
-                "it is known. Give the checkpoint that the LoRA was trained on, in its trainer's layout."
+                "The base model {file} has no layer of the name {layer}, and no other name of it is known. "
+                "Give the checkpoint that the LoRA was trained on, in its trainer's layout.",
+                self.path.name,
+                layer,
             )
         looked = places[0][0].key
         raise IncompatibleError(
-            f"The base model {self.path.name} has no layer {layer} (looked for {looked} and "
-            f"{len(places) - 1} other spellings). Give a checkpoint of {label} that holds this part of it."
+            "The base model {file} has no layer {layer} (looked for {looked} and {count} other spellings). "
+            "Give a checkpoint of {model} that holds this part of it.",
+            self.path.name,
+            layer,
+            looked,
+            len(places) - 1,
+            label,
         )
 
     def _by_path(self) -> dict[str, list[str]]:
@@ -189,13 +197,18 @@ class BaseCheckpoint:
         dtype = self._info(key).dtype
         if dtype not in NUMBERS:
             raise UnsupportedError(
-                f"{self.path.name}: {self._keys[key][1]} is stored as {dtype}, that is quantised; give "
-                "the float16, bfloat16 or float8 version of the base model."
+                "{file}: {key} is stored as {dtype}, that is quantised; give the float16, bfloat16 or "
+                "float8 version of the base model.",
+                self.path.name,
+                self._keys[key][1],
+                dtype,
             )
         scale = self._scale_key(key)
         if scale is not None and math.prod(self._info(scale).shape) != 1:
             raise UnsupportedError(
-                f"{self.path.name}: {key} has a scale per row; give the float16 or bfloat16 version."
+                "{file}: {key} has a scale per row; give the float16 or bfloat16 version.",
+                self.path.name,
+                key,
             )
 
     def _scale_key(self, key: str) -> str | None:
@@ -249,7 +262,9 @@ def _whole_shape(
             break
         end = stop
     if len(wholes) != 1 or end != max(wholes)[0]:
-        raise IncompatibleError(f"{where} is split into parts whose shapes do not fit together: {shapes}.")
+        raise IncompatibleError(
+            "{layer} is split into parts whose shapes do not fit together: {shapes}.", where, shapes
+        )
     return wholes.pop()
 
 
@@ -264,8 +279,9 @@ def _parts(path: Path) -> list[tuple[str, Path]]:
     ] or [("", file) for file in _component_files(path)]
     if not parts:
         raise FileError(
-            f"{path} is a folder without a model: it has no unet, transformer or text_encoder with "
-            ".safetensors files in it."
+            "{path} is a folder without a model: it has no unet, transformer or text_encoder with "
+            ".safetensors files in it.",
+            path,
         )
     return parts
 
@@ -279,11 +295,15 @@ def indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{index.name} cannot be read as an index of shards; download it again.") from error
+        raise FileError(
+            "{index} cannot be read as an index of shards; download it again.", index.name
+        ) from error
     files = [index.parent / Path(str(name)).name for name in names]
     for file in files:
         if not file.is_file():
-            raise FileError(f"{index.name} names the shard {file.name}, which is missing; download it.")
+            raise FileError(
+                "{index} names the shard {file}, which is missing; download it.", index.name, file.name
+            )
     return files
 
 

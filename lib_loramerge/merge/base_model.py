@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .. import dialects, models
-from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..errors import IncompatibleError, RecipeError, Sentence, UnsupportedError, joined
 from ..hosts import HOSTS
 from ..models import ARCHITECTURES, Architecture, Model
 from ..recipe import nearest_hint
@@ -50,7 +50,10 @@ def model_id(name: str) -> str:
     if wanted not in names or names[wanted] == "unknown":
         ids = [record.id for record in ARCHITECTURES.values() if record.id != "unknown"]
         raise RecipeError(
-            f"There is no base model {name!r}.{nearest_hint(name, ids)} Base models: {', '.join(ids)}."
+            "There is no base model {name}.{hint} Base models: {models}.",
+            repr(name),
+            nearest_hint(name, ids),
+            ", ".join(ids),
         )
     return names[wanted]
 
@@ -134,15 +137,27 @@ def _refuse(sources: Sequence[Source]) -> None:
     for other in sources[1:]:
         if not _common((first, other)):
             raise IncompatibleError(
-                f"These are for different base models: {first.path.name} is for {first.base_model} "
-                f"({first.reason}), {other.path.name} for {other.base_model} ({other.reason}). "
-                "LoRAs can be merged only within one base model. If you know that it is the same, name it "
-                "(--base-model NAME)."
+                "These are for different base models: {first} is for {model} ({why}), {second} for "
+                "{other_model} ({other_why}). LoRAs can be merged only within one base model. If you know "
+                "that it is the same, name it (--base-model NAME).",
+                first.path.name,
+                first.base_model,
+                Sentence(first.reason),
+                other.path.name,
+                other.base_model,
+                Sentence(other.reason),
             )
     raise IncompatibleError(
-        "No base model fits all of these: "
-        + "; ".join(f"{source.path.name}: {source.base_model} ({source.reason})" for source in sources)
-        + ". LoRAs can be merged only within one base model."
+        "No base model fits all of these: {files}. LoRAs can be merged only within one base model.",
+        joined(
+            "; ",
+            (
+                Sentence(
+                    "{file}: {model} ({why})", source.path.name, source.base_model, Sentence(source.reason)
+                )
+                for source in sources
+            ),
+        ),
     )
 
 
@@ -151,9 +166,13 @@ def _refuse_strangers(sources: Sequence[Source]) -> None:
     for other in sources[1:]:
         if other.dialect != first.dialect:
             raise IncompatibleError(
-                f"The base model of {first.path.name} and {other.path.name} is not known, and they are "
-                f"spelled differently ({first.dialect}, {other.dialect}), so their layers cannot be matched. "
-                "Name it if you know it (--base-model NAME)."
+                "The base model of {first} and {second} is not known, and they are spelled differently "
+                "({dialect}, {other_dialect}), so their layers cannot be matched. Name it if you know it "
+                "(--base-model NAME).",
+                first.path.name,
+                other.path.name,
+                first.dialect,
+                other.dialect,
             )
 
 
@@ -180,8 +199,9 @@ def _undecided(
         return BaseModel(_unnamed(own[0].architecture), tuple(own), labels, dialect, (note,))
     if dialect not in ("auto", models.COMFY, models.DIFFUSERS):
         raise UnsupportedError(
-            f"The layers fit {listed} alike, and the names to write in this spelling differ between them. "
-            "Name the base model (--base-model NAME)."
+            "The layers fit {models} alike, and the names to write in this spelling differ between them. "
+            "Name the base model (--base-model NAME).",
+            listed,
         )
     # diffusers' names are the ones that such models share. A model that fuses what another splits
     # would write the other members too.
@@ -191,26 +211,29 @@ def _undecided(
     # No WebUI looks for diffusers' names of a text encoder alone.
     if not written[least] or not shared or not (denoiser or dialect == models.DIFFUSERS):
         raise UnsupportedError(
-            f"The layers fit {listed} alike, and each of them has other names for them. Name the base model "
-            "(--base-model NAME)."
+            "The layers fit {models} alike, and each of them has other names for them. Name the base model "
+            "(--base-model NAME).",
+            listed,
         )
     listed = _listed([ARCHITECTURES[name].label for name in names])
-    note = (
-        f"The layers fit {listed} alike, so they are written in diffusers' names, which all of them share. "
-        "--base-model NAME chooses one, and its own names."
+    note = Sentence(
+        "The layers fit {models} alike, so they are written in diffusers' names, which all of them "
+        "share. --base-model NAME chooses one, and its own names.",
+        listed,
     )
     chosen = readings[least]
     return BaseModel(_unnamed(chosen[0].architecture), tuple(chosen), labels, models.DIFFUSERS, (note,))
 
 
 def _listed(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:-1]) + f" and {labels[-1]}"
+    return joined(", ", labels, " and ")
 
 
 def _unsaid(listed: str) -> str:
-    return (
-        f"The layers fit {listed} alike, so the file does not say which. Name the base model if you know it "
-        "(--base-model NAME)."
+    return Sentence(
+        "The layers fit {models} alike, so the file does not say which. Name the base model if you know "
+        "it (--base-model NAME).",
+        listed,
     )
 
 

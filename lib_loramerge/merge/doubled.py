@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import adapters, dialects
 from ..delta import Delta, place_rows, relative_error, take_rows
-from ..errors import IncompatibleError
+from ..errors import IncompatibleError, Sentence
 from ..files import LoraFile
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ def one_spelling(path: Path, layer: str, parts: Sequence[SourcePart]) -> tuple[l
         for part in others:
             _compare(file, path, layer, first, part)
     shown = others[0].part.spelling
-    return first, f"{shown} repeats {first[0].part.spelling} with the same numbers and counts once."
+    return first, Sentence(
+        "{spelling} repeats {other_spelling} with the same numbers and counts once.",
+        shown,
+        first[0].part.spelling,
+    )
 
 
 def _covered(parts: Sequence[SourcePart]) -> float:
@@ -60,9 +64,11 @@ def _compare(file: LoraFile, path: Path, layer: str, first: Sequence[SourcePart]
         same = _same_change(file, path, beside, other)
     if not same:
         raise IncompatibleError(
-            f"{path.name}: the file holds one layer twice, as {beside[0].part.spelling} and as "
-            f"{other.part.spelling}, with different numbers. Remove one of the two, or load each in a file "
-            "of its own."
+            "{file}: the file holds one layer twice, as {spelling} and as {other_spelling}, with different "
+            "numbers. Remove one of the two, or load each in a file of its own.",
+            path.name,
+            beside[0].part.spelling,
+            other.part.spelling,
         )
 
 

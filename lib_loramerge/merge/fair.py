@@ -206,8 +206,9 @@ class _Search:
             least = ranks.least_bytes(costs, one_rank=one_rank)
             if self.budget < least:
                 raise OutputError(
-                    f"{recipe.size:g} MB is too small for any layer of this merge; it needs at least "
-                    f"{(self.costs.fixed + least) / 1e6:.3f} MB."
+                    "{size} MB is too small for any layer of this merge; it needs at least {least} MB.",
+                    f"{recipe.size:g}",
+                    f"{(self.costs.fixed + least) / 1000000.0:.3f}",
                 )
             found = ranks.allot(costs, self.budget, one_rank=one_rank)
             return [min(rank, len(cost.values)) for rank, cost in zip(found, costs, strict=True)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import dialects
 from ..dialects.slots import KOHYA_STYLE
-from ..errors import LoraMergeError
+from ..errors import LoraMergeError, Sentence, counted
 from ..hosts import HOSTS, Host
 from ..models import Architecture
 from .host_target import Spelling, bias_alone
@@ -38,8 +38,11 @@ def host_notes(
         if host is None:
             return []
         return [
-            f"The base model is not known, so neither is what {HOSTS[host].label} reads of this file. "
-            "Names are kept as they are."
+            Sentence(
+                "The base model is not known, so neither is what {hosts} reads of this file. Names are kept "
+                "as they are.",
+                HOSTS[host].label,
+            )
         ]
     known = [each for each in HOSTS.values() if architecture.id in each.base_models]
     unread = [each for each in known if not _reads_any(each, architecture.id, spelling, layers)]
@@ -63,40 +66,53 @@ def _notes(
         return ", ".join(each.label for each in hosts if what(each))
 
     if unread:
-        yield (
-            f"Not for these programs, which do not look for the names of this file: {_labels(unread)}. "
-            "--for NAME writes it for one of them."
+        yield Sentence(
+            "Not for these programs, which do not look for the names of this file: {hosts}. --for NAME "
+            "writes it for one of them.",
+            _labels(unread),
         )
     components = {layer.component for layer in layers}
     names = those(lambda each: architecture.id in each.denoiser_alone)
     if names and "unet" in components and len(components) > 1:
-        yield (
-            f"{names} does not load a {architecture.label} LoRA that changes a text encoder too; "
-            "for it, merge once more with a text encoder strength of 0."
+        yield Sentence(
+            "{hosts} does not load a {model} LoRA that changes a text encoder too; for it, merge once "
+            "more with a text encoder strength of 0.",
+            names,
+            architecture.label,
         )
     beside = sum(layer.bias for layer in layers if layer.rank is not None and not bias_alone(layer))
     names = those(lambda each: not each.biases_beside)
     if beside and names:
-        yield f"A bias (diff_b) changes too in {_layers(beside)}. These programs ignore it: {names}."
+        yield Sentence(
+            "A bias (diff_b) changes too in {layers}. These programs ignore it: {hosts}.",
+            _layers(beside),
+            names,
+        )
     alone = sum(bias_alone(layer) for layer in layers)
     names = those(lambda each: not each.lone_biases)
     if alone and names:
-        yield (
-            f"A bias alone changes in {_layers(alone)}, whose width is unknown. These programs refuse the "
-            f"whole file: {names}. With the base model (--base CHECKPOINT) they will load it."
+        yield Sentence(
+            "A bias alone changes in {layers}, whose width is unknown. These programs refuse the whole "
+            "file: {hosts}. With the base model (--base CHECKPOINT) they will load it.",
+            _layers(alone),
+            names,
         )
     whole = sum(layer.rank is None and not bias_alone(layer) for layer in layers)
     names = those(lambda each: not each.whole_layers)
     if whole and names:
-        yield (
-            f"{_layers(whole)} will be stored whole (diff, w_norm), which these programs do not read from a "
-            f"LoRA: {names}. A rank rule cuts those that have a rank."
+        yield Sentence(
+            "{layers} will be stored whole (diff, w_norm), which these programs do not read from a "
+            "LoRA: {hosts}. A rank rule cuts those that have a rank.",
+            _layers(whole),
+            names,
         )
     names = those(lambda each: each.unplaced_limit is not None and embeddings > each.unplaced_limit)
     if names:
-        yield (
-            f"{embeddings} embedding tensors are kept. These programs refuse a LoRA with so many tensors "
-            f"that they do not know: {names}."
+        yield Sentence(
+            "{count} embedding tensors are kept. These programs refuse a LoRA with so many tensors that "
+            "they do not know: {hosts}.",
+            embeddings,
+            names,
         )
 
 
@@ -123,4 +139,4 @@ def _labels(hosts: Sequence[Host]) -> str:
 
 
 def _layers(count: int) -> str:
-    return f"{count} layer{'' if count == 1 else 's'}"
+    return counted(count, "{count} layer", "{count} layers")

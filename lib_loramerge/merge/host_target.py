@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import dialects
 from ..dialects.slots import KOHYA_STYLE
-from ..errors import LoraMergeError, UnsupportedError
+from ..errors import LoraMergeError, Sentence, UnsupportedError, counted
 from ..hosts import HOSTS, Host
 from ..models import COMFY, Architecture
 
@@ -46,10 +46,16 @@ def spelling_for(name: str | None, dialect: str, architecture: Architecture, sty
     host = HOSTS[name]
     if architecture.id not in host.base_models:
         others = [other.label for other in HOSTS.values() if architecture.id in other.base_models]
-        known = f"These load it: {', '.join(others)}." if others else "No program is known to load it."
+        known = (
+            Sentence("These load it: {hosts}.", ", ".join(others))
+            if others
+            else Sentence("No program is known to load it.")
+        )
         raise UnsupportedError(
-            f"{host.label} has no {architecture.label}. {known} "
-            "Write the file for another program, or for any."
+            "{host} has no {model}. {others} Write the file for another program, or for any.",
+            host.label,
+            architecture.label,
+            known,
         )
     dialect = host.dialect(architecture.id) if dialect in ("auto", COMFY) else dialect
     if dialect == "diffusers" and architecture.id in host.kohya_endings:
@@ -77,26 +83,41 @@ def for_the_host(
     for layer in layers:
         why = _why_not(host, spelling, architecture.id, layer)
         if alone and layer.component != "unet":
-            why = f"{host.label} loads no {architecture.label} LoRA that changes a text encoder too"
+            why = Sentence(
+                "{host} loads no {model} LoRA that changes a text encoder too", host.label, architecture.label
+            )
         if why is None:
             kept.append(layer)
         else:
             dropped.setdefault(why, []).append(layer.layer)
-    texts = [f"{_layers(names)} left out: {why}." for why, names in dropped.items()]
+    texts: list[str] = [
+        Sentence("{layers} left out: {why}.", _layers(names), why) for why, names in dropped.items()
+    ]
     if not kept:
         # Where several base models fit, the names depend on which it is.
-        unsure = "" if architecture.base_model_version else " Or name the base model (--base-model NAME)."
-        message = f"Nothing of this can be loaded by {host.label}. {texts[0]}"
-        raise UnsupportedError(message + unsure)
+        known = architecture.base_model_version
+        hint = "" if known else Sentence(" Or name the base model (--base-model NAME).")
+        raise UnsupportedError(
+            "Nothing of this can be loaded by {host}. {why}{hint}", host.label, texts[0], hint
+        )
     if host.unplaced_limit is not None and len(embeddings) > host.unplaced_limit:
         texts.append(
-            f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with more than "
-            f"{host.unplaced_limit} tensors that it does not know."
+            Sentence(
+                "{count} embedding tensors left out: {host} refuses a LoRA with more than {most} tensors "
+                "that it does not know.",
+                len(embeddings),
+                host.label,
+                host.unplaced_limit,
+            )
         )
         embeddings = {}
     if embeddings and not host.embeddings:
         texts.append(
-            f"{len(embeddings)} embedding tensors left out: {host.label} refuses a LoRA with embeddings."
+            Sentence(
+                "{count} embedding tensors left out: {host} refuses a LoRA with embeddings.",
+                len(embeddings),
+                host.label,
+            )
         )
         embeddings = {}
     return tuple(kept), embeddings, texts
@@ -106,15 +127,15 @@ def _why_not(host: Host, spelling: Spelling, architecture: str, layer: LayerPlan
     """Why a host does not load a layer as it would be written; None if it does."""
     whole = layer.rank is None or layer.vector or bias_alone(layer)
     if whole and not host.whole_layers:
-        return f"{host.label} reads no layer stored whole (diff, w_norm, diff_b) from a LoRA"
+        return Sentence("{host} reads no layer stored whole (diff, w_norm, diff_b) from a LoRA", host.label)
     if bias_alone(layer) and not host.lone_biases:
-        return f"{host.label} refuses a file in which a bias stands alone"
+        return Sentence("{host} refuses a file in which a bias stands alone", host.label)
     try:
         names = dialects.output_parts(architecture, layer.layer, spelling.dialect)
     except LoraMergeError:
-        return f"{host.label} has no name for such layers"
+        return Sentence("{host} has no name for such layers", host.label)
     lost = [name for name, _ in names if not host.finds(architecture, layer.layer, name)]
-    return f"{host.label} does not look for such names" if lost else None
+    return Sentence("{host} does not look for such names", host.label) if lost else None
 
 
 def bias_alone(layer: LayerPlan) -> bool:
@@ -123,4 +144,6 @@ def bias_alone(layer: LayerPlan) -> bool:
 
 
 def _layers(names: Sequence[str]) -> str:
-    return f"{len(names)} layer{'' if len(names) == 1 else 's'} (such as {names[0]})"
+    return counted(
+        len(names), "{count} layer (such as {layer})", "{count} layers (such as {layer})", names[0]
+    )

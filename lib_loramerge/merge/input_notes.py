@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..adapters import ALPHA_ZERO
 from ..delta.device import WITHOUT_DOUBLE
+from ..errors import Sentence, counted
 from ..recipe import MergeRecipe
 from .noise import noise
-from .sources import count_text, some_text
+from .sources import some_text
 
 if TYPE_CHECKING:
     from ..methods import MergeMethod
@@ -26,30 +27,42 @@ _LARGE_RANK = 128
 
 def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
     """Sentences on single files: few-step LoRAs, strength 0, what their adapters are, one file twice."""
-    notes = []
+    notes: list[str] = []
     for plan in plans:
         source = plan.source
         title = f"{source.path.stem} {source.header.metadata.get('ss_output_name', '')}".lower()
         if len(plans) > 1 and any(word in title for word in _STEP_DISTILLED):
             notes.append(
-                f"{source.path.name} looks like a few-step LoRA (LCM, Lightning ...). Merged, its strength "
-                "can no longer be set apart from the others; most people keep such a file separate."
+                Sentence(
+                    "{file} looks like a few-step LoRA (LCM, Lightning ...). Merged, its strength can no "
+                    "longer be set apart from the others; most people keep such a file separate.",
+                    source.path.name,
+                )
             )
         if plan.input.te == 0 and plan.input.unet == 0:
-            notes.append(f"{source.path.name} has strength 0 and changes nothing.")
+            notes.append(Sentence("{file} has strength 0 and changes nothing.", source.path.name))
         encoders = source.architecture.encoders
         notes += [
-            f"{source.path.name}: {part} changes nothing, as {source.base_model} has no such text encoder."
+            Sentence(
+                "{file}: {field} changes nothing, as {model} has no such text encoder.",
+                source.path.name,
+                part,
+                source.base_model,
+            )
             for part in ("te1", "te2", "te3")
             if getattr(plan.input, part) is not None
             and encoders
             and part not in encoders
             and not (part == "te1" and "te" in encoders)
         ]
-        notes += [f"{source.path.name}: {note}" for note in sorted(source.notes())]
+        notes += [Sentence("{file}: {note}", source.path.name, note) for note in sorted(source.notes())]
     notes += _noise_notes(plans)
     paths = Counter(plan.path for plan in plans)
-    notes += [f"{path.name} is in the recipe {count} times." for path, count in paths.items() if count > 1]
+    notes += [
+        Sentence("{file} is in the recipe {count} times.", path.name, count)
+        for path, count in paths.items()
+        if count > 1
+    ]
     return notes
 
 
@@ -62,8 +75,12 @@ def _noise_notes(plans: Sequence[SourcePlan]) -> list[str]:
     if len(kinds) < 2:
         return []
     return [
-        f"{kinds['high']} is for Wan 2.2's high-noise model and {kinds['low']} for its low-noise model. One "
-        "file of both suits neither: merge the high ones and the low ones each on their own."
+        Sentence(
+            "{high} is for Wan 2.2's high-noise model and {low} for its low-noise model. One file of both "
+            "suits neither: merge the high ones and the low ones each on their own.",
+            kinds["high"],
+            kinds["low"],
+        )
     ]
 
 
@@ -83,9 +100,10 @@ def layer_notes(found: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _alpha_zero(layers: tuple[str, ...]) -> str:
-    return (
-        f"alpha is 0 in {count_text(len(layers), 'layer')} ({some_text(layers)}), so nothing changes there: "
-        "the WebUIs apply the stored number."
+    return Sentence(
+        "alpha is 0 in {layers} ({some}), so nothing changes there: the WebUIs apply the stored number.",
+        counted(len(layers), "{count} layer", "{count} layers"),
+        some_text(layers),
     )
 
 
@@ -102,9 +120,12 @@ def rank_notes(plans: Sequence[SourcePlan], layers: Sequence[LayerPlan], recipe:
     if largest <= _LARGE_RANK:
         return []
     return [
-        f"LoHa and LoKr layers are exact only at large ranks, here up to {largest}, so the file becomes "
-        "large. Ask for a rank (--rank 32), a share of the norm (--retain 0.95) or a size (--size) for a "
-        "smaller one."
+        Sentence(
+            "LoHa and LoKr layers are exact only at large ranks, here up to {largest}, so the file becomes "
+            "large. Ask for a rank (--rank 32), a share of the norm (--retain 0.95) or a size (--size) for "
+            "a smaller one.",
+            largest,
+        )
     ]
 
 
@@ -120,7 +141,10 @@ def unused_rank_notes(recipe: MergeRecipe, method: MergeMethod) -> list[str]:
     if method.uses_rank or (isinstance(recipe.rank, str) and recipe.conv_rank is None):
         return []
     return [
-        f"Mode {method.name} keeps all ranks, so the rank that was given does not count. Mode svd cuts to it."
+        Sentence(
+            "Mode {mode} keeps all ranks, so the rank that was given does not count. Mode svd cuts to it.",
+            method.name,
+        )
     ]
 
 
@@ -128,7 +152,11 @@ def device_notes(recipe: MergeRecipe) -> list[str]:
     """A device that cannot do the arithmetic."""
     if recipe.device.partition(":")[0] not in WITHOUT_DOUBLE:
         return []
-    return [f"{recipe.device} has no 64-bit numbers, which exact sums need, so the CPU does the work."]
+    return [
+        Sentence(
+            "{device} has no 64-bit numbers, which exact sums need, so the CPU does the work.", recipe.device
+        )
+    ]
 
 
 def _is_product(plan: SourcePlan, layer: LayerPlan) -> bool:

@@ -33,7 +33,7 @@ from ..delta import (
     weighted_sum,
 )
 from ..delta.device import compute_device
-from ..errors import OutputError
+from ..errors import OutputError, Sentence
 from ..methods import LayerContext
 from ..report import LayerResult
 from .base import BaseCheckpoint
@@ -69,7 +69,7 @@ def _named(layer: LayerPlan) -> Iterator[None]:
     try:
         yield
     except OutputError as error:
-        raise OutputError(f"{layer.layer}: {error}") from error
+        raise OutputError("{name}: {error}", layer.layer, error) from error
 
 
 class Merger:
@@ -199,7 +199,7 @@ class Merger:
         """Read a layer of every input and merge it; nothing is cut or rounded yet."""
         inputs = self.inputs(layer)
         notes = tuple(
-            f"{self.plan.sources[index].path.name}: {note}"
+            Sentence("{file}: {note}", self.plan.sources[index].path.name, note)
             for (index, _, _), entry in zip(layer.inputs, inputs, strict=True)
             for note in entry.notes
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..delta import inner_products
+from ..errors import Sentence
 from ..recipe import LoraInput
 from .input_notes import loudness_notes
 from .layer import Merger, open_merger
@@ -141,9 +142,13 @@ def _look(merger: Merger, layer: LayerPlan) -> Sizes | None:
 
 def _notes(louder: Mapping[str, float]) -> list[str]:
     """What was done to the strengths."""
-    notes = [
-        f"All strengths for the {PARTS[part]} were multiplied by {1 / ratio:.3g}: the sum is no stronger "
-        "than its strongest LoRA."
+    notes: list[str] = [
+        Sentence(
+            "All strengths for the {part} were multiplied by {factor}: the sum is no stronger than its "
+            "strongest LoRA.",
+            Sentence(PARTS[part]),
+            f"{1 / ratio:.3g}",
+        )
         for part, ratio in louder.items()
         if ratio > 1
     ]

@@ -45,8 +45,9 @@ def by_noise(recipe: MergeRecipe, find: Callable[[str], Path]) -> Mapping[str, M
         kind = noise(source)
         if kind is None:
             raise RecipeError(
-                f"{source.path.name} does not say whether it is for Wan 2.2's high-noise or low-noise model "
-                "(neither its name nor its metadata). Put high_noise or low_noise into its file name."
+                "{file} does not say whether it is for Wan 2.2's high-noise or low-noise model (neither its "
+                "name nor its metadata). Put high_noise or low_noise into its file name.",
+                source.path.name,
             )
         kinds.append(kind)
     recipes = {}
@@ -54,8 +55,9 @@ def by_noise(recipe: MergeRecipe, find: Callable[[str], Path]) -> Mapping[str, M
         inputs = tuple(entry for entry, of in zip(recipe.inputs, kinds) if of == kind)
         if not inputs:
             raise RecipeError(
-                f"--pairs makes one file for each of Wan 2.2's models, and no input is for the {kind}-noise "
-                "one. Add its LoRA, or leave out --pairs."
+                "--pairs makes one file for each of Wan 2.2's models, and no input is for the {kind}-noise "
+                "one. Add its LoRA, or leave out --pairs.",
+                kind,
             )
         recipes[kind] = replace(recipe, inputs=inputs)
     return recipes

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import models, ranks
+from ..errors import Sentence
 from ..files import Written
 from ..report import (
     EXACT_SUM,
@@ -68,7 +69,9 @@ def merge_report(
         whole_layers=sum(entry.result.rank is None for entry in present),
         error=error,
         error_at_most=_apart(least, error),
-        error_against=EXACT_SUM if plan.method.means_sum else f"{plan.method.name}'s own result",
+        error_against=EXACT_SUM
+        if plan.method.means_sum
+        else Sentence("{mode}'s own result", plan.method.name),
         kept=min(1.0, relative(sum(entry.written_sq for entry in merged), exact_sq)),
         from_sum=_from_sum(plan, results),
         worst_layers=worst(results),
@@ -98,8 +101,13 @@ def _doubtful(results: Sequence[LayerResult]) -> list[str]:
     doubtful = [result for result in results if result.doubt]
     most = max(doubtful, key=lambda result: result.doubt)
     return [
-        f"In {len(doubtful)} of {len(results)} layers the inputs cancel to the last digits of float64, most "
-        f"in {most.layer}: what is left there is not known, and the stated error is an upper bound."
+        Sentence(
+            "In {count} of {total} layers the inputs cancel to the last digits of float64, most in {layer}: "
+            "what is left there is not known, and the stated error is an upper bound.",
+            len(doubtful),
+            len(results),
+            most.layer,
+        )
     ]
 
 
@@ -143,12 +151,25 @@ def _cut(plan: MergePlan, inputs: Sequence[InputReport]) -> list[str]:
         kept, block = percent(max(0.0, entry.kept)), entry.worst_block["block"]
         of_block = percent(max(0.0, entry.worst_block["kept"]))
         texts.append(
-            f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; "
-            "the rank cut off the rest. --rank full keeps all of it."
+            Sentence(
+                "{name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; the rank "
+                "cut off the rest. --rank full keeps all of it.",
+                entry.name,
+                kept,
+                block,
+                of_block,
+            )
             if cuts
-            else f"{entry.name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; "
-            f"the rest is smaller than the rounding of the other LoRAs to {plan.dtype}. Raise its strength, "
-            "or lower theirs."
+            else Sentence(
+                "{name}: only {kept} of this LoRA is in the file, of its block {block} {of_block}; the "
+                "rest is smaller than the rounding of the other LoRAs to {dtype}. Raise its strength, "
+                "or lower theirs.",
+                entry.name,
+                kept,
+                block,
+                of_block,
+                plan.dtype,
+            )
         )
     return list(dict.fromkeys(texts))  # one LoRA given twice is one
 

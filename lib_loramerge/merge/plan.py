@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .. import blocks, dialects, models
-from ..errors import IncompatibleError, RecipeError, UnsupportedError
+from ..errors import IncompatibleError, RecipeError, Sentence, UnsupportedError, joined
 from ..files import LORA_SUFFIXES, model_hash
 from ..recipe import LoraInput, MergeRecipe, check_params, nearest_hint
 from .base_model import decide
@@ -120,34 +120,45 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
 
     if recipe.mode not in METHODS:
         hint = nearest_hint(recipe.mode, METHODS)
-        raise RecipeError(f"There is no mode {recipe.mode!r}.{hint} Modes: {', '.join(METHODS)}.")
+        raise RecipeError(
+            "There is no mode {mode}.{hint} Modes: {modes}.", repr(recipe.mode), hint, ", ".join(METHODS)
+        )
     method = METHODS[recipe.mode]
     params = check_params(method.params, recipe.params, mode=method.name)
     count = len(recipe.inputs)
     if count < method.minimum or (method.maximum is not None and count > method.maximum):
         wanted = (
-            f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
+            Sentence("exactly {minimum}", method.minimum)
+            if method.minimum == method.maximum
+            else Sentence("at least {minimum}", method.minimum)
         )
         if method.maximum is not None and method.minimum != method.maximum:
-            wanted = f"{method.minimum} to {method.maximum}"
-        raise RecipeError(f"Mode {method.name} merges {wanted} LoRAs, and {count} were given.")
+            wanted = Sentence("{minimum} to {maximum}", method.minimum, method.maximum)
+        raise RecipeError(
+            "Mode {mode} merges {wanted} LoRAs, and {count} were given.", method.name, wanted, count
+        )
     if not method.uses_rank:
         for rule in ("retain", "size", "keep"):
             if getattr(recipe, rule) is not None:
                 raise RecipeError(
-                    f"Mode {method.name} keeps all ranks, so it cannot hold to a given {rule}. Leave that "
-                    "out, or use mode svd."
+                    "Mode {mode} keeps all ranks, so it cannot hold to a given {rule}. Leave that out, or "
+                    "use mode svd.",
+                    method.name,
+                    rule,
                 )
     if (recipe.keep is not None or recipe.fair) and not (method.exact and method.uses_rank):
         rule = "keep" if recipe.keep is not None else "fair"
         raise RecipeError(
-            f"{rule} shares out the exact sum, and mode {method.name} makes something else. Leave it out, or "
-            "use mode svd."
+            "{rule} shares out the exact sum, and mode {mode} makes something else. Leave it out, or use "
+            "mode svd.",
+            rule,
+            method.name,
         )
     if recipe.normalize is not None and not method.exact:
         raise RecipeError(
-            f"normalize brings down the exact sum, and mode {method.name} makes something else. Leave it "
-            "out, or use mode svd."
+            "normalize brings down the exact sum, and mode {mode} makes something else. Leave it out, or "
+            "use mode svd.",
+            method.name,
         )
     return method, params
 
@@ -159,8 +170,9 @@ def _check_hashes(
         # Hosts show the first 8 to 12 digits of a hash; a recipe written by hand may have those.
         if entry.hash and not model_hash(source.path, stop).startswith(entry.hash):
             raise RecipeError(
-                f"{source.path.name} is not the file this recipe was made with: its contents have changed. "
-                "Find the original, or allow changed sources (--allow-changed-sources)."
+                "{file} is not the file this recipe was made with: its contents have changed. Find the "
+                "original, or allow changed sources (--allow-changed-sources).",
+                source.path.name,
             )
 
 
@@ -170,12 +182,17 @@ def _leftovers(sources: Sequence[Source], skip: bool) -> tuple[str, ...]:
         for source in sources:
             source.refuse_leftovers()
         return ()
-    texts = []
+    texts: list[str] = []
     for source in sources:
-        texts += [f"{source.path.name}: tensor {key} is not understood" for key in source.unknown]
+        texts += [
+            Sentence("{file}: tensor {key} is not understood", source.path.name, key)
+            for key in source.unknown
+        ]
         texts += list(source.unsupported)
         if not source.layers:
-            raise UnsupportedError(f"{source.path.name}: nothing in it can be merged. {' '.join(texts[:1])}")
+            raise UnsupportedError(
+                "{file}: nothing in it can be merged. {why}", source.path.name, texts[0] if texts else ""
+            )
     return tuple(texts)
 
 
@@ -187,8 +204,12 @@ def _refuse_two_spellings(sources: Sequence[Source]) -> None:
             name, before = seen.setdefault(models.plain_path(layer), (layer, source))
             if name != layer:
                 raise IncompatibleError(
-                    f"{before.path.name} has {name} and {source.path.name} has {layer}, which look like two "
-                    "spellings of one layer of a model that is not known. Load each in a file of its own."
+                    "{first} has {layer} and {second} has {other_layer}, which look like two spellings of "
+                    "one layer of a model that is not known. Load each in a file of its own.",
+                    before.path.name,
+                    name,
+                    source.path.name,
+                    layer,
                 )
 
 
@@ -200,9 +221,11 @@ def _check_base(sources: Sequence[Source], base: Path | None) -> None:
             for part in parts:
                 if part.facts.needs_base:
                     raise UnsupportedError(
-                        f"{source.path.name}: {part.part.spelling} is {part.facts.kind}, which changes the "
-                        "model in proportion to the base weights. Name the checkpoint it was trained on "
-                        "(--base CHECKPOINT)."
+                        "{file}: {layer} is {kind}, which changes the model in proportion to the base "
+                        "weights. Name the checkpoint it was trained on (--base CHECKPOINT).",
+                        source.path.name,
+                        part.part.spelling,
+                        part.facts.kind,
                     )
 
 
@@ -267,14 +290,19 @@ def _with_names(
     weights = [layer.layer for layer in lacking if not layer.vector]
     label = models.ARCHITECTURES[architecture].label
     if weights and not recipe.skip_unsupported:
-        shown = ", ".join(weights[:5]) + (f" and {len(weights) - 5} more" if len(weights) > 5 else "")
+        shown = [", ".join(weights[:5])]
+        shown += [Sentence(" and {count} more", len(weights) - 5)] if len(weights) > 5 else []
         raise UnsupportedError(
-            f"The {dialect} dialect has no name for {shown} of {label}. Write another dialect, or leave "
-            "them out (--skip-unsupported)."
+            "The {dialect} dialect has no name for {layers} of {model}. Write another dialect, or leave "
+            "them out (--skip-unsupported).",
+            dialect,
+            joined("", shown),
+            label,
         )
     kept = tuple(layer for layer in layers if layer not in lacking)
     return kept, tuple(
-        f"{layer.layer} left out: the {dialect} dialect has no name for it" for layer in lacking
+        Sentence("{layer} left out: the {dialect} dialect has no name for it", layer.layer, dialect)
+        for layer in lacking
     )
 
 
@@ -311,6 +339,11 @@ def _embeddings(plans: Sequence[SourcePlan]) -> tuple[dict[str, tuple[int, str]]
                 if embedding not in both:
                     both.append(embedding)
     return chosen, [
-        f"Both {first} and {second} hold the embedding {', '.join(names)}; the first one is kept."
+        Sentence(
+            "Both {first} and {second} hold the embedding {name}; the first one is kept.",
+            first,
+            second,
+            ", ".join(names),
+        )
         for (first, second), names in clashes.items()
     ]

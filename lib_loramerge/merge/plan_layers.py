@@ -81,9 +81,14 @@ def _one_shape(layer: str, sources: Sequence[Source]) -> LayerShape | None:
     for source, shape in known[1:]:
         if shape != known[0][1]:
             raise IncompatibleError(
-                f"{layer} is {_shape_text(known[0][1])} in {known[0][0].path.name} and {_shape_text(shape)} "
-                f"in {source.path.name}. They were trained on different base models (or one on a variant "
-                "such as an inpainting model), so they cannot be merged. Ranks have nothing to do with it."
+                "{layer} is {shape} in {first} and {other_shape} in {second}. They were trained on "
+                "different base models (or one on a variant such as an inpainting model), so they cannot be "
+                "merged. Ranks have nothing to do with it.",
+                layer,
+                _shape_text(known[0][1]),
+                known[0][0].path.name,
+                _shape_text(shape),
+                source.path.name,
             )
     return known[0][1] if known else None
 

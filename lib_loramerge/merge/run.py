@@ -94,12 +94,15 @@ def run_merge(
     if not any(layer.tensors for layer in merged):
         if len(plan.sources) == 1:
             raise IncompatibleError(
-                f"{plan.sources[0].path.name} changes nothing: its layers are zero, or too small for "
-                f"{plan.dtype}. There is nothing to write."
+                "{file} changes nothing: its layers are zero, or too small for {dtype}. There is nothing to "
+                "write.",
+                plan.sources[0].path.name,
+                plan.dtype,
             )
         raise IncompatibleError(
-            "The LoRAs cancel each other in every layer, or what they change is too small for "
-            f"{plan.dtype}, so there is nothing to write."
+            "The LoRAs cancel each other in every layer, or what they change is too small for {dtype}, so "
+            "there is nothing to write.",
+            plan.dtype,
         )
     tensors = {key: tensor for layer in merged for key, tensor in layer.tensors.items()} | embeddings
     if needs_one_rank(plan):
@@ -174,8 +177,9 @@ def _enough_memory(device: torch.device) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise OutputError(
-                f"The memory of {device} is too full for this merge. Choose the CPU, which needs none of it, "
-                "or unload the model first. Nothing was written."
+                "The memory of {device} is too full for this merge. Choose the CPU, which needs none of it, "
+                "or unload the model first. Nothing was written.",
+                device,
             ) from error
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise OutputError(
@@ -226,8 +230,9 @@ def _allot(plan: MergePlan, merger: Merger, name: str, work: Work) -> dict[str, 
     least = ranks.least_bytes(layers)
     if budget < least:
         raise OutputError(
-            f"{plan.recipe.size:g} MB is too small for any layer of this merge; "
-            f"it needs at least {(costs.fixed + least) / 1e6:.3f} MB."
+            "{size} MB is too small for any layer of this merge; it needs at least {least} MB.",
+            f"{plan.recipe.size:g}",
+            f"{(costs.fixed + least) / 1000000.0:.3f}",
         )
     return dict(zip(costs.layers, ranks.allot(layers, budget, one_rank=costs.one_rank), strict=True))
 

@@ -45,7 +45,7 @@ def merge_files(
 
     for name in settings:
         if name not in RECIPE_FIELDS or name == "inputs":
-            raise RecipeError(f"A merge has no setting {name}.{nearest_hint(name, RECIPE_FIELDS)}")
+            raise RecipeError("A merge has no setting {name}.{hint}", name, nearest_hint(name, RECIPE_FIELDS))
     recipe = MergeRecipe(inputs=parse_inputs([loras] if isinstance(loras, str) else loras), **settings)
     plan = plan_merge(
         recipe,

@@ -13,7 +13,15 @@ from pathlib import Path
 from threading import Lock
 
 from .. import adapters, dialects, models
-from ..errors import FileError, IncompatibleError, UnknownKeyError, UnsupportedError
+from ..errors import (
+    FileError,
+    IncompatibleError,
+    Sentence,
+    UnknownKeyError,
+    UnsupportedError,
+    counted,
+    joined,
+)
 from ..files import Header, read_header, size_text, stamp_of, zero_tail
 from .doubled import one_spelling
 from .stated_scale import stated_scale_note
@@ -163,14 +171,20 @@ class Source:
         notes = {note for parts in self.layers.values() for part in parts for note in part.facts.notes}
         if self.zeros:
             notes.add(
-                f"the last {size_text(self.zeros)} of the file are zeros, as where a download did not end; "
-                "download it again unless you know better."
+                Sentence(
+                    "the last {zeros} of the file are zeros, as where a download did not end; download it "
+                    "again unless you know better.",
+                    size_text(self.zeros),
+                )
             )
         notes |= set(self.remarks)
         if self.orphans:
             notes.add(
-                f"{count_text(len(self.orphans), 'alpha')} without factors dropped, for it changes nothing: "
-                f"{some_text(self.orphans)}."
+                Sentence(
+                    "{tensors} without factors dropped, for it changes nothing: {some}.",
+                    counted(len(self.orphans), "{count} alpha", "{count} alphas"),
+                    some_text(self.orphans),
+                )
             )
         if not any("alpha" in part.part.slots for parts in self.layers.values() for part in parts):
             stated = stated_scale_note(self.path, self.header.metadata, self._trained_ranks())
@@ -186,31 +200,26 @@ class Source:
         """
         if self.unknown:
             raise UnknownKeyError(
-                f"{self.path.name}: {count_text(len(self.unknown), 'tensor')} not understood: "
-                f"{some_text(self.unknown)}. Nothing was written; --skip-unsupported merges the rest "
-                "and lists what was left out."
+                "{file}: {tensors} not understood: {some}. Nothing was written; --skip-unsupported merges "
+                "the rest and lists what was left out.",
+                self.path.name,
+                counted(len(self.unknown), "{count} tensor", "{count} tensors"),
+                some_text(self.unknown),
             )
         if self.unsupported:
             more = len(self.unsupported) - 1
-            raise UnsupportedError(
-                self.unsupported[0]
-                + (
-                    f" ({count_text(more, 'more layer')} of {self.path.name} cannot be merged either.)"
-                    if more
-                    else ""
-                )
+            others = Sentence(
+                " ({layers} of {file} cannot be merged either.)",
+                counted(more, "{count} more layer", "{count} more layers"),
+                self.path.name,
             )
-
-
-def count_text(number: int, noun: str) -> str:
-    """A number and what it counts."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+            raise UnsupportedError(joined("", [self.unsupported[0], *([others] if more else [])]))
 
 
 def some_text(names: tuple[str, ...], limit: int = 3) -> str:
     """The first few names of many."""
     shown = ", ".join(sorted(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    return shown if len(names) <= limit else Sentence("{shown} and {count} more", shown, len(names) - limit)
 
 
 _remembered: OrderedDict[tuple[str | int, ...], Source] = OrderedDict()
@@ -246,22 +255,25 @@ def open_source(path: Path, base_model: str | None = None) -> Source:
 def _understand(path: Path, header: Header, base_model: str | None) -> Source:
     if not header.tensors:
         what = "metadata but no tensors" if header.metadata else "no tensors"
-        raise FileError(f"{path.name} holds {what}; there is nothing to merge.")
+        raise FileError("{file} holds {what}; there is nothing to merge.", path.name, Sentence(what))
     shapes = {key: info.shape for key, info in header.tensors.items()}
     try:
         parsed = dialects.parse_file(shapes, header.metadata, base_model=base_model)
     except (IncompatibleError, UnsupportedError) as error:
-        raise type(error)(f"{path.name}: {error}") from error
+        raise type(error)("{name}: {error}", path.name, error) from error
     layers: dict[str, list[SourcePart]] = {}
-    unsupported = []
+    unsupported: list[str] = []
     # The control adapters of Flux replace norms, and only they do.
     control = any("set_weight" in part.slots for part in parsed.parts)
     for part in parsed.parts:
         where = f"{path.name}: {part.spelling}"
         if control and part.layer == _FIRST_LAYER_OF_FLUX:
             unsupported.append(
-                f"{where} cannot be merged: this control adapter makes the layer wider than the base "
-                "model has it."
+                Sentence(
+                    "{where} cannot be merged: this control adapter makes the layer wider than the base "
+                    "model has it.",
+                    where,
+                )
             )
             continue
         try:
@@ -296,16 +308,23 @@ def _understand(path: Path, header: Header, base_model: str | None) -> Source:
 
 
 def _remarks(parsed: dialects.ParsedFile) -> list[str]:
-    remarks = []
+    remarks: list[str] = []
     if parsed.dropped:
         remarks.append(
-            f"{count_text(len(parsed.dropped), 'tensor')} that no WebUI reads left out: "
-            f"{some_text(parsed.dropped)}."
+            Sentence(
+                "{tensors} that no WebUI reads left out: {some}.",
+                counted(len(parsed.dropped), "{count} tensor", "{count} tensors"),
+                some_text(parsed.dropped),
+            )
         )
     if parsed.unlisted:
         remarks.append(
-            f"{count_text(len(parsed.unlisted), 'layer')} not in our list of {parsed.architecture.label}, "
-            f"written under the name that the file gives: {some_text(parsed.unlisted)}."
+            Sentence(
+                "{layers} not in our list of {model}, written under the name that the file gives: {some}.",
+                counted(len(parsed.unlisted), "{count} layer", "{count} layers"),
+                parsed.architecture.label,
+                some_text(parsed.unlisted),
+            )
         )
     return remarks
 
@@ -322,7 +341,9 @@ def _describe(
     if part.rows is None and part.take is None:
         return SourcePart(part, facts, None, facts.out, kernel)
     if facts.out is None:
-        raise UnsupportedError(f"{where}: {facts.kind} on one part of a fused layer cannot be placed in it.")
+        raise UnsupportedError(
+            "{where}: {kind} on one part of a fused layer cannot be placed in it.", where, facts.kind
+        )
     try:
         taken = part.take.cut(facts.out) if part.take is not None else None
         out = sum(stop - start for start, stop in taken) if taken is not None else facts.out
@@ -330,7 +351,7 @@ def _describe(
             return SourcePart(part, facts, None, out, kernel, taken)
         spans, total = part.rows.spans(out)
     except IncompatibleError as error:
-        raise IncompatibleError(f"{where}: {error}") from error
+        raise IncompatibleError("{name}: {error}", where, error) from error
     return SourcePart(part, facts, spans, total, kernel, taken)
 
 
@@ -340,7 +361,15 @@ def _check_parts(path: Path, layer: str, parts: list[SourcePart]) -> None:
     shapes = {(part.out, part.facts.in_, part.facts.kernel) for part in known}
     if len(shapes) > 1:
         raise IncompatibleError(
-            f"{path.name}: the parts of {layer} do not fit together: "
-            + "; ".join(f"{p.part.spelling} makes it {p.out} x {p.facts.in_}" for p in parts)
-            + ". The file is damaged or mixes two base models."
+            "{file}: the parts of {layer} do not fit together: {parts}. The file is damaged or mixes two "
+            "base models.",
+            path.name,
+            layer,
+            joined(
+                "; ",
+                (
+                    Sentence("{spelling} makes it {outputs} x {inputs}", p.part.spelling, p.out, p.facts.in_)
+                    for p in parts
+                ),
+            ),
         )

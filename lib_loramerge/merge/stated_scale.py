@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import Sentence
+
 CONFIG = "adapter_config.json"
 HEADER_KEY = "lora_adapter_metadata"
 # A configuration is small; what is larger is something else.
@@ -31,10 +33,14 @@ def stated_scale_note(path: Path, metadata: Mapping[str, str], ranks: Collection
             continue
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         if abs(scale - 1) > 1e-9:
-            return (
-                f"{where} states a scale of {scale:g} (alpha {alpha:g}, rank {rank:g}), which no WebUI "
-                "reads: in a prompt, and here, this file counts with a scale of 1. Give it "
-                f"{scale:g} times the strength to get what its trainer meant."
+            return Sentence(
+                "{file} states a scale of {scale} (alpha {alpha}, rank {rank}), which no WebUI reads: "
+                "in a prompt, and here, this file counts with a scale of 1. Give it {scale} times the "
+                "strength to get what its trainer meant.",
+                where,
+                f"{scale:g}",
+                f"{alpha:g}",
+                f"{rank:g}",
             )
     return None
 

@@ -55,7 +55,7 @@ class LayerTensors:
             exact = piece.dense()
             rounded = exact.to(self.dtype).cpu()
             if not bool(rounded.isfinite().all()):
-                raise OutputError(f"the values are too large for {self.plan.dtype}. Save as float32.")
+                raise OutputError("the values are too large for {dtype}. Save as float32.", self.plan.dtype)
             error_sq += float((rounded.double() - exact.double().cpu()).square().sum())
             exact_sq += float(exact.double().square().sum())
             tensors[self._key(prefix, slot)] = self._shaped(layer, slot, rounded.contiguous())

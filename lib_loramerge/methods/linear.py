@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..delta import Delta, Dense, Kronecker, LowRank, check_same_shape, weighted_sum
-from ..errors import IncompatibleError
+from ..errors import IncompatibleError, Sentence, joined
 from .registry import METHODS, LayerContext, merge_method
 
 
@@ -166,12 +166,13 @@ def _alone(delta: LowRank, weight: float) -> LowRank:
 
 
 def _not_addable(deltas: Sequence[Delta], layer: str) -> str:
-    ranks = ", ".join(
-        str(delta.rank) if isinstance(delta, LowRank) else "none (full weights)" for delta in deltas
-    )
+    whole = Sentence("none (full weights)")
+    ranks = joined(", ", (str(delta.rank) if isinstance(delta, LowRank) else whole for delta in deltas))
     others = (name for name, method in METHODS.items() if not (method.adds_factors or method.experimental))
     modes = ", ".join(others)
-    return (
-        f"Mode add needs equal ranks, but layer {layer or '(unnamed)'} has ranks {ranks}. "
-        f"Use one of: {modes}."
+    return Sentence(
+        "Mode add needs equal ranks, but layer {layer} has ranks {ranks}. Use one of: {modes}.",
+        layer or "(unnamed)",
+        ranks,
+        modes,
     )

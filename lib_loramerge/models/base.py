@@ -43,8 +43,10 @@ class Rows:
         unit, rest = divmod(source_rows, self.units)
         if rest or not unit:
             raise IncompatibleError(
-                f"{source_rows} output rows cannot be divided into the {self.units} equal parts "
-                "that this part of a fused layer has."
+                "{rows} output rows cannot be divided into the {parts} equal parts that this part of a "
+                "fused layer has.",
+                source_rows,
+                self.units,
             )
         return tuple((start * unit, stop * unit) for start, stop in self.parts), self.of * unit
 
@@ -57,7 +59,9 @@ class Rows:
         unit, rest = divmod(total_rows, self.of)
         if rest or not unit:
             raise IncompatibleError(
-                f"{total_rows} output rows cannot be divided into the {self.of} equal parts of a fused layer."
+                "{rows} output rows cannot be divided into the {parts} equal parts of a fused layer.",
+                total_rows,
+                self.of,
             )
         return tuple((start * unit, stop * unit) for start, stop in self.parts)
 

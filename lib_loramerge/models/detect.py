@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from ..errors import Sentence, joined
 from .base import Architecture, Size, UNet, component
 from .compatible import fitting, groups_of, with_encoders
 from .records import ARCHITECTURES
@@ -85,7 +86,7 @@ def _context(layers: Layers) -> tuple[Architecture, str] | None:
     context = layers.reads(r"_attn2_to_[kv]$")
     if context not in _CONTEXT:
         return None
-    return ARCHITECTURES[_CONTEXT[context]], f"cross-attention keys read {context} channels"
+    return ARCHITECTURES[_CONTEXT[context]], Sentence("cross-attention keys read {count} channels", context)
 
 
 def _fitting_unets(layers: Layers) -> list[Architecture]:
@@ -121,9 +122,9 @@ def _said(metadata: Mapping[str, str]) -> tuple[str, str, str] | None:
         value = str(metadata.get(key, ""))
         for start, name, size in _by_start():
             if value.lower().replace("_", "-").startswith(start):
-                return name, size, f"its metadata says {value!r}"
+                return name, size, Sentence("its metadata says {value}", repr(value))
     if str(metadata.get("ss_v2", "")).lower() == "true":
-        return "sd2", "", "its metadata says version 2"
+        return "sd2", "", Sentence("its metadata says version 2")
     return None
 
 
@@ -144,7 +145,7 @@ def _trained_on(
         }
         if len(found) == 1:
             [(model, label)] = found.items()
-            return model, label, f"its metadata says that it was trained on {value!r}"
+            return model, label, Sentence("its metadata says that it was trained on {value}", repr(value))
     return None
 
 
@@ -214,7 +215,7 @@ def _as_unet(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:
     # Names number the text encoders of a model that has several.
     parts = {component(name) for name in layers.encoders}
     fits = [record for record in fits if parts <= set(record.encoders)] or fits
-    reason = f"its layers and their widths are those of {fits[0].label}"
+    reason = Sentence("its layers and their widths are those of {models}", fits[0].label)
     return _chosen([(record, None) for record in fits], reason, metadata)
 
 
@@ -244,11 +245,16 @@ def _as_transformer(layers: Layers, metadata: Mapping[str, str]) -> Detection | 
     fits = [fit for fit in fits if fit.architecture in encoders] or fits
     first = fits[0]
     if first.found < total:
-        reason = f"{first.found} of its {total} layers are those of {first.architecture.label}"
+        reason = Sentence(
+            "{count} of its {total} layers are those of {models}",
+            first.found,
+            total,
+            first.architecture.label,
+        )
     elif first.contradicted:
-        reason = f"its layers are named as those of {first.architecture.label}"
+        reason = Sentence("its layers are named as those of {models}", first.architecture.label)
     else:
-        reason = f"its layers and their widths are those of {first.architecture.label}"
+        reason = Sentence("its layers and their widths are those of {models}", first.architecture.label)
     return _chosen([(fit.architecture, fit.size) for fit in fits], reason, metadata)
 
 
@@ -259,7 +265,7 @@ def _as_encoders(layers: Layers, metadata: Mapping[str, str]) -> Detection | Non
     fits = with_encoders(_reading_widths(layers), layers.called)
     if not fits:
         return None
-    reason = f"it changes text encoders alone, and {fits[0].label} has these"
+    reason = Sentence("it changes text encoders alone, and {models} has these", fits[0].label)
     return _chosen([(record, size) for record in fits for size in record.sizes or (None,)], reason, metadata)
 
 
@@ -275,10 +281,10 @@ def _chosen(
             others = {fit[0].id for fit in fits} - {said[0]}
             fits = named
             if others:
-                reason = f"{said[2]}, and its layers fit {named[0][0].label}"
+                reason = Sentence("{said}, and its layers fit {models}", said[2], named[0][0].label)
     names = list(dict.fromkeys(record.label for record, _ in fits))
     if len(names) > 1:
-        reason = f"its layers fit {_listed(names)} alike"
+        reason = Sentence("its layers fit {models} alike", _listed(names))
     record, size = fits[0]
     alone = len([fit for fit in fits if fit[0] is record]) == 1
     return Detection(
@@ -290,7 +296,7 @@ def _chosen(
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + f" and {names[-1]}"
+    return joined(", ", names, " and ")
 
 
 def _as_said(layers: Layers, metadata: Mapping[str, str]) -> Detection | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..errors import Sentence
 from . import flux, image, sd, video
 from .base import Architecture
 
-UNKNOWN = Architecture("unknown", "unknown base model", opaque=True, resolution="")
+UNKNOWN = Architecture("unknown", Sentence("unknown base model"), opaque=True, resolution="")
 
 ARCHITECTURES: dict[str, Architecture] = {
     record.id: record

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from numbers import Integral, Real
 
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 
 # ASCII digits only: int() and float() would also take "1_0", "inf", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -22,17 +22,17 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits.
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+        text = Sentence("a number of thousands of digits")
+    return text if len(text) <= 80 else Sentence("{start}... ({count} characters)", text[:60], len(text))
 
 
 def _limits(minimum: float | None, maximum: float | None) -> str:
     if minimum is not None and maximum is not None:
-        return f" from {plain(minimum)} to {plain(maximum)}"
+        return Sentence(" from {minimum} to {maximum}", plain(minimum), plain(maximum))
     if minimum is not None:
-        return f" of at least {plain(minimum)}"
+        return Sentence(" of at least {minimum}", plain(minimum))
     if maximum is not None:
-        return f" of at most {plain(maximum)}"
+        return Sentence(" of at most {maximum}", plain(maximum))
     return ""
 
 
@@ -87,7 +87,9 @@ def check_number(
         and (maximum is None or number <= maximum)
     )
     if number is None or not in_range:
-        raise RecipeError(f"{name} must be a number{_limits(minimum, maximum)}, got {shown(value)}.")
+        raise RecipeError(
+            "{name} must be a number{limits}, got {value}.", name, _limits(minimum, maximum), shown(value)
+        )
     return number
 
 
@@ -110,7 +112,12 @@ def check_whole(
         and (maximum is None or number <= maximum)
     )
     if number is None or not in_range:
-        raise RecipeError(f"{name} must be a whole number{_limits(minimum, maximum)}, got {shown(value)}.")
+        raise RecipeError(
+            "{name} must be a whole number{limits}, got {value}.",
+            name,
+            _limits(minimum, maximum),
+            shown(value),
+        )
     return number
 
 
@@ -121,22 +128,24 @@ def check_text(name: str, value: object, longest: int, *, padded: bool = False) 
         RecipeError: For anything else; NUL can stand in no name or path and is refused too.
     """
     if not isinstance(value, str):
-        raise RecipeError(f"{name} must be text, got {shown(value)}.")
+        raise RecipeError("{name} must be text, got {value}.", name, shown(value))
     if not value.strip():
-        raise RecipeError(f"{name} must not be empty.")
+        raise RecipeError("{name} must not be empty.", name)
     if len(value) > longest:
-        raise RecipeError(f"{name} must be at most {longest} characters long, got {len(value)}.")
+        raise RecipeError(
+            "{name} must be at most {most} characters long, got {count}.", name, longest, len(value)
+        )
     if "\0" in value:
-        raise RecipeError(f"{name} must not contain a NUL character, got {shown(value)}.")
+        raise RecipeError("{name} must not contain a NUL character, got {value}.", name, shown(value))
     if value != value.strip() and not padded:
-        raise RecipeError(f"{name} must not begin or end with a space, got {shown(value)}.")
+        raise RecipeError("{name} must not begin or end with a space, got {value}.", name, shown(value))
     return value
 
 
 def check_flag(name: str, value: object) -> bool:
     """``value`` if it is a boolean; anything else is a :class:`RecipeError`."""
     if not isinstance(value, bool):
-        raise RecipeError(f"{name} must be true or false, got {shown(value)}.")
+        raise RecipeError("{name} must be true or false, got {value}.", name, shown(value))
     return value
 
 
@@ -146,7 +155,9 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     if isinstance(value, str) and value in choices:
         return value
     hint = nearest_hint(value, choices) if isinstance(value, str) else ""
-    raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}.{hint}")
+    raise RecipeError(
+        "{name} must be one of {choices}, got {value}.{hint}", name, ", ".join(choices), shown(value), hint
+    )
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -172,4 +183,4 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 def nearest_hint(name: str, names: Iterable[str]) -> str:
     """`` Nearest: a, b, c.`` to put at the end of a message, or nothing."""
     found = nearest(name, names)
-    return f" Nearest: {', '.join(found)}." if found else ""
+    return Sentence(" Nearest: {near}.", ", ".join(found)) if found else ""

@@ -67,7 +67,11 @@ def parse_rank(value: object) -> int | str:
 def _no_rank(value: object) -> RecipeError:
     words = ", ".join(RANK_WORDS[:-1])
     return RecipeError(
-        f"rank must be a whole number from 1 to {MAX_RANK}, {words} or {RANK_WORDS[-1]}, got {shown(value)}."
+        "rank must be a whole number from 1 to {most}, {words} or {auto}, got {value}.",
+        MAX_RANK,
+        words,
+        RANK_WORDS[-1],
+        shown(value),
     )
 
 
@@ -80,13 +84,15 @@ def _check_rank(value: object) -> int | str:
 
 def _check_mode(value: object) -> str:
     if not (isinstance(value, str) and _WORD.fullmatch(value)):
-        raise RecipeError(f"mode must be the name of a merge method, got {shown(value)}.")
+        raise RecipeError("mode must be the name of a merge method, got {value}.", shown(value))
     return value
 
 
 def _check_device(value: object) -> str:
     if not (isinstance(value, str) and _DEVICE.fullmatch(value)):
-        raise RecipeError(f"device must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {shown(value)}.")
+        raise RecipeError(
+            "device must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N, got {value}.", shown(value)
+        )
     return value
 
 
@@ -112,7 +118,7 @@ def check_size(value: object) -> float:
     """Megabytes that a file may have."""
     size = check_number("size", value, 0, MAX_SIZE)
     if size == 0:
-        raise RecipeError(f"size must be a number of MB above 0 and at most {MAX_SIZE:.0f}, got 0.")
+        raise RecipeError("size must be a number of MB above 0 and at most {most}, got 0.", f"{MAX_SIZE:.0f}")
     return size
 
 
@@ -168,13 +174,16 @@ class LoraInput:
             ends = [end.strip() for part in self.lbw.split(",") for end in part.split(":")[1:]]
             if not all(map(WEIGHT.fullmatch, ends)):
                 raise RecipeError(
-                    f"{where}lbw must be a preset's name, a comma list or BLOCKS:WEIGHT entries, got "
-                    f"{shown(self.lbw)}."
+                    "{where}lbw must be a preset's name, a comma list or BLOCKS:WEIGHT entries, got {lbw}.",
+                    where,
+                    shown(self.lbw),
                 )
         if self.lbwe is not None:
             check_text(where + "lbwe", self.lbwe, LONGEST_BLOCKS)
         if self.hash is not None and not (isinstance(self.hash, str) and _HASH.fullmatch(self.hash)):
-            raise RecipeError(f"{where}hash must be 8 to 64 digits 0-9a-f, got {shown(self.hash)}.")
+            raise RecipeError(
+                "{where}hash must be 8 to 64 digits 0-9a-f, got {hash}.", where, shown(self.hash)
+            )
 
     def strength(self, component: str) -> float:
         """The strength that applies to a part of the model, before block weights.
@@ -366,22 +375,24 @@ class MergeRecipe:
 
     def _check_inputs(self) -> None:
         if isinstance(self.inputs, (str, LoraInput)) or not isinstance(self.inputs, Sequence):
-            raise RecipeError(f"inputs must be a list of LoRAs, got {shown(self.inputs)}.")
+            raise RecipeError("inputs must be a list of LoRAs, got {value}.", shown(self.inputs))
         if not 1 <= len(self.inputs) <= MAX_INPUTS:
-            raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(self.inputs)}.")
+            raise RecipeError(
+                "A recipe takes from 1 to {most} LoRAs, got {count}.", MAX_INPUTS, len(self.inputs)
+            )
         for given in self.inputs:
             if not isinstance(given, LoraInput):
-                raise RecipeError(f"inputs must be a list of LoRAs, got {shown(given)} in it.")
+                raise RecipeError("inputs must be a list of LoRAs, got {value} in it.", shown(given))
         _set(self, "inputs", tuple(self.inputs))
 
     def _check_params(self) -> None:
         if not isinstance(self.params, Mapping):
-            raise RecipeError(f"params must be names with values, got {shown(self.params)}.")
+            raise RecipeError("params must be names with values, got {value}.", shown(self.params))
         if len(self.params) > MAX_PARAMS:
-            raise RecipeError(f"params must be at most {MAX_PARAMS}, got {len(self.params)}.")
+            raise RecipeError("params must be at most {most}, got {count}.", MAX_PARAMS, len(self.params))
         for name, value in self.params.items():
             if not (isinstance(name, str) and _WORD.fullmatch(name)):
-                raise RecipeError(f"params: {shown(name)} is no parameter's name.")
+                raise RecipeError("params: {name} is no parameter's name.", shown(name))
             if isinstance(value, str):
                 check_text(name, value, LONGEST_NAME)
             elif not isinstance(value, bool):
@@ -401,7 +412,7 @@ class MergeRecipe:
         if rules and self.conv_rank is not None:
             rules.append("conv_rank")
         if len(rules) > 1:
-            raise RecipeError(f"{' and '.join(rules)} exclude each other: give one rule for the rank.")
+            raise RecipeError("{rules} exclude each other: give one rule for the rank.", " and ".join(rules))
         if self.fair and (self.retain is not None or (not rules and self.rank in ("auto", "full"))):
             raise RecipeError(
                 "fair chooses what a rank or a size cuts off: give a rank (a number or same) or a size."

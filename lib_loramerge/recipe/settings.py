@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.recipe.check import (
     LONGEST_NAME,
     check_choice,
@@ -216,7 +216,9 @@ def check_params(params: Sequence[Param], given: Mapping[str, object], *, mode: 
     known = {p.name: p for p in params}
     for name in given:
         if name not in known:
-            takes = f"It takes {', '.join(known)}." if known else "It takes none."
+            takes = Sentence("It takes {names}.", ", ".join(known)) if known else Sentence("It takes none.")
             hint = nearest_hint(str(name), known)
-            raise RecipeError(f"Mode {mode} has no parameter {shown(name)}. {takes}{hint}")
+            raise RecipeError(
+                "Mode {mode} has no parameter {name}. {takes}{hint}", mode, shown(name), takes, hint
+            )
     return {p.name: p.check(given.get(p.name, p.default)) for p in params}

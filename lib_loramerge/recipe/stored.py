@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.recipe.check import nearest_hint, shown
 from lib_loramerge.recipe.model import (
     INPUT_FIELDS,
@@ -59,11 +59,13 @@ def from_json(obj: str | Mapping[str, Any]) -> MergeRecipe:
     """
     fields = read_json(obj) if isinstance(obj, str) else obj
     if not isinstance(fields, Mapping):
-        raise RecipeError(f"A recipe must be a JSON object, got {shown(fields)}.")
+        raise RecipeError("A recipe must be a JSON object, got {value}.", shown(fields))
     given = dict(fields)
     version = given.pop("version", VERSION)
     if isinstance(version, bool) or version != VERSION:
-        raise RecipeError(f"This recipe has version {shown(version)}; version {VERSION} is what can be read.")
+        raise RecipeError(
+            "This recipe has version {version}; version {known} is what can be read.", shown(version), VERSION
+        )
     if "version" in fields:
         given.pop("bake", None)  # What a baked checkpoint keeps beside its LoRAs.
         given.setdefault("rank", STORED_RANK)
@@ -81,9 +83,9 @@ def _inputs_from_json(given: object) -> tuple[LoraInput, ...]:
     if isinstance(given, str):
         return parse_inputs([given])
     if not isinstance(given, (list, tuple)):
-        raise RecipeError(f"inputs must be a list of LoRAs, got {shown(given)}.")
+        raise RecipeError("inputs must be a list of LoRAs, got {value}.", shown(given))
     if len(given) > MAX_INPUTS:
-        raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(given)}.")
+        raise RecipeError("A recipe takes from 1 to {most} LoRAs, got {count}.", MAX_INPUTS, len(given))
     return tuple(_input_from_json(item) for item in given)
 
 
@@ -91,7 +93,7 @@ def _input_from_json(item: object) -> LoraInput:
     if isinstance(item, str):
         return parse_input(item)
     if not isinstance(item, Mapping):
-        raise RecipeError(f"An input must be an object or a recipe string, got {shown(item)}.")
+        raise RecipeError("An input must be an object or a recipe string, got {value}.", shown(item))
     _refuse_unknown("An input", item, INPUT_FIELDS)
     if "name" not in item:
         raise RecipeError("An input needs a name.")
@@ -106,8 +108,11 @@ def _refuse_unknown(what: str, given: Mapping[Any, Any], known: tuple[str, ...])
     for name in given:
         if name not in known:
             raise RecipeError(
-                f"{what} has no field {shown(name)}. The fields are {', '.join(known)}."
-                f"{nearest_hint(str(name), known)}"
+                "{what} has no field {name}. The fields are {fields}.{hint}",
+                Sentence(what),
+                shown(name),
+                ", ".join(known),
+                nearest_hint(str(name), known),
             )
 
 
@@ -118,13 +123,15 @@ def read_json(text: str) -> Any:
         RecipeError: It is none, or too long.
     """
     if len(text) > LONGEST_JSON:
-        raise RecipeError(f"A recipe must be at most {LONGEST_JSON} characters long, got {len(text)}.")
+        raise RecipeError(
+            "A recipe must be at most {most} characters long, got {count}.", LONGEST_JSON, len(text)
+        )
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise RecipeError("A recipe must be a JSON object; this text is nested too deep.") from None
     except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
-        raise RecipeError(f"The recipe is not valid JSON: {str(error)[:200]}.") from None
+        raise RecipeError("The recipe is not valid JSON: {error}.", str(error)[:200]) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,9 +139,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(n for n in names if names.count(n) > 1)
-        raise RecipeError(f"The recipe has the field {shown(doubled)} twice.")
+        raise RecipeError("The recipe has the field {name} twice.", shown(doubled))
     return result
 
 
 def _no_constant(name: str) -> object:
-    raise RecipeError(f"The recipe holds {name}; only finite numbers are allowed.")
+    raise RecipeError("The recipe holds {name}; only finite numbers are allowed.", name)

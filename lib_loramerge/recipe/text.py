@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.recipe.check import check_number, check_whole, nearest_hint, plain, shown
 from lib_loramerge.recipe.model import MAX_INPUTS, MAX_RANK, STRENGTH_LIMIT, WEIGHT, LoraInput
 
@@ -59,12 +59,14 @@ def parse_prompt(
         RecipeError: A tag that makes no sense; the message quotes it.
     """
     if not isinstance(text, str):
-        raise RecipeError(f"A prompt must be text, got {shown(text)}.")
+        raise RecipeError("A prompt must be text, got {text}.", shown(text))
     if len(text) > LONGEST_TEXT:
-        raise RecipeError(f"A prompt must be at most {LONGEST_TEXT} characters long, got {len(text)}.")
+        raise RecipeError(
+            "A prompt must be at most {most} characters long, got {count}.", LONGEST_TEXT, len(text)
+        )
     bodies = tag_bodies(text)
     if len(bodies) > MAX_INPUTS:
-        raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(bodies)}.")
+        raise RecipeError("A recipe takes from 1 to {most} LoRAs, got {count}.", MAX_INPUTS, len(bodies))
     return tuple(_parse(body, skip_unsupported, notes, tag=True) for body in bodies)
 
 
@@ -94,7 +96,7 @@ def parse_input(text: str, *, skip_unsupported: bool = False, notes: list[str] |
     """
     found = parse_inputs([text], skip_unsupported=skip_unsupported, notes=notes)
     if len(found) != 1:
-        raise RecipeError(f"One LoRA is expected, got {len(found)} in {shown(text)}.")
+        raise RecipeError("One LoRA is expected, got {count} in {text}.", len(found), shown(text))
     return found[0]
 
 
@@ -109,15 +111,19 @@ def parse_inputs(
     found: list[LoraInput] = []
     for text in texts:
         if not isinstance(text, str) or len(text) > LONGEST_TEXT:
-            raise RecipeError(f"A LoRA must be text of at most {LONGEST_TEXT} characters, got {shown(text)}.")
+            raise RecipeError(
+                "A LoRA must be text of at most {most} characters, got {text}.", LONGEST_TEXT, shown(text)
+            )
         if tag_bodies(text):
             found += parse_prompt(text, skip_unsupported=skip_unsupported, notes=notes)
         elif text.lstrip().startswith("<"):
-            raise RecipeError(f"{shown(text)} is not a tag: write <lora:NAME:STRENGTH> or NAME:STRENGTH.")
+            raise RecipeError(
+                "{text} is not a tag: write <lora:NAME:STRENGTH> or NAME:STRENGTH.", shown(text)
+            )
         else:
             found.append(_parse(text, skip_unsupported, notes))
     if not 1 <= len(found) <= MAX_INPUTS:
-        raise RecipeError(f"A recipe takes from 1 to {MAX_INPUTS} LoRAs, got {len(found)}.")
+        raise RecipeError("A recipe takes from 1 to {most} LoRAs, got {count}.", MAX_INPUTS, len(found))
     return tuple(found)
 
 
@@ -137,11 +143,14 @@ def _parse(body: str, skip: bool, notes: list[str] | None, *, tag: bool = False)
         _add_defaults(values)
         found = LoraInput(name=name, **values)
     except RecipeError as error:
-        message = str(error)
-        where = f"{shown(name)}: "
-        raise RecipeError(message if not name or message.startswith(where) else where + message) from None
+        if not name or str(error).startswith(f"{shown(name)}: "):
+            raise
+        raise RecipeError("{name}: {error}", shown(name), error) from None
     if notes is not None:
-        notes += [f"{shown(name)}: {what} was left out: {_STEPS_REASON}." for what in left_out]
+        reason = Sentence(_STEPS_REASON)
+        notes += [
+            Sentence("{name}: {what} was left out: {reason}.", shown(name), what, reason) for what in left_out
+        ]
     return found
 
 
@@ -173,10 +182,13 @@ def split_fields(rest: str | None) -> tuple[list[str], dict[str, str]]:
         key, value = match[1], match[2].strip()
         if key not in _KEYS:
             raise RecipeError(
-                f"there is no field {key}=. The fields are {', '.join(_KEYS)}.{nearest_hint(key, _KEYS)}"
+                "there is no field {name}=. The fields are {fields}.{hint}",
+                key,
+                ", ".join(_KEYS),
+                nearest_hint(key, _KEYS),
             )
         if key in keyed:
-            raise RecipeError(f"{key}= is given twice.")
+            raise RecipeError("{name}= is given twice.", key)
         index += 1
         if key in ("lbw", "w"):
             end = _end_of_blocks(value, parts, index)
@@ -236,8 +248,9 @@ def _leave_out_steps(positions: list[str], keyed: dict[str, str], skip: bool) ->
             keyed[key] = "1"
     if found and not skip:
         raise RecipeError(
-            f"{found[0][:80]} is not possible: {_STEPS_REASON}. "
-            "Take it out, or allow what is unsupported to be skipped."
+            "{what} is not possible: {reason}. Take it out, or allow what is unsupported to be skipped.",
+            found[0][:80],
+            Sentence(_STEPS_REASON),
         )
     return found
 
@@ -255,7 +268,7 @@ def _keyed_values(keyed: dict[str, str]) -> dict[str, Any]:
     for key in ("lbw", "w", "lbwe"):
         if key in keyed:
             if not keyed[key]:
-                raise RecipeError(f"{key}= must not be empty.")
+                raise RecipeError("{name}= must not be empty.", key)
             values["lbwe" if key == "lbwe" else "lbw"] = keyed[key]
     return values
 
@@ -268,15 +281,20 @@ def _add_positions(values: dict[str, Any], positions: list[str]) -> None:
     """
     if len(positions) > 3:
         given = shown(":".join(positions))
-        raise RecipeError(f"NAME:TE:UNET:DYN has at most 3 numbers, got {len(positions)}: {given}.")
+        raise RecipeError(
+            "NAME:TE:UNET:DYN has at most 3 numbers, got {count}: {given}.", len(positions), given
+        )
     for name, value in zip(("te", "unet"), positions):
         if name == "unet" and ("," in value or not NUMERIC.fullmatch(value)):
             _add_block_positions(values, positions[1:])
             return
         if name == "te" and not NUMERIC.fullmatch(value):
-            limits = f"{plain(-STRENGTH_LIMIT)} to {plain(STRENGTH_LIMIT)}"
             raise RecipeError(
-                f"te must be a number from {limits}, got {shown(value)}. Block weights are written lbw=NAME."
+                "te must be a number from {minimum} to {maximum}, got {value}. Block weights are written "
+                "lbw=NAME.",
+                plain(-STRENGTH_LIMIT),
+                plain(STRENGTH_LIMIT),
+                shown(value),
             )
         values.setdefault(name, _number(name, value))
     if len(positions) > 2:
@@ -285,12 +303,16 @@ def _add_positions(values: dict[str, Any], positions: list[str]) -> None:
 
 def _add_block_positions(values: dict[str, Any], positions: list[str]) -> None:
     if "lbw" in values:
-        raise RecipeError(f"block weights are given twice: {shown(positions[0])} and lbw={values['lbw']}.")
+        raise RecipeError(
+            "block weights are given twice: {given} and lbw={weights}.", shown(positions[0]), values["lbw"]
+        )
     values["lbw"] = positions[0]
     if len(positions) > 1:
         name = "x" if NUMERIC.fullmatch(positions[1]) else "lbwe"
         if name in values:
-            raise RecipeError(f"{name} is given twice: {shown(positions[1])} and {name}={values[name]}.")
+            raise RecipeError(
+                "{name} is given twice: {given} and {name}={value}.", name, shown(positions[1]), values[name]
+            )
         values[name] = _number("x", positions[1]) if name == "x" else positions[1]
 
 
@@ -366,4 +388,4 @@ def _reads_back(text: str, given: LoraInput) -> bool:
 
 
 def _unwritable(given: LoraInput) -> RecipeError:
-    return RecipeError(f"{shown(given.name)} cannot be written as text: rename the file or the preset.")
+    return RecipeError("{name} cannot be written as text: rename the file or the preset.", shown(given.name))

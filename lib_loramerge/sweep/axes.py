@@ -76,7 +76,9 @@ def values_of(text: str) -> tuple[str, ...]:
     if match := _STEPPED.fullmatch(text):
         first, last, step = float(match[1]), float(match[2]), float(match[3])
         if step == 0 or (last - first) * step < 0:
-            raise RecipeError(f"{shown(text)} never gets from {plain(first)} to {plain(last)}.")
+            raise RecipeError(
+                "{text} never gets from {first} to {last}.", shown(text), plain(first), plain(last)
+            )
         count = math.floor((last - first) / step + 1e-9) + 1
         return _spaced(first, first + step * (count - 1), count, text)
     return tuple(part.strip() for part in text.split("/"))
@@ -84,7 +86,7 @@ def values_of(text: str) -> tuple[str, ...]:
 
 def _spaced(first: float, last: float, count: int, text: str) -> tuple[str, ...]:
     if not 1 <= count <= MOST_POINTS:
-        raise RecipeError(f"{shown(text)} must have from 1 to {MOST_POINTS} points.")
+        raise RecipeError("{text} must have from 1 to {most} points.", shown(text), MOST_POINTS)
     if count == 1:
         return (plain(first),)
     # Decimals as people write them: 0.2 + 4 * 0.1 is 0.6, not 0.6000000000000001.
@@ -130,7 +132,7 @@ def expand(
     ]
     if mix is not None:
         if len(pieces) != 2:
-            raise RecipeError(f"A mix needs exactly two LoRAs, and {len(pieces)} were given.")
+            raise RecipeError("A mix needs exactly two LoRAs, and {count} were given.", len(pieces))
         axes.append(Axis("mix", values_of(mix), "mix"))
     if not axes:
         raise RecipeError(
@@ -182,10 +184,12 @@ def combine(axes: Sequence[Axis], *, zipped: bool, most: int = MOST_POINTS) -> l
     lengths = [len(axis.values) for axis in axes]
     if zipped and len(set(lengths)) > 1:
         counts = ", ".join(f"{axis.label} has {length}" for axis, length in zip(axes, lengths, strict=True))
-        raise RecipeError(f"--zip needs the same number of values everywhere: {counts}.")
+        raise RecipeError("--zip needs the same number of values everywhere: {counts}.", counts)
     count = lengths[0] if zipped else math.prod(lengths)
     if count > most:
-        raise RecipeError(f"This sweep has {count:,} combinations; at most {most:,} are possible.")
+        raise RecipeError(
+            "This sweep has {count} combinations; at most {most} are possible.", f"{count:,}", f"{most:,}"
+        )
     values = [axis.values for axis in axes]
     return list(zip(*values, strict=True) if zipped else itertools.product(*values))
 
@@ -252,7 +256,7 @@ def _mixed(inputs: Sequence[LoraInput], share: str) -> tuple[LoraInput, ...]:
     try:
         second = float(share)
     except ValueError:
-        raise RecipeError(f"A mix must be a number, got {shown(share)}.") from None
+        raise RecipeError("A mix must be a number, got {share}.", shown(share)) from None
     return tuple(_times(entry, factor) for entry, factor in zip(inputs, (1 - second, second), strict=True))
 
 
@@ -275,7 +279,7 @@ def _typed(name: str, value: Any) -> Any:
     try:
         return entry.kind(value)
     except ValueError:
-        raise RecipeError(f"{entry.flag} takes numbers, got {shown(value)}.") from None
+        raise RecipeError("{flag} takes numbers, got {value}.", entry.flag, shown(value)) from None
 
 
 def _name(prefix: str, chosen: Mapping[Axis, str]) -> str:
@@ -300,5 +304,5 @@ def _refuse_doubled(points: Sequence[Point]) -> None:
         other = seen.setdefault(point.name.lower(), point)
         if other is not point:
             raise RecipeError(
-                f"Two files of this sweep would be named {point.name}: a value stands there twice."
+                "Two files of this sweep would be named {point}: a value stands there twice.", point.name
             )

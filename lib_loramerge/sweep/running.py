@@ -130,7 +130,7 @@ def plan_sweep(
         LoraMergeError: What stops one of the merges; the message names the point.
     """
     if len(points) > most:
-        raise OutputError(f"This sweep makes {len(points)} files, and --max allows {most}.")
+        raise OutputError("This sweep makes {count} files, and --max allows {most}.", len(points), most)
     plans = []
     for point in points:
         try:
@@ -138,7 +138,7 @@ def plan_sweep(
             base = base_of(recipe.base) if recipe.base else None
             plans.append(plan_merge(recipe, find=find, presets=presets, base=base))
         except LoraMergeError as error:
-            raise type(error)(f"{point.name}: {error}") from error
+            raise type(error)("{name}: {error}", point.name, error) from error
     sweep = Sweep(folder, points, plans)
     rows_before(folder)
     there = _existing(sweep, resume)
@@ -154,15 +154,18 @@ def _existing(sweep: Sweep, resume: bool) -> frozenset[str]:
     if not resume:
         more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
         raise OutputError(
-            f"{sweep.folder / taken[0]}.safetensors exists{more}. Choose another folder, or --resume to keep "
-            "what was made from the same recipes."
+            "{folder}.safetensors exists{more}. Choose another folder, or --resume to keep what was made "
+            "from the same recipes.",
+            sweep.folder / taken[0],
+            more,
         )
     hash_of = cache(model_hash)  # The files of a sweep share their sources.
     for point, plan in zip(sweep.points, sweep.plans, strict=True):
         if point.name in taken and not _same(target(sweep, point), plan, hash_of):
             raise OutputError(
-                f"{target(sweep, point)} exists and was made from another recipe or other files. "
-                "Move it away, or choose another folder."
+                "{target} exists and was made from another recipe or other files. Move it away, or choose "
+                "another folder.",
+                target(sweep, point),
             )
     return frozenset(taken)
 
@@ -190,7 +193,10 @@ def _check_room(sweep: Sweep) -> None:
     free, needed = free_space(folder), sweep.predicted_bytes
     if free is not None and needed > free:
         raise OutputError(
-            f"This sweep needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder}."
+            "This sweep needs {needed} GB, and {free} GB are free in {folder}.",
+            f"{needed / 1000000000.0:.2f}",
+            f"{free / 1000000000.0:.2f}",
+            folder,
         )
 
 
@@ -261,7 +267,7 @@ def rows_before(folder: Path) -> dict[str, TableRow]:
                 row.setdefault(name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{taken[0]} was not written by a sweep. Move it away, or choose another folder."
+            "{taken} was not written by a sweep. Move it away, or choose another folder.", taken[0]
         ) from error
     return {name: row for name, row in found.items() if (folder / name).is_file()}
 

@@ -119,7 +119,7 @@ class Looks:
         check(question)
         look = Look(question)
         if not self._line.add(look, MAX_WAITING, _LOOKS_KEPT):
-            raise ConflictError(f"{MAX_WAITING} analyses are waiting already. Try again in a while.")
+            raise ConflictError("{most} analyses are waiting already. Try again in a while.", MAX_WAITING)
         return look
 
     def known(self, plan: MergePlan) -> AdviceReport | None:
@@ -155,8 +155,9 @@ class Looks:
             if not look.late:
                 return CANCELLED
             look.error = LoraMergeError(
-                f"The analysis took longer than {look.question.limit:.0f} seconds and was ended. "
-                "The command line has no such limit."
+                "The analysis took longer than {limit} seconds and was ended. The command line has no such "
+                "limit.",
+                f"{look.question.limit:.0f}",
             )
         except LoraMergeError as error:
             look.error = error
@@ -177,8 +178,9 @@ def check(question: Question) -> None:
         raise RecipeError("Comparing needs at least two LoRAs.")
     if "compare" in question.kinds and count > MAX_COMPARED:
         raise RecipeError(
-            f"Comparing takes {MAX_COMPARED} LoRAs at most here, and these are {count}. "
-            "The command line takes more."
+            "Comparing takes {most} LoRAs at most here, and these are {count}. The command line takes more.",
+            MAX_COMPARED,
+            count,
         )
 
 
@@ -296,7 +298,7 @@ def stamps(paths: Iterable[Path | None]) -> Hashable:
         try:
             state = path.stat()
         except OSError as error:
-            raise FileError(f"{path.name} cannot be read: {error.strerror}.") from error
+            raise FileError("{path} cannot be read: {what}.", path.name, error.strerror) from error
         known.append((str(path), state.st_size, state.st_mtime_ns))
     return tuple(known)
 

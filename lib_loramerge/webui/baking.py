@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import LoraMergeError
+from ..errors import LoraMergeError, Sentence
 from ..recipe import SETTINGS, MergeRecipe, to_command
 from .checkpoint_jobs import TO_BAKE, BakeRequest
 from .form import PLAIN, Changes, Form, key_of
@@ -100,9 +100,10 @@ def facts(form: Form, recipe: MergeRecipe, host: Host) -> Facts:
         return Facts(render.error_box(host.shown(str(error))), str(error))
     free = host.free_bytes(host.checkpoint_dirs()[0])
     if free is not None and free < report.size_bytes:
-        short = (
-            f"The disk of the checkpoint folder has only {render.size_text(free)} left, and the file "
-            f"takes {render.size_text(report.size_bytes)}."
+        short = Sentence(
+            "The disk of the checkpoint folder has only {free} left, and the file takes {size}.",
+            render.size_text(free),
+            render.size_text(report.size_bytes),
         )
         report = replace(report, warnings=(*report.warnings, short))
     return Facts(render_checkpoints.bake_facts(report, free), "", float8, ema)

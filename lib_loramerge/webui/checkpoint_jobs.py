@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import Sentence
 from ..recipe import MergeRecipe
 from .errand import Errand, Task, as_conflict
 from .host import Host
@@ -85,8 +86,11 @@ class BakeRequest(Errand):
         task.host.refresh_checkpoints()
         if task.replaced and task.host.is_webui:
             return [
-                f"{task.output.name} was replaced. If the WebUI has it loaded, choose another checkpoint "
-                "and then this one again."
+                Sentence(
+                    "{file} was replaced. If the WebUI has it loaded, choose another checkpoint and then "
+                    "this one again.",
+                    task.output.name,
+                )
             ]
         return []
 

@@ -129,7 +129,9 @@ def folder_for(output: Path) -> Iterator[None]:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"The folder {output.parent.name} could not be made: {reason}.") from error
+        raise OutputError(
+            "The folder {folder} could not be made: {reason}.", output.parent.name, reason
+        ) from error
     try:
         yield
     except BaseException:

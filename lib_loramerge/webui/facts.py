@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LoraMergeError
+from ..errors import LoraMergeError, Sentence
 from . import baking, render, sidecar
 from .form import NO_PREVIEW, Form, Reading, is_random, may_overwrite, mode_name, read_form, user_metadata
 from .host import ConflictError
@@ -203,8 +203,11 @@ def _plan(reading: Reading, host: Host, draft: _Draft) -> str:
     free = host.free_bytes()
     if free is not None and free < plan.predicted_bytes:
         warnings.append(
-            f"The disk of the LoRA folder has only {render.size_text(free)} left, and the file may take "
-            f"{render.size_text(plan.predicted_bytes)}."
+            Sentence(
+                "The disk of the LoRA folder has only {free} left, and the file may take {size}.",
+                render.size_text(free),
+                render.size_text(plan.predicted_bytes),
+            )
         )
     from . import forecast  # Not at the WebUI's start, see extension.py.
 

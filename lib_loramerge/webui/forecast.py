@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..delta import available_cores
+from ..errors import Sentence
 from ..merge.layout import predicted_bytes, smaller
 from ..report import percent
 from .render import size_text, time_text
@@ -142,14 +143,25 @@ def notes(plan: MergePlan, less: Smaller | None = None) -> list[str]:
     found = [_loss(plan)]
     if less is not None:
         size = size_text(less["size_bytes"])
-        found.append(f"At rank {less['rank']} the file would have {size}. Press Analyse for what that loses.")
+        found.append(
+            Sentence(
+                "At rank {rank} the file would have {size}. Press Analyse for what that loses.",
+                less["rank"],
+                size,
+            )
+        )
     expected = seconds(plan)
     if expected > LONG and plan.method.uses_rank:
         quick = seconds(plan, QUICK_RANK)
         if quick < expected / 3:
             found.append(
-                f"It takes about {time_text(expected)}, because all singular values of whole layers are "
-                f"needed; with a number as rank, such as {QUICK_RANK}, about {time_text(quick)}."
+                Sentence(
+                    "It takes about {time}, because all singular values of whole layers are needed; with a "
+                    "number as rank, such as {rank}, about {quicker}.",
+                    time_text(expected),
+                    QUICK_RANK,
+                    time_text(quick),
+                )
             )
     return [text for text in found if text]
 
@@ -163,7 +175,9 @@ def _loss(plan: MergePlan) -> str:
             return ""
         error = math.sqrt(1 - recipe.retain**2)
         share = percent(recipe.retain)
-        return f"Keeping {share} of every layer's norm means an error of up to {percent(error)}."
+        return Sentence(
+            "Keeping {share} of every layer's norm means an error of up to {error}.", share, percent(error)
+        )
     if recipe.size is not None:
         whole = predicted_bytes(replace(plan, recipe=replace(recipe, size=None)))
         if whole <= recipe.size * 1e6:
@@ -179,7 +193,10 @@ def _loss(plan: MergePlan) -> str:
     if not short:
         return ""
     rank, most = max(short, key=lambda pair: pair[1])
-    return (
-        f"Rank {rank} of up to {most}: the {'sum' if plan.method.exact else 'result'} may need more. "
-        "Press Analyse for the error."
+    return Sentence(
+        "Rank {rank} of up to {most}: the sum may need more. Press Analyse for the error."
+        if plan.method.exact
+        else "Rank {rank} of up to {most}: the result may need more. Press Analyse for the error.",
+        rank,
+        most,
     )

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..errors import LoraMergeError, RecipeError
+from ..errors import LoraMergeError, RecipeError, Sentence, mapped
 from ..recipe import SETTINGS, LoraInput, MergeRecipe, format_input, from_json, parse_input, parse_prompt
 from ..recipe.check import check_number, check_whole
 from ..recipe.model import MAX_RANK, MAX_SEED, MAX_SIZE, STRENGTH_LIMIT
@@ -155,10 +155,10 @@ def number(value: object, what: str, low: float | None = None, high: float | Non
         RecipeError: Empty, no number, or outside the limits.
     """
     if value is None or value == "":
-        raise RecipeError(f"{what} is empty: type a number.")
+        raise RecipeError("{what} is empty: type a number.", Sentence(what))
     if isinstance(value, str):
         value = value.strip().replace(",", ".")
-    return check_number(what, value, low, high, text=True)
+    return check_number(Sentence(what), value, low, high, text=True)
 
 
 def whole(value: object, what: str, low: int | None = None, high: int | None = None) -> int:
@@ -224,11 +224,12 @@ def _hash_of(origin: str, name: str) -> str | None:
 def _with_extra(given: LoraInput, extra: str) -> LoraInput:
     """Adds the options of a row's last field, which is a piece of the prompt's own grammar."""
     if any("=" not in part for part in extra.split(":")):
-        raise RecipeError(f"Other options must look like dyn=8:te2=0.5, got {extra!r}.")
+        raise RecipeError("Other options must look like dyn=8:te2=0.5, got {given}.", repr(extra))
     try:
         parsed = parse_input(f"x:te={given.te!r}:unet={given.unet!r}:{extra}")
     except RecipeError as error:
-        raise RecipeError(str(error).replace("'x'", repr(given.name), 1)) from None
+        named = mapped(str(error), lambda part: repr(given.name) if part == "'x'" else part)
+        raise RecipeError(named) from None
     return replace(parsed, name=given.name)
 
 
@@ -389,8 +390,9 @@ def rows_of(inputs: Sequence[LoraInput], entries: Sequence[LoraEntry]) -> Change
     """
     if len(inputs) > MAX_ROWS:
         raise RecipeError(
-            f"{len(inputs)} LoRAs are more than the {MAX_ROWS} rows of this page. "
-            "The command line takes more."
+            "{count} LoRAs are more than the {most} rows of this page. The command line takes more.",
+            len(inputs),
+            MAX_ROWS,
         )
     values: Changes = {"rows": max(len(inputs), 1)}
     for index in range(MAX_ROWS):
@@ -406,7 +408,9 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
         RecipeError: It has more inputs than the page has rows, or a method that is not here.
     """
     if recipe.mode not in methods:
-        raise RecipeError(f"The recipe uses the mode {recipe.mode!r}, which this version does not have.")
+        raise RecipeError(
+            "The recipe uses the mode {mode}, which this version does not have.", repr(recipe.mode)
+        )
     method = methods[recipe.mode]
     values = rows_of(recipe.inputs, host.loras())
     values |= {

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Cancelled, LoraMergeError
+from ..errors import Cancelled, LoraMergeError, Sentence
 from .background import CANCELLED, DONE, FAILED, RUNNING, Line, Piece
 from .errand import Errand, Task, folder_for
 from .host import ConflictError, Host
@@ -161,12 +161,12 @@ class JobQueue:
         with self._line.changed:
             if output is not None and any(job.output == output for job in self._line.unfinished()):
                 raise ConflictError(
-                    f"Another merge that is not done yet writes {output.name}. Choose another name."
+                    "Another merge that is not done yet writes {file}. Choose another name.", output.name
                 )
             job = Job(request, output if output is not None else self.trials.new_path(), by_rest)
             if not self._line.add(job, MAX_WAITING, MAX_FINISHED):
                 raise ConflictError(
-                    f"{MAX_WAITING} merges are waiting already. Wait until some are done, or drop them."
+                    "{most} merges are waiting already. Wait until some are done, or drop them.", MAX_WAITING
                 )
         return job
 
@@ -227,7 +227,9 @@ class JobQueue:
                 return
             # A bug of ours: the console shows it, and the queue goes on.
             self.host.log("a merge failed unexpectedly", error)
-            text = f"Unexpected error ({type(error).__name__}: {error}). The console tells more."
+            text = Sentence(
+                "Unexpected error ({kind}: {error}). The console tells more.", type(error).__name__, error
+            )
             self._end(job, FAILED, text)
 
     def _run(self, job: Job) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LoraMergeError, OutputError
+from ..errors import LoraMergeError, OutputError, Sentence
 from ..recipe import LoraInput, MergeRecipe
 from ..recipe.rank_rules import with_rank
 from . import sidecar
@@ -79,7 +79,7 @@ class MergeRequest(Errand):
             return None
         preview = sidecar.preview_of(host.find(self.preview, self._strict(host)))
         if preview is None:
-            raise OutputError(f"{self.preview} has no preview picture to copy.")
+            raise OutputError("{lora} has no preview picture to copy.", self.preview)
         return preview
 
     def run(self, task: Task) -> MergeReport:
@@ -157,7 +157,9 @@ class MergeRequest(Errand):
             notes.append(str(error))
         except Exception as error:  # The file exists, whatever went wrong beside it.
             host.log("what belongs beside the merged file could not be written", error)
-            notes.append(f"{output.stem}.json or .png could not be written; the console tells why.")
+            notes.append(
+                Sentence("{name}.json or .png could not be written; the console tells why.", output.stem)
+            )
         try:
             if task.replaced:
                 notes.append(host.after_overwrite(output))
@@ -167,7 +169,13 @@ class MergeRequest(Errand):
             host.log("the host's LoRA list could not be refreshed", error)
             notes.append("The WebUI's LoRA list could not be refreshed; use its own Refresh button.")
         for name in self._remove_trials(task):
-            notes.append(f"{name}, made by Try without saving, was removed; use {output.stem} in its place.")
+            notes.append(
+                Sentence(
+                    "{name}, made by Try without saving, was removed; use {kept} in its place.",
+                    name,
+                    output.stem,
+                )
+            )
         return [note for note in notes if note]
 
     def _remove_trials(self, task: Task) -> list[str]:
@@ -215,4 +223,6 @@ def check_beside(output: Path, data: UserMetadata | None, preview: Path | None) 
     """
     taken = sidecar.taken(output, data, preview)
     if taken:
-        raise ConflictError(f"{taken[0].name} exists already. Choose another name, or allow overwriting.")
+        raise ConflictError(
+            "{file} exists already. Choose another name, or allow overwriting.", taken[0].name
+        )

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..errors import Sentence
 from ..recipe import LoraInput
 
 Stamp = tuple[int, int]
@@ -49,7 +50,7 @@ def stamp_of(path: Path) -> Stamp | None:
 def changed_sources(found: Iterable[tuple[LoraInput, Path, str]]) -> list[str]:
     """A sentence for every (input, file, hash of the file) that is not what the recipe was made with."""
     return [
-        f"{path.name} is not the file this recipe was made with: its contents have changed."
+        Sentence("{file} is not the file this recipe was made with: its contents have changed.", path.name)
         for given, path, digest in found
         if given.hash and digest and not digest.startswith(given.hash)
     ]

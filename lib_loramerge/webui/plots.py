@@ -60,7 +60,7 @@ def save(figure: Figure, path: Path) -> None:
     try:
         path.write_bytes(png(figure))
     except OSError as error:
-        raise OutputError(f"The picture {path} cannot be written: {error.strerror}.") from error
+        raise OutputError("The picture {path} cannot be written: {reason}.", path, error.strerror) from error
 
 
 def png(figure: Figure) -> bytes:

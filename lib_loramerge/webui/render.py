@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ..errors import Sentence, fill
+
 if TYPE_CHECKING:
     from ..merge import MergePlan, Source
     from ..report import InputReport, MergeReport, Smaller, WorstLayer
@@ -74,18 +76,27 @@ def _flag() -> re.Pattern[str]:
     # A word in capitals stands for a value in general and means nothing on the page.
     return re.compile(
         rf"(?<![\w-])(`?)--({names})(?![\w-])"
-        r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|full|same|auto|kohya|diffusers)\b)?\1"
+        r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|\{\w+\}|full|same|auto|kohya|diffusers)\b)?\1"
     )
 
 
-def sentence(text: object) -> str:
-    """A sentence of the library for the page: escaped, with controls in place of options."""
+def sentence(text: str) -> str:
+    """A sentence of the library for the page: escaped, with controls in place of the options it names."""
 
     def control(match: re.Match[str]) -> str:
         value = match["value"]
         return f"<b>{say(CONTROL_OF_FLAG[match[2]])}</b>" + (f": {value}" if value else "")
 
-    return _flag().sub(control, foreign(text))
+    if not isinstance(text, Sentence):
+        return foreign(text)
+    return fill(_flag().sub(control, foreign(text.key)), text.key, [sentence(part) for part in text.parts])
+
+
+def said(text: str) -> str:
+    """The attribute from which the page's script makes a sentence in another language."""
+    if not isinstance(text, Sentence):
+        return ""
+    return f' data-said="{foreign(json.dumps(text.to_json(), ensure_ascii=False))}"'
 
 
 def size_text(count: float) -> str:
@@ -116,14 +127,13 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _box(kind: str, text: str, attributes: str = "") -> str:
-    """A sentence of the library in a place of its own, where the page's script can translate it.
+def button_words(selector: str, text: str) -> str:
+    """Beside a button, whose text Gradio keeps to itself: what that text is made of."""
+    return f'<span hidden data-button="{selector}"{said(text)}>{foreign(text)}</span>'
 
-    With controls in it, the whole sentence stands beside, too.
-    """
-    shown = sentence(text)
-    says = f' data-says="{foreign(text)}"' if shown != foreign(text) else ""
-    return f'<div class="lm-{kind}"{attributes}{says}>{shown}</div>'
+
+def _box(kind: str, text: str, attributes: str = "") -> str:
+    return f'<div class="lm-{kind}"{attributes}{said(text)}>{sentence(text)}</div>'
 
 
 def error_box(text: str) -> str:

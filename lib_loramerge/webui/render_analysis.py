@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..analysis.advise import weakest
-from ..errors import LoraMergeError
+from ..errors import LoraMergeError, Sentence
 from ..merge.loudness import PARTS
 from ..report import WELL_KEPT, percent
 from .analyse import MAX_COMPARED
-from .render import ERROR_MEANS, error_box, foreign, note_box, offer, say, size_text, time_text
+from .render import (
+    ERROR_MEANS,
+    error_box,
+    foreign,
+    note_box,
+    offer,
+    said,
+    say,
+    sentence,
+    size_text,
+    time_text,
+)
 
 if TYPE_CHECKING:
     from ..analysis import AdviceReport, CompareReport, InspectReport
@@ -83,7 +94,9 @@ def error_text(look: Look) -> str:
     """The sentence for what went wrong."""
     if isinstance(look.error, LoraMergeError):
         return str(look.error)
-    return f"Unexpected error ({type(look.error).__name__}). The console of the host tells more."
+    return Sentence(
+        "Unexpected error ({kind}). The console of the host tells more.", type(look.error).__name__
+    )
 
 
 def look_page(look: Look) -> str:
@@ -96,8 +109,11 @@ def look_page(look: Look) -> str:
         parts.append(
             note_box(
                 [
-                    f"No font of this machine has the letters {found.unreadable}, so the charts show "
-                    "boxes in their place. Install a font that has them, such as Noto Sans CJK."
+                    Sentence(
+                        "No font of this machine has the letters {letters}, so the charts show boxes in "
+                        "their place. Install a font that has them, such as Noto Sans CJK.",
+                        found.unreadable,
+                    )
                 ]
             )
         )
@@ -197,7 +213,8 @@ def _pair(pair: PairReport) -> str:
     names = f"{foreign(pair.names[0])} <i>+</i> {foreign(pair.names[1])}"
     peace = "" if pair.conflict else f'<div class="lm-quiet">{say("No conflict in any block.")}</div>'
     return (
-        f'<div class="lm-pair"><b>{names}</b><div class="lm-verdict">{foreign(pair.verdict)}</div>{peace}'
+        f'<div class="lm-pair"><b>{names}</b>'
+        f'<div class="lm-verdict"{said(pair.verdict)}>{sentence(pair.verdict)}</div>{peace}'
         f'<div class="lm-blocks">{cells}</div></div>'
     )
 

@@ -156,7 +156,7 @@ def write(lora: Path, data: UserMetadata | None, preview: Path | None, overwrite
     existing = taken(lora, data, preview)
     if existing and not overwrite:
         raise OutputError(
-            f"{existing[0].name} exists already and was left as it is; allow overwriting to replace it."
+            "{file} exists already and was left as it is; allow overwriting to replace it.", existing[0].name
         )
     written = []
     if data is not None and not data.empty:
@@ -210,7 +210,9 @@ def _png_bytes(preview: Path) -> bytes:
     try:
         if preview.stat().st_size > MAX_PREVIEW_BYTES:
             raise OutputError(
-                f"The preview {preview.name} is larger than {MAX_PREVIEW_BYTES >> 20} MiB and was not copied."
+                "The preview {file} is larger than {most} MiB and was not copied.",
+                preview.name,
+                MAX_PREVIEW_BYTES >> 20,
             )
         content = preview.read_bytes()
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -224,7 +226,7 @@ def _png_bytes(preview: Path) -> bytes:
         raise
     except Exception as error:  # Pillow raises many kinds for a damaged or hostile picture.
         raise OutputError(
-            f"The preview {preview.name} is not a picture that can be read, so it was not copied."
+            "The preview {file} is not a picture that can be read, so it was not copied.", preview.name
         ) from error
     return buffer.getvalue()
 
@@ -236,4 +238,6 @@ def _replace(path: Path, content: bytes) -> None:
         write_whole(path, content)
     except OutputError as error:
         reason = getattr(error.__cause__, "strerror", None) or error
-        raise OutputError(f"{path.name} could not be written beside the merged LoRA: {reason}.") from error
+        raise OutputError(
+            "{file} could not be written beside the merged LoRA: {reason}.", path.name, reason
+        ) from error

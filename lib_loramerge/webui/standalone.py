@@ -81,18 +81,22 @@ def serve(
     """
     if compat.MAJOR < 4:
         raise LoraMergeError(
-            f"The page alone needs Gradio 4.40 or newer, and {gr.__version__} is installed: "
-            'pip install "sd-webui-lora-merge[ui]".'
+            "The page alone needs Gradio 4.40 or newer, and {version} is installed: pip install "
+            '"sd-webui-lora-merge[ui]".',
+            gr.__version__,
         )
     password = _password() if listen else None
     with tempfile.TemporaryDirectory(prefix="loramerge-demo-") as temporary:
         folder = _folder(lora_dir, Path(temporary), demo)
         for base in base_dirs:
             if not Path(base).is_dir():
-                raise FileError(f"There is no folder {base}. Name a folder of checkpoints with --base-dir.")
+                raise FileError(
+                    "There is no folder {base}. Name a folder of checkpoints with --base-dir.", base
+                )
         if checkpoint_dir is not None and not Path(checkpoint_dir).is_dir():
             raise FileError(
-                f"There is no folder {checkpoint_dir}. Name a folder of checkpoints with --ckpt-dir."
+                "There is no folder {checkpoint_dir}. Name a folder of checkpoints with --ckpt-dir.",
+                checkpoint_dir,
             )
         host = StandaloneHost(
             [folder],
@@ -126,8 +130,10 @@ def _password() -> str:
         password = getpass.getpass("Password for those who open the page from elsewhere: ")
     if len(password) < SHORTEST_SECRET:
         raise LoraMergeError(
-            f"--listen lets other machines in and needs a password of {SHORTEST_SECRET} characters or more: "
-            f"type it when asked, or set the environment variable {PASSWORD}."
+            "--listen lets other machines in and needs a password of {most} characters or more: type it "
+            "when asked, or set the environment variable {password}.",
+            SHORTEST_SECRET,
+            PASSWORD,
         )
     return password
 
@@ -138,7 +144,9 @@ def _token() -> str:
         return secrets.token_urlsafe(24)
     if not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST_SECRET},}}", token):
         raise LoraMergeError(
-            f"{TOKEN} must have {SHORTEST_SECRET} characters or more, of A to Z, a to z, 0 to 9, - and _."
+            "{token} must have {most} characters or more, of A to Z, a to z, 0 to 9, - and _.",
+            TOKEN,
+            SHORTEST_SECRET,
         )
     return token
 
@@ -151,7 +159,7 @@ def _folder(lora_dir: Path | None, temporary: Path, demo: bool) -> Path:
         return folder
     folder = Path(lora_dir) if lora_dir is not None else Path.cwd()
     if not folder.is_dir():
-        raise FileError(f"There is no folder {folder}. Name the folder of your LoRAs with --lora-dir.")
+        raise FileError("There is no folder {folder}. Name the folder of your LoRAs with --lora-dir.", folder)
     return folder
 
 
@@ -320,7 +328,7 @@ def _bind(address: str, wanted: int | None) -> socket.socket:
         except (OSError, OverflowError):
             server.close()
     if wanted is not None:
-        raise LoraMergeError(f"Port {wanted} is taken. Choose another one with --port.")
+        raise LoraMergeError("Port {wanted} is taken. Choose another one with --port.", wanted)
     raise LoraMergeError(
-        f"No port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free. Choose one with --port."
+        "No port from {first} to {last} is free. Choose one with --port.", FIRST_PORT, FIRST_PORT + PORTS - 1
     )

@@ -189,7 +189,9 @@ def _axes(
         if isinstance(texts, str):
             texts = list(values_of(texts))
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise RecipeError(f"The axis {name} must be a list of numbers or words, or a range as 0.2..1/5.")
+            raise RecipeError(
+                "The axis {name} must be a list of numbers or words, or a range as 0.2..1/5.", name
+            )
         if name == "mix":
             mix = "/".join(texts)
         elif name in SETTINGS:

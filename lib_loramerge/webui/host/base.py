@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import blocks
-from ...errors import FileError, IncompatibleError, LoraMergeError, OutputError, RecipeError
+from ...errors import FileError, IncompatibleError, LoraMergeError, OutputError, RecipeError, Sentence, mapped
 from ...recipe import LoraInput, MergeRecipe, nearest
 from ..labels import Label, Labels
 from ..listing import FoundFile, Listing, readable, scan, subfolders
@@ -62,10 +62,15 @@ class LoraEntry(NamedTuple):
 
 def without(folder_words: Sequence[tuple[str, str]], text: str) -> str:
     """A sentence with the names of files in place of their paths, see :meth:`Host.folder_words`."""
-    if os.sep in text:
+
+    def named(text: str) -> str:
         for known, name in folder_words:
+            if text == known:
+                return Sentence(name)
             text = text.replace(known + os.sep, "").replace(known, name)
-    return text
+        return text
+
+    return mapped(text, named) if os.sep in text else text
 
 
 class Host(CheckpointFolder):
@@ -159,16 +164,19 @@ class Host(CheckpointFolder):
         if len(found) > 1:
             names = " and ".join(file.name for file in found)
             raise IncompatibleError(
-                f"Several LoRAs are called {name}: {names}. Give the name with its folder."
+                "Several LoRAs are called {name}: {files}. Give the name with its folder.", name, names
             )
         path = found[0].path
         if readable(str(path)) != str(path):
             raise FileError(
-                f"{found[0].name}: no page or recipe can hold this file's name. Rename the file, or merge it "
-                "on the command line."
+                "{file}: no page or recipe can hold this file's name. Rename the file, or merge it on the "
+                "command line.",
+                found[0].name,
             )
         if strict and not self.inside(path):
-            raise FileError(f"{name} is a link that leads out of the LoRA folder, so it is not read here.")
+            raise FileError(
+                "{name} is a link that leads out of the LoRA folder, so it is not read here.", name
+            )
         return path
 
     def _look_up(self, name: str) -> tuple[FoundFile, ...]:
@@ -176,8 +184,12 @@ class Host(CheckpointFolder):
 
     def _unknown_text(self, name: str) -> str:
         close = nearest(name, [file.name for file in self.listing().files])
-        hint = f"Did you mean {' or '.join(close)}?" if close else "Refresh the list if it was just added."
-        return f"There is no LoRA called {name} in the LoRA folder. {hint}"
+        hint = (
+            Sentence("Did you mean {names}?", " or ".join(close))
+            if close
+            else Sentence("Refresh the list if it was just added.")
+        )
+        return Sentence("There is no LoRA called {name} in the LoRA folder. {hint}", name, hint)
 
     def inside(self, path: Path) -> bool:
         """Whether a file lies in the LoRA folders, links followed."""
@@ -335,13 +347,17 @@ class Host(CheckpointFolder):
             raise OutputError("This WebUI does not let folders be chosen (--hide-ui-dir-config).")
         path = output_path(self.write_dir(), name, subfolder)
         if path.exists() and not overwrite:
-            raise ConflictError(f"{path.name} exists already. Choose another name, or allow overwriting.")
+            raise ConflictError(
+                "{file} exists already. Choose another name, or allow overwriting.", path.name
+            )
         alias = self._file_of_alias(path.stem)
         for other in (*self.listing().by_stem.get(path.stem, ()), *([alias] if alias else [])):
             if other.path != path and other.path.exists() and not _same_file(other.path, path):
                 raise ConflictError(
-                    f"A LoRA called {path.stem} is in {other.subfolder or 'the LoRA folder'} already, "
-                    "and the name alone must tell LoRAs apart in a prompt. Choose another name."
+                    "A LoRA called {name} is in {folder} already, and the name alone must tell LoRAs apart "
+                    "in a prompt. Choose another name.",
+                    path.stem,
+                    other.subfolder or Sentence("the LoRA folder"),
                 )
         return path
 

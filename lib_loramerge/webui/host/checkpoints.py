@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import FileError, RecipeError
+from ...errors import FileError, RecipeError, Sentence
 from ...recipe import nearest
 from .refusals import ClosedError, ConflictError, UnknownNameError
 
@@ -79,10 +79,8 @@ class CheckpointFolder:
                 self._check_base_folder(path)
                 return path
         close = nearest(text, self.checkpoints())
-        raise UnknownNameError(
-            f"There is no checkpoint called {text}."
-            + (f" Did you mean {' or '.join(close)}?" if close else "")
-        )
+        hint = Sentence(" Did you mean {names}?", " or ".join(close)) if close else ""
+        raise UnknownNameError("There is no checkpoint called {name}.{hint}", text, hint)
 
     def base_folders(self) -> list[Path]:
         """Folders whose files, subfolders included, may be named as base by their path."""
@@ -94,7 +92,9 @@ class CheckpointFolder:
         if not any(whole.is_relative_to(folder.resolve()) for folder in self.base_folders()):
             option = self.folder_option
             raise UnknownNameError(
-                f"{path.name} is in no folder of checkpoints; start the page with {option} FOLDER."
+                "{file} is in no folder of checkpoints; start the page with {option} FOLDER.",
+                path.name,
+                option,
             )
 
     # Baking and extracting
@@ -124,11 +124,11 @@ class CheckpointFolder:
         """
         path = self.base_path(title, strict=True)
         if path is None:
-            raise RecipeError(f"Choose {what}.")
+            raise RecipeError("Choose {what}.", Sentence(what))
         real = path.resolve()
         if strict and not any(real.is_relative_to(folder.resolve()) for folder in self.checkpoint_dirs()):
             raise FileError(
-                f"{title} is a link that leads out of the checkpoint folder, so it is not read here."
+                "{file} is a link that leads out of the checkpoint folder, so it is not read here.", title
             )
         return path
 
@@ -143,7 +143,9 @@ class CheckpointFolder:
 
         path = output_path(self.checkpoint_dirs()[0], name)
         if path.exists() and not overwrite:
-            raise ConflictError(f"{path.name} exists already. Choose another name, or allow overwriting.")
+            raise ConflictError(
+                "{file} exists already. Choose another name, or allow overwriting.", path.name
+            )
         return path
 
     def propose_checkpoint_name(self, base: Path, parts: Sequence[str]) -> str:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from ...errors import Sentence
 from ...methods import METHODS
 from .. import baking as bakes
 from .. import form, render
-from ..compat import Update, update
+from ..compat import update
 from . import baking, presets
 from .controls import BUTTONS
 from .filling import Filling
@@ -92,12 +93,14 @@ class Asking(Filling):
             if name in found.problems
         ]
         # The stamp tells the page's script that its question was answered.
-        changes["facts"] = f'<div data-stamp="{time.time()}">{found.plan}</div>'
+        button = _merge_text(found, bakes.is_bake(values))
+        words = render.button_words("#loramerge_merge", button)
+        changes["facts"] = f'<div data-stamp="{time.time()}">{found.plan}{words}</div>'
         changes["how_message"] = "".join(map(render.error_box, how))
         changes["name_message"] = render.error_box(
             self.host.shown(found.problems.get("name", ""))
         ) or render.warning_box(map(self.host.shown, _about_name(found)))
-        changes["button.merge"] = _merge_button(found, bakes.is_bake(values))
+        changes["button.merge"] = update(value=button, variant="stop" if found.replaced else "primary")
         changes |= baking.by_facts(found, values)
         changes["name"] = update(placeholder=found.name)
         changes["preset_row"] = presets.row_list(values)
@@ -168,14 +171,14 @@ def _about_name(found: Facts) -> list[str]:
     """What to know of the files that are where the result goes."""
     if found.taken:
         return [found.taken]
-    return [f"{' and '.join(found.replaced)} will be replaced."] if found.replaced else []
+    return [Sentence("{files} will be replaced.", " and ".join(found.replaced))] if found.replaced else []
 
 
-def _merge_button(found: Facts, bake: bool) -> Update:
+def _merge_text(found: Facts, bake: bool) -> str:
     """The button that merges says which file it replaces."""
-    stem = found.replaced[0].rpartition(".")[0] if found.replaced else ""
-    text = f"Replace {stem}" if stem else bakes.BUTTON if bake else BUTTONS["merge"][0]
-    return update(value=text, variant="stop" if stem else "primary")
+    if found.replaced:
+        return Sentence("Replace {name}", found.replaced[0].rpartition(".")[0])
+    return bakes.BUTTON if bake else BUTTONS["merge"][0]
 
 
 def worth_keeping(name: str, value: object) -> bool:

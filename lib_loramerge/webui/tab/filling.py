@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 
-from ...errors import RecipeError
+from ...errors import RecipeError, Sentence
 from ...methods import METHODS
 from .. import baking as bakes
 from .. import form, render, sidecar
@@ -158,7 +158,7 @@ class Filling(Wiring):
         count = form.row_count(values)
         if count >= form.MAX_ROWS:
             raise RecipeError(
-                f"{form.MAX_ROWS} rows are the most this page has. The command line takes more LoRAs."
+                "{most} rows are the most this page has. The command line takes more LoRAs.", form.MAX_ROWS
             )
         return self.show_rows({"rows": count + 1}, changed=[count])
 
@@ -205,7 +205,9 @@ class Filling(Wiring):
         path = self.host.find(name)
         recipe = read_recipe(read_header(path).metadata)
         if recipe is None:
-            raise RecipeError(f"{path.name} does not say how it was made: it was not merged by LoRA Merge.")
+            raise RecipeError(
+                "{file} does not say how it was made: it was not merged by LoRA Merge.", path.name
+            )
         described = form.of_user_metadata(sidecar.read(path))
         return self.show_form({**form.form_of(recipe, self.host, METHODS), **described})
 
@@ -275,7 +277,7 @@ class Filling(Wiring):
             "normalize": update(visible=method is None or method.exact),
             "mode_text": mode_text(mode)
             if method is not None
-            else render.error_box(f"There is no mode {mode}."),
+            else render.error_box(Sentence("There is no mode {mode}.", mode)),
         }
         for name, other in METHODS.items():
             if other.params:

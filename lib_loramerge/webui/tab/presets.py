@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ...blocks import BLOCK_IDS, delete_preset, save_preset
-from ...errors import RecipeError
+from ...errors import RecipeError, Sentence
 from .. import form, render
 from ..compat import Update, update
 from .layout import PRESET_LAYOUTS, slider_place
@@ -108,7 +108,7 @@ def connect(wiring: Wiring) -> None:
         save_preset(host.preset_path(), name, str(values["preset_text"] or "").strip())
         return {
             **lists(values, name),
-            place: render.note_box([f"{name} is saved in {host.preset_path().name}."]),
+            place: render.note_box([Sentence("{name} is saved in {file}.", name, host.preset_path().name)]),
         }
 
     def delete(values: Form) -> Changes:
@@ -116,7 +116,9 @@ def connect(wiring: Wiring) -> None:
         delete_preset(host.preset_path(), name)
         return {
             **lists(values, ""),
-            place: render.note_box([f"{name} is deleted from {host.preset_path().name}."]),
+            place: render.note_box(
+                [Sentence("{name} is deleted from {file}.", name, host.preset_path().name)]
+            ),
         }
 
     def lists(values: Form, picked: str) -> Changes:
@@ -136,10 +138,10 @@ def connect(wiring: Wiring) -> None:
     def use(values: Form) -> Changes:
         row = chosen_row(values["preset_row"])
         if not 0 <= row < form.row_count(values):
-            raise RecipeError(f"There are {form.row_count(values)} rows on the Merge page.")
+            raise RecipeError("There are {count} rows on the Merge page.", form.row_count(values))
         field = "elements" if values["preset_kind"] == ELEMENTS else "blocks"
         text = str(values["preset_text"] or "").strip()
-        note = render.note_box([f"Row {row + 1} uses these weights now."])
+        note = render.note_box([Sentence("Row {row} uses these weights now.", row + 1)])
         return {f"row{row}.{field}": text, place: note}
 
     fields = tuple(f"row{row}.{name}" for row in range(form.MAX_ROWS) for name in ("blocks", "elements"))

@@ -59,14 +59,14 @@ def _mode(value: object) -> str:
     by_label = {method.label.casefold(): name for name, method in METHODS.items()}
     name = by_label.get(text.casefold(), text.casefold())
     if name not in METHODS:
-        raise RecipeError(f"There is no mode {shown(text)}.{nearest_hint(text, METHODS)}")
+        raise RecipeError("There is no mode {mode}.{hint}", shown(text), nearest_hint(text, METHODS))
     return name
 
 
 def _blocks(value: object) -> str:
     text = str(value).strip()
     if not text or ":" in text or ">" in text:
-        raise RecipeError(f"Block weights are a preset's name or a list of numbers, not {shown(text)}.")
+        raise RecipeError("Block weights are a preset's name or a list of numbers, not {text}.", shown(text))
     return text
 
 
@@ -195,5 +195,7 @@ def check_values(axis: Axis, prompt: str, values: Sequence[object]) -> list[Cell
     needed = max([axis.needs, *(max(cell.left_out, default=0) for cell in made)])
     there = cells.count(prompt)
     if there < needed:
-        raise RecipeError(f"LoRAs in the prompt: {there}. {axis.label} needs at least {needed}.")
+        raise RecipeError(
+            "LoRAs in the prompt: {count}. {axis} needs at least {needed}.", there, axis.label, needed
+        )
     return made

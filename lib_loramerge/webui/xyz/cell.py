@@ -126,7 +126,9 @@ def read_params(text: str) -> dict[str, Value]:
     for part in text.split():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise RecipeError(f"Write a parameter as name=value, for example density=0.3, not {shown(part)}.")
+            raise RecipeError(
+                "Write a parameter as name=value, for example density=0.3, not {part}.", shown(part)
+            )
         found[name.replace("-", "_")] = value
     if not found:
         raise RecipeError("Write a parameter as name=value, for example density=0.3.")
@@ -157,8 +159,10 @@ def _mode_with(params: Iterable[str], default: str) -> str:
         known = {param.name for method in METHODS.values() for param in method.params}
         unknown = sorted(wanted - known)
         if unknown:
-            raise RecipeError(f"No mode has a parameter {unknown[0]}.{nearest_hint(unknown[0], known)}")
-        raise RecipeError(f"No mode has {' and '.join(sorted(wanted))} together.")
+            raise RecipeError(
+                "No mode has a parameter {name}.{hint}", unknown[0], nearest_hint(unknown[0], known)
+            )
+        raise RecipeError("No mode has {params} together.", " and ".join(sorted(wanted)))
     return found
 
 
@@ -172,7 +176,7 @@ def read_left_out(text: str) -> frozenset[int]:
         return frozenset()
     numbers = [part.strip() for part in text.split("+")]
     if not all(part.isdecimal() and int(part) > 0 for part in numbers):
-        raise RecipeError(f"Write none, the number of a LoRA, or several as 1+3, not {shown(text)}.")
+        raise RecipeError("Write none, the number of a LoRA, or several as 1+3, not {text}.", shown(text))
     return frozenset(int(part) for part in numbers)
 
 

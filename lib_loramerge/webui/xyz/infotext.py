@@ -58,7 +58,7 @@ def _unquoted(text: str) -> str:
 
 
 def _no_merge(text: str) -> RecipeError:
-    return RecipeError(f"The picture's {INFOTEXT} does not say a merge: {text[:200]}")
+    return RecipeError("The picture's {field} does not say a merge: {reason}", INFOTEXT, text[:200])
 
 
 def read_words(text: str, defaults: Settings) -> MergeRecipe:

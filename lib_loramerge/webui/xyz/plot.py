@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...errors import Cancelled, LoraMergeError
+from ...errors import Cancelled, LoraMergeError, Sentence
 from ...recipe.text import tag_bodies
 from ..host.webui import host_module
 from ..origins import stamp_of
@@ -99,7 +99,12 @@ class Plot:
             _fail(p, self.host.shown(str(error)))
         except Exception as error:  # A bug of ours must not look like a picture of the recipe.
             self.host.log("a picture of a plot failed unexpectedly", error)
-            _fail(p, f"Unexpected error ({type(error).__name__}: {error}). The console tells more.")
+            _fail(
+                p,
+                Sentence(
+                    "Unexpected error ({kind}: {error}). The console tells more.", type(error).__name__, error
+                ),
+            )
 
     def _rewritten(self, p: Picture, cell: Cell, prompt: str) -> str:
         prompt = cell.rewritten(prompt)
