@@ -37,6 +37,9 @@ class Sentence(str):
         self.key, self.parts = key, held
         return self
 
+    def __str__(self) -> str:
+        return self  # So that str() of an error has a key and parts, too.
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Sentence, (self.key, *self.parts)
 
@@ -89,9 +92,6 @@ class LoraMergeError(Exception):
     def __init__(self, key: str, *parts: object) -> None:
         self.sentence = Sentence(key, *parts)
         super().__init__(self.sentence)
-
-    def __str__(self) -> str:
-        return self.sentence  # As it is, so that str(error) has a key and parts, too.
 
 
 class FileError(LoraMergeError):

@@ -22,7 +22,7 @@ _RESULTS = _TYPES | _PARTS | {"report", "analysis"}
 ALLOWED = {
     "errors": set(),
     "block_lists": set(),
-    "refused": set(),
+    "refused": {"errors"},
     "interrupts": set(),
     "recipe": _GROUND,
     "delta": _GROUND,

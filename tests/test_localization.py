@@ -12,18 +12,11 @@ import pytest
 
 from lib_loramerge.analysis.compare import AGREEMENTS
 from lib_loramerge.blocks.ids import counts_text
-from tests.helpers.sentences import sentences
+from tests.helpers.sentences import put_together, sentences, unfilled
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lib_loramerge"
-SLOT = re.compile(r"\{(\d+)(\*?)\}")
-# Made of pieces at run time, so that no string in the source is like them; or the text of an error of
-# Python's that becomes a part of a sentence.
-NOT_IN_ONE_PIECE = {
-    "{0} tensor", "{0} tensors", "{0} alpha", "{0} alphas", "{0} more layer", "{0} more layers",
-    "{0}, and {1}", "{0} to {1}", "{0} and {1} will be replaced.", "{0} and {1} and {2} will be replaced.",
-    "the name {0} occurs twice", "{0} is not a number of JSON",
-}  # fmt: skip
+SLOT = re.compile(r"\{(\w+)\}")
 
 
 @pytest.fixture(scope="module")
@@ -32,32 +25,40 @@ def japanese() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def templates() -> dict[str, str]:
+def keys() -> dict[str, str]:
     """Sentence to the place where it stands first."""
     found: dict[str, str] = {}
     for sentence in sentences(PACKAGE):
-        found.setdefault(sentence.template, sentence.place)
+        found.setdefault(sentence.key, sentence.place)
     return found
 
 
+def test_no_sentence_is_put_together_by_hand() -> None:
+    found = put_together(PACKAGE)
+    assert not found, "write Sentence(key, parts), or give an error a key and parts\n" + "\n".join(found)
+
+
+def test_every_slot_is_filled() -> None:
+    assert unfilled(PACKAGE) == []
+
+
 def test_every_sentence_that_the_tab_can_show_has_a_translation(
-    japanese: dict[str, str], templates: dict[str, str]
+    japanese: dict[str, str], keys: dict[str, str]
 ) -> None:
-    missing = [f'"{text}": "",  from {place}' for text, place in templates.items() if text not in japanese]
+    missing = [f'"{text}": "",  from {place}' for text, place in keys.items() if text not in japanese]
     assert not missing, "localizations/ja_JP.json lacks\n" + "\n".join(missing)
 
 
 def test_every_translation_with_slots_belongs_to_a_sentence(
-    japanese: dict[str, str], templates: dict[str, str]
+    japanese: dict[str, str], keys: dict[str, str]
 ) -> None:
-    assert {key for key in japanese if SLOT.search(key)} - set(templates) <= NOT_IN_ONE_PIECE
+    assert {key for key in japanese if SLOT.search(key)} <= set(keys)
 
 
 def test_a_translation_has_the_slots_of_its_sentence(japanese: dict[str, str]) -> None:
-    for key, text in japanese.items():
-        wanted = [number for number, _ in SLOT.findall(key)]
-        assert wanted == [str(index) for index in range(len(wanted))], key
-        assert Counter(number for number, _ in SLOT.findall(text)) == Counter(wanted), key
+    assert {
+        key for key, text in japanese.items() if set(SLOT.findall(key)) != set(SLOT.findall(text))
+    } == set()
 
 
 def test_no_key_stands_twice_and_none_has_markup() -> None:
@@ -108,14 +109,40 @@ def test_a_new_sentence_is_found_wherever_it_stands(tmp_path: Path) -> None:
         "def work(path, count, notes):\n"
         '    """Does some work for a test."""\n'
         "    if count:\n"
-        "        raise NewError(f\"{path.name} has {count} layer{'' if count == 1 else 's'} \" + AGAIN)\n"
-        '    notes.append("All of " + str(path) + " was left as it is.")\n'
+        '        raise FileError("{file} has {count} layers.", path.name, count)\n'
+        '    notes.append(counted(count, "{count} layer" if path else "{count} key", "{count} layers"))\n'
         '    raise ValueError("this is a bug of ours")\n',
         encoding="utf-8",
     )
     (tmp_path / "demo.py").write_text('TEXT = "for the command line only"\n', encoding="utf-8")
-    assert {(found.template, found.place) for found in sentences(tmp_path)} == {
-        ("{0} has {1} layer Try it once more.", "merge/new.py:6"),
-        ("{0} has {1} layers Try it once more.", "merge/new.py:6"),
-        ("All of {0} was left as it is.", "merge/new.py:7"),
+    assert {(found.key, found.place) for found in sentences(tmp_path)} == {
+        ("Try it once more.", "merge/new.py:2"),
+        ("{file} has {count} layers.", "merge/new.py:6"),
+        ("{count} layer", "merge/new.py:7"),
+        ("{count} key", "merge/new.py:7"),
+        ("{count} layers", "merge/new.py:7"),
     }
+    assert put_together(tmp_path) == unfilled(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'raise FileError(f"{path.name} is empty.")',
+        'raise FileError(path.name + " is empty.")',
+        'raise type(error)(f"{path.name}: {error}")',
+        'notes.append(f"All of {path} was left as it is.")',
+        'notes.append(Sentence(f"{path} is empty."))',
+    ],
+)
+def test_what_is_put_together_by_hand_is_found(tmp_path: Path, line: str) -> None:
+    (tmp_path / "new.py").write_text(f"def work(path, notes, error):\n    {line}\n", encoding="utf-8")
+    assert {found.split(": ")[0] for found in put_together(tmp_path)} == {"new.py:2"}
+
+
+@pytest.mark.parametrize(
+    "call", ['FileError("{file} is {what}.", 1)', 'Sentence("empty", 1)', 'counted(1, "{n} a {b}", "{n} b")']
+)
+def test_a_slot_without_a_part_is_found(tmp_path: Path, call: str) -> None:
+    (tmp_path / "new.py").write_text(f"text = {call}\n", encoding="utf-8")
+    assert unfilled(tmp_path) == ["new.py:1"]

@@ -87,16 +87,14 @@ def sentence(text: str) -> str:
         value = match["value"]
         return f"<b>{say(CONTROL_OF_FLAG[match[2]])}</b>" + (f": {value}" if value else "")
 
-    if not isinstance(text, Sentence):
-        return foreign(text)
-    return fill(_flag().sub(control, foreign(text.key)), text.key, [sentence(part) for part in text.parts])
+    text = Sentence(text)
+    parts = [sentence(part) if isinstance(part, Sentence) else foreign(part) for part in text.parts]
+    return fill(_flag().sub(control, foreign(text.key)), text.key, parts)
 
 
 def said(text: str) -> str:
     """The attribute from which the page's script makes a sentence in another language."""
-    if not isinstance(text, Sentence):
-        return ""
-    return f' data-said="{foreign(json.dumps(text.to_json(), ensure_ascii=False))}"'
+    return f' data-said="{foreign(json.dumps(Sentence(text).to_json(), ensure_ascii=False))}"'
 
 
 def size_text(count: float) -> str:

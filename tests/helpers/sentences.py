@@ -1,14 +1,13 @@
 """Every sentence of the library that the tab can show, found in the source.
 
-A sentence is a string or f-string with words in it. What stands in it for a name or a number becomes
-``{0}``, ``{1}`` ..., in order, which is how ``localizations/ja_JP.json`` spells it.
+A sentence with names and numbers in it is a key with slots, written out where ``Sentence``, ``counted`` or an
+error is made of it. One without may stand anywhere: labels, tables, hints.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -41,16 +40,27 @@ _FOR_READERS = frozenset({"source", "formula", "keys", "does", "description", "e
 # Calls whose texts are patterns, log lines or words of tables for readers.
 _NOT_SHOWN_BY = frozenset({"compile", "split", "log", "_log", "print", "Dialect"})
 _NOT_SHOWN_BY |= {"setting"}  # Help of the command line and of REST.
-_SLOT = "\0"
+# What makes names and labels for lists, pictures, files and the terminal: no sentence of the page.
+_NAMING = frozenset({
+    "_name", "_rank_words", "_strength", "_block_weights", "words", "model_lists", "_recipe_text",
+    "histogram_text",
+})  # fmt: skip
+# What makes sentences besides errors: which of its arguments are keys, and where what fills the slots begins.
+_MAKERS = {"Sentence": ((0,), 1), "counted": ((1, 2), 3), "_damaged": ((1,), 2)}
+_ERRORS = frozenset({
+    "LoraMergeError", "FileError", "UnsupportedError", "UnknownKeyError", "RecipeError", "IncompatibleError",
+    "OutputError", "Cancelled", "ConflictError", "UnknownNameError", "ClosedError",
+})  # fmt: skip
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
-_MARKUP = re.compile(r"</|&&|class=\"|data-\w+=|=>|\(\?|\\[dwb]|https?://|^\s*<[a-z]")
+_SLOT = re.compile(r"\{(\w+)\}")
+_MARKUP = re.compile(r"</|&&|class=\"|role=|data-\w+=|=>|\(\?|\\[dwb]|https?://|^\s*<[a-z]")
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """A sentence with its slots, and where it stands."""
+class Found:
+    """A sentence, and where it stands."""
 
-    template: str
+    key: str
     place: str
 
 
@@ -58,7 +68,7 @@ class Sentence:
 class _Module:
     name: str
     tree: ast.Module
-    constants: dict[str, ast.expr] = field(default_factory=dict)
+    constants: dict[str, str] = field(default_factory=dict)
     parents: dict[ast.AST, ast.AST] = field(default_factory=dict)
 
     def above(self, node: ast.AST) -> Iterator[ast.AST]:
@@ -66,75 +76,144 @@ class _Module:
             node = self.parents[node]
             yield node
 
+    def place(self, node: ast.AST) -> str:
+        return f"{self.name}:{getattr(node, 'lineno', 0)}"
 
-def sentences(root: Path) -> list[Sentence]:
+
+def sentences(root: Path) -> list[Found]:
     """The sentences of a package that its tab can show, each as often as it stands there."""
-    modules = [_read(path, root) for path in sorted(root.rglob("*.py"))]
+    modules = _modules(root)
+    unreached = _unreached(modules)
+    return [
+        Found(text.strip(), module.place(node))
+        for module in modules
+        if module.name not in NOT_OF_THE_TAB
+        for keys in [{key for _, keys, _ in _makers(module) for key in keys}]
+        for node in _shown(module, unreached)
+        if not isinstance(node, ast.JoinedStr)
+        for text in [_text(node, module)]
+        if is_prose(text) or (node in keys and _WORD.search(_SLOT.sub(" ", text)))
+    ]
+
+
+def put_together(root: Path) -> list[str]:
+    """Sentences that are no keys: f-strings and sums in errors, and wherever the tab can show them."""
+    modules = _modules(root)
     unreached = _unreached(modules)
     found = []
     for module in modules:
+        found += [
+            f"{module.place(key)}: {ast.unparse(key)}"
+            for _, keys, _ in _makers(module)
+            for key in keys
+            if isinstance(key, (ast.JoinedStr, ast.BinOp))
+        ]
         if module.name not in NOT_OF_THE_TAB:
             found += [
-                Sentence(template, f"{module.name}:{node.lineno}")
-                for node in _texts(module, unreached)
-                for template in _templates(node, module)
-                if is_prose(template)
+                f"{module.place(node)}: {ast.unparse(node)}"
+                for node in _shown(module, unreached)
+                if isinstance(node, ast.JoinedStr)
+                and is_prose(_own_words(node))
+                and not any(getattr(other, "name", "") in _NAMING for other in module.above(node))
             ]
     return found
 
 
-def is_prose(template: str) -> bool:
+def unfilled(root: Path) -> list[str]:
+    """Keys that have another number of slots than there is to put into them."""
+    return [
+        module.place(key)
+        for module in _modules(root)
+        for call, keys, first in _makers(module)
+        for key in keys
+        if isinstance(key, ast.Constant)
+        and not any(isinstance(part, ast.Starred) for part in call.args)
+        # ``counted`` fills the first slot with its count.
+        and len(set(_SLOT.findall(key.value))) != len(call.args[first:]) + (len(keys) > 1 and first == 3)
+        and (len(call.args) > first or first == 3)
+    ]
+
+
+def is_prose(text: str) -> bool:
     """Whether a text has words for people in it: two, or one beside a slot, and not a proper name alone."""
-    words = _WORD.findall(re.sub(r"\{\d+\}", " ", template))
-    if " " not in template or _MARKUP.search(template):
+    words = _WORD.findall(_SLOT.sub(" ", text))
+    if " " not in text or _MARKUP.search(text):
         return False
     if len(words) == 1:
-        return "{" in template and len(words[0]) > 3
+        return "{" in text and len(words[0]) > 3
     return len(words) > 1 and any(word.islower() for word in words)
 
 
+def _modules(root: Path) -> list[_Module]:
+    return [_read(path, root) for path in sorted(root.rglob("*.py"))]
+
+
 def _read(path: Path, root: Path) -> _Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    module = _Module(path.relative_to(root).as_posix(), tree)
-    for node in ast.walk(tree):
+    module = _Module(path.relative_to(root).as_posix(), ast.parse(path.read_text(encoding="utf-8")))
+    for node in ast.walk(module.tree):
         for child in ast.iter_child_nodes(node):
             module.parents[child] = node
-    for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    for node in module.tree.body:
         value = getattr(node, "value", None)
-        if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str):
-            module.constants[target.id] = value
+        if isinstance(node, ast.Assign) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+            module.constants[_name(node.targets[0])] = value.value
     return module
 
 
-def _texts(module: _Module, unreached: set[str]) -> Iterator[ast.expr]:
-    """The outermost string expressions that may be shown."""
-    inlined = _inlined(module)
+def _name(node: ast.AST) -> str:
+    return getattr(node, "id", getattr(node, "attr", ""))
+
+
+def _makers(module: _Module) -> Iterator[tuple[ast.Call, list[ast.expr], int]]:
+    """Calls that make a sentence, the keys among their arguments, and where what fills the slots begins."""
     for node in ast.walk(module.tree):
-        if not _is_text(node) or not isinstance(node, ast.expr) or node in inlined:
+        if not isinstance(node, ast.Call):
+            continue
+        name = _name(node.func)
+        of_type = isinstance(node.func, ast.Call) and _name(node.func.func) == "type"
+        places, first = _MAKERS.get(name, ((0,), 1))
+        if name in _MAKERS or name in _ERRORS or of_type:
+            yield node, [key for at in places for key in _choices(node.args[at : at + 1])], first
+
+
+def _choices(nodes: list[ast.expr]) -> list[ast.expr]:
+    return [
+        part
+        for node in nodes
+        for part in (_choices([node.body, node.orelse]) if isinstance(node, ast.IfExp) else [node])
+    ]
+
+
+def _own_words(node: ast.JoinedStr) -> str:
+    return "".join(part.value if isinstance(part, ast.Constant) else "{_}" for part in node.values)
+
+
+def _text(node: ast.expr, module: _Module) -> str:
+    """A text, or a constant of the module with one behind it."""
+    if isinstance(node, ast.BinOp):
+        return _text(node.left, module) + _text(node.right, module)
+    return module.constants.get(_name(node), "") if isinstance(node, ast.Name) else getattr(node, "value", "")
+
+
+def _is_text(node: ast.AST, module: _Module) -> bool:
+    if isinstance(node, ast.BinOp):
+        return _is_text(node.left, module) and _is_text(node.right, module)
+    constant = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return constant or (isinstance(node, ast.Name) and node.id in module.constants)
+
+
+def _shown(module: _Module, unreached: set[str]) -> Iterator[ast.expr]:
+    """Texts that may be shown."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Name) or not (isinstance(node, ast.JoinedStr) or _is_text(node, module)):
             continue
         above = list(module.above(node))
-        if any(_is_text(other) or isinstance(other, ast.FormattedValue) for other in above[:1]):
+        if isinstance(above[0], ast.JoinedStr) or (
+            isinstance(node, ast.Constant) and _is_text(above[0], module)
+        ):
             continue
         if not any(_hides(other, below, unreached) for below, other in zip([node, *above], above)):
-            yield node
-
-
-def _is_text(node: ast.AST) -> bool:
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.Add) and (_is_text(node.left) or _is_text(node.right))
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-
-
-def _inlined(module: _Module) -> set[ast.AST]:
-    """Values of constants that stand within sentences and nowhere else."""
-    loads: dict[str, list[bool]] = defaultdict(list)
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in module.constants:
-            above = module.parents[node]
-            added = isinstance(above, ast.BinOp) and _is_text(above)
-            loads[node.id].append(added or isinstance(above, ast.FormattedValue))
-    return {module.constants[name] for name, within in loads.items() if all(within)}
+            yield node  # type: ignore[misc]
 
 
 def _hides(node: ast.AST, below: ast.AST, unreached: set[str]) -> bool:
@@ -147,7 +226,7 @@ def _hides(node: ast.AST, below: ast.AST, unreached: set[str]) -> bool:
     if isinstance(node, ast.keyword):
         return node.arg in _FOR_READERS
     if isinstance(node, ast.Call):
-        return getattr(node.func, "id", getattr(node.func, "attr", "")) in _NOT_SHOWN_BY
+        return _name(node.func) in _NOT_SHOWN_BY
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return node.name in unreached or node.name.startswith("__getattr")
     return isinstance(node, ast.Compare) or (isinstance(node, ast.arg) and below is node.annotation)
@@ -161,7 +240,7 @@ def _unreached(modules: list[_Module]) -> set[str]:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.FunctionDef):
                 defined.add(node.name)
-            name = getattr(node, "id", getattr(node, "attr", None))
+            name = _name(node)
             if isinstance(node, (ast.Name, ast.Attribute)) and name:
                 inside = [n.name for n in module.above(node) if isinstance(n, ast.FunctionDef)]
                 outside = module.name in NOT_OF_THE_TAB
@@ -178,30 +257,3 @@ def _unreached(modules: list[_Module]) -> set[str]:
         if not more:
             return unreached
         unreached |= more
-
-
-def _templates(node: ast.expr, module: _Module) -> list[str]:
-    """A text with slots, once for each choice of words that stands in it."""
-    made = []
-    for text in _spelled(node, module):
-        counter = itertools.count()
-        made.append(re.sub(_SLOT, lambda _, c=counter: f"{{{next(c)}}}", text).strip())
-    return made
-
-
-def _spelled(node: ast.expr, module: _Module) -> list[str]:
-    if isinstance(node, ast.Constant):
-        return [node.value] if isinstance(node.value, str) else [_SLOT]
-    if isinstance(node, ast.Name) and node.id in module.constants:
-        return _spelled(module.constants[node.id], module)
-    if isinstance(node, ast.FormattedValue):
-        return _spelled(node.value, module) if node.conversion == -1 else [_SLOT]
-    if isinstance(node, ast.JoinedStr):
-        parts = [_spelled(part, module) for part in node.values]
-        return ["".join(choice) for choice in itertools.product(*parts)]
-    if isinstance(node, ast.IfExp):
-        return [*_spelled(node.body, module), *_spelled(node.orelse, module)]
-    if isinstance(node, ast.BinOp) and _is_text(node):
-        pairs = itertools.product(_spelled(node.left, module), _spelled(node.right, module))
-        return [left + right for left, right in pairs]
-    return [_SLOT]

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from lib_loramerge import merge
-from lib_loramerge.errors import LoraMergeError, OutputError
+from lib_loramerge.errors import LoraMergeError, OutputError, Sentence
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import settings
 from lib_loramerge.webui.host import UnknownNameError, WebuiHost
@@ -149,6 +149,8 @@ def test_where_others_see_the_page_no_folder_of_this_machine_is_told(data, flag,
     with fake_modules(data, flag) as modules:
         host = WebuiHost()
         assert host.shown(full) == "a.safetensors cannot be read. The disk of the LoRA folder is full."
+        made = Sentence("{file} is in {folder}.", folder / "a.safetensors", folder)
+        assert host.shown(made).to_json() == ["{file} is in {folder}.", "a.safetensors", ["the LoRA folder"]]
         temporary = os.path.join(tempfile.gettempdir(), "x", "y.safetensors")
         assert tempfile.gettempdir() not in host.shown(f"{temporary} is too large.")
         assert host.shown_path(folder / "sub" / "a.safetensors") == "sub/a.safetensors"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib_loramerge import cli
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.files import header
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
@@ -322,8 +322,8 @@ def make_odd(path: Path) -> Path:
 
 
 def seen(page: str) -> str:
-    """HTML without the whole sentence that the page's script translates."""
-    return re.sub(' data-says="[^"]*"', "", page)
+    """HTML without what the page's script translates."""
+    return re.sub(' data-said="[^"]*"', "", page)
 
 
 def test_sentences_name_the_controls_of_the_page_and_no_option_of_the_command_line(
@@ -359,6 +359,10 @@ def test_every_control_that_stands_for_an_option_is_on_the_page(components: list
 def test_a_name_that_looks_like_an_option_stays_a_name() -> None:
     for name in ("my--base.safetensors", "x--rank", "--base-model", "a --sizes"):
         assert render.sentence(name) == name
+    made = Sentence("{file} is empty, and --rank {rank} as {error}.", "--rank 4", 8, Sentence("no --size"))
+    assert render.sentence(made) == (
+        f"--rank 4 is empty, and <b>{render.say('Rank')}</b>: 8 as no <b>{render.say('Fit a size')}</b>."
+    )
 
 
 def test_facts_for_files_seen_before_read_none_of_them_again(

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ...errors import RecipeError
+from ...errors import RecipeError, Sentence
 from ...methods import METHODS
 from ...recipe import nearest_hint
 from ...recipe.check import check_number, plain, shown
@@ -96,7 +96,7 @@ def _mix_words(names: Sequence[str], value: object) -> str:
 
 def _strength(number: int) -> Axis:
     def change(cell: Cell, value: object) -> Cell:
-        strength = _number(f"The strength of LoRA {number}", value)
+        strength = _number(Sentence("The strength of LoRA {number}", number), value)
         return replace(cell, strengths={**cell.strengths, number: strength})
 
     return Axis(
