@@ -228,7 +228,7 @@ def _with_extra(given: LoraInput, extra: str) -> LoraInput:
     try:
         parsed = parse_input(f"x:te={given.te!r}:unet={given.unet!r}:{extra}")
     except RecipeError as error:
-        named = mapped(str(error), lambda part: repr(given.name) if part == "'x'" else part)
+        named = mapped(str(error), lambda part: re.sub("^'x'", lambda _: repr(given.name), part))
         raise RecipeError(named) from None
     return replace(parsed, name=given.name)
 
