@@ -76,7 +76,7 @@ def _flag() -> re.Pattern[str]:
     # A word in capitals stands for a value in general and means nothing on the page.
     return re.compile(
         rf"(?<![\w-])(`?)--({names})(?![\w-])"
-        r"(?: [A-Z]{2,}\b| (?P<value>\d[\d.]*\d|\d|\{\w+\}|full|same|auto|kohya|diffusers)\b)?\1"
+        r"(?: [A-Z]{2,}\b| (?P<value>\{\w+\}|(?:\d[\d.]*\d|\d|full|same|auto|kohya|diffusers)\b))?\1"
     )
 
 
