@@ -72,7 +72,8 @@
 
     function look(node) {
         if (node.nodeType === Node.TEXT_NODE && node.parentElement && node.parentElement.matches("button[id]")) {
-            if (has(node.data.trim())) node.data = dictionary[node.data.trim()];
+            const text = node.data.trim();
+            if (has(text) && dictionary[text] !== text) node.data = dictionary[text];
             watched.querySelectorAll(`[data-button="#${node.parentElement.id}"]`).forEach(tell);
         }
         if (node.nodeType !== Node.ELEMENT_NODE) return;
