@@ -40,29 +40,35 @@
         return made.trim();
     }
 
+    function english(said) {
+        dictionary = {};
+        const words = translated(said);
+        dictionary = window.localization || {};
+        return words;
+    }
+
     // A sentence as data-said has it, in the page's language; null when nothing of it is known.
     window.loramergeTranslate = (said) => {
-        dictionary = {};
-        const english = translated(said);
-        dictionary = window.localization || {};
+        const before = english(said);
         const words = translated(said);
-        return words === english ? null : words;
+        return words === before ? null : words;
     };
 
     // --- the page ----------------------------------------------------------------------------------------------------
 
     function tell(element) {
-        const words = window.loramergeTranslate(JSON.parse(element.dataset.said));
+        const said = JSON.parse(element.dataset.said);
+        const words = window.loramergeTranslate(said);
         const button = element.dataset.button && watched.querySelector(element.dataset.button);
         if (words === null) return;
-        if (button) tellButton(button, element.textContent, words);
+        if (button) tellButton(button, english(said), words);
         else element.textContent = words;
     }
 
     // Gradio keeps hold of the text in its buttons, so a place beside says what it is made of.
-    function tellButton(button, english, words) {
+    function tellButton(button, before, words) {
         const text = [...button.childNodes].find((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
-        if (text && text.data.trim() === english) text.data = words;
+        if (text && text.data.trim() === before) text.data = words;
     }
 
     function describe(image) {
