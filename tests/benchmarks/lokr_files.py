@@ -4,7 +4,8 @@
         [--command merge|advise|compare] [--both]
 
 Every layer of the blocks is in both files: the LoKr with factor 8 and both factors whole, in bfloat16, the
-LoRA with rank 32, or with ``--both`` another such LoKr. The command runs as the command line in a process of its own; peak memory is that process's.
+LoRA with rank 32, or with ``--both`` another such LoKr. The command runs in a process of its own; peak memory
+is that process's.
 """
 
 from __future__ import annotations
