@@ -7,7 +7,10 @@ import torch
 
 from lib_loramerge import ranks
 from lib_loramerge.adapters import build
+from lib_loramerge.adapters.scaling import Scale, apply_scale
 from lib_loramerge.delta import (
+    Cache,
+    LayerDelta,
     LowRank,
     all_values,
     counted,
@@ -185,6 +188,24 @@ def test_the_gram_matrices_of_a_sum_are_those_of_its_large_factors():
         lengths = theirs.diagonal().sqrt()
         assert float(((mine - theirs) / lengths / lengths[:, None]).abs().max()) < 1e-4
         assert size(mine - theirs) < 1e-6 * size(theirs)
+
+
+def test_a_layer_that_was_turned_round_has_none_of_the_former_factors():
+    delta, whole = whole_lokr()
+    assert delta.up.shape == (SIDE, SIDE)
+    turned = apply_scale(delta, Scale(-0.5))
+    by_factors = (turned.up.double() * turned.component_gains()) @ turned.down.double()
+    assert size(by_factors + 0.5 * whole) < 1e-6 * size(whole)
+    assert size(turned.dense() + 0.5 * whole) < 1e-12 * size(whole)
+
+
+def test_layers_of_a_run_are_kept_as_small_as_they_are():
+    cache = Cache()
+    delta, _ = whole_lokr()
+    kept = cache.layer("layer", lambda: LayerDelta(delta)).weight
+    assert isinstance(kept, LowRank)
+    assert kept.structure is not None
+    assert not {"up", "down"} & vars(kept).keys()
 
 
 def test_a_sum_of_sums_and_a_multiple_of_it_stay_exact_and_keep_their_form():

@@ -137,7 +137,14 @@ class Terms:
 
     @property
     def size(self) -> int:
-        raise NotImplementedError("only layers of one file are kept")
+        """Bytes that it takes."""
+        held = [term.structure or (term.up, term.down) for term in self.terms]
+        return sum(
+            sum(factor.numel() * factor.element_size() for factor in one)
+            if isinstance(one, tuple)
+            else one.size
+            for one in held
+        )
 
     def factor(self, name: str, rank: int | None = None) -> Tensor:
         if len(self.terms) == 1 and self.terms[0].structure is not None:

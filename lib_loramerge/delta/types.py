@@ -203,6 +203,9 @@ def named(delta: LowRank, name: Hashable) -> LowRank:
 def changed(delta: LowRank, **fields: Any) -> LowRank:
     """As ``dataclasses.replace`` of what are no factors, but a structure stays."""
     result = copy.copy(delta)
+    if "structure" in fields:  # and not the factors that were made of the former one
+        vars(result).pop("up", None)
+        vars(result).pop("down", None)
     for field_name, value in {"name": None, **fields}.items():
         object.__setattr__(result, field_name, value)
     return result
