@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_loramerge.checkpoints import baking, look, rewriting
+from lib_loramerge.checkpoints import baking, look, rewriting, summing
 from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
 from lib_loramerge.cli import main
 from lib_loramerge.errors import OutputError
@@ -255,7 +255,7 @@ def test_random_rounding_does_not_depend_on_threads_and_does_on_the_seed(tmp_pat
     files = {}
     for name, workers, seed in (("one", 1, 0), ("four", 4, 0), ("other", 2, 5)):
         monkeypatch.setattr(rewriting, "WORKERS", workers)
-        monkeypatch.setattr(rewriting, "CHUNK", 10_000)
+        monkeypatch.setattr(summing, "CHUNK", 10_000)
         baked(tmp_path, tmp_path / "base.safetensors", lora, "--seed", seed)
         files[name] = load_file(tmp_path / "out.safetensors")[Q].view(torch.uint8)
     assert torch.equal(files["one"], files["four"])

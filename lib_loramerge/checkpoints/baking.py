@@ -25,7 +25,8 @@ from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
 from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
 from .reading import EMA, SCALES, Checkpoint
-from .rewriting import Entry, Rewritten, Rounding, Sums, check_room, largest, rewrite, written_bytes
+from .rewriting import Rewritten, check_room, largest, rewrite, written_bytes
+from .summing import Entry, Rounding, Sums
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

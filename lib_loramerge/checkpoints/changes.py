@@ -26,8 +26,8 @@ Piece = tuple[Span, Callable[[int, int], Tensor], Callable[[int, int], Tensor]]
 class Change(Protocol):
     """What is added to a tensor."""
 
-    def rows(self, first: int, last: int, wide: torch.dtype) -> Tensor:
-        """Rows of it, (last - first, numbers of a row), in ``wide``: float32 or float64."""
+    def rows(self, first: int, last: int, target: Tensor) -> None:
+        """Put rows of it into ``target``, (last - first, numbers of a row), float32 or float64."""
 
     def done(self) -> None:
         """The tensor was written: nothing of it is needed any more."""
@@ -51,26 +51,26 @@ class LayerChange:
     _factors: list[tuple[list[Span], Tensor, Tensor | None]] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def rows(self, first: int, last: int, wide: torch.dtype) -> Tensor:
+    def rows(self, first: int, last: int, target: Tensor) -> None:
         with self._lock:
             if self._factors is None:
-                self._factors = [self._prepare(*part, wide) for part in self.parts]
-        factors = self._factors
-        result = None
-        for spans, left, right in factors:
+                self._factors = [self._prepare(*part, target.dtype) for part in self.parts]
+        empty = True
+        for spans, left, right in self._factors:
             for span in spans:
                 start, stop = max(first, span.tensor), min(last, span.tensor + span.count)
                 if start >= stop:
                     continue
                 rows = left[start - span.tensor + span.layer : stop - span.tensor + span.layer]
-                piece = rows if right is None else rows @ right
-                if len(factors) == len(spans) == 1 and stop - start == last - first:
-                    return piece
-                if result is None:
-                    result = torch.zeros(last - first, piece.shape[1], dtype=wide)
-                result[start - first : stop - first] += piece
-        width = self.shape[1:]
-        return result if result is not None else torch.zeros(last - first, _product(width), dtype=wide)
+                if empty and stop - start == last - first:
+                    target.copy_(rows) if right is None else torch.mm(rows, right, out=target)
+                else:
+                    if empty:
+                        target.zero_()
+                    target[start - first : stop - first] += rows if right is None else rows @ right
+                empty = False
+        if empty:
+            target.zero_()
 
     def done(self) -> None:
         self._factors = None
@@ -137,15 +137,17 @@ class Difference:
     strength: float
     width: int
 
-    def rows(self, first: int, last: int, wide: torch.dtype) -> Tensor:
-        result = torch.zeros(last - first, self.width, dtype=wide)
+    def rows(self, first: int, last: int, target: Tensor) -> None:
+        target.zero_()
         for span, tuned, base in self.pieces:
             start, stop = max(first, span.tensor), min(last, span.tensor + span.count)
             if start < stop:
-                at = start - span.tensor + span.layer
-                more = tuned(at, at + stop - start).to(wide) - base(at, at + stop - start).to(wide)
-                result[start - first : stop - first] = more * self.strength
-        return result
+                at, wide = start - span.tensor + span.layer, target.dtype
+                part = target[start - first : stop - first]
+                torch.sub(
+                    tuned(at, at + stop - start).to(wide), base(at, at + stop - start).to(wide), out=part
+                )
+                part *= self.strength
 
     def done(self) -> None:
         """Nothing is kept."""

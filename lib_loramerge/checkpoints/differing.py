@@ -22,7 +22,7 @@ from ..recipe.model import check_size
 from .noise import CLEAR, ROUNDING_ONLY, coarser, edge, variance
 from .numbers import encode
 from .reading import Checkpoint, LayerRows
-from .rewriting import CHUNK
+from .summing import CHUNK
 
 MOST_RANKS = 4096
 _FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.

@@ -13,7 +13,7 @@ from ..metadata import RECIPE_KEY, RECIPE_LIMIT
 from ..recipe import MergeRecipe, to_json
 from ..recipe.stored import VERSION
 from ..report import percent
-from .rewriting import Sums
+from .summing import Sums
 
 WELL_KEPT = 0.95
 WORST = 5
