@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -280,10 +280,10 @@ def measure(pair: Pair, name: str) -> Found:
     coarse = coarser(dtypes[0][0], dtypes[1][0])
     width = rows[0].width
     if len(shape) == 1:
-        difference, layer, _ = _difference(name, rows, shape[0], 1, dtypes, coarse, noise=False)
+        _, layer = _difference(name, rows, shape[0], 1, dtypes, coarse)
         layer.lost = layer.exact
         return layer
-    difference, layer, _ = _difference(name, rows, shape[0], width, dtypes, coarse, noise=False)
+    difference, layer = _difference(name, rows, shape[0], width, dtypes, coarse)
     _check_finite(pair, layer)
     if layer.exact == 0:
         layer.trained = False
@@ -294,10 +294,9 @@ def measure(pair: Pair, name: str) -> Found:
     ratio = layer.exact / layer.noise if layer.noise > 0 else float("inf")
     threshold = None
     if settings.rank == "auto" or ratio < CLEAR:
-        noisy = _difference(name, rows, shape[0], width, dtypes, coarse, noise=True)[2]
-        assert noisy is not None
-        threshold = edge(noisy, len(name))
-        del noisy
+        del difference  # Read anew: of the largest layers memory holds one matrix at a time.
+        threshold = edge(_variances(rows, shape[0], width, dtypes), len(name))
+        difference, _ = _difference(name, rows, shape[0], width)
     spectrum = leading(difference, max(1, limit), name, wide_kernel, energy=layer.exact)
     above = spectrum.rank if threshold is None else int((spectrum.values > threshold).sum())
     layer.trained &= ratio > ROUNDING_ONLY or above > 0
@@ -354,34 +353,52 @@ def _difference(
     rows: tuple[LayerRows, LayerRows],
     out: int,
     width: int,
-    dtypes: Sequence[tuple[str, float]],
-    coarse: str,
-    *,
-    noise: bool,
-) -> tuple[Tensor, Found, Tensor | None]:
-    """(out, width) float32 difference and its sums; with ``noise`` the variances of its rounding instead."""
+    dtypes: Sequence[tuple[str, float]] = (),
+    coarse: str = "",
+) -> tuple[Tensor, Found]:
+    """(out, width) float32 difference, and its sums where the ``dtypes`` of both are given."""
     whole = torch.empty(out, width)
     layer = Found(name, 0.0, 0.0, 0.0, 0.0, 0.0, False)
     same = True
-    step = max(1, CHUNK // max(1, width))
-    for first in range(0, out, step):
-        last = min(out, first + step)
-        tuned, base = (part.read(first, last).reshape(last - first, width) for part in rows)
-        varied = variance(tuned, *dtypes[0]) + variance(base, *dtypes[1])
-        if noise:
-            whole[first:last] = varied
-            continue
+    for first, last, tuned, base in _both(rows, out, width):
         part = (tuned.double() - base.double() if tuned.dtype != base.dtype else tuned - base).float()
         whole[first:last] = part
+        if not dtypes:
+            continue
         layer.exact += float(part.double().square().sum())
-        layer.noise += float(varied.sum(dtype=torch.float64))
+        layer.noise += float(_variance(tuned, base, dtypes).sum(dtype=torch.float64))
         layer.size += float(base.double().square().sum())
         layer.tuned += float(tuned.double().square().sum())
         layer.inner += float((tuned.double() * base.double()).sum())
         if same:
             same = _equal_when_rounded(tuned, base, coarse)
     layer.trained = not same
-    return whole, layer, whole if noise else None
+    return whole, layer
+
+
+def _variances(
+    rows: tuple[LayerRows, LayerRows], out: int, width: int, dtypes: Sequence[tuple[str, float]]
+) -> Tensor:
+    """(out, width) of the rounding in both."""
+    whole = torch.empty(out, width)
+    for first, last, tuned, base in _both(rows, out, width):
+        whole[first:last] = _variance(tuned, base, dtypes)
+    return whole
+
+
+def _variance(tuned: Tensor, base: Tensor, dtypes: Sequence[tuple[str, float]]) -> Tensor:
+    return variance(tuned, *dtypes[0]) + variance(base, *dtypes[1])
+
+
+def _both(
+    rows: tuple[LayerRows, LayerRows], out: int, width: int
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Some rows of both at a time, and which they are."""
+    step = max(1, CHUNK // max(1, width))
+    for first in range(0, out, step):
+        last = min(out, first + step)
+        tuned, base = (part.read(first, last).reshape(last - first, width) for part in rows)
+        yield first, last, tuned, base
 
 
 def _equal_when_rounded(first: Tensor, second: Tensor, dtype: str) -> bool:
