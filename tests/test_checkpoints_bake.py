@@ -14,12 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lib_loramerge.blocks import Presets
 from lib_loramerge.checkpoints import baking, look, rewriting, summing
 from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
+from lib_loramerge.checkpoints.preparing import prepare_bake
 from lib_loramerge.cli import main
-from lib_loramerge.errors import OutputError
+from lib_loramerge.errors import Cancelled, OutputError
 from lib_loramerge.files import read_header
 from lib_loramerge.metadata import read_recipe
+from lib_loramerge.recipe import LoraInput, MergeRecipe
 from tests.helpers.checkpoint_files import checkpoint_tensors, lora_of, make_checkpoint, product
 
 Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -311,17 +314,87 @@ def test_shards_and_folders_are_baked_into_a_new_folder(tmp_path, sd1):
         index |= dict.fromkeys(half, name)
     (folder / "m.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     save_file({"stray": torch.zeros(3)}, folder / "m-00003-of-00003.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "other.safetensors.index.json").write_text("{}")
+    (folder / "more").mkdir()
+    (folder / "more" / "model.ckpt").write_bytes(b"0" * 100)
     lora = lora_of({LORA_Q: (320, 320)})
     save_file(lora, tmp_path / "a.safetensors")
     assert bake(folder / "m.safetensors.index.json", tmp_path / "a.safetensors", "-o", tmp_path / "new") == 0
     after = load_file(tmp_path / "new" / index[Q])
     wanted = sd1[Q].double() + product(lora, LORA_Q)
     assert (after[Q] != wanted.half()).double().mean() < 1e-4
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
-        p.name for p in folder.iterdir()
-    )
+    # What else lies beside the index is no part of it.
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        *index.values(),
+        "m.safetensors.index.json",
+        "config.json",
+    }
     os.remove(folder / index[Q])
     assert bake(folder / "m.safetensors.index.json", tmp_path / "a.safetensors", "-o", tmp_path / "more") == 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder in diffusers' layout whose only weights are the denoiser's, with a LoRA for it."""
+    root = tmp_path / "folder"
+    (root / "unet").mkdir(parents=True)
+    (root / "model_index.json").write_text("{}")
+    (root / "unet" / "config.json").write_text("{}")
+    make_checkpoint(root / "unet" / "diffusion_pytorch_model.safetensors", "sdxl-diffusers_unet_only")
+    (root / "vae").mkdir()
+    (root / "vae" / "large.bin").write_bytes(bytes(5 << 20))
+    layers = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (640, 2048)}
+    save_file(lora_of(layers), tmp_path / "a.safetensors")
+    return root
+
+
+def _files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_of_one_file_is_baked_into_a_folder(tmp_path, folder):
+    assert bake(folder, tmp_path / "a.safetensors", "-o", tmp_path / "new") == 0
+    assert _files_of(tmp_path / "new") == _files_of(folder)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "new" / name).read_bytes() != (folder / name).read_bytes()
+
+
+def test_the_copy_of_a_folder_is_cancelled_within_a_file(tmp_path, folder):
+    asked = 0
+
+    def cancel():
+        nonlocal asked
+        asked += 1
+        part = next(tmp_path.glob(".loramerge-*/vae/large.bin"), None)
+        return part is not None and part.stat().st_size > 0
+
+    recipe = MergeRecipe(inputs=(LoraInput("a"),))
+    with (
+        prepare_bake(recipe, folder, find=lambda _: tmp_path / "a.safetensors", presets=Presets()) as ready,
+        pytest.raises(Cancelled),
+    ):
+        ready.run(tmp_path / "new", cancel=cancel)
+    assert asked
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "folder"]
+
+
+def test_a_text_encoder_s_own_file_goes_into_the_folder(tmp_path, folder, capsys):
+    part = "text_model.encoder.layers.0.self_attn.{}_proj"
+    clip = {part.format(end) + ".weight": torch.zeros(768, 768).half() for end in ("q", "k", "v", "out")}
+    clip["text_model.final_layer_norm.weight"] = torch.ones(768).half()
+    save_file(clip, tmp_path / "clip_l.safetensors")
+    layers = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": (640, 2048)}
+    layers |= {f"lora_te1_{part.format(end).replace('.', '_')}": (768, 768) for end in ("q", "k", "v", "out")}
+    save_file(lora_of(layers), tmp_path / "a.safetensors")
+    words = (folder, tmp_path / "a.safetensors", "--base-te", tmp_path / "clip_l.safetensors")
+    assert bake(*words, "-o", tmp_path / "new") == 0
+    after = load_file(tmp_path / "new" / "clip_l.safetensors")
+    assert after[part.format("q") + ".weight"].abs().max() > 0
+    (folder / "clip_l.safetensors").write_bytes(b"another")
+    assert bake(*words, "-o", tmp_path / "more") == 1
+    assert "would both be written to clip_l.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_text_encoder_of_its_own_file(tmp_path, capsys):
@@ -452,6 +525,19 @@ def test_settings_beside_that_cannot_be_copied_are_a_warning(tmp_path, sd1, caps
     monkeypatch.setattr(baking, "write_whole", fails)
     assert bake(tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out") == 0
     assert "base.yaml could not be copied to out.yaml" in capsys.readouterr().out
+
+
+def test_settings_of_the_checkpoint_that_was_replaced_do_not_stay_unseen(tmp_path, sd1, capsys):
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    words = (tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out")
+    (tmp_path / "out.yaml").write_text("model: another")
+    assert bake(*words) == 0
+    assert "out.yaml was there before" in capsys.readouterr().out
+    assert (tmp_path / "out.yaml").read_text() == "model: another"
+    (tmp_path / "base.yaml").write_text("model: v")
+    assert bake(*words, "--overwrite") == 0
+    assert "out.yaml" not in capsys.readouterr().out
+    assert (tmp_path / "out.yaml").read_text() == "model: v"
 
 
 def test_a_dry_run_checks_the_place(tmp_path, sd1, capsys):

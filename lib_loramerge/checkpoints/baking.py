@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import struct
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from ..errors import Cancelled, OutputError, Sentence
 from ..files import LoraFile, check_target
 from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
-from ..files.place import folder_output, write_whole
+from ..files.place import copy_whole, folder_output, write_whole
 from ..merge import MergePlan, Progress
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
@@ -29,6 +28,7 @@ from .rewriting import Rewritten, check_room, largest, rewrite, written_bytes
 from .summing import Entry, Rounding, Sums
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
+_TEXTS = (".json", ".md", ".txt", ".yaml")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -86,7 +86,9 @@ class Bake:
     @property
     def single(self) -> bool:
         """One file is written, and those of touched text encoders beside it; otherwise a folder."""
-        return len(self.checkpoint.files) == 1 + len(self.settings.encoders)
+        return not self.checkpoint.path.is_dir() and len(self.checkpoint.files) == 1 + len(
+            self.settings.encoders
+        )
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -133,7 +135,7 @@ class Bake:
                 with suppress(OSError):
                     target.unlink(missing_ok=True)
             raise
-        self.warnings += _copy_settings(self.checkpoint.path, output)
+        self.warnings += _copy_settings(self.checkpoint.path, output, overwrite)
         size = sum(os.stat(target).st_size for _, target, _ in jobs)
         sha256 = last.sha256 if last is not None and len(jobs) == 1 else None
         return self._report(
@@ -148,6 +150,7 @@ class Bake:
         """
         if not self.single:
             _check_folder(self.checkpoint.path, _folder_of(output))
+            self._folder_files()
             return
         seen: dict[str, LoraFile] = {}
         for file, target, _ in self._jobs(output):
@@ -177,21 +180,50 @@ class Bake:
         cancel: Callable[[], bool] | None,
     ) -> BakeReport:
         """A new folder: changed shards written, all else copied; it appears when complete."""
-        output, root = _folder_of(output), _root(self.checkpoint.path)
-        paths = sorted(entry for entry in root.rglob("*") if entry.is_file())
-        check_room(output, sum(path.stat().st_size for path in paths))
-        wanted = {file.path: entries for file, entries in self._files_to_write()}
+        output, found = _folder_of(output), self._folder_files()
+        check_room(output, sum(path.stat().st_size for path in found.values()))
+        wanted = {file.path: (file, entries) for file, entries in self._files_to_write()}
         sums: dict[str, Sums] = {}
         with folder_output(output) as temporary:
-            for path in paths:
-                target = temporary / path.relative_to(root)
+            for name, path in found.items():
+                target = temporary / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if path not in wanted:
-                    shutil.copyfile(path, target)  # A link would share its fate.
+                    copy_whole(path, target, lambda: _stop_if(cancel))  # A link would share its fate.
                     continue
-                file = next(file for file in self.checkpoint.files if file.path == path)
-                sums |= self._write(file, target, wanted[path], output.name, False, progress, cancel).sums
+                file, entries = wanted[path]
+                sums |= self._write(file, target, entries, output.name, False, progress, cancel).sums
         return self._report([output], self.size(), sums, None, time.perf_counter() - start)
+
+    def _folder_files(self) -> dict[Path, Path]:
+        """Every file of the new folder, by its place in it, and where it is read.
+
+        Raises:
+            OutputError: A text encoder's own file has the name of another.
+        """
+        root = _root(self.checkpoint.path)
+        paths = sorted(root.rglob("*") if self.checkpoint.path.is_dir() else root.iterdir())
+        found = {path.relative_to(root): path for path in paths if path.is_file() and self._belongs(path)}
+        for path in self.settings.encoders:
+            if path in found.values():
+                continue
+            other = found.setdefault(Path(path.name), path)
+            if other != path:
+                raise OutputError(
+                    "{first} and {second} would both be written to {file} in the new folder. Rename one.",
+                    other,
+                    path,
+                    path.name,
+                )
+        return found
+
+    def _belongs(self, path: Path) -> bool:
+        """Whether a file is part of the checkpoint: beside an index of shards lie other models, too."""
+        if self.checkpoint.path.is_dir() or path == self.checkpoint.path:
+            return True
+        if any(path == file.path for file in self.checkpoint.files):
+            return True
+        return path.suffix.lower() in _TEXTS and not path.name.endswith(".index.json")
 
     def _write(
         self,
@@ -204,8 +236,7 @@ class Bake:
         cancel: Callable[[], bool] | None,
     ) -> Rewritten:
         def stop() -> None:
-            if cancel is not None and cancel():
-                raise Cancelled("Stopped. Nothing was written.")
+            _stop_if(cancel)
 
         hashed = self.settings.hashed and self.single
         sha256 = None
@@ -405,6 +436,11 @@ class Bake:
         )
 
 
+def _stop_if(cancel: Callable[[], bool] | None) -> None:
+    if cancel is not None and cancel():
+        raise Cancelled("Stopped. Nothing was written.")
+
+
 def _target(output: Path, file: LoraFile, index: int) -> Path:
     return output if index == 0 else output.with_name(f"{output.stem}.{file.path.stem}.safetensors")
 
@@ -455,16 +491,35 @@ def _check_folder(path: Path, output: Path) -> None:
         raise OutputError("{folder} is within the checkpoint's own folder; choose another place.", output)
 
 
-def _copy_settings(base: Path, output: Path) -> list[str]:
+def _copy_settings(base: Path, output: Path, overwrite: bool) -> list[str]:
     """The model's configuration that A1111 and Forge read beside a checkpoint (v-prediction, say).
 
     Returns:
-        A warning where it could not be copied: the checkpoint itself is written by now.
+        A warning where another one stays there: the checkpoint itself is written by now.
     """
     beside, target = base.with_suffix(".yaml"), output.with_suffix(".yaml")
     try:
-        if beside.is_file() and not target.exists():
-            write_whole(target, beside.read_bytes())
+        wanted, there = (path.read_bytes() if path.is_file() else None for path in (beside, target))
+        if wanted == there:
+            return []
+        if wanted is None:
+            return [
+                Sentence(
+                    "{target} was there before, and WebUIs read the configuration of {file} in it. "
+                    "Remove it unless it is meant for this model.",
+                    target.name,
+                    output.name,
+                )
+            ]
+        if there is not None and not overwrite:
+            return [
+                Sentence(
+                    "{target} was there before and differs from {file}; choose which one stays.",
+                    target.name,
+                    beside.name,
+                )
+            ]
+        write_whole(target, wanted)
     except (OSError, OutputError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         return [

@@ -22,6 +22,9 @@ _PASSES = 5
 _KEPT = 0.5  # Part of a direction that has to be left by the last pass.
 _PAYS = 0.45  # Part of the shorter side from which on the whole eigenproblem is the quicker one.
 _CHUNK = 1 << 20  # Numbers that are turned to float64 at once.
+_ROWS = (
+    1024  # The same in rows; a multiple of what libraries take at once gives the bits of the whole product.
+)
 
 
 def leading(
@@ -71,7 +74,7 @@ def leading(
         left = max(0.0, energy - found[-1])
         if to_come(found, math.inf) <= _GAINS * left + _ROUNDING * energy:
             break
-    basis, turned = torch.linalg.qr(basis.double() @ largest)
+    basis, turned = torch.linalg.qr(_turned(basis, largest))
     if energy - found[-1] > _EXACT * energy:
         down = torch.linalg.solve_triangular(turned.mT, largest.mT @ image.double(), upper=False)
     else:
@@ -80,6 +83,11 @@ def leading(
     small = Grams(torch.eye(rank, dtype=torch.float64), gram(down))
     spectrum = decompose(inside, energy**0.5, small=small)
     return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
+
+
+def _turned(basis: Tensor, largest: Tensor) -> Tensor:
+    """``basis @ largest`` in float64, the basis turned to it a few rows at a time."""
+    return torch.cat([rows.double() @ largest for rows in basis.split(_ROWS)])
 
 
 def _grown(square: Tensor, rows: Tensor) -> Tensor:

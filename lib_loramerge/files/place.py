@@ -180,6 +180,22 @@ def write_whole(path: Path, content: bytes) -> None:
         to_disk(file.fileno())
 
 
+def copy_whole(source: Path, target: Path, stop: Callable[[], None]) -> None:
+    """Copy a file under a name that is not in use, and wait until the copy is durable.
+
+    Args:
+        stop: Called often meanwhile; what it raises ends the copying.
+
+    Raises:
+        OSError: Either of them.
+    """
+    with open(source, "rb") as old, open(target, "xb", buffering=0) as new:
+        while data := old.read(BUFFER):
+            stop()
+            new.write(data)
+        to_disk(new.fileno(), stop)
+
+
 @contextmanager
 def folder_output(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside a new one's place, which gets its name if the block ends well.
