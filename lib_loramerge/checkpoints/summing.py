@@ -114,7 +114,7 @@ class Memory:
 
     def held(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Held:
         """(rows, width) with any numbers; this thread's next one of that name and dtype overwrites it."""
-        views: dict[tuple[object, ...], Held] = self._own.__dict__
+        views: dict[tuple[object, ...], Held] = self._own.__dict__.setdefault("views", {})
         found = views.get((name, dtype, rows, width))
         if found is None:
             whole = views.get((name, dtype))
@@ -228,7 +228,7 @@ def change_rows(
     stored = new if entry.new_scale == 1 else new / entry.new_scale
     if entry.dtype not in exact:
         stored = stored.to(torch.float32)
-    error = memory.held("error", *new.shape, wide)
+    error = memory.held("error", new.shape[0], new.shape[1], wide)
     by_chance = rounding.by_chance(entry.dtype) and entry.dtype in FORMATS
     if by_chance or entry.dtype not in FLOATS:
         codes = encode(stored, entry.dtype, entry.key if by_chance else None, rounding.seed, first)
