@@ -192,7 +192,7 @@ async def _body(receive: Receive) -> bytes:
     body = b""
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        body += bytes(message.get("body", b""))
         if len(body) > MAX_PASSWORD_BYTES:
             raise Refusal(413, "The body is too large.")
         if message["type"] != "http.request" or not message.get("more_body"):

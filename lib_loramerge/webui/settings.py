@@ -53,7 +53,8 @@ class SettingRow(NamedTuple):
 
     @property
     def default(self) -> Value:
-        return Settings()._asdict()[self.field]
+        default: Value = getattr(Settings(), self.field)
+        return default
 
 
 _RANKS: Choices = (

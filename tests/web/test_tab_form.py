@@ -21,7 +21,7 @@ from lib_loramerge.files import header
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import LoraInput, MergeRecipe
 from lib_loramerge.webui import baking as bakes
-from lib_loramerge.webui import extracting, facts, form, render, render_jobs, tab
+from lib_loramerge.webui import extracting, facts, filled, form, render, render_jobs, tab
 from lib_loramerge.webui.checkpoint_jobs import BakeRequest
 from lib_loramerge.webui.host import LoraEntry, StandaloneHost
 from lib_loramerge.webui.jobs import JobQueue
@@ -149,7 +149,7 @@ def test_a_recipe_survives_the_form(host: StandaloneHost) -> None:
             skip_unsupported=chance.choice([True, False]),
             **rule,
         )
-        values = {**default_form(), **form.form_of(recipe, host, METHODS)}
+        values = {**default_form(), **filled.form_of(recipe, host, METHODS)}
         reading = form.read_form(values, host, METHODS)
         assert reading.problems == {}
         assert reading.recipe == recipe
@@ -254,7 +254,7 @@ def test_rows_that_are_off_or_empty_do_not_count(host: StandaloneHost) -> None:
 
 def test_more_inputs_than_rows_are_refused_and_not_cut_off(host: StandaloneHost) -> None:
     with pytest.raises(RecipeError, match="17 LoRAs"):
-        form.rows_of([LoraInput("style")] * 17, host.loras())
+        filled.rows_of([LoraInput("style")] * 17, host.loras())
 
 
 def test_a_label_a_name_and_a_unique_part_of_a_name_mean_the_same_lora() -> None:
@@ -290,12 +290,12 @@ def test_a_source_that_is_not_the_recipes_any_more_is_told_until_another_lora_is
     )
     host.refresh()
     recipe = MergeRecipe((LoraInput("told", hash="b" * 64), LoraInput("face")), mode="concat")
-    values = {**default_form(), **form.form_of(recipe, host, METHODS)}
+    values = {**default_form(), **filled.form_of(recipe, host, METHODS)}
     found = facts.gather(values, host, METHODS)
     assert found.ready
     assert told in found.plan
     same = MergeRecipe((LoraInput("told", hash="a" * 64), LoraInput("face")), mode="concat")
-    values_of_same = {**default_form(), **form.form_of(same, host, METHODS)}
+    values_of_same = {**default_form(), **filled.form_of(same, host, METHODS)}
     assert told not in facts.gather(values_of_same, host, METHODS).plan
     # Another LoRA in that row has no hash to differ from.
     values["row0.lora"] = "style"
@@ -526,7 +526,7 @@ def test_rules_for_each_lora_s_share_survive_the_form(host: StandaloneHost) -> N
         {"rank": "same", "fair": True},
     ):
         recipe = MergeRecipe(inputs, **how)
-        values = default_form(**form.form_of(recipe, host, METHODS))
+        values = default_form(**filled.form_of(recipe, host, METHODS))
         read = form.read_form(values, host, METHODS).check()
         assert (read.keep, read.fair, read.rank, read.size) == (
             recipe.keep, recipe.fair, recipe.rank if recipe.keep is None else read.rank, recipe.size,

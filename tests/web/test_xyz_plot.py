@@ -15,7 +15,7 @@ from lib_loramerge.errors import RecipeError
 from lib_loramerge.merge import plan_merge, run_merge
 from lib_loramerge.methods import METHODS
 from lib_loramerge.recipe import MergeRecipe, parse_prompt
-from lib_loramerge.webui.form import read_pasted
+from lib_loramerge.webui.filled import read_pasted
 from lib_loramerge.webui.host.standalone import StandaloneHost
 from lib_loramerge.webui.settings import Settings
 from lib_loramerge.webui.xyz.infotext import recipe_of

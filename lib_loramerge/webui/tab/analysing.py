@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ...methods import METHODS
 from .. import form
-from .wiring import FORM_NAMES, Changes, Form
+from ..form import Changes, Form
+from .wiring import FORM_NAMES
 
 if TYPE_CHECKING:
     from ..analyse import Look

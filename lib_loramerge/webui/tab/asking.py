@@ -12,10 +12,11 @@ from ...methods import METHODS
 from .. import baking as bakes
 from .. import form, render
 from ..compat import update
+from ..form import Changes, Form
 from . import baking, presets
 from .controls import BUTTONS
 from .filling import Filling
-from .wiring import FORM_NAMES, Changes, Form, listed
+from .wiring import FORM_NAMES, listed
 
 if TYPE_CHECKING:
     from ..facts import Facts

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..form import NO_PREVIEW, PLAIN, RANK_RULES
+from ...recipe.rank_rules import RANK_RULES
+from ..form import NO_PREVIEW, PLAIN
 
 if TYPE_CHECKING:
     from ...recipe import Param

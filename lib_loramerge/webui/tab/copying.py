@@ -11,7 +11,8 @@ from ...methods import METHODS
 from ...recipe import format_prompt, to_command, to_json
 from .. import baking as bakes
 from .. import compat, form
-from .wiring import FORM_NAMES, Changes, Form
+from ..form import Changes, Form
+from .wiring import FORM_NAMES
 
 if TYPE_CHECKING:
     from ..host import Host

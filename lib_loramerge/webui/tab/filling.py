@@ -8,9 +8,11 @@ from functools import partial
 
 from ...errors import RecipeError, Sentence
 from ...methods import METHODS
+from ...recipe.rank_rules import FAIR_RULES, RANK_RULES, RULE_FIELDS
 from .. import baking as bakes
-from .. import form, render, sidecar
+from .. import filled, form, render, sidecar
 from ..compat import update
+from ..form import Changes, Form
 from ..merge_jobs import MergeRequest
 from . import baking, presets
 from .layout import mode_text
@@ -18,8 +20,6 @@ from .wiring import (
     FORM_NAMES,
     ROW_NAMES,
     ROW_PLACES,
-    Changes,
-    Form,
     Wiring,
     argument,
     joined,
@@ -190,7 +190,7 @@ class Filling(Wiring):
         }
 
     def fill_from_text(self, values: Form) -> Changes:
-        wanted, notes = form.read_pasted(str(values["fill_text"] or ""), self.host, METHODS)
+        wanted, notes = filled.read_pasted(str(values["fill_text"] or ""), self.host, METHODS)
         changes = self.show_form(wanted)
         return {**changes, "fill_text": update(), "rows_message": render.note_box(notes)}
 
@@ -208,8 +208,8 @@ class Filling(Wiring):
             raise RecipeError(
                 "{file} does not say how it was made: it was not merged by LoRA Merge.", path.name
             )
-        described = form.of_user_metadata(sidecar.read(path))
-        return self.show_form({**form.form_of(recipe, self.host, METHODS), **described})
+        described = filled.of_user_metadata(sidecar.read(path))
+        return self.show_form({**filled.form_of(recipe, self.host, METHODS), **described})
 
     def fill_from_job(self, values: Form) -> Changes:
         job = self.jobs.get(str(values["argument"] or ""))
@@ -219,9 +219,9 @@ class Filling(Wiring):
         recipe = getattr(request, "recipe", None)
         if recipe is None:
             raise RecipeError("Its settings are not those of a merge.")
-        wanted = form.form_of(recipe, self.host, METHODS)
+        wanted = filled.form_of(recipe, self.host, METHODS)
         if isinstance(request, MergeRequest):
-            wanted |= form.of_user_metadata(request.user_metadata)
+            wanted |= filled.of_user_metadata(request.user_metadata)
         if isinstance(request, MergeRequest) and not request.trial:
             wanted |= {"name": request.name, "subfolder": request.subfolder}
         wanted |= bakes.form_of(request)
@@ -263,17 +263,15 @@ class Filling(Wiring):
         """What is seen depends on the mode and on the rank rule."""
         mode = form.mode_name(values.get("mode"), METHODS)
         method = METHODS.get(mode)
-        rule = form.key_of(form.RANK_RULES, values.get("rank_rule") or form.RANK_RULES["auto"])
+        rule = form.key_of(RANK_RULES, values.get("rank_rule") or RANK_RULES["auto"])
         ranked = method is None or method.uses_rank
         changes: Changes = {
             "rank_rule": update(visible=ranked),
             **{
-                name: update(visible=ranked and form.RULE_FIELDS.get(rule) == name)
-                for name in form.RULE_FIELDS.values()
+                name: update(visible=ranked and RULE_FIELDS.get(rule) == name)
+                for name in RULE_FIELDS.values()
             },
-            "fair": update(
-                visible=ranked and rule in form.FAIR_RULES and method is not None and method.exact
-            ),
+            "fair": update(visible=ranked and rule in FAIR_RULES and method is not None and method.exact),
             "normalize": update(visible=method is None or method.exact),
             "mode_text": mode_text(mode)
             if method is not None

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from ...blocks import BLOCK_IDS
 from ...methods import METHODS
+from ...recipe.rank_rules import RANK_RULES
 from .. import compat, render, render_jobs
-from ..form import MAX_ROWS, PLAIN, RANK_RULES, START_ROWS, row_of
+from ..filled import row_of
+from ..form import MAX_ROWS, PLAIN, START_ROWS
 from . import baking, extracting, picturing
 from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from ...recipe.rank_rules import RANK_RULES
 from .. import form
-from .wiring import FORM_NAMES, Changes, Form
+from ..form import Changes, Form
+from .wiring import FORM_NAMES
 
 if TYPE_CHECKING:
     from .filling import Filling
@@ -20,7 +22,7 @@ def connect(wiring: Filling) -> None:
         wanted: Changes = {}
         for field, rule in (("rank", "number"), ("size", "size")):
             if field in offer:
-                wanted |= {"rank_rule": form.RANK_RULES[rule], field: offer[field]}
+                wanted |= {"rank_rule": RANK_RULES[rule], field: offer[field]}
         if "normalize" in offer:
             wanted["normalize"] = form.PLAIN["normalize"].shown(offer["normalize"])
         return wiring.chosen(values, wanted)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from ...errors import RecipeError
 from ...methods import METHODS
-from .. import compat, form
+from .. import compat, filled
+from ..form import Changes, Form
 from ..merge_jobs import MergeRequest
 from ..xyz.axes import PREFIX
 from .copying import as_prompt
-from .wiring import FORM_NAMES, Changes, Form
+from .wiring import FORM_NAMES
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -69,7 +70,7 @@ def connect(wiring: Running) -> None:
         if not text:
             raise RecipeError("Choose a picture first: its settings are shown below it.")
         recipe = recipe_of(text, wiring.host.settings())
-        shown = wiring.show_form(form.form_of(recipe, wiring.host, METHODS))
+        shown = wiring.show_form(filled.form_of(recipe, wiring.host, METHODS))
         return {**shown, **wiring.merge(MergeRequest(recipe))}
 
     places = (*wiring.form_places, *wiring.begun_places)

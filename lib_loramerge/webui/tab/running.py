@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from ...errors import LoraMergeError, RecipeError
 from ...methods import METHODS
+from ...recipe.rank_rules import RANK_RULES
 from .. import baking as bakes
 from .. import form, render_jobs
 from ..compat import update
+from ..form import Changes, Form
 from ..merge_jobs import MergeRequest
 from . import extracting
 from .asking import Asking
-from .wiring import FORM_NAMES, Changes, Form, argument
+from .wiring import FORM_NAMES, argument
 
 if TYPE_CHECKING:
     from ..jobs import Job
@@ -91,7 +93,7 @@ class Running(Asking):
         begun = self.jobs.again_exactly(job)
         changes = self.begun(begun)
         if same:
-            full: Changes = {"rank_rule": form.RANK_RULES["full"], "conv_rank": None}
+            full: Changes = {"rank_rule": RANK_RULES["full"], "conv_rank": None}
             changes |= {"conv_rank": None, **self.chosen(values, full)}
         return changes
 
