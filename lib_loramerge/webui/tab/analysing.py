@@ -46,7 +46,7 @@ def connect(wiring: Wiring) -> None:
         return shown(look)
 
     names = ("argument", *FORM_NAMES)
-    wiring.button(
+    wiring.on(
         "analyse",
         start,
         names,
@@ -56,7 +56,7 @@ def connect(wiring: Wiring) -> None:
     )
     for name, handler in (("look", follow), ("unlook", stop)):
         js = f"() => loramergeArgument('{name}')"
-        wiring.button(name, handler, ("argument",), (STATE, RESULT), message=STATE, js=js)
+        wiring.on(name, handler, ("argument",), (STATE, RESULT), message=STATE, js=js)
 
 
 def shown(look: Look) -> Changes:

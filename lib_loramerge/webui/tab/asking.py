@@ -51,7 +51,7 @@ class Asking(Filling):
             f"(on, ...v) => [on ? JSON.stringify(v.slice(0, {len(ticked) - 1})"
             ".filter((text, at) => at % 2 && v[at - 1])) : '']",
         )
-        self.button(
+        self.on(
             "ask",
             self.ask,
             (*FORM_NAMES, "refused", "preset_row", "fitted"),

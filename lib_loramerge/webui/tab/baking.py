@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import baking, compat
 from ..compat import update
-from .controls import BUTTONS, Control
+from .controls import BUTTONS, Control, choice, open_list
 
 if TYPE_CHECKING:
     from ..facts import Facts
@@ -31,41 +31,21 @@ CONTROLS = (
     Control(
         "bake_base",
         "Dropdown",
-        {
-            "label": "Checkpoint",
-            "choices": [],
-            "value": "",
-            "allow_custom_value": True,
-            "scale": 4,
-            "min_width": 220,
-        },
+        open_list("Checkpoint", scale=4, min_width=220),
         "The LoRAs are added to this one. Its file stays as it is; a new one is written.",
         ("bake.base",),
     ),
     Control(
         "bake_dtype",
         "Dropdown",
-        {
-            "label": "Precision of the checkpoint",
-            "choices": list(baking.DTYPES.values()),
-            "value": baking.DTYPES["same"],
-            "scale": 2,
-            "min_width": 190,
-        },
+        choice("Precision of the checkpoint", baking.DTYPES, "same", scale=2, min_width=190),
         "How the matrices of denoiser and text encoders are stored. All else stays as it is.",
         ("bake.dtype",),
     ),
     Control(
         "bake_rounding",
         "Dropdown",
-        {
-            "label": "Rounding",
-            "choices": list(baking.ROUNDINGS.values()),
-            "value": baking.ROUNDINGS["auto"],
-            "visible": False,
-            "scale": 2,
-            "min_width": 190,
-        },
+        choice("Rounding", baking.ROUNDINGS, "auto", visible=False, scale=2, min_width=190),
         (
             "To the nearest float8 number, small changes vanish. By chance, all of them stay on average. "
             "Automatic does the latter for float8 alone."
@@ -95,15 +75,14 @@ SEEN = ("bake_line", *OF_A_LORA, "button.merge", "bake_rounding", "bake_drop_ema
 
 def lay_out_choice(layout: Layout) -> None:
     """The choice between a LoRA and a checkpoint, where there may be one."""
-    layout.control(CONTROLS[0], visible=layout.host.can_bake())
+    layout.control("result_kind", visible=layout.host.can_bake())
 
 
 def lay_out(layout: Layout) -> None:
     """The line of a checkpoint's settings, hidden until it is chosen."""
-    controls = {control.name: control for control in CONTROLS}
     with compat.make("Row", visible=False, elem_id="loramerge_bake_line") as row:
         for name in LINE:
-            layout.control(controls[name])
+            layout.control(name)
     layout.widgets["bake_line"] = row
 
 

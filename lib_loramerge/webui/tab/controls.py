@@ -37,6 +37,16 @@ class Control(NamedTuple):
     hidden: bool = False
 
 
+def open_list(label: str, **options: object) -> Mapping[str, object]:
+    """A list that handlers fill, and that takes other texts, too."""
+    return {"label": label, "choices": [], "value": "", "allow_custom_value": True, **options}
+
+
+def choice(label: str, labels: Mapping[str, str], chosen: str, **options: object) -> Mapping[str, object]:
+    """A list of what is shown for each of some words."""
+    return {"label": label, "choices": list(labels.values()), "value": labels[chosen], **options}
+
+
 def _plain(name: str, **options: object) -> Control:
     """The control of a setting, made from the recipe's own table."""
     entry = PLAIN[name]
@@ -57,14 +67,7 @@ ROW_CONTROLS = (
     Control(
         "lora",
         "Dropdown",
-        {
-            "label": "LoRA",
-            "choices": [],
-            "value": "",
-            "allow_custom_value": True,
-            "scale": 6,
-            "min_width": 200,
-        },
+        open_list("LoRA", scale=6, min_width=200),
         "Type a part of the name, the folder or the base model to search.",
         ("input.name",),
     ),
@@ -106,14 +109,7 @@ ROW_CONTROLS = (
     Control(
         "blocks",
         "Dropdown",
-        {
-            "label": "Block weights",
-            "choices": [],
-            "value": "",
-            "allow_custom_value": True,
-            "scale": 3,
-            "min_width": 120,
-        },
+        open_list("Block weights", scale=3, min_width=120),
         (
             "A preset, a list of numbers with commas (R, U and X are allowed, too), or blocks by name: "
             "D00-D07:0.5,BASE:0. Empty is 1 for every block."
@@ -123,14 +119,7 @@ ROW_CONTROLS = (
     Control(
         "elements",
         "Dropdown",
-        {
-            "label": "Elemental weights",
-            "choices": [],
-            "value": "",
-            "allow_custom_value": True,
-            "scale": 2,
-            "min_width": 160,
-        },
+        open_list("Elemental weights", scale=2, min_width=160),
         "An elemental preset, or blocks:elements:weight.",
         ("input.lbwe",),
     ),
@@ -168,13 +157,7 @@ CONTROLS = (
     Control(
         "rank_rule",
         "Dropdown",
-        {
-            "label": "Rank",
-            "choices": list(RANK_RULES.values()),
-            "value": RANK_RULES["auto"],
-            "scale": 2,
-            "min_width": 190,
-        },
+        choice("Rank", RANK_RULES, "auto", scale=2, min_width=190),
         "Automatic keeps everything, except in modes that choose elements. A number makes a smaller file.",
         ("recipe.rank", "recipe.retain", "recipe.size", "recipe.keep"),
     ),
@@ -218,15 +201,7 @@ CONTROLS = (
     Control(
         "base",
         "Dropdown",
-        {
-            "label": "Base checkpoint",
-            "choices": [],
-            "value": "",
-            "allow_custom_value": True,
-            "visible": False,
-            "scale": 3,
-            "min_width": 200,
-        },
+        open_list("Base checkpoint", visible=False, scale=3, min_width=200),
         (
             "One of the inputs changes the model in proportion to its weights, so the checkpoint it "
             "was trained on is needed."
@@ -263,14 +238,7 @@ CONTROLS = (
     Control(
         "subfolder",
         "Dropdown",
-        {
-            "label": "Subfolder",
-            "choices": [],
-            "value": "",
-            "allow_custom_value": True,
-            "scale": 2,
-            "min_width": 140,
-        },
+        open_list("Subfolder", scale=2, min_width=140),
         ("A folder inside the LoRA folder. Empty is the LoRA folder itself; a new name makes a new folder."),
         ("request.subfolder",),
     ),
@@ -308,14 +276,7 @@ CONTROLS = (
     Control(
         "preview",
         "Dropdown",
-        {
-            "label": "Preview picture from",
-            "choices": [NO_PREVIEW],
-            "value": NO_PREVIEW,
-            "allow_custom_value": True,
-            "scale": 1,
-            "min_width": 160,
-        },
+        open_list("Preview picture from", choices=[NO_PREVIEW], value=NO_PREVIEW, scale=1, min_width=160),
         "Picture of the card of the new LoRA.",
         ("request.preview",),
     ),

@@ -26,7 +26,7 @@ def connect(wiring: Wiring) -> None:
         def make(values: Form, text: Callable[[Form, Host], str] = text) -> Changes:
             return {"copy_text": text(values, wiring.host)}
 
-        event = wiring.button(name, make, FORM_NAMES, ("copy_text",), message="copy_message")
+        event = wiring.on(name, make, FORM_NAMES, ("copy_text",), message="copy_message")
         compat.on(
             event.then,
             None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .. import compat, extracting, render
 from ..compat import update
 from ..host.checkpoints import CLOSED
-from .controls import Control, element_id
+from .controls import Control, choice, open_list
 
 if TYPE_CHECKING:
     from ..form import Changes, Form
@@ -17,30 +17,23 @@ if TYPE_CHECKING:
     from .running import Running
 
 TITLE = "Extract"
-_LIST = {"choices": [], "value": "", "allow_custom_value": True, "scale": 1, "min_width": 240}
 CONTROLS = (
     Control(
         "extract_tuned",
         "Dropdown",
-        {"label": "Fine-tuned checkpoint", **_LIST},
+        open_list("Fine-tuned checkpoint", scale=1, min_width=240),
         "The LoRA will hold what this one is more than the base.",
     ),
     Control(
         "extract_base",
         "Dropdown",
-        {"label": "Its base", **_LIST},
+        open_list("Its base", scale=1, min_width=240),
         "The checkpoint that it was trained from. With another one the LoRA holds their difference, too.",
     ),
     Control(
         "extract_rule",
         "Dropdown",
-        {
-            "label": "Rank rule",
-            "choices": list(extracting.RULES.values()),
-            "value": extracting.RULES["number"],
-            "scale": 2,
-            "min_width": 200,
-        },
+        choice("Rank rule", extracting.RULES, "number", scale=2, min_width=200),
         "How much of the difference the LoRA may hold. A higher rank keeps more and makes a larger file.",
     ),
     Control(
@@ -83,25 +76,13 @@ CONTROLS = (
     Control(
         "extract_parts",
         "Dropdown",
-        {
-            "label": "Parts of the model",
-            "choices": list(extracting.PARTS.values()),
-            "value": extracting.PARTS[""],
-            "scale": 1,
-            "min_width": 150,
-        },
+        choice("Parts of the model", extracting.PARTS, "", scale=1, min_width=150),
         "Which part of the model goes into the LoRA.",
     ),
     Control(
         "extract_dtype",
         "Dropdown",
-        {
-            "label": "Precision",
-            "choices": list(extracting.PRECISIONS.values()),
-            "value": extracting.PRECISIONS["float16"],
-            "scale": 1,
-            "min_width": 150,
-        },
+        choice("Precision", extracting.PRECISIONS, "float16", scale=1, min_width=150),
         "How numbers are stored. float16 is half the size of float32 and exact enough.",
     ),
     Control(
@@ -137,24 +118,18 @@ def lay_out(layout: Layout) -> None:
     if not layout.host.can_bake():
         compat.make("HTML", value=render.note_box([CLOSED]), elem_id="loramerge_extract_closed")
         return
-    controls = {control.name: control for control in CONTROLS}
 
     def line(name: str, *controlled: str) -> None:
         with compat.make("Row", elem_id=f"loramerge_extract_{name}_line"):
             for one in controlled:
-                layout.control(controls[one])
-
-    def button(name: str, **options: object) -> None:
-        layout.widget(
-            f"button.{name}", "Button", value=BUTTONS[name][0], elem_id=element_id(name), size="sm", **options
-        )
+                layout.control(one)
 
     with compat.make("Row", elem_id="loramerge_extract_columns"):
         with compat.make("Column", scale=9, min_width=320, elem_id="loramerge_extract_form"):
             with layout.section("extract_what", "What differs"):
                 line("pair", "extract_tuned", "extract_base")
                 with compat.make("Row"):
-                    button("extract_refresh", scale=0, min_width=130)
+                    layout.button("extract_refresh", scale=0, min_width=130)
             with layout.section("extract_how", "How"):
                 line("rank", "extract_rule", *_SEEN, "extract_conv_rank")
                 line("more", "extract_parts", "extract_dtype", "extract_skip")
@@ -163,7 +138,7 @@ def lay_out(layout: Layout) -> None:
         with compat.make("Column", scale=5, min_width=280, elem_id="loramerge_extract_side"):
             with layout.section("extract_facts", "What will come out"):
                 layout.place(FACTS, f'<div class="lm-quiet">{render.say(extracting.EMPTY)}</div>')
-            button("extract", variant="primary")
+            layout.button("extract", variant="primary")
             layout.place(MESSAGE)
             layout.place(JOBS)
             layout.place(RESULT)
@@ -201,13 +176,11 @@ def connect(wiring: Running) -> None:
         return {**wiring.begun(job), "extract_overwrite": False}
 
     pair = ("extract_tuned", "extract_base")
-    wiring.button("extract_refresh", refresh, pair, pair, message=MESSAGE)
+    wiring.on("extract_refresh", refresh, pair, pair, message=MESSAGE)
     for name in ("greet", "refresh", "restore"):
-        wiring.button(name, fill, pair, pair, message="argument")
+        wiring.on(name, fill, pair, pair, message="argument")
     # What an error says stays until something is changed; what was typed stays in any case.
     asked = tuple(name for name in NAMES if name not in ("extract_name", "extract_overwrite"))
     for name in asked:
         wiring.on(wiring.widgets[name].change, look, NAMES, (FACTS, "extract_name", *_SEEN), message=MESSAGE)
-    wiring.button(
-        "extract", start, NAMES, (*wiring.job_places, "started", "extract_overwrite"), message=MESSAGE
-    )
+    wiring.on("extract", start, NAMES, (*wiring.job_places, "started", "extract_overwrite"), message=MESSAGE)

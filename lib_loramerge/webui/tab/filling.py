@@ -70,7 +70,7 @@ class Filling(Wiring):
             swap = f"(...v) => [...v.slice({half}, {2 * half}), ...v.slice(0, {half})]"
             self.browser(self.widgets[f"button.row{index}.up"].click, pair, pair, swap)
             self.browser(self.widgets[f"button.row{index - 1}.down"].click, pair, pair, swap)
-        self.button(
+        self.on(
             f"row{index}.remove",
             lambda values: self.remove_row(values, index),
             ("rows", *ROW_NAMES),
@@ -109,8 +109,8 @@ class Filling(Wiring):
 
     def _connect_lists(self) -> None:
         every_row = ("rows", *ROW_NAMES, *ROW_PLACES, "fitted")
-        self.button("add", self.add_row, ("rows", *ROW_NAMES), every_row, message="rows_message")
-        self.button(
+        self.on("add", self.add_row, ("rows", *ROW_NAMES), every_row, message="rows_message")
+        self.on(
             "clear",
             lambda _: {**self.show_rows({"rows": form.START_ROWS}), **form.NO_RESULT},
             (),
@@ -119,7 +119,7 @@ class Filling(Wiring):
         )
         outputs = (*every_row, "names", "pictures", *_LISTS, *_LAYOUTS)
         for name in ("refresh", "greet"):
-            self.button(
+            self.on(
                 name,
                 partial(self.refresh, look=name == "refresh"),
                 ("rows", *ROW_NAMES, *_LISTS, "preset_kind"),
@@ -127,8 +127,8 @@ class Filling(Wiring):
                 message="rows_message",
             )
         everything = self.form_places
-        self.button("fill_text", self.fill_from_text, ("fill_text",), everything, message="rows_message")
-        self.button(
+        self.on("fill_text", self.fill_from_text, ("fill_text",), everything, message="rows_message")
+        self.on(
             "paste_prompt",
             self.fill_from_text,
             ("fill_text",),
@@ -136,8 +136,8 @@ class Filling(Wiring):
             message="rows_message",
             js="() => [loramergePrompt()]",
         )
-        self.button("fill_file", self.fill_from_file, ("fill_file",), everything, message="rows_message")
-        self.button(
+        self.on("fill_file", self.fill_from_file, ("fill_file",), everything, message="rows_message")
+        self.on(
             "refill",
             self.fill_from_job,
             ("argument",),
@@ -145,7 +145,7 @@ class Filling(Wiring):
             message="rows_message",
             js=argument("refill"),
         )
-        self.button(
+        self.on(
             "restore",
             self.restore,
             ("argument",),

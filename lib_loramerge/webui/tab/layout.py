@@ -14,7 +14,16 @@ from .. import compat, render, render_jobs
 from ..filled import row_of
 from ..form import MAX_ROWS, PLAIN, START_ROWS
 from . import baking, extracting, picturing
-from .controls import BUTTONS, CONTROLS, ROW_BUTTONS, ROW_CONTROLS, Control, element_id, param_control
+from .controls import (
+    BUTTONS,
+    CONTROLS,
+    ROW_BUTTONS,
+    ROW_CONTROLS,
+    Control,
+    element_id,
+    open_list,
+    param_control,
+)
 
 if TYPE_CHECKING:
     from ..compat import Widget
@@ -42,7 +51,8 @@ class Layout:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.widgets: dict[str, Widget] = {}
-        self._controls = {control.name: control for control in CONTROLS}
+        every = (*CONTROLS, *baking.CONTROLS, *extracting.CONTROLS)
+        self._controls = {control.name: control for control in every}
         with compat.make("Column", elem_id="loramerge_app"):
             compat.make(
                 "HTML",
@@ -63,23 +73,27 @@ class Layout:
 
     # Pieces
 
-    def widget(self, name: str, kind: str, **options: object) -> Widget:
+    def widget(self, name: str, kind: str, **options: object) -> None:
         """One component that handlers know by this name."""
         self.widgets[name] = compat.make(kind, **{"elem_id": element_id(name), **options})
-        return self.widgets[name]
 
-    def control(self, control: Control, **changes: object) -> Widget:
+    def put(self, control: Control, **changes: object) -> None:
+        """A control, perhaps under another name than its table's."""
+        self.widget(control.name, control.kind, **{**control.options, **changes})
+
+    def control(self, name: str, **changes: object) -> None:
         """One control of the form."""
-        return self.widget(control.name, control.kind, **{**control.options, **changes})
+        self.put(self._controls[name], **changes)
 
-    def button(self, name: str, **options: object) -> Widget:
+    def button(self, name: str, **options: object) -> None:
         """One of our buttons, by its name in the table."""
-        options = {"value": BUTTONS[name][0], "elem_id": element_id(name), "size": "sm", **options}
-        return self.widget(f"button.{name}", "Button", **options)
+        text, _ = {**BUTTONS, **extracting.BUTTONS}[name]
+        options = {"value": text, "elem_id": element_id(name), "size": "sm", **options}
+        self.widget(f"button.{name}", "Button", **options)
 
-    def place(self, name: str, value: str = "") -> Widget:
+    def place(self, name: str, value: str = "") -> None:
         """An empty place for HTML from handlers."""
-        return self.widget(name, "HTML", value=value)
+        self.widget(name, "HTML", value=value)
 
     @contextmanager
     def section(self, name: str, title: str) -> Iterator[None]:
@@ -126,7 +140,7 @@ class Layout:
             changes: dict[str, object] = {"value": values[name]} if name in values else {}
             if name == "lora" and values:
                 changes["choices"] = [values[name]]
-            self.control(controls[name]._replace(name=f"row{index}.{name}"), **changes)
+            self.put(controls[name]._replace(name=f"row{index}.{name}"), **changes)
 
         with compat.make("Column", visible=index < START_ROWS, elem_id=f"loramerge_row{index}") as group:
             with compat.make("Row", elem_id=f"loramerge_row{index}_line"):
@@ -169,13 +183,7 @@ class Layout:
             self.widget(
                 "fill_file",
                 "Dropdown",
-                label="Merged file",
-                choices=[],
-                value="",
-                allow_custom_value=True,
-                scale=4,
-                min_width=220,
-                elem_id="loramerge_fill_name",
+                **open_list("Merged file", scale=4, min_width=220, elem_id="loramerge_fill_name"),
             )
             with compat.make("Column", scale=1, min_width=150):
                 self.button("fill_file")
@@ -187,33 +195,33 @@ class Layout:
             with compat.make("Row", elem_id="loramerge_how_line"):
                 labels = [method.label for method in METHODS.values()]
                 method = METHODS.get(settings.mode) or next(iter(METHODS.values()))
-                self.control(self._controls["mode"], choices=labels, value=method.label)
+                self.control("mode", choices=labels, value=method.label)
                 rule, rank = _rank_setting(settings.rank)
-                self.control(self._controls["rank_rule"], value=rule, visible=method.uses_rank)
+                self.control("rank_rule", value=rule, visible=method.uses_rank)
                 self.control(
-                    self._controls["rank"],
+                    "rank",
                     value=rank,
                     visible=method.uses_rank and rule == RANK_RULES["number"],
                 )
-                self.control(self._controls["retain"])
-                self.control(self._controls["size"])
-                self.control(self._controls["fair"])
-                self.control(self._controls["dtype"], value=PLAIN["dtype"].shown(settings.dtype))
+                self.control("retain")
+                self.control("size")
+                self.control("fair")
+                self.control("dtype", value=PLAIN["dtype"].shown(settings.dtype))
                 device = next((label for label, key in devices if key == settings.device), devices[0][0])
-                self.control(self._controls["device"], choices=[label for label, _ in devices], value=device)
+                self.control("device", choices=[label for label, _ in devices], value=device)
             self.place("mode_text", mode_text(method.name))
             self._params(method.name)
             with compat.make("Row", elem_id="loramerge_needed_line"):
-                self.control(self._controls["base_model"])
-                self.control(self._controls["base"])
-                self.control(self._controls["seed"])
+                self.control("base_model")
+                self.control("base")
+                self.control("seed")
             with (
                 compat.make("Accordion", label="More", open=False, elem_id="loramerge_how_more"),
                 compat.make("Row"),
             ):
-                self.control(self._controls["host"], value=PLAIN["host"].shown(self.host.record))
+                self.control("host", value=PLAIN["host"].shown(self.host.record))
                 for name in HOW_MORE:
-                    self.control(self._controls[name])
+                    self.control(name)
             self.place("how_message")
 
     def _params(self, shown: str) -> None:
@@ -224,16 +232,16 @@ class Layout:
                 "Row", visible=method.name == shown, elem_id=f"loramerge_params_{method.name}"
             ) as row:
                 for param in method.params:
-                    self.control(param_control(method.name, param))
+                    self.put(param_control(method.name, param))
             self.widgets[f"params.{method.name}"] = row
 
     def _result(self) -> None:
         with self.section("result", "Result"):
             baking.lay_out_choice(self)
             with compat.make("Row", elem_id="loramerge_result_line"):
-                self.control(self._controls["name"])
-                self.control(self._controls["subfolder"], visible=not self.host.hide_dirs())
-                self.control(self._controls["overwrite"])
+                self.control("name")
+                self.control("subfolder", visible=not self.host.hide_dirs())
+                self.control("overwrite")
             self.place("name_message")
             baking.lay_out(self)
             with compat.make(
@@ -245,7 +253,7 @@ class Layout:
                 for line in RESULT_MORE:
                     with compat.make("Row"):
                         for name in line:
-                            self.control(self._controls[name])
+                            self.control(name)
             self.widgets["result_more"] = more
 
     def _side(self) -> None:
@@ -292,16 +300,7 @@ class Layout:
                 scale=0,
                 min_width=300,
             )
-            self.widget(
-                "preset_pick",
-                "Dropdown",
-                label="Preset",
-                choices=[],
-                value="",
-                allow_custom_value=True,
-                scale=2,
-                min_width=180,
-            )
+            self.widget("preset_pick", "Dropdown", **open_list("Preset", scale=2, min_width=180))
             self.widget(
                 "preset_layout",
                 "Dropdown",
@@ -334,16 +333,8 @@ class Layout:
             )
             self.button("preset_save", variant="primary", scale=1, min_width=120)
             self.button("preset_delete", scale=1, min_width=120)
-            self.widget(
-                "preset_row",
-                "Dropdown",
-                label="Row and LoRA",
-                choices=["1"],
-                value="1",
-                allow_custom_value=True,
-                scale=2,
-                min_width=180,
-            )
+            rows = open_list("Row and LoRA", choices=["1"], value="1", scale=2, min_width=180)
+            self.widget("preset_row", "Dropdown", **rows)
             self.button("preset_use", scale=1, min_width=120)
         self.place("preset_message")
 
@@ -351,11 +342,11 @@ class Layout:
         """What the page's script presses and fills; never shown."""
         for control in CONTROLS:
             if control.hidden:
-                self.control(control)
+                self.put(control)
         for index in range(MAX_ROWS):
             for control in ROW_CONTROLS:
                 if control.hidden:
-                    self.control(control._replace(name=f"row{index}.{control.name}"))
+                    self.put(control._replace(name=f"row{index}.{control.name}"))
         self.place("names")
         self.place("pictures")
         for name in SCRIPT_FIELDS:

@@ -27,7 +27,7 @@ def connect(wiring: Filling) -> None:
             wanted["normalize"] = form.PLAIN["normalize"].shown(offer["normalize"])
         return wiring.chosen(values, wanted)
 
-    wiring.button(
+    wiring.on(
         "use",
         take,
         ("argument", *FORM_NAMES),

@@ -54,7 +54,7 @@ def connect(wiring: Running) -> None:
         asked = [as_prompt(values, wiring.host), PREFIX + axis, text, time.time()]
         return {"plot": json.dumps(asked)}
 
-    event = wiring.button("see", see, (*FORM_NAMES, "see_axis"), ("plot",))
+    event = wiring.on("see", see, (*FORM_NAMES, "see_axis"), ("plot",))
     compat.on(
         event.then,
         None,
@@ -74,4 +74,4 @@ def connect(wiring: Running) -> None:
         return {**shown, **wiring.merge(MergeRequest(recipe))}
 
     places = (*wiring.form_places, *wiring.begun_places)
-    wiring.button("keep", keep, ("argument",), places, js="() => loramergeArgument('keep')")
+    wiring.on("keep", keep, ("argument",), places, js="() => loramergeArgument('keep')")

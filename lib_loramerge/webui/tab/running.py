@@ -30,17 +30,17 @@ class Running(Asking):
     def connect_jobs(self) -> None:
         outputs = self.job_places
         begun = self.begun_places
-        self.button("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
-        self.button("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
-        self.button(
+        self.on("merge", lambda values: self.start(values, trial=False), FORM_NAMES, begun)
+        self.on("try", lambda values: self.start(values, trial=True), FORM_NAMES, begun)
+        self.on(
             "again",
             self.again,
             ("argument", *FORM_NAMES),
             (*begun, "conv_rank", *self.shown_by_choice),
             js=f"(...v) => [...loramergeArgument('again'), ...v.slice(1, {len(FORM_NAMES) + 1})]",
         )
-        self.button("poll", self.poll, ("argument",), outputs, message="argument", js=argument("poll"))
-        self.button("drop", self.drop, ("argument",), outputs, message="argument", js=argument("drop"))
+        self.on("poll", self.poll, ("argument",), outputs, message="argument", js=argument("poll"))
+        self.on("drop", self.drop, ("argument",), outputs, message="argument", js=argument("drop"))
 
     def start(self, values: Form, *, trial: bool) -> Changes:
         from .. import facts  # Not at the WebUI's start, see extension.py.

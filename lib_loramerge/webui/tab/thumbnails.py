@@ -18,7 +18,7 @@ SECONDS = 10.0  # A slow disk gets no longer; what was read is remembered, and t
 
 def connect(wiring: Wiring) -> None:
     """Attach what the page's script presses when a list first opens."""
-    wiring.button("pictures", lambda _: {"pictures": found(wiring.host)}, (), ("pictures",))
+    wiring.on("pictures", lambda _: {"pictures": found(wiring.host)}, (), ("pictures",))
 
 
 def found(host: Host) -> str:

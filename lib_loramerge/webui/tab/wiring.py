@@ -47,7 +47,7 @@ class Wiring:
 
     def on(
         self,
-        trigger: Trigger,
+        trigger: Trigger | str,
         handler: Handler,
         inputs: Iterable[str] = (),
         outputs: Iterable[str] = (),
@@ -55,7 +55,7 @@ class Wiring:
         message: str = "message",
         js: str | None = None,
     ) -> Event:
-        """Connect a handler that takes and gives values by name.
+        """Connect a handler that takes and gives values by name; an event, or a button by its name.
 
         A :class:`LoraMergeError` is shown in the place ``message``; all else stays as it is.
         """
@@ -70,25 +70,12 @@ class Wiring:
             return [changes.get(place, update()) for place in places]
 
         return compat.on(
-            trigger,
+            self.widgets[f"button.{trigger}"].click if isinstance(trigger, str) else trigger,
             run,
             [self.widgets[name] for name in names],
             [self.widgets[name] for name in places],
             js=js,
         )
-
-    def button(
-        self,
-        name: str,
-        handler: Handler,
-        inputs: Iterable[str] = (),
-        outputs: Iterable[str] = (),
-        *,
-        message: str = "message",
-        js: str | None = None,
-    ) -> Event:
-        trigger = self.widgets[f"button.{name}"].click
-        return self.on(trigger, handler, inputs, outputs, message=message, js=js)
 
     def browser(self, trigger: Trigger, inputs: Iterable[str], outputs: Iterable[str], js: str) -> None:
         """Connect a piece of JavaScript that needs nothing of the server."""
