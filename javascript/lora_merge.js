@@ -6,6 +6,7 @@
 
     const TICK = 100; // ms between looks at the page; what is the same twice is asked for, well within 300 ms
     const ANSWER = 4000; // ms to wait for an answer before asking again
+    const LOST = 30000; // ms to wait for the facts: a late answer to an older question would take their place
     const POLL_ACTIVE = 400;
     const POLL_IDLE = 5000;
     const FORGOTTEN = 60000; // ms after which a merge that the server does not know is no longer asked for
@@ -213,7 +214,7 @@
             state.untaken = false;
             if (names.length) press("take");
         }
-        if (state.asked && now - state.asked < ANSWER) return;
+        if (state.asked && now - state.asked < LOST) return;
         const signature = signatureOfForm();
         const settled = signature === state.pending;
         state.pending = signature;

@@ -65,6 +65,11 @@ NAME_IS_SEEN = """() => {
         `#loramerge_${name} textarea, #loramerge_${name} input`).value;
     return (JSON.parse(value('draft') || '{}').name || '') === value('name');
 }"""
+# Whether a press reached its button.
+COUNT_PRESSES = """button => {
+    window.lmPresses = 0;
+    button.addEventListener('click', () => { window.lmPresses += 1; }, {capture: true, once: true});
+}"""
 
 
 @contextmanager
@@ -156,7 +161,13 @@ class Tab:
         if name in ("merge", "try"):
             # Facts that come in just now move the button away from under the mouse.
             self.page.wait_for_function(NAME_IS_SEEN)
-        self.page.locator(f"#loramerge_{name}").click()
+        button = self.page.locator(f"#loramerge_{name}").first
+        button.evaluate(COUNT_PRESSES)
+        # What comes in between looking where the button is and pressing there moves it away, too.
+        for _ in range(3):
+            button.click()
+            if self.page.evaluate("() => window.lmPresses"):
+                break
 
     def open(self, name: str) -> None:
         """Open a folded part, if it is not open."""

@@ -71,6 +71,23 @@ def test_an_idle_page_asks_seldom(tab: Tab) -> None:
     assert pressed <= 2
 
 
+def test_the_facts_are_not_asked_for_again_while_an_answer_is_awaited(tab: Tab) -> None:
+    """A slow server's answer to the older question would come last and stay."""
+    tab.row(0, "style")
+    tab.wait_for_facts("LoRAs 1")
+    tab.page.evaluate(
+        "() => { window.lmAsked = 0; document.addEventListener('click', event => {"
+        " if (!event.target.closest('#loramerge_do_ask')) return;"
+        " window.lmAsked += 1; event.stopPropagation(); }, true); }"
+    )
+    tab.fill("name", "slow")
+    tab.page.wait_for_function("() => window.lmAsked === 1")
+    tab.fill("name", "slower")
+    tab.page.wait_for_timeout(6000)
+    assert tab.page.evaluate("() => window.lmAsked") == 1
+    tab.load()
+
+
 def replacing(tab: Tab, *loras: str) -> None:
     """The form about to replace ``taken``."""
     pick(tab, *loras)
