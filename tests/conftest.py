@@ -13,7 +13,7 @@ QUICK = {
     "test_delta_dense", "test_delta_measure", "test_delta_storing", "test_delta_types",
     "test_dialects_parse", "test_dialects_registry", "test_docs",
     "test_files_folder", "test_files_header", "test_files_read", "test_hosts", "test_imports",
-    "test_kept", "test_localization", "test_merge_together",
+    "test_localization", "test_merge_together",
     "test_merge_vectors", "test_metadata", "test_methods_elementwise", "test_methods_linear",
     "test_methods_spherical", "test_models_blocks",
     "test_models_checkpoints", "test_models_detect", "test_presets_files",

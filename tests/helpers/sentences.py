@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 # Their texts reach the command line, the REST pages or the console, never the tab.
@@ -144,6 +145,7 @@ def is_prose(text: str) -> bool:
     return len(words) > 1 and any(word.islower() for word in words)
 
 
+@cache
 def _modules(root: Path) -> list[_Module]:
     return [_read(path, root) for path in sorted(root.rglob("*.py"))]
 
