@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lib_loramerge.adapters.scaling import ALPHA_UNUSED
 from lib_loramerge.analysis import inspect
 from lib_loramerge.errors import (
     IncompatibleError,
@@ -89,6 +90,20 @@ def test_02_many_layers_with_an_alpha_of_0_are_counted_in_one_sentence_and_inspe
         [found] = [text for text in notes if "alpha is 0" in text]
         assert "in 5 layers (lora_unet_input_blocks_1_1_" in found
         assert "and 2 more)" in found
+
+
+def test_02_notes_on_a_file_and_on_its_layers_are_sentences_of_ours_within_one_with_its_name(tmp_path):
+    lokr = {
+        f"{SD1_K}.lokr_w1": rand(4, 4),
+        f"{SD1_K}.lokr_w2": rand(4, 192),
+        f"{SD1_K}.alpha": torch.tensor(1.0),
+    }
+    zero = {**lora(Q, in_=16), f"{Q}.alpha": torch.tensor(0.0)}
+    _, _, report = merged(tmp_path, {**lokr, **zero})
+    [ignored, nothing] = sorted(text for text in report.warnings if "alpha is" in text)[::-1]
+    assert [text.parts[0] for text in (ignored, nothing)] == ["a.safetensors"] * 2
+    assert ignored.parts[1].key == ALPHA_UNUSED
+    assert nothing.parts[1].key.startswith("alpha is 0 in {layers}")
 
 
 @pytest.mark.parametrize("alpha", [

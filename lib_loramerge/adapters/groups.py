@@ -162,7 +162,7 @@ def _check_leftovers(kind: AdapterKind, present: frozenset[str], where: str) -> 
             "{where}: {slots} has no meaning in a {kind} layer.",
             where,
             _listed(unknown),
-            Sentence(kind.label),
+            kind.label,
         )
 
 

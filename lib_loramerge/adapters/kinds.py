@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..errors import IncompatibleError
+from ..errors import IncompatibleError, Sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,6 +139,7 @@ ADAPTERS: dict[str, AdapterKind] = {}
 
 def register(kind: AdapterKind) -> AdapterKind:
     """Add a kind to :data:`ADAPTERS`."""
+    kind = replace(kind, label=Sentence(kind.label))  # It stands in errors, where ours is told from names.
     ADAPTERS[kind.name] = kind
     return kind
 

@@ -55,7 +55,9 @@ def input_notes(plans: Sequence[SourcePlan]) -> list[str]:
             and part not in encoders
             and not (part == "te1" and "te" in encoders)
         ]
-        notes += [Sentence("{file}: {note}", source.path.name, note) for note in sorted(source.notes())]
+        notes += [
+            Sentence("{file}: {note}", source.path.name, Sentence(note)) for note in sorted(source.notes())
+        ]
     notes += _noise_notes(plans)
     paths = Counter(plan.path for plan in plans)
     notes += [
@@ -93,13 +95,16 @@ def layer_notes(found: Iterable[tuple[str, str]]) -> list[str]:
     layers: dict[str, list[str]] = {}
     for layer, note in found:
         layers.setdefault(note, []).append(layer)
-    return sorted(
-        note.replace(ALPHA_ZERO, _alpha_zero(tuple(names))) if note.endswith(ALPHA_ZERO) else note
-        for note, names in layers.items()
-    )
+    return sorted(_with_layers(Sentence(note), tuple(names)) for note, names in layers.items())
 
 
-def _alpha_zero(layers: tuple[str, ...]) -> str:
+def _with_layers(note: Sentence, layers: tuple[str, ...]) -> Sentence:
+    if note == ALPHA_ZERO:
+        return _alpha_zero(layers)
+    return Sentence(note.key, *(_alpha_zero(layers) if part == ALPHA_ZERO else part for part in note.parts))
+
+
+def _alpha_zero(layers: tuple[str, ...]) -> Sentence:
     return Sentence(
         "alpha is 0 in {layers} ({some}), so nothing changes there: the WebUIs apply the stored number.",
         counted(len(layers), "{count} layer", "{count} layers"),

@@ -199,7 +199,7 @@ class Merger:
         """Read a layer of every input and merge it; nothing is cut or rounded yet."""
         inputs = self.inputs(layer)
         notes = tuple(
-            Sentence("{file}: {note}", self.plan.sources[index].path.name, note)
+            Sentence("{file}: {note}", self.plan.sources[index].path.name, Sentence(note))
             for (index, _, _), entry in zip(layer.inputs, inputs, strict=True)
             for note in entry.notes
         )

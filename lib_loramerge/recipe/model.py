@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from lib_loramerge.errors import RecipeError
+from lib_loramerge.errors import RecipeError, Sentence
 from lib_loramerge.recipe.check import (
     LONGEST_NAME,
     check_choice,
@@ -161,7 +161,7 @@ class LoraInput:
 
     def __post_init__(self) -> None:
         # A file's name may end with a space; only text (a prompt) cannot say so.
-        check_text("The name of a LoRA", self.name, LONGEST_NAME, padded=True)
+        check_text(Sentence("The name of a LoRA"), self.name, LONGEST_NAME, padded=True)
         where = f"{shown(self.name)}: "
         for name in ("te", "unet", "te1", "te2", "te3", "x"):
             value = getattr(self, name)

@@ -160,7 +160,7 @@ def whole(value: object, what: str, low: int | None = None, high: int | None = N
         RecipeError: Empty, no whole number, or outside the limits.
     """
     result = number(value, what)
-    return check_whole(what, int(result) if result.is_integer() else result, low, high)
+    return check_whole(Sentence(what), int(result) if result.is_integer() else result, low, high)
 
 
 def row_count(form: Form) -> int:
