@@ -145,7 +145,7 @@ def _within(
     if left < 0:
         raise OutputError(
             "The size limit is too small by {missing} MB for the layers that must be there.",
-            f"{-left / 1000000.0:.3f}",
+            f"{-left / 1e6:.3f}",
         )
     chosen, spent = np.array(ranks, dtype=np.int64), np.cumsum(cost)
     fit = int(np.searchsorted(spent, left, side="right"))  # the steps before the first that is too large
@@ -227,7 +227,7 @@ def _one_rank_within(layers: Sequence[LayerCost], budget: int) -> int:
         raise OutputError(
             "This spelling stores all layers in one rank; rank 1 takes {least} MB. Allow a larger file, or "
             "use the kohya dialect.",
-            f"{(fixed + per_rank) / 1000000.0:.3f}",
+            f"{(fixed + per_rank) / 1e6:.3f}",
         )
     return int(most)
 

@@ -131,7 +131,7 @@ def _ranks(
         raise OutputError(
             "{size} MB is too small for this difference; it takes at least {least} MB.",
             f"{pair.settings.size:g}",
-            f"{math.ceil((fixed + max(least, some)) / 1000.0) / 1000.0:.3f}",
+            f"{math.ceil((fixed + max(least, some)) / 1e3) / 1e3:.3f}",
         )
     return {name: min(rank, len(costs[name].values)) for name, rank in zip(costs, chosen, strict=True)}
 

@@ -427,7 +427,7 @@ def truncate_all(
 
 def _first(delta: LowRank, rank: int, dtype: torch.dtype) -> LowRank:
     """The first components of a delta of one piece, its scale shared by both factors."""
-    gain = float(delta.component_gains()[0])
+    gain = delta.gain
     root = abs(gain) ** 0.5
     if delta.structure is None:
         up, down = delta.up[:, :rank], delta.down[:rank]

@@ -57,12 +57,22 @@ def decompose_dense(delta: Dense, rank: int | None = None, *, vectors: bool = Tr
     if basis is None:
         return decompose_whole(weight.double(), energy**0.5, delta.kernel, vectors=vectors)
     basis, image, beyond = _projected(weight.double(), basis, energy)
-    inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
+    spectrum = _inside(basis, image, delta.kernel, energy, vectors=vectors)
+    return spectrum if beyond is None else replace(spectrum, beyond=beyond)
+
+
+def _inside(
+    basis: Tensor, image: Tensor, kernel: tuple[int, ...], energy: float, *, vectors: bool = True
+) -> Spectrum:
+    """Spectrum of ``basis @ image``, (out, c) orthonormal and (c, in) float64, as part of a delta.
+
+    Args:
+        energy: Squared norm of the whole delta.
+    """
+    inside = LowRank(basis, image, float(basis.shape[1]), kernel)
     small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image).cpu())
     spectrum = decompose(inside, energy**0.5, vectors=vectors, small=small)
-    if beyond is None:
-        beyond = max(0.0, energy - spectrum.energy)
-    return replace(spectrum, energy=energy, beyond=beyond)
+    return replace(spectrum, energy=energy, beyond=max(0.0, energy - spectrum.energy))
 
 
 def _projected(weight: Tensor, basis: Tensor, energy: float) -> tuple[Tensor, Tensor, float | None]:
@@ -120,10 +130,7 @@ def decompose_large(delta: LowRank, rank: int) -> Spectrum | None:
     if basis is None:
         return None
     image = ((basis.mT @ delta.up.double()) * own) @ delta.down.double()
-    inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
-    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image).cpu())
-    spectrum = decompose(inside, energy**0.5, small=small)
-    return replace(spectrum, energy=energy, size=size, beyond=max(0.0, energy - spectrum.energy))
+    return replace(_inside(basis, image, delta.kernel, energy), size=size)
 
 
 def decompose_operator(delta: LowRank, whole: Operator, rank: int) -> Spectrum | None:
@@ -135,11 +142,7 @@ def decompose_operator(delta: LowRank, whole: Operator, rank: int) -> Spectrum |
     basis = _krylov(whole.times, whole.onto, start, rank, energy, min(delta.out, delta.in_))
     if basis is None:
         return None
-    image = whole.onto(basis)
-    inside = LowRank(basis, image, float(basis.shape[1]), delta.kernel)
-    small = Grams(torch.eye(basis.shape[1], dtype=torch.float64), gram(image))
-    spectrum = decompose(inside, energy**0.5, small=small)
-    return replace(spectrum, energy=energy, size=size, beyond=max(0.0, energy - spectrum.energy))
+    return replace(_inside(basis, whole.onto(basis), delta.kernel, energy), size=size)
 
 
 def _first_rows(delta: LowRank, rank: int) -> Tensor:

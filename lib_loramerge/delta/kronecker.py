@@ -201,10 +201,10 @@ def inner(a: LowRank, b: LowRank) -> float:
     """Frobenius inner product of two terms."""
     one, two = a.structure, b.structure
     if isinstance(one, Kronecker) and isinstance(two, Kronecker):
-        return one.inner(two) * _gain(a) * _gain(b)
+        return one.inner(two) * a.gain * b.gain
     if isinstance(one, Kronecker):
         right = b.down.double().mT * b.component_gains()
-        return float((one.times(right) * b.up.double()).sum()) * _gain(a)
+        return float((one.times(right) * b.up.double()).sum()) * a.gain
     if isinstance(two, Kronecker):
         return inner(b, a)
     left = a.component_gains()[:, None] * b.component_gains()
@@ -212,20 +212,16 @@ def inner(a: LowRank, b: LowRank) -> float:
     return float((products * left).sum())
 
 
-def _gain(delta: LowRank) -> float:
-    return float(delta.component_gains()[0])  # of one piece: all its components count the same
-
-
 def _term_times(term: LowRank, right: Tensor) -> Tensor:
     if isinstance(term.structure, Kronecker):
-        return term.structure.times(right) * _gain(term)
+        return term.structure.times(right) * term.gain
     gains = term.component_gains().to(right.dtype)
     return term.up.to(right.dtype) @ (gains[:, None] * (term.down.to(right.dtype) @ right))
 
 
 def _term_onto(term: LowRank, left: Tensor) -> Tensor:
     if isinstance(term.structure, Kronecker):
-        return (term.structure.transposed_times(left) * _gain(term)).mT
+        return (term.structure.transposed_times(left) * term.gain).mT
     gains = term.component_gains().to(left.dtype)
     return ((left.mT @ term.up.to(left.dtype)) * gains) @ term.down.to(left.dtype)
 

@@ -22,9 +22,8 @@ _PASSES = 5
 _KEPT = 0.5  # Part of a direction that has to be left by the last pass.
 _PAYS = 0.45  # Part of the shorter side from which on the whole eigenproblem is the quicker one.
 _CHUNK = 1 << 20  # Numbers that are turned to float64 at once.
-_ROWS = (
-    1024  # The same in rows; a multiple of what libraries take at once gives the bits of the whole product.
-)
+# The same in rows; a multiple of what libraries take at once gives the bits of the whole product.
+_ROWS = 1024
 
 
 def leading(

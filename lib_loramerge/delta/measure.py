@@ -96,8 +96,7 @@ def sampled_rows(delta: Delta, rows: int = 64) -> Tensor:
     """About ``rows`` rows of a delta weight, evenly spread, (n, in * kh * kw) float32."""
     step = max(1, delta.out // rows)
     if isinstance(delta, LowRank) and isinstance(delta.structure, Kronecker):
-        gain = float(delta.component_gains()[0])
-        return (delta.structure.rows(0, delta.out, step) * gain).float()
+        return (delta.structure.rows(0, delta.out, step) * delta.gain).float()
     if isinstance(delta, Dense):
         return delta.weight[::step].float()
     up = delta.up[::step].double() * delta.component_gains().to(delta.up.device)

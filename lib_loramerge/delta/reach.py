@@ -58,10 +58,10 @@ def times_two_to(delta: _D, power: int) -> _D:
             alpha = math.ldexp(delta.alpha, power)
         except OverflowError:
             alpha = math.copysign(math.inf, delta.alpha)
-        if delta.structure is not None and alpha != 0 and math.isfinite(alpha):
-            return scaled(delta, 2.0**power)
         if alpha == 0 or power < -_LAST:
             return replace(delta, up=torch.zeros_like(delta.up), alpha=float(delta.rank), spectra=())
+        if delta.structure is not None and math.isfinite(alpha):
+            return scaled(delta, 2.0**power)
         return replace(delta, alpha=alpha)
     if isinstance(delta, Mixed):
         factor = 2.0**power

@@ -34,9 +34,11 @@ def sampled_values(delta: LowRank) -> Spectrum | None:
     the largest; the norm is exact, and that of what a rank leaves out right to 1 %.
     """
     whole = operator(delta)
-    found = (decompose_operator(delta, whole, count) for count in _EXACT if whole is not None)
+    if whole is None:
+        return None
+    found = (decompose_operator(delta, whole, count) for count in _EXACT)
     first = next((one for one in found if one is not None), None)
-    if whole is None or first is None:
+    if first is None:
         return None
     wide, best = delta.out <= delta.in_, truncate(first, first.rank)
     known = torch.linalg.qr(best.up if wide else best.down.mT).Q.float()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleError
-from .kronecker import Kronecker, Structure, Terms
+from .kronecker import Kronecker, Structure, Terms, terms_of
 
 
 @final
@@ -81,10 +81,15 @@ class LowRank:
             return torch.full((self.rank,), self.scale, dtype=torch.float64)
         return self.gains * self.scale
 
+    @property
+    def gain(self) -> float:
+        """The factor of a delta of one piece, whose components all count the same."""
+        return float(self.component_gains()[0])
+
     def dense(self) -> Tensor:
         """The delta weight itself, (out, in * kh * kw) float64. For tests and methods that need elements."""
         if isinstance(self.structure, Kronecker):
-            return torch.kron(self.structure.a * float(self.component_gains()[0]), self.structure.b)
+            return torch.kron(self.structure.a * self.gain, self.structure.b)
         if self.structure is not None:
             whole = self.structure.terms[0].dense()
             for term in self.structure.terms[1:]:
@@ -295,7 +300,11 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         "spectra": _spectra(deltas),
     }
     if any(delta.structure is not None for delta in deltas):
-        result = structured(Terms(_terms(deltas, weights)), alpha, **known)
+        result = structured(
+            Terms([scaled(term, w) for delta, w in zip(deltas, weights) for term in terms_of(delta)]),
+            alpha,
+            **known,
+        )
     else:
         result = LowRank(
             _joined([delta.up for delta in deltas], dim=1),
@@ -305,15 +314,6 @@ def stack(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         )
     names = tuple(delta.name for delta in deltas)
     return result if None in names else named(result, names)
-
-
-def _terms(deltas: Sequence[LowRank], weights: Sequence[float]) -> list[LowRank]:
-    """The weighted deltas, sums among them taken apart."""
-    terms: list[LowRank] = []
-    for delta, weight in zip(deltas, weights):
-        own = delta.structure.terms if isinstance(delta.structure, Terms) else [delta]
-        terms += [scaled(term, weight) for term in own]
-    return terms
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

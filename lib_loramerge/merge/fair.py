@@ -30,7 +30,6 @@ from ..delta import (
     lost_of_inputs,
     truncate,
 )
-from ..errors import OutputError
 from .layer import Merger
 from .layout import FileCosts, LayerPlan, MergePlan, file_costs
 
@@ -125,13 +124,12 @@ def allot(plan: MergePlan, looked: Sequence[_Looked], name: str) -> Allotment:
 
 class _Search:
     def __init__(self, plan: MergePlan, looked: Sequence[_Looked], costs: FileCosts) -> None:
-        self.plan, self.costs, recipe = plan, costs, plan.recipe
+        self.plan, self.costs = plan, costs
         self.own = np.sum([entry.own for entry in looked], axis=0)
         self.there = self.own > 0
         pairs = [(layer, entry) for layer, entry in zip(plan.layers, looked, strict=True) if entry.spectrum]
         self.layers, self.looked = [layer for layer, _ in pairs], [entry for _, entry in pairs]
         self.base = self.own - np.sum([entry.own - entry.shift for entry in self.looked], axis=0)
-        self.budget = None if recipe.size is None else int(recipe.size * 1_000_000) - costs.fixed
 
     def best(self) -> tuple[dict[str, int], np.ndarray | None]:
         """Ranks, and the weights for the directions; None where the plain cut is as good."""
@@ -202,15 +200,9 @@ class _Search:
 
     def _ranks(self, costs: Sequence[ranks.LayerCost], shares: Sequence[np.ndarray]) -> list[int]:
         recipe, one_rank = self.plan.recipe, self.costs.one_rank
-        if self.budget is not None:
-            least = ranks.least_bytes(costs, one_rank=one_rank)
-            if self.budget < least:
-                raise OutputError(
-                    "{size} MB is too small for any layer of this merge; it needs at least {least} MB.",
-                    f"{recipe.size:g}",
-                    f"{(self.costs.fixed + least) / 1000000.0:.3f}",
-                )
-            found = ranks.allot(costs, self.budget, one_rank=one_rank)
+        if recipe.size is not None:
+            budget = self.costs.budget(recipe.size, ranks.least_bytes(costs, one_rank=one_rank))
+            found = ranks.allot(costs, budget, one_rank=one_rank)
             return [min(rank, len(cost.values)) for rank, cost in zip(found, costs, strict=True)]
         if recipe.keep is not None:
             wanted = (recipe.keep + _SURE * (recipe.keep < 1)) * self.own - self.base

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import blocks, dialects, models, ranks
+from ..errors import OutputError
 from ..hosts import companions
 from ..metadata import SourceMeta, build_metadata
 from ..recipe import LoraInput, MergeRecipe
@@ -261,6 +262,21 @@ class FileCosts:
     fixed: int
     layers: Mapping[str, ranks.LayerCost]
     one_rank: bool
+
+    def budget(self, size: float, least: int) -> int:
+        """Bytes that a file of ``size`` MB leaves for the layers, which take ``least`` of them or more.
+
+        Raises:
+            OutputError: Those are not left.
+        """
+        left = int(size * 1_000_000) - self.fixed
+        if left < least:
+            raise OutputError(
+                "{size} MB is too small for any layer of this merge; it needs at least {least} MB.",
+                f"{size:g}",
+                f"{(self.fixed + least) / 1e6:.3f}",
+            )
+        return left
 
 
 def file_costs(plan: MergePlan, spectra: Sequence[Spectrum | None], name: str = "x" * 32) -> FileCosts:

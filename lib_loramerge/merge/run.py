@@ -226,14 +226,7 @@ def _allot(plan: MergePlan, merger: Merger, name: str, work: Work) -> dict[str, 
     spectra = work.each_layer(plan, merger.spectrum, "look")
     costs = file_costs(plan, spectra, name)
     layers = list(costs.layers.values())
-    budget = int(plan.recipe.size * 1_000_000) - costs.fixed
-    least = ranks.least_bytes(layers)
-    if budget < least:
-        raise OutputError(
-            "{size} MB is too small for any layer of this merge; it needs at least {least} MB.",
-            f"{plan.recipe.size:g}",
-            f"{(costs.fixed + least) / 1000000.0:.3f}",
-        )
+    budget = costs.budget(plan.recipe.size, ranks.least_bytes(layers))
     return dict(zip(costs.layers, ranks.allot(layers, budget, one_rank=costs.one_rank), strict=True))
 
 

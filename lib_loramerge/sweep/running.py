@@ -194,8 +194,8 @@ def _check_room(sweep: Sweep) -> None:
     if free is not None and needed > free:
         raise OutputError(
             "This sweep needs {needed} GB, and {free} GB are free in {folder}.",
-            f"{needed / 1000000000.0:.2f}",
-            f"{free / 1000000000.0:.2f}",
+            f"{needed / 1e9:.2f}",
+            f"{free / 1e9:.2f}",
             folder,
         )
 
