@@ -646,7 +646,7 @@ def test_a_dry_run_writes_nothing(tmp_path, sd1, capsys):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_the_difference_of_two_checkpoints_is_added_to_a_third(tmp_path):
+def test_the_difference_of_two_checkpoints_is_added_to_a_third(tmp_path, capsys):
     third = make_checkpoint(tmp_path / "third.safetensors", "sdxl-sgm", seed=1)
     base = make_checkpoint(tmp_path / "minus.safetensors", "sdxl-sgm", seed=2)
     tuned = {
@@ -659,10 +659,51 @@ def test_the_difference_of_two_checkpoints_is_added_to_a_third(tmp_path):
     after = load_file(tmp_path / "out.safetensors")
     for key in third:
         wanted = third[key].double() + 0.5 * (tuned[key].double() - base[key].double())
-        if key.startswith("first_stage") or key.endswith(("logit_scale", "text_projection")):
+        if key.startswith("first_stage") or key.endswith("logit_scale"):
             assert torch.equal(after[key], third[key]), key
         else:
             assert (after[key] != wanted.half()).double().mean() < 1e-3, key
+    report = capsys.readouterr().out
+    assert "Skipped" not in report
+    assert "The VAEs differ" in report
+
+
+def test_a_difference_goes_into_the_first_channels_of_an_inpainting_model(tmp_path, capsys):
+    first, keep = "model.diffusion_model.input_blocks.0.0.weight", r"input_blocks\.[01]\.|layers\.0\."
+    base = make_checkpoint(tmp_path / "minus.safetensors", "sd1-ldm", keep=keep)
+    tuned = {key: tensor + 0.01 if tensor.is_floating_point() else tensor for key, tensor in base.items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    third = checkpoint_tensors("sd1-ldm", keep=keep, seed=1)
+    third[first] = torch.randn(320, 9, 3, 3).half()
+    save_file(third, tmp_path / "third.safetensors")
+    words = ["--add", tmp_path / "tuned.safetensors", "--minus", tmp_path / "minus.safetensors"]
+    assert bake(tmp_path / "third.safetensors", *words, "-o", tmp_path / "out") == 0
+    assert "Skipped" not in capsys.readouterr().out
+    after = load_file(tmp_path / "out.safetensors")
+    wanted = third[first].double()
+    wanted[:, :4] += tuned[first].double() - base[first].double()
+    assert torch.equal(after[first], wanted.half())
+    # The other way round there is no place for the further channels.
+    words = ["--add", tmp_path / "third.safetensors", "--minus", tmp_path / "minus.safetensors"]
+    assert bake(tmp_path / "tuned.safetensors", *words, "-o", tmp_path / "other") == 0
+    assert "lora_unet_input_blocks_0_0: of another shape" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "other.safetensors")[first], tuned[first])
+
+
+def test_layers_of_other_shapes_and_those_of_two_alone_are_named(tmp_path, capsys):
+    key = "model.diffusion_model.time_embed.0.weight"
+    base = make_checkpoint(tmp_path / "minus.safetensors", "sd1-ldm")
+    tuned = {**base, key: torch.cat([base[key]] * 2)}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    save_file(
+        {key: tensor for key, tensor in base.items() if "attn2.to_k" not in key},
+        tmp_path / "third.safetensors",
+    )
+    words = ["--add", tmp_path / "tuned.safetensors", "--minus", tmp_path / "minus.safetensors"]
+    assert bake(tmp_path / "third.safetensors", *words, "-o", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "lora_unet_time_embed_0: of another shape" in said
+    assert "attn2_to_k: not in all three checkpoints" in said
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])

@@ -13,6 +13,7 @@ from .. import models
 from ..errors import Sentence
 from ..report import histogram_text, percent, relative
 from .differing import Found, Pair
+from .reading import vaes_differ
 
 _FAR = 0.3  # Median size of the difference, over that of the weights, from which on the base is doubted.
 _LOSSY = 0.8  # Error from which on a LoRA is hardly worth writing.
@@ -108,7 +109,7 @@ def report_of(
         )
     if ("v_pred" in pair.tuned.keys) != ("v_pred" in pair.base.keys):
         warnings.append("One predicts v, the other noise: the LoRA will carry the change of objective.")
-    if _vaes_differ(pair):
+    if vaes_differ(pair.tuned, pair.base):
         warnings.append("The VAEs differ; choose that VAE in the WebUI to get the same colours.")
     worst = sorted((x for x in matrices if x.exact > 0), key=lambda x: (-x.lost / x.exact, x.name))[:5]
     return ExtractReport(
@@ -135,16 +136,3 @@ def report_of(
 
 def error_of(found: Sequence[Found]) -> float:
     return relative(sum(layer.lost for layer in found), sum(layer.exact for layer in found))
-
-
-def _vaes_differ(pair: Pair) -> bool:
-    """Whether small tensors of the VAEs differ; those of another VAE all do."""
-    keys = [key for key in pair.base.keys if key.startswith(("first_stage_model.", "vae."))]
-    for key in [key for key in keys if key in pair.tuned.keys][:8]:
-        infos = [checkpoint.info(key) for checkpoint in (pair.tuned, pair.base)]
-        if infos[0].dtype != infos[1].dtype or infos[1].end - infos[1].start > 1 << 20:
-            continue
-        places = [checkpoint.place(key) for checkpoint in (pair.tuned, pair.base)]
-        if places[0][0].data_bytes(places[0][1]) != places[1][0].data_bytes(places[1][1]):
-            return True
-    return False

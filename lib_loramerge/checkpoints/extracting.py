@@ -22,6 +22,7 @@ from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
 from .fitting import fit, foreseen_bytes, lay_aside
+from .outcome import shortened
 from .reading import Checkpoint
 from .rewriting import check_room
 from .tensors import OneRank, Spill, complete_groups, read_vectors, write_layer, write_vectors
@@ -114,11 +115,6 @@ def opened_pair(tuned: Path, base: Path, settings: ExtractSettings) -> Iterator[
                 second.architecture.label,
             )
         yield Pair(first, second, settings)
-
-
-def shortened(sentences: Sequence[str]) -> list[str]:
-    """The first few, and how many more there are."""
-    return [*sentences[:5], *([Sentence("{count} more", len(sentences) - 5)] if len(sentences) > 5 else [])]
 
 
 def raise_if(cancel: Callable[[], bool] | None) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from .. import models
 from .differing import ExtractSettings
-from .extracting import opened_pair, shortened
+from .extracting import opened_pair
 from .fitting import foreseen_bytes
+from .outcome import shortened
 
 
 @dataclass(frozen=True)

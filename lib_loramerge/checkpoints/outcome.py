@@ -109,6 +109,11 @@ def worst(sums: Mapping[str, Sums]) -> list[dict[str, Any]]:
     return [{"tensor": key, "survives": one.survives, "error": one.error} for key, one in found[:WORST]]
 
 
+def shortened(sentences: Sequence[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    return [*sentences[:5], *([Sentence("{count} more", len(sentences) - 5)] if len(sentences) > 5 else [])]
+
+
 def remedy(survives: float, rounding: str, dtypes: Mapping[str, int]) -> str | None:
     """A warning where too little of the LoRAs is left after rounding."""
     if survives >= WELL_KEPT:

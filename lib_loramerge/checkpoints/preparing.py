@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..blocks import Presets
 from ..errors import IncompatibleError, RecipeError, Sentence, UnsupportedError
@@ -22,7 +23,11 @@ from ..recipe.check import check_number
 from ..recipe.rank_rules import with_rank
 from .baking import Bake, BakeSettings
 from .changes import Change, Difference, LayerChange, Piece
-from .reading import EMA, Checkpoint
+from .outcome import shortened
+from .reading import EMA, Checkpoint, LayerRows, Span, vaes_differ
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -265,32 +270,7 @@ def prepare_difference(
                     checkpoint.path.name,
                     checkpoint.architecture.label,
                 )
-        changes: dict[str, Change] = {}
-        layers = 0
-        skipped = []
-        for layer, source in checkpoint.layers.items():
-            for bias in (False, True):
-                places = checkpoint.where(layer, bias=True) if bias else source
-                rows = [other.layer_rows(layer, bias=bias) for other in (more, less)]
-                if not places:
-                    continue
-                if rows[0] is None or rows[1] is None:
-                    skipped += [] if bias else [f"{layer}: not in all three checkpoints"]
-                    continue
-                for place in places:
-                    info = checkpoint.info(place.key)
-                    width = math.prod(info.shape[1:])
-                    if place.transposed or rows[0].width != width or rows[1].width != width:
-                        skipped.append(f"{layer}: of another shape in the other checkpoints")
-                        continue
-                    pieces: list[Piece] = [
-                        (span, rows[0].read, rows[1].read) for span in checkpoint.spans(place)
-                    ]
-                    old = changes.get(place.key)
-                    if isinstance(old, Difference):
-                        pieces[:0] = old.pieces
-                    changes[place.key] = Difference(pieces, strength, width)
-                layers += not bias
+        changes, layers, skipped = _differences(checkpoint, more, less, strength)
         if not changes:
             raise IncompatibleError("The three checkpoints have no layer in common.")
 
@@ -298,7 +278,11 @@ def prepare_difference(
             more.check_unchanged()
             less.check_unchanged()
 
-        shown = [*skipped[:5], *([f"{len(skipped) - 5} more layers"] if len(skipped) > 5 else [])]
+        shown = shortened(skipped)
+        vae = [
+            "The VAEs differ, and no VAE is changed: choose that VAE in the WebUI to get the same colours."
+        ]
+        vae = vae if vaes_differ(more, less) else []
         yield Bake(
             checkpoint,
             settings,
@@ -308,9 +292,66 @@ def prepare_difference(
             None,
             [f"{tuned.name} minus {minus.name}, times {strength:g}"],
             [tuned.stem, minus.stem],
-            _ema_note(checkpoint, settings),
+            [*_ema_note(checkpoint, settings), *vae],
             shown,
             set(),
             [file.path for other in (more, less) for file in other.files],
             unchanged,
         )
+
+
+def _differences(
+    checkpoint: Checkpoint, more: Checkpoint, less: Checkpoint, strength: float
+) -> tuple[dict[str, Change], int, list[str]]:
+    """What is added to each tensor, how many layers that changes, and sentences on what is left out."""
+    pieces: dict[str, list[Piece]] = {}
+    layers, skipped = 0, []
+    shared = [layer for layer in more.layers if layer in less.layers]
+    for layer in dict.fromkeys([*checkpoint.layers, *shared]):
+        for bias in (False, True):
+            own, *others = (one.layer_rows(layer, bias=bias) for one in (checkpoint, more, less))
+            if own is None or others[0] is None or others[1] is None:
+                skipped += [] if bias else [Sentence("{layer}: not in all three checkpoints", layer)]
+                continue
+            if not _is_alike(layer, own, others[0], others[1]):
+                text = "{layer}: of another shape in the other checkpoints"
+                skipped += [] if bias else [Sentence(text, layer)]
+                continue
+            for place in own.places:
+                readers = [_tensor_rows(part, place, own.width) for part in (others[0], others[1])]
+                # A layer that is stored turned is a whole tensor.
+                rows = checkpoint.info(place.key).shape[0] if place.transposed else 0
+                spans = [Span(0, 0, rows)] if place.transposed else checkpoint.spans(place)
+                pieces.setdefault(place.key, []).extend((span, *readers) for span in spans)
+            layers += not bias
+    changes: dict[str, Change] = {
+        key: Difference(parts, strength, math.prod(checkpoint.info(key).shape[1:]))
+        for key, parts in pieces.items()
+    }
+    return changes, layers, skipped
+
+
+def _is_alike(layer: str, own: LayerRows, more: LayerRows, less: LayerRows) -> bool:
+    """Whether a difference of two layers has the rows of a third one, and all or the first of its columns."""
+    if not own.count == more.count == less.count or more.width != less.width:
+        return False
+    if own.width == more.width:
+        return True
+    # An inpainting model's first convolution reads the picture's channels first, as A1111 has it.
+    shapes = [one.checkpoint.shape(one.checkpoint.architecture.id, layer) for one in (own, more, less)]
+    return (
+        own.width > more.width
+        and len({(len(shape), shape[2:]) for shape in shapes}) == 1
+        and (len(shapes[0]) == 4 and shapes[1][1] == 4)
+    )
+
+
+def _tensor_rows(layer: LayerRows, place: CheckpointKey, width: int) -> Callable[[int, int], Tensor]:
+    """Reads a layer as the rows of a tensor that holds it with rows of ``width`` numbers."""
+    if place.transposed:
+        return lambda first, last: layer.read(0, layer.count).T[first:last]
+    if layer.width == width:
+        return layer.read
+    from torch.nn.functional import pad
+
+    return lambda first, last: pad(layer.read(first, last), (0, width - layer.width))

@@ -283,6 +283,11 @@ class LayerRows:
     places: tuple[CheckpointKey, ...]
     width: int
 
+    @property
+    def count(self) -> int:
+        """Rows of the layer."""
+        return max(span.layer + span.count for place in self.places for span in self.checkpoint.spans(place))
+
     def read(self, first: int, last: int) -> Tensor:
         """(last - first, width) float32 or float64."""
         import torch
@@ -299,6 +304,19 @@ class LayerRows:
                     pieces.append((start, checkpoint.rows(place.key, at, at + stop - start)))
         pieces.sort(key=lambda piece: piece[0])
         return pieces[0][1] if len(pieces) == 1 else torch.cat([rows for _, rows in pieces])
+
+
+def vaes_differ(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether small tensors of the VAEs differ; those of another VAE all do."""
+    keys = [key for key in second.keys if key.startswith(("first_stage_model.", "vae."))]
+    for key in [key for key in keys if key in first.keys][:8]:
+        infos = [checkpoint.info(key) for checkpoint in (first, second)]
+        if infos[0].dtype != infos[1].dtype or infos[1].end - infos[1].start > 1 << 20:
+            continue
+        places = [checkpoint.place(key) for checkpoint in (first, second)]
+        if places[0][0].data_bytes(places[0][1]) != places[1][0].data_bytes(places[1][1]):
+            return True
+    return False
 
 
 def _other_comfy_format(data: bytes) -> str | None:

@@ -192,11 +192,6 @@ def _vector(rows: tuple[LayerRows, LayerRows] | None) -> Tensor | None:
     """Difference of two vectors; None where they are equal."""
     if rows is None:
         return None
-    size = 1 << 40
-    first, second = (part.read(0, min(size, _length(part))).reshape(-1) for part in rows)
+    first, second = (part.read(0, part.count).reshape(-1) for part in rows)
     difference = first.double() - second.double()
     return difference.float() if bool(difference.any()) else None
-
-
-def _length(rows: LayerRows) -> int:
-    return max(span.layer + span.count for place in rows.places for span in rows.checkpoint.spans(place))
