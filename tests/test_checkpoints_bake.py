@@ -18,6 +18,7 @@ from lib_loramerge.blocks import Presets
 from lib_loramerge.checkpoints import baking, look, rewriting, summing
 from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
 from lib_loramerge.checkpoints.preparing import prepare_bake
+from lib_loramerge.cli import bake as bake_command
 from lib_loramerge.cli import main
 from lib_loramerge.errors import Cancelled, OutputError
 from lib_loramerge.files import read_header
@@ -289,6 +290,35 @@ def test_scaled_float8_is_read_and_written_with_its_factor(tmp_path, sd1, ends):
     assert torch.allclose(wide[Q].double(), exact, atol=1e-3)
 
 
+def test_what_names_float8_in_the_header_goes_with_it(tmp_path, sd1):
+    quantised = float8(sd1)
+    layer = Q.removesuffix(".weight")
+    text = json.dumps({"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"}}})
+    metadata = {"_quantization_metadata": text, "note": "stays"}
+    save_file({**quantised, f"{Q}_scale": torch.tensor(0.5)}, tmp_path / "base.safetensors", metadata)
+    lora = lora_of({LORA_Q: (320, 320)})
+    for words, kept in (((), True), (("--dtype", "float16"), False)):
+        after = baked(tmp_path, tmp_path / "base.safetensors", lora, *words)
+        assert (f"{Q}_scale" in after) == kept
+        said = read_header(tmp_path / "out.safetensors").metadata
+        assert ("_quantization_metadata" in said) == kept
+        assert said["note"] == "stays"
+
+
+def test_bytes_untouched_are_those_of_tensors_that_are_the_same(tmp_path, sd1, capsys):
+    lora = lora_of({LORA_Q: (320, 320)})
+    for words in ((), ("--dtype", "float32"), ("--drop-ema",)):
+        capsys.readouterr()
+        after = baked(tmp_path, tmp_path / "base.safetensors", lora, *words, "--json")
+        report = json.loads(capsys.readouterr().out)
+        same = sum(
+            tensor.nbytes
+            for key, tensor in after.items()
+            if tensor.dtype == sd1[key].dtype and torch.equal(tensor, sd1[key])
+        )
+        assert report["untouched_bytes"] == same
+
+
 def test_another_precision_leaves_vae_and_norms(tmp_path, sd1):
     after = baked(
         tmp_path, tmp_path / "base.safetensors", lora_of({LORA_Q: (320, 320)}), "--dtype", "bfloat16"
@@ -485,6 +515,42 @@ def test_files_that_belong_together_are_written_all_or_none(tmp_path, parted, ca
     assert len(set(tmp_path.rglob("*")) - set(before)) == 3
 
 
+@pytest.mark.parametrize("how", ["fails", "cancelled"])
+def test_files_that_belong_together_replace_the_old_ones_all_or_none(tmp_path, parted, monkeypatch, how):
+    encoders = _named(tmp_path, "clip", "clip2")
+    names = ["out.safetensors", "out.clip.safetensors", "out.clip2.safetensors"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    original, writing = baking.rewrite, []
+
+    def last(source, target, *given, **more):
+        writing.append(target.name)
+        if how == "fails" and target.name == names[-1]:
+            raise OutputError("The disk is full.")
+        return original(source, target, *given, **more)
+
+    monkeypatch.setattr(baking, "rewrite", last)
+    if how == "cancelled":
+        monkeypatch.setattr(bake_command.interrupts, "asked", lambda: writing[-1:] == names[-1:])
+    assert bake(*parted, *encoders, "-o", tmp_path / "out", "--overwrite") != 0
+    assert writing == names
+    assert [(tmp_path / name).read_bytes() for name in names] == [b"old"] * 3
+    monkeypatch.undo()
+    assert bake(*parted, *encoders, "-o", tmp_path / "out", "--overwrite") == 0
+    assert all(len(load_file(tmp_path / name)) > 1 for name in names)
+
+
+def test_a_text_encoder_of_its_own_is_not_given_again(tmp_path, sd1, capsys):
+    prefix = "cond_stage_model.transformer."
+    clip = {key.removeprefix(prefix): tensor for key, tensor in sd1.items() if key.startswith(prefix)}
+    save_file(clip, tmp_path / "clip.safetensors")
+    save_file(lora_of({TE: (768, 768)}), tmp_path / "a.safetensors")
+    words = [tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out"]
+    assert bake(*words, "--base-te", tmp_path / "clip.safetensors") == 1
+    assert "base.safetensors has a text encoder clip_l of its own" in capsys.readouterr().err
+    assert bake(*words) == 0
+
+
 def test_a_text_encoder_given_twice_is_refused(tmp_path, parted, capsys):
     encoders = [*_named(tmp_path, "clip", "clip2"), "--base-te", tmp_path / "again.safetensors"]
     os.link(tmp_path / "clip.safetensors", tmp_path / "again.safetensors")
@@ -564,6 +630,11 @@ def _with(path, **more):
     save_file(tensors, path)
 
 
+def _header_format(path, name):
+    text = json.dumps({"format_version": "1.0", "layers": {Q.removesuffix(".weight"): {"format": name}}})
+    make_checkpoint(path, "sd1-ldm", metadata={"_quantization_metadata": text})
+
+
 REFUSED = {
     "gguf": (lambda path, lora: _gguf(path), "GGUF model"),
     "missing": (lambda path, lora: path.unlink(), "does not exist"),
@@ -581,6 +652,18 @@ REFUSED = {
     "mxfp8": (
         lambda path, lora: _with(path, **{"x.comfy_quant": torch.tensor(list(b'{"format":"mxfp8"}'), dtype=torch.uint8)}),
         "mxfp8",
+    ),
+    **{
+        f"{kind} of {dtype}".removeprefix("torch."): (
+            lambda path, lora, key=key, shape=shape, dtype=dtype: _with(path, **{key: torch.zeros(shape, dtype=dtype)}),
+            "that is quantised",
+        )
+        for kind, key, shape in (("weight", Q, (320, 320)), ("bias", "model.diffusion_model.time_embed.0.bias", (1280,)))
+        for dtype in (torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64)
+    },
+    "format in the header": (lambda path, lora: _header_format(path, "nvfp4"), "ComfyUI's format nvfp4"),
+    "unet layers lacking": (
+        lambda path, lora: make_checkpoint(path, "sd1-ldm", keep=r"input_blocks\.2\."), "Stable Diffusion 1, or leave",
     ),
     "SDXL": (lambda path, lora: make_checkpoint(path, "sdxl-sgm"), "Choose a Stable Diffusion 1 checkpoint"),
     "layers lacking": (
@@ -913,6 +996,11 @@ def test_a_killed_bake_leaves_nothing(tmp_path, sd1):
             "from -1000 to 1000",
         ),
         ((), "at least one LoRA"),
+        (("a.safetensors", "--strength", "0.5"), "a.safetensors:0.5"),
+        (
+            ("--add", "a.safetensors", "--minus", "base.safetensors", "--mode", "ties", "--density", "0.5"),
+            "so leave --mode, --density out",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, sd1, capsys, monkeypatch, words, said):

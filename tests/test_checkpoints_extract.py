@@ -572,3 +572,34 @@ def test_two_loras_are_baked_extracted_taken_apart_and_baked_back(tmp_path, caps
             assert torch.equal(back[key], tensor)
         else:  # To two roundings, each half a unit of float16.
             assert (back[key].double() - tensor.double()).norm() < 1e-3 * tensor.double().norm()
+
+
+@pytest.mark.parametrize("rule", [(), ("--rank", "8")])
+def test_a_limit_of_ranks_that_are_given_is_refused(tmp_path, capsys, rule):
+    pair(tmp_path, {Q: planted((320, 320), 4, 0.1)})
+    words = ["extract", str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors")]
+    assert main([*words, "--dry-run", *rule, "--max-rank", "4"]) == 1
+    assert "max_rank limits the rank auto" in capsys.readouterr().err
+
+
+def test_the_largest_rank_holds_for_convolutions_too(tmp_path, capsys):
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    pair(tmp_path, {conv: planted((320, 320, 3, 3), 40, 0.2)})
+    ranks = extract(tmp_path, capsys, "--rank", "auto", "--conv-rank", "64", "--max-rank", "6")["ranks"]
+    assert {int(rank) for rank in ranks} == {6}
+
+
+def test_parts_that_there_are_not_are_refused_with_those_there_are(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 4, 0.1)})
+    words = ["extract", str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors"), "--dry-run"]
+    assert main([*words, "--parts", "te2"]) == 1
+    assert "Parts of both: te, unet." in capsys.readouterr().err
+
+
+def test_no_picture_is_drawn_of_a_checkpoint(tmp_path, capsys):
+    pair(tmp_path, {Q: planted((320, 320), 4, 0.1)})
+    files = [str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors")]
+    for words in (["inspect", files[0]], ["inspect", *files], ["compare", *files]):
+        assert main([*words, "--plot", str(tmp_path / "x.png")]) == 1
+        assert "tuned.safetensors is a checkpoint" in capsys.readouterr().err
+        assert not (tmp_path / "x.png").exists()

@@ -23,9 +23,9 @@ from ..merge import MergePlan, Progress
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
 from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
-from .reading import EMA, SCALES, Checkpoint
+from .reading import EMA, QUANTISATION, SCALES, Checkpoint
 from .rewriting import Rewritten, check_room, largest, rewrite, written_bytes
-from .summing import Entry, Rounding, Sums
+from .summing import Entry, Rounding, Sums, is_copy
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 _TEXTS = (".json", ".md", ".txt", ".yaml")
@@ -124,12 +124,29 @@ class Bake:
         jobs = self._jobs(output)
         check_room(output, sum(written_bytes(file, entries) for file, _, entries in jobs))
         sums: dict[str, Sums] = {}
-        last = None
+        done: list[Rewritten] = []
+        complete = False
         new = [target for _, target, _ in jobs if not os.path.lexists(target)]
+
+        def stopped() -> bool:
+            return not complete and cancel is not None and cancel()
+
+        def write(index: int) -> None:
+            nonlocal complete
+            if index == len(jobs):
+                self.unchanged()
+                complete = True
+                return
+            file, target, entries = jobs[index]
+            # A file takes its name only when those behind it are on the disk as well.
+            written = self._write(
+                file, target, entries, target.stem, overwrite, progress, stopped, lambda: write(index + 1)
+            )
+            done.append(written)
+            sums.update(written.sums)
+
         try:
-            for file, target, entries in jobs:
-                last = self._write(file, target, entries, target.stem, overwrite, progress, cancel)
-                sums |= last.sums
+            write(0)
         except BaseException:
             for target in new:  # They belong together: all of them or none.
                 with suppress(OSError):
@@ -137,7 +154,7 @@ class Bake:
             raise
         self.warnings += _copy_settings(self.checkpoint.path, output, overwrite)
         size = sum(os.stat(target).st_size for _, target, _ in jobs)
-        sha256 = last.sha256 if last is not None and len(jobs) == 1 else None
+        sha256 = done[0].sha256 if len(jobs) == 1 else None
         return self._report(
             [target for _, target, _ in jobs], size, sums, sha256, time.perf_counter() - start
         )
@@ -192,7 +209,10 @@ class Bake:
                     copy_whole(path, target, lambda: _stop_if(cancel))  # A link would share its fate.
                     continue
                 file, entries = wanted[path]
-                sums |= self._write(file, target, entries, output.name, False, progress, cancel).sums
+                written = self._write(
+                    file, target, entries, output.name, False, progress, cancel, self.unchanged
+                )
+                sums |= written.sums
         return self._report([output], self.size(), sums, None, time.perf_counter() - start)
 
     def _folder_files(self) -> dict[Path, Path]:
@@ -234,6 +254,7 @@ class Bake:
         overwrite: bool,
         progress: Callable[[Progress], None] | None,
         cancel: Callable[[], bool] | None,
+        before_rename: Callable[[], None],
     ) -> Rewritten:
         def stop() -> None:
             _stop_if(cancel)
@@ -244,6 +265,8 @@ class Bake:
             sha256 = hash_of(file, progress, stop)
         entries = self._rescaled(file, entries)
         kept, notes = kept_metadata(file.header.metadata)
+        if self.settings.dtype != "same":
+            kept.pop(QUANTISATION, None)
         self.warnings += [note for note in notes if note not in self.warnings]
         metadata = baked_metadata(
             kept,
@@ -278,7 +301,7 @@ class Bake:
             hashed=hashed,
             progress=show,
             cancel=cancel,
-            before_rename=self.unchanged,
+            before_rename=before_rename,
         )
 
     def _files_to_write(self) -> list[tuple[LoraFile, list[Entry]]]:
@@ -336,6 +359,22 @@ class Bake:
             return own
         scaled = self.checkpoint.scale_key(key) is not None
         return DTYPES[self.settings.dtype] if scaled or key in self._matrices else own
+
+    def _untouched(self) -> int:
+        """Bytes that are copied as they are."""
+        return sum(
+            file.tensors[entry.key].end - file.tensors[entry.key].start
+            for file, entries in self._files_to_write()
+            for entry in entries
+            if is_copy(file, entry)
+        )
+
+    def _finer(self) -> tuple[str, int] | None:
+        """The next dtype that holds more digits of what changes, and the size that it gives."""
+        if not {*self.dtypes} - {"F32", "F64"}:
+            return None
+        dtype = "float32" if "F16" in self.dtypes else "float16"
+        return dtype, replace(self, settings=replace(self.settings, dtype=dtype)).size()
 
     @property
     def _matrices(self) -> set[str]:
@@ -403,13 +442,12 @@ class Bake:
         rounding = self.settings.rounding
         if rounding == "auto":
             rounding = "stochastic" if any(dtype in FLOAT8_LARGEST for dtype in self.dtypes) else "nearest"
-        warnings = [*self.warnings, *sorted(self.adapter_notes)]
+        warnings = list(dict.fromkeys([*self.warnings, *sorted(self.adapter_notes)]))
         if not dry:
-            warning = remedy(whole.survives, rounding, self.dtypes)
+            warning = remedy(whole.survives, rounding, self.dtypes, self._finer)
             warnings += [warning] if warning else []
             if not whole.added:
                 warnings.append("Nothing changed: what was to be added is zero in every layer.")
-        touched = sum(self.checkpoint.info(key).end - self.checkpoint.info(key).start for key in self.changes)
         known = not dry and whole.added > 0
         return BakeReport(
             outputs=[str(path) for path in outputs],
@@ -421,7 +459,7 @@ class Bake:
             layers=self.layers,
             tensors=len(self.changes),
             unchanged=sum(not one.changed for one in sums.values()),
-            untouched_bytes=max(0, size - touched),
+            untouched_bytes=self._untouched(),
             survives=whole.survives if known else None,
             error=whole.error if known else None,
             noise=(whole.lost / whole.before) ** 0.5 if known and whole.before > 0 else None,

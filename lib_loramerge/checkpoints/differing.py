@@ -25,6 +25,7 @@ from .reading import Checkpoint, LayerRows
 from .summing import CHUNK
 
 MOST_RANKS = 4096
+MAX_RANK = 128
 _FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.
 _EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared.weight")
 VECTORS = ("unet", "none")
@@ -41,7 +42,7 @@ class ExtractSettings:
         conv_rank: Of k x k convolutions; None for the rank, at most 32; 0 leaves them out.
         retain: Instead of a rank: the share of each layer's norm to keep.
         size: Instead of a rank: MB (1,000,000 bytes) that the file may have; ranks are the best for that.
-        max_rank: Limit of ``auto``, ``retain`` and ``size``.
+        max_rank: Limit of ``auto``, ``retain`` and ``size``; None for ``MAX_RANK``.
         parts: Of ``PARTS``; () for all there are.
         vectors: ``"unet"`` writes the denoiser's biases and norms, ``"none"`` none.
         dtype: Of the LoRA.
@@ -51,7 +52,7 @@ class ExtractSettings:
     conv_rank: int | None = None
     retain: float | None = None
     size: float | None = None
-    max_rank: int = 128
+    max_rank: int | None = None
     parts: tuple[str, ...] = ()
     vectors: str = "unet"
     dtype: str = "float16"
@@ -73,7 +74,14 @@ class ExtractSettings:
             check_size(self.size)
         if (self.rank == "auto") + (self.retain is not None) + (self.size is not None) > 1:
             raise RecipeError(ONE_RULE)
-        check_whole("max_rank", self.max_rank, 1, MOST_RANKS)
+        if self.max_rank is not None:
+            check_whole("max_rank", self.max_rank, 1, MOST_RANKS)
+            if not self.measured:
+                raise RecipeError(
+                    "max_rank limits the rank auto, retain and size; here the rank is {rank}. Leave one of "
+                    "them out.",
+                    self.rank,
+                )
         if self.conv_rank is not None:
             check_whole("conv_rank", self.conv_rank, 0, MOST_RANKS)
         unknown = [part for part in self.parts if part not in PARTS]
@@ -87,10 +95,12 @@ class ExtractSettings:
 
     def limit(self, conv: bool) -> int:
         """Most ranks of a layer; of a k x k convolution with ``conv``."""
-        wanted = self.max_rank if self.measured else int(self.rank)
+        wanted = (self.max_rank or MAX_RANK) if self.measured else int(self.rank)
         if not conv:
             return wanted
-        return min(wanted, 32) if self.conv_rank is None else self.conv_rank
+        if self.conv_rank is None:
+            return min(wanted, 32)
+        return self.conv_rank if self.max_rank is None else min(wanted, self.conv_rank)
 
 
 @dataclass
@@ -204,8 +214,11 @@ class Pair:
                 )
             self.skipped += [Sentence("{layer}: only in {file}", layer, name) for layer in only]
         if not found:
-            why = Sentence("The two checkpoints have no layer of these parts in common.")
-            raise IncompatibleError(joined(" ", [why, *self.notes]))
+            why = [Sentence("The two checkpoints have no layer of these parts in common."), *self.notes]
+            both = {models.component(layer) for layer in self.tuned.layers if layer in self.base.layers}
+            if both:
+                why.append(Sentence("Parts of both: {parts}.", ", ".join(sorted(both))))
+            raise IncompatibleError(joined(" ", why))
         return found
 
     def _parts_of_one(self) -> set[str]:

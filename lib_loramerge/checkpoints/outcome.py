@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import Sentence, joined
+from ..files import size_text
 from ..metadata import RECIPE_KEY, RECIPE_LIMIT
 from ..recipe import MergeRecipe, to_json
 from ..recipe.stored import VERSION
@@ -114,17 +115,26 @@ def shortened(sentences: Sequence[str]) -> list[str]:
     return [*sentences[:5], *([Sentence("{count} more", len(sentences) - 5)] if len(sentences) > 5 else [])]
 
 
-def remedy(survives: float, rounding: str, dtypes: Mapping[str, int]) -> str | None:
-    """A warning where too little of the LoRAs is left after rounding."""
+def remedy(
+    survives: float, rounding: str, dtypes: Mapping[str, int], finer: Callable[[], tuple[str, int] | None]
+) -> str | None:
+    """A warning where too little of the LoRAs is left after rounding.
+
+    Args:
+        finer: Says which dtype holds more, and the size of the file then.
+    """
     if survives >= WELL_KEPT:
         return None
-    ways = [] if rounding == "stochastic" else ["--rounding stochastic keeps all of it on average"]
-    ways.append("--dtype float16 (or float32) holds it more finely, in a larger file")
+    ways = [] if rounding == "stochastic" else [Sentence("--rounding stochastic keeps all of it on average")]
+    if other := finer():
+        ways.append(
+            Sentence("--dtype {dtype} holds it more finely, in {size}", other[0], size_text(other[1]))
+        )
     return Sentence(
         "Only {share} of the change survives rounding to {dtype}. {ways}.",
         percent(max(0.0, survives)),
         ", ".join(dtypes),
-        joined("; ", map(Sentence, ways)),
+        joined("; ", ways),
     )
 
 

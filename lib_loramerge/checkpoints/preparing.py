@@ -212,6 +212,9 @@ def _missing(checkpoint: Checkpoint, plan: MergePlan, layers: Sequence[LayerPlan
         )
     raise IncompatibleError(
         "{file} lacks {count} layers that {lora} changes, such as {layer}. Choose another checkpoint of "
+        "{model}, or leave them out (--skip-unsupported)."
+        if "unet" in parts
+        else "{file} lacks {count} layers that {lora} changes, such as {layer}. Choose another checkpoint of "
         "{model}, set that part's strength to 0 (te=0), or leave them out (--skip-unsupported).",
         name,
         len(layers),
@@ -305,7 +308,7 @@ def _differences(
 ) -> tuple[dict[str, Change], int, list[str]]:
     """What is added to each tensor, how many layers that changes, and sentences on what is left out."""
     pieces: dict[str, list[Piece]] = {}
-    layers, skipped = 0, []
+    layers, skipped = 0, list[str]()
     shared = [layer for layer in more.layers if layer in less.layers]
     for layer in dict.fromkeys([*checkpoint.layers, *shared]):
         for bias in (False, True):
@@ -318,11 +321,11 @@ def _differences(
                 skipped += [] if bias else [Sentence(text, layer)]
                 continue
             for place in own.places:
-                readers = [_tensor_rows(part, place, own.width) for part in (others[0], others[1])]
+                tuned, base = (_tensor_rows(part, place, own.width) for part in (others[0], others[1]))
                 # A layer that is stored turned is a whole tensor.
                 rows = checkpoint.info(place.key).shape[0] if place.transposed else 0
                 spans = [Span(0, 0, rows)] if place.transposed else checkpoint.spans(place)
-                pieces.setdefault(place.key, []).extend((span, *readers) for span in spans)
+                pieces.setdefault(place.key, []).extend((span, tuned, base) for span in spans)
             layers += not bias
     changes: dict[str, Change] = {
         key: Difference(parts, strength, math.prod(checkpoint.info(key).shape[1:]))

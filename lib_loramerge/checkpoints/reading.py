@@ -49,6 +49,11 @@ _WAY_OUT = (
     "too coarse to hold a LoRA. Take the bfloat16, float16 or float8 version and quantise the result, or use "
     "the LoRA in the prompt."
 )
+_NUMBERED = ("weight", "bias", "text_projection", "positional_embedding")
+_ASIDE = (EMA, "first_stage_model.", "vae.")  # Copied as they are.
+QUANTISATION = "_quantization_metadata"
+"""Text in which ComfyUI's files name the format of each layer, where no tensor beside it does."""
+
 _BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 _MOST_BLOCKS = 200
 
@@ -228,16 +233,19 @@ class Checkpoint(BaseCheckpoint):
         self._files.append(file)
         _refuse_lora(path, file.tensors, "a text encoder")
         kind, width = _encoder_of(file.tensors)
-        for encoder in self.architecture.encoders.values():
-            if encoder.kind == kind and (kind != "clip" or encoder.width == width):
-                prefix = f"text_encoders.{encoder.comfy}.transformer."
-                break
-        else:
+        matching = [
+            (part, encoder)
+            for part, encoder in self.architecture.encoders.items()
+            if encoder.kind == kind and (kind != "clip" or encoder.width == width)
+        ]
+        if not matching:
             raise IncompatibleError(
                 "{file} is no text encoder of {model}; choose one that belongs to it.",
                 path.name,
                 self.architecture.label,
             )
+        part, encoder = matching[0]
+        prefix = f"text_encoders.{encoder.comfy}.transformer."
         added = {prefix + key: (file, key) for key in file.tensors}
         if both := next((key for key in added if key in self._keys), None):
             raise IncompatibleError(
@@ -246,9 +254,20 @@ class Checkpoint(BaseCheckpoint):
                 self._keys[both][0].path.name,
                 encoder.comfy,
             )
+        for layer in self._possible_layers():
+            if models.component(layer) == part and self.where(layer):
+                raise IncompatibleError(
+                    "{file} has a text encoder {encoder} of its own, so {other} is no part of it. Leave it "
+                    "out.",
+                    self.path.name,
+                    encoder.comfy,
+                    path.name,
+                )
         self._keys.update(added)
 
     def _refuse_quantised(self) -> None:
+        for file in self._files:
+            _refuse_header_formats(file)
         for key, (file, name) in self._keys.items():
             info, how = file.tensors[name], None
             for pattern, what in _QUANTISED:
@@ -269,6 +288,8 @@ class Checkpoint(BaseCheckpoint):
                     key,
                     Sentence(_WAY_OUT),
                 )
+            if key.endswith(_NUMBERED) and not key.startswith(_ASIDE):
+                self._check_stored_plainly(key)
 
 
 @dataclass(frozen=True)
@@ -325,6 +346,23 @@ def _other_comfy_format(data: bytes) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         name = "unknown"
     return None if name == "float8_e4m3fn" else Sentence("in ComfyUI's format {name}", str(name)[:40])
+
+
+def _refuse_header_formats(file: LoraFile) -> None:
+    try:
+        layers = json.loads(file.header.metadata.get(QUANTISATION, "{}"))["layers"]
+        formats = {layer: str(entry["format"]) for layer, entry in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # Not what ComfyUI writes: what the tensors say stands.
+    for layer, name in formats.items():
+        if name != "float8_e4m3fn":
+            raise UnsupportedError(
+                "{file} stores its weights {how} ({key}): {way_out}",
+                file.path.name,
+                Sentence("in ComfyUI's format {name}", name[:40]),
+                layer,
+                Sentence(_WAY_OUT),
+            )
 
 
 def _refuse_other_formats(path: Path, role: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import interrupts
 from ..errors import RecipeError
+from ..recipe import SETTINGS
 from .options import (
     add_inputs,
     add_json,
@@ -23,6 +25,8 @@ from .options import (
 )
 from .output import EXIT_DONE, in_megabytes, print_report, progress_line
 from .recipes import recipe_of
+
+_OF_ANY_BAKE = ("seed", "device", "skip_unsupported")
 
 
 def add_parser(commands: Any, *, with_methods: bool) -> None:
@@ -41,7 +45,7 @@ def add_parser(commands: Any, *, with_methods: bool) -> None:
         "--add", type=Path, metavar="TUNED", help="instead of LoRAs: add what TUNED is more ..."
     )
     parser.add_argument("--minus", type=Path, metavar="BASE", help="... than BASE (Add difference)")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="of --add (default: 1)")
+    parser.add_argument("--strength", type=float, metavar="X", help="of --add (default: 1)")
     parser.add_argument(
         "--rounding",
         choices=("auto", "nearest", "stochastic"),
@@ -91,11 +95,23 @@ def run_bake(options: argparse.Namespace) -> int:
     if options.add is not None or options.minus is not None:
         if options.add is None or options.minus is None or options.loras:
             raise RecipeError("Give --add TUNED and --minus BASE together, and no LoRAs with them.")
-        seed = given_fields(options).get("seed", 0)
+        given = given_fields(options)
+        _refuse_lora_options(given)
         prepared = prepare_difference(
-            options.checkpoint, options.add, options.minus, options.strength, settings=settings, seed=seed
+            options.checkpoint,
+            options.add,
+            options.minus,
+            1.0 if options.strength is None else options.strength,
+            settings=settings,
+            seed=given.get("seed", 0),
         )
     else:
+        if options.strength is not None:
+            raise RecipeError(
+                "--strength belongs to --add. A LoRA's strength stands behind its name: "
+                "a.safetensors:{strength}",
+                f"{options.strength:g}",
+            )
         recipe, notes = recipe_of(options)
         prepared = prepare_bake(
             recipe,
@@ -116,3 +132,13 @@ def run_bake(options: argparse.Namespace) -> int:
             )
     print_report(report, options)
     return EXIT_DONE
+
+
+def _refuse_lora_options(given: Mapping[str, Any]) -> None:
+    """Refuse with --add what says how LoRAs are merged, and would do nothing."""
+    settings = [SETTINGS[name].flag for name in given if name not in (*_OF_ANY_BAKE, "params")]
+    params = [f"--{name.replace('_', '-')}" for name in given.get("params", {})]
+    if settings or params:
+        raise RecipeError(
+            "With --add there are no LoRAs to merge, so leave {options} out.", ", ".join([*settings, *params])
+        )

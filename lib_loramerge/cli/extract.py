@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "--size", type=float, metavar="MB", help="best ranks for a file of at most MB x 1,000,000 bytes"
     )
     parser.add_argument(
-        "--max-rank", type=int, default=128, metavar="N", help="limit of auto, retain and size (default: 128)"
+        "--max-rank", type=int, metavar="N", help="limit of auto, retain and size (default: 128)"
     )
     parser.add_argument("--parts", metavar="P,...", help="unet, te, te1, te2, te3 (default: all)")
     parser.add_argument(

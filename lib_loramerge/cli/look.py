@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import interrupts
+from ..errors import RecipeError
 from .options import (
     add_inputs,
     add_json,
@@ -45,6 +47,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     from ..analysis import inspect
     from ..checkpoints import is_checkpoint, look
 
+    _refuse_plot(options, options.files)
     find = finder(options.lora_dir)
     reports: list[Any] = [
         look(Path(name)) if is_checkpoint(Path(name)) else inspect(find(name), base_model=options.base_model)
@@ -56,6 +59,13 @@ def run_inspect(options: argparse.Namespace) -> int:
         print("\n\n".join(report.to_text() for report in reports))
     draw("inspect_figure", reports, options)
     return EXIT_DONE
+
+
+def _refuse_plot(options: argparse.Namespace, names: Sequence[str]) -> None:
+    from ..checkpoints import is_checkpoint
+
+    if options.plot and (found := next((name for name in names if is_checkpoint(Path(name))), None)):
+        raise RecipeError("--plot draws LoRAs, and {file} is a checkpoint. Leave it out.", Path(found).name)
 
 
 def _compare_parser(commands: Any) -> None:
@@ -76,6 +86,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from ..checkpoints import ExtractSettings, extract, is_checkpoint
 
     if len(options.loras) == 2 and any(is_checkpoint(Path(name)) for name in options.loras):
+        _refuse_plot(options, options.loras)
         tuned, base = (Path(name) for name in options.loras)
         with progress_line(sys.stderr) as show:
             found = extract(
