@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib_loramerge.blocks import Presets
-from lib_loramerge.checkpoints import baking, look, rewriting, summing
+from lib_loramerge.checkpoints import baking, beside, look, rewriting, summing
 from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
 from lib_loramerge.checkpoints.preparing import prepare_bake
 from lib_loramerge.cli import bake as bake_command
@@ -364,6 +364,30 @@ def test_shards_and_folders_are_baked_into_a_new_folder(tmp_path, sd1):
     assert bake(folder / "m.safetensors.index.json", tmp_path / "a.safetensors", "-o", tmp_path / "more") == 1
 
 
+def test_an_index_names_what_is_in_its_shards(tmp_path, sd1):
+    folder, index = tmp_path / "shards", tmp_path / "shards" / "m.safetensors.index.json"
+    folder.mkdir()
+    scaled = {**float8(sd1), f"{Q}_scale": torch.tensor(0.5)}
+    places = {key: f"m-0000{1 + (key == Q)}-of-00002.safetensors" for key in scaled}
+    for name in set(places.values()):
+        save_file({key: t for key, t in scaled.items() if places[key] == name}, folder / name)
+    total = sum(tensor.nbytes for tensor in scaled.values())
+    index.write_text(json.dumps({"metadata": {"total_size": total, "note": "x"}, "weight_map": places}))
+    save_file(lora_of({LORA_Q: (320, 320)}), tmp_path / "a.safetensors")
+    for number, words in enumerate(((), ("--dtype", "float16"), ("--drop-ema",))):
+        out = tmp_path / f"out{number}"
+        assert bake(index, tmp_path / "a.safetensors", "-o", out, *words) == 0
+        said = json.loads((out / index.name).read_text())
+        found = {
+            key: (file.name, tensor.nbytes)
+            for file in out.glob("*.safetensors")
+            for key, tensor in load_file(file).items()
+        }
+        assert said["weight_map"] == {key: name for key, (name, _) in found.items()}
+        assert said["metadata"] == {"total_size": sum(size for _, size in found.values()), "note": "x"}
+        assert (len(found) == len(scaled)) == (words == ())
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder in diffusers' layout whose only weights are the denoiser's, with a LoRA for it."""
@@ -588,7 +612,7 @@ def test_settings_beside_that_cannot_be_copied_are_a_warning(tmp_path, sd1, caps
     def fails(target, content):
         raise OutputError(f"The disk is full, so {target.name} was not written.")
 
-    monkeypatch.setattr(baking, "write_whole", fails)
+    monkeypatch.setattr(beside, "write_whole", fails)
     assert bake(tmp_path / "base.safetensors", tmp_path / "a.safetensors", "-o", tmp_path / "out") == 0
     assert "base.yaml could not be copied to out.yaml" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_loramerge.checkpoints import ExtractSettings
+from lib_loramerge.checkpoints import ExtractSettings, look
 from lib_loramerge.checkpoints import extract as run_extract
 from lib_loramerge.cli import main
 from lib_loramerge.delta import truncate
@@ -175,6 +175,10 @@ def test_metadata_name_the_base(tmp_path, capsys):
     assert texts["ss_sd_model_name"] == "base.safetensors"
     assert texts["ss_network_module"] == "networks.lora"
     assert json.loads(texts["loramerge_extract"])["tuned"]["name"] == "tuned.safetensors"
+    facts = json.loads(texts["loramerge_extract"])
+    assert {"base", "conv_rank", "max_rank", "parts", "rank", "retain", "size", "vectors", "version"} <= set(
+        facts
+    )
     assert len(texts["sshs_model_hash"]) == 64
     assert str(tmp_path) not in "".join(texts.values())
 
@@ -603,3 +607,120 @@ def test_no_picture_is_drawn_of_a_checkpoint(tmp_path, capsys):
         assert main([*words, "--plot", str(tmp_path / "x.png")]) == 1
         assert "tuned.safetensors is a checkpoint" in capsys.readouterr().err
         assert not (tmp_path / "x.png").exists()
+
+
+def _plain(tmp_path, tensors, metadata):
+    save_file(tensors, tmp_path / "tuned.safetensors", metadata)
+
+
+def _yaml(tmp_path, tensors):
+    _plain(tmp_path, tensors, None)
+    text = "model:\n  params:\n    parameterization: 'v'  # as it was trained\n"
+    (tmp_path / "tuned.yaml").write_text(text)
+
+
+PREDICTING = {
+    "v_pred": lambda path, tensors: _plain(path, {**tensors, "v_pred": torch.zeros(0)}, None),
+    "edm": lambda path, tensors: _plain(path, {**tensors, "edm_vpred.sigma_max": torch.tensor(80.0)}, None),
+    "metadata": lambda path, tensors: _plain(path, tensors, {"modelspec.prediction_type": "v"}),
+    "yaml": _yaml,
+    "none": lambda path, tensors: _plain(path, tensors, {"modelspec.prediction_type": "epsilon"}),
+}
+
+
+@pytest.mark.parametrize("how", PREDICTING)
+def test_what_a_model_predicts_is_read_wherever_it_stands(tmp_path, capsys, how):
+    _, tuned = pair(tmp_path, {Q: planted((320, 320), 4, 0.1)})
+    PREDICTING[how](tmp_path, tuned)
+    report = extract(tmp_path, capsys, "--rank", "4")
+    warned = any("change of objective" in text for text in report["warnings"])
+    said = read_header(tmp_path / "lora.safetensors").metadata["modelspec.prediction_type"]
+    assert main(["inspect", str(tmp_path / "tuned.safetensors")]) == 0
+    shown = "Predicts" in capsys.readouterr().out
+    assert (warned, said, shown) == ((False, "epsilon", False) if how == "none" else (True, "v", True))
+
+
+@pytest.mark.parametrize(("spread", "predicts"), [(0.05, ""), (0.2, "v")])
+def test_stable_diffusion_2_tells_by_the_spread_of_one_bias(tmp_path, spread, predicts):
+    keep = r"input_blocks\.1\.1|output_blocks\.11\.1\.transformer_blocks\.0\.norm1"
+    tensors = checkpoint_tensors("sd1-ldm", keep=keep)
+    for key in [key for key in tensors if "attn2.to_k" in key or "attn2.to_v" in key]:
+        tensors[key] = torch.zeros(320, 1024).half()
+    norm = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    tensors[norm] = torch.linspace(-1, 1, 320) * spread * 3**0.5
+    save_file(tensors, tmp_path / "base.safetensors")
+    facts = look(tmp_path / "base.safetensors")
+    assert facts.base_model.startswith("Stable Diffusion 2")
+    assert facts.prediction == predicts
+
+
+def test_a_folder_tells_by_its_scheduler(tmp_path):
+    for part in ("unet", "scheduler"):
+        (tmp_path / "model" / part).mkdir(parents=True)
+    make_checkpoint(tmp_path / "model" / "unet" / "model.safetensors", "sdxl-diffusers_unet_only")
+    for said, predicts in (("v_prediction", "v"), ("epsilon", "")):
+        path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({"prediction_type": said}))
+        assert look(tmp_path / "model").prediction == predicts
+
+
+def test_a_bias_that_changed_alone_is_written_beside_zeros(tmp_path, capsys):
+    bias = "model.diffusion_model.time_embed.0.bias"
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.bias"
+    changes = {Q: planted((320, 320), 4, 0.1), bias: torch.full((1280,), 0.1), conv: torch.full((320,), 0.1)}
+    base, tuned = pair(tmp_path, changes)
+    report = extract(tmp_path, capsys, "--rank", "4")
+    assert report["skipped"] == []
+    lora = load_file(tmp_path / "lora.safetensors")
+    for name, key in (("time_embedding_linear_1", bias), ("down_blocks_0_resnets_0_conv1", conv)):
+        assert not lora[f"lora_unet_{name}.lora_up.weight"].any()
+        wanted = tuned[key].double() - base[key].double()
+        assert torch.allclose(lora[f"lora_unet_{name}.diff_b"].double(), wanted, atol=1e-4)
+    words = [tmp_path / "base.safetensors", tmp_path / "lora.safetensors", "-o", tmp_path / "back"]
+    assert main(["bake", *map(str, words)]) == 0
+    back = load_file(tmp_path / "back.safetensors")
+    for key in (bias, conv):
+        assert torch.allclose(back[key].double(), tuned[key].double(), atol=1e-4)
+    capsys.readouterr()
+    # Without convolutions, and where the size is limited, such a bias is left out and counted.
+    for words, count in ((("--rank", "4", "--conv-rank", "0"), 1), (("--size", "1"), 2)):
+        (text,) = extract(tmp_path, capsys, *words)["skipped"]
+        assert text.startswith(f"{count} ")
+
+
+def test_a_bias_beside_a_whole_difference_is_written(tmp_path, capsys):
+    first = "model.diffusion_model.input_blocks.0.0"
+    names = {f"{first}.weight": torch.full((320, 4, 3, 3), 0.01), f"{first}.bias": torch.full((320,), 0.1)}
+    keep = r"input_blocks\.[01]\.|layers\.0\."
+    base = checkpoint_tensors("sd1-ldm", keep=keep)
+    tuned = {key: tensor + names[key].half() if key in names else tensor for key, tensor in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    extract(tmp_path, capsys, "--rank", "64", "--conv-rank", "64")
+    lora = load_file(tmp_path / "lora.safetensors")
+    assert {key for key in lora if "conv_in" in key} == {"lora_unet_conv_in.diff", "lora_unet_conv_in.diff_b"}
+
+
+def test_embeddings_and_vaes_that_differ_are_named(tmp_path, capsys):
+    token = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    keep = r"input_blocks\.1\.|layers\.0\.|token_embedding|first_stage_model.decoder.conv_in"
+    base = checkpoint_tensors("sd1-ldm", keep=keep)
+    vae = "first_stage_model.decoder.conv_in.bias"
+    tuned = {**base, token: base[token] + 0.01, vae: base[vae] + 1}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    error = extract(tmp_path, capsys, rc=1)
+    assert "their matrices are equal" in error
+    assert "embeddings differ, which no LoRA holds: lora_te_text_model_embeddings_token_embedding" in error
+    assert "VAEs differ" in error
+    save_file({**tuned, Q: tuned[Q] + 0.01}, tmp_path / "tuned.safetensors")
+    assert any("token_embedding" in text for text in extract(tmp_path, capsys)["skipped"])
+    assert extract(tmp_path, capsys, "--parts", "unet")["skipped"] == []
+
+
+def test_the_rounding_that_two_files_differ_by_is_that_of_what_differs(tmp_path, capsys):
+    base, _ = pair(tmp_path, {})
+    names = [key for key in base if key.startswith("model.diffusion_model") and base[key].ndim == 2]
+    tuned = {key: t.float().to(torch.float8_e5m2) if key in names else t for key, t in base.items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    assert "only by rounding (float16 against float8 e5m2)" in extract(tmp_path, capsys, rc=1)

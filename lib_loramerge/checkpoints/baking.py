@@ -18,8 +18,9 @@ from ..errors import Cancelled, OutputError, Sentence
 from ..files import LoraFile, check_target
 from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
-from ..files.place import copy_whole, folder_output, write_whole
+from ..files.place import copy_whole, folder_output
 from ..merge import MergePlan, Progress
+from .beside import INDEX, copy_settings, index_of
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
 from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
@@ -42,6 +43,7 @@ class BakeSettings:
         drop_ema: Leave the averaged copy of the weights out that no WebUI uses.
         hashed: Hash base and result for A1111's record of merges.
         encoders: Files of text encoders that belong to the checkpoint.
+        base_sha256: Of the checkpoint's file, where it is known already; then it is not read for that.
     """
 
     rounding: str = "auto"
@@ -49,6 +51,7 @@ class BakeSettings:
     drop_ema: bool = False
     hashed: bool = True
     encoders: tuple[Path, ...] = ()
+    base_sha256: str = ""
 
 
 @dataclass
@@ -152,7 +155,7 @@ class Bake:
                 with suppress(OSError):
                     target.unlink(missing_ok=True)
             raise
-        self.warnings += _copy_settings(self.checkpoint.path, output, overwrite)
+        self.warnings += copy_settings(self.checkpoint.path, output, overwrite)
         size = sum(os.stat(target).st_size for _, target, _ in jobs)
         sha256 = done[0].sha256 if len(jobs) == 1 else None
         return self._report(
@@ -205,6 +208,9 @@ class Bake:
             for name, path in found.items():
                 target = temporary / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if path.name.endswith(INDEX) and (text := index_of(path, wanted.values())) is not None:
+                    target.write_bytes(text)
+                    continue
                 if path not in wanted:
                     copy_whole(path, target, lambda: _stop_if(cancel))  # A link would share its fate.
                     continue
@@ -243,7 +249,7 @@ class Bake:
             return True
         if any(path == file.path for file in self.checkpoint.files):
             return True
-        return path.suffix.lower() in _TEXTS and not path.name.endswith(".index.json")
+        return path.suffix.lower() in _TEXTS and not path.name.endswith(INDEX)
 
     def _write(
         self,
@@ -262,7 +268,8 @@ class Bake:
         hashed = self.settings.hashed and self.single
         sha256 = None
         if hashed:
-            sha256 = hash_of(file, progress, stop)
+            known = self.settings.base_sha256 if file is self.checkpoint.files[0] else ""
+            sha256 = known or hash_of(file, progress, stop)
         entries = self._rescaled(file, entries)
         kept, notes = kept_metadata(file.header.metadata)
         if self.settings.dtype != "same":
@@ -527,45 +534,3 @@ def _check_folder(path: Path, output: Path) -> None:
         raise OutputError("{folder} exists already; choose another name for the new folder.", output)
     if output.resolve().is_relative_to(_root(path).resolve()):
         raise OutputError("{folder} is within the checkpoint's own folder; choose another place.", output)
-
-
-def _copy_settings(base: Path, output: Path, overwrite: bool) -> list[str]:
-    """The model's configuration that A1111 and Forge read beside a checkpoint (v-prediction, say).
-
-    Returns:
-        A warning where another one stays there: the checkpoint itself is written by now.
-    """
-    beside, target = base.with_suffix(".yaml"), output.with_suffix(".yaml")
-    try:
-        wanted, there = (path.read_bytes() if path.is_file() else None for path in (beside, target))
-        if wanted == there:
-            return []
-        if wanted is None:
-            return [
-                Sentence(
-                    "{target} was there before, and WebUIs read the configuration of {file} in it. "
-                    "Remove it unless it is meant for this model.",
-                    target.name,
-                    output.name,
-                )
-            ]
-        if there is not None and not overwrite:
-            return [
-                Sentence(
-                    "{target} was there before and differs from {file}; choose which one stays.",
-                    target.name,
-                    beside.name,
-                )
-            ]
-        write_whole(target, wanted)
-    except (OSError, OutputError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        return [
-            Sentence(
-                "{file} could not be copied to {target} ({reason}). Copy it yourself.",
-                beside.name,
-                target.name,
-                reason,
-            )
-        ]
-    return []

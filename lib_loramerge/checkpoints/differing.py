@@ -27,7 +27,13 @@ from .summing import CHUNK
 MOST_RANKS = 4096
 MAX_RANK = 128
 _FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.
-_EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared.weight")
+_EMBEDDINGS = (
+    "token_embedding",
+    "position_embedding",
+    "positional_embedding",
+    "embed_tokens",
+    "shared.weight",
+)
 VECTORS = ("unet", "none")
 ONE_RULE = "rank, retain and size exclude each other: give one rule for the rank."
 PARTS = ("unet", "te", "te1", "te2", "te3")
@@ -238,12 +244,35 @@ class Pair:
                 )
         return parts[0] ^ parts[1]
 
+    def embeddings_apart(self) -> list[str]:
+        """Embeddings of words and places by which the two differ; hosts' LoRAs change none."""
+        found = []
+        for layer in self.tuned.layers:
+            if layer not in self.base.layers or not self._is_embedding(layer) or not self._is_of_part(layer):
+                continue
+            if self.tuned.shape(self.identity, layer) != self.base.shape(self.identity, layer):
+                continue
+            rows = self.rows(layer)
+            coarse = coarser(*(stored_as(side, layer)[0] for side in (self.tuned, self.base)))
+            if rows is not None and not all(
+                _equal_when_rounded(tuned, base, coarse)
+                for _, _, tuned, base in _both(rows, rows[0].count, rows[0].width)
+            ):
+                found.append(layer)
+        return found
+
+    def _is_embedding(self, layer: str) -> bool:
+        places = self.base.layers.get(layer) or self.tuned.layers[layer]
+        return any(word in places[0].key for word in _EMBEDDINGS)
+
     def _is_asked(self, layer: str) -> bool:
         places = self.base.layers.get(layer) or self.tuned.layers[layer]
         # Embeddings and other bare parameters are nothing that a host's LoRA changes.
-        key = places[0].key
-        if not key.endswith(("weight", "text_projection")) or any(word in key for word in _EMBEDDINGS):
+        if not places[0].key.endswith(("weight", "text_projection")) or self._is_embedding(layer):
             return False
+        return self._is_of_part(layer)
+
+    def _is_of_part(self, layer: str) -> bool:
         part = models.component(layer)
         if not self.settings.parts:
             return True

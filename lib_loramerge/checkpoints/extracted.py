@@ -13,6 +13,7 @@ from .. import models
 from ..errors import Sentence
 from ..report import histogram_text, percent, relative
 from .differing import Found, Pair
+from .predicting import predicts_v
 from .reading import vaes_differ
 
 _FAR = 0.3  # Median size of the difference, over that of the weights, from which on the base is doubted.
@@ -107,7 +108,7 @@ def report_of(
                 f"{cosine:.3f}",
             )
         )
-    if ("v_pred" in pair.tuned.keys) != ("v_pred" in pair.base.keys):
+    if predicts_v(pair.tuned) != predicts_v(pair.base):
         warnings.append("One predicts v, the other noise: the LoRA will carry the change of objective.")
     if vaes_differ(pair.tuned, pair.base):
         warnings.append("The VAEs differ; choose that VAE in the WebUI to get the same colours.")

@@ -13,21 +13,25 @@ from pathlib import Path
 
 from .. import dialects
 from ..delta import parallel_map
-from ..errors import Cancelled, IncompatibleError, RecipeError, Sentence
+from ..errors import Cancelled, IncompatibleError, RecipeError, Sentence, joined
 from ..files import check_target, write_file
 from ..merge import Progress
 from ..metadata import build_metadata
 from ..recipe import LoraInput, MergeRecipe
+from ..recipe.stored import VERSION
 from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
 from .fitting import fit, foreseen_bytes, lay_aside
 from .outcome import shortened
-from .reading import Checkpoint
+from .predicting import predicts_v
+from .reading import Checkpoint, vaes_differ
 from .rewriting import check_room
 from .tensors import OneRank, Spill, complete_groups, read_vectors, write_layer, write_vectors
 
 WORKERS = 2
+_RULES = ("rank", "conv_rank", "retain", "size", "max_rank", "parts", "vectors", "dtype")
+"""Settings that a LoRA keeps: with the two checkpoints they make it again."""
 
 
 def extract(
@@ -88,7 +92,10 @@ def extract(
                     before_rename=pair.check_unchanged,
                 )
         report = report_of(pair, output, written.size if written is not None else None, found, start)
-        return replace(report, skipped=shortened([*pair.skipped, *skipped_vectors]))
+        apart = [
+            Sentence("{layer}: an embedding, which no LoRA holds", name) for name in pair.embeddings_apart()
+        ]
+        return replace(report, skipped=shortened([*apart, *pair.skipped, *skipped_vectors]))
 
 
 @contextmanager
@@ -149,22 +156,33 @@ def _all_layers(
 def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
     if any(layer.trained for layer in found):
         return
-    dtypes = sorted({stored_as(c, found[0].name)[0] for c in (pair.tuned, pair.base)})
+    unequal = [x.name for x in found if x.exact > 0 and len(pair.base.shape(pair.identity, x.name)) > 1]
+    dtypes = sorted({stored_as(c, name)[0] for c in (pair.tuned, pair.base) for name in unequal})
     how = " against ".join(_WORDS.get(name, name) for name in dtypes)
-    differ = (
-        Sentence("are equal")
-        if all(layer.exact == 0 for layer in found)
-        else Sentence("differ only by rounding ({dtype})", how)
-    )
-    raise IncompatibleError(
-        "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
-        pair.tuned.path.name,
-        pair.base.path.name,
-        differ,
-    )
+    differ = Sentence("differ only by rounding ({dtype})", how) if unequal else Sentence("are equal")
+    reasons = [
+        Sentence(
+            "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
+            pair.tuned.path.name,
+            pair.base.path.name,
+            differ,
+        )
+    ]
+    if others := pair.embeddings_apart():
+        reasons.append(Sentence("Their embeddings differ, which no LoRA holds: {names}.", ", ".join(others)))
+    if vaes_differ(pair.tuned, pair.base):
+        reasons.append(Sentence("Their VAEs differ."))
+    raise IncompatibleError(joined(" ", reasons))
 
 
-_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8 e4m3"}
+_WORDS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8 e4m3",
+    "F8_E5M2": "float8 e5m2",
+}
 
 
 def _hashes(
@@ -206,7 +224,7 @@ def _metadata(
         conv_alphas=[layer.alpha for layer in found if layer.name in conv],
     )
     texts.pop("loramerge_recipe", None)
-    if any("v_pred" in checkpoint.keys for checkpoint in (pair.tuned,)):
+    if predicts_v(pair.tuned):
         texts["modelspec.prediction_type"] = "v"
     texts["ss_sd_model_name"] = pair.base.path.name
     if len(pair.base.files) == 1:
@@ -216,10 +234,9 @@ def _metadata(
     facts = {
         "tuned": {"name": pair.tuned.path.name, "sha256": hashes["tuned"]},
         "base": {"name": pair.base.path.name, "sha256": hashes["base"]},
-        "rank": settings.rank,
-        "retain": settings.retain,
-        "size": settings.size,
+        **{name: getattr(settings, name) for name in _RULES},
         "error": error_of(found),
+        "version": VERSION,
     }
     texts["loramerge_extract"] = json.dumps(facts, ensure_ascii=False, sort_keys=True)
     return texts

@@ -13,6 +13,7 @@ from ..dialects import is_adapters
 from ..errors import LoraMergeError
 from ..files import read_header
 from .outcome import stored_bake
+from .predicting import predicts_v
 from .reading import EMA, Checkpoint
 
 
@@ -110,7 +111,7 @@ def look(path: Path) -> CheckpointFacts:
             channels=checkpoint.info(first[0].key).shape[1] if first else None,
             vae=any(key.startswith(("first_stage_model.", "vae.")) for key in keys),
             ema=any(key.startswith(EMA) for key in keys),
-            prediction="v" if "v_pred" in keys else "",
+            prediction="v" if predicts_v(checkpoint) else "",
             baked=_baked(checkpoint.files[0].header.metadata),
         )
 

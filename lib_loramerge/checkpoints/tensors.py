@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,7 +124,8 @@ def complete_groups(pair: Pair, found: list[Found], tensors: Spill) -> None:
 
 def zero_layer(pair: Pair, name: str, like: str) -> Found:
     """A layer of rank 1 without a change; ``like`` is another one of its attention, which has its shape."""
-    out, width = pair.base.shape(pair.identity, like)[:2]
+    out, *inner = pair.base.shape(pair.identity, like)
+    width = math.prod(inner)
     dtype = getattr(torch, pair.settings.dtype)
     zeros = Stored(torch.zeros(out, 1, dtype=dtype), torch.zeros(1, width, dtype=dtype), 1.0, (), 0.0, 0.0)
     return Found(name, 0, 0, 0, 0, 0, False, stored=zeros)
@@ -171,9 +173,12 @@ def write_vectors(
             continue
         own = vectors[layer.name]
         vector = _is_vector(pair, layer.name)
-        if own is None or not (vector or layer.rank):
+        written = vector or layer.rank or layer.lost < layer.exact
+        if own is None or not (written or _takes_zeros(pair, layer)):
             left[models.component(layer.name)] += 1
             continue
+        if not written:  # A1111 refuses a file with a bias that stands alone.
+            write_layer(pair, zero_layer(pair, layer.name, layer.name), tensors)
         for key, tensor in own.items():
             tensors.add(key, tensor)
         if vector:
@@ -182,6 +187,12 @@ def write_vectors(
         Sentence("{count} norms and biases of {part}, which are no part of a low-rank LoRA", count, part)
         for part, count in sorted(left.items())
     ]
+
+
+def _takes_zeros(pair: Pair, layer: Found) -> bool:
+    """Whether a layer whose bias alone changed is written; a file of limited size has no room for it."""
+    conv = tuple(pair.base.shape(pair.identity, layer.name)[2:]) not in ((), (1, 1))
+    return pair.settings.size is None and pair.settings.limit(conv) > 0
 
 
 def _is_vector(pair: Pair, layer: str) -> bool:

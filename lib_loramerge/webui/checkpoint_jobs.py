@@ -73,7 +73,13 @@ class BakeRequest(Errand):
             host.checkpoint_path(self.base, TO_BAKE, self.strict),
             find=lambda name: host.find(name, self.strict),
             presets=host.presets(),
-            settings=BakeSettings(self.rounding, self.dtype, self.drop_ema, self.hashed),
+            settings=BakeSettings(
+                self.rounding,
+                self.dtype,
+                self.drop_ema,
+                self.hashed,
+                base_sha256=host.checkpoint_sha256(self.base) if self.hashed else "",
+            ),
             check_hashes=check_hashes,
             stop=stop,
         )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib_loramerge.files import read_header
 from tests.helpers.checkpoint_files import lora_of, make_checkpoint, product
 from tests.helpers.hosting import FakeHost
 from tests.helpers.inprocess import fake_modules
@@ -195,6 +200,43 @@ def test_a_baked_checkpoint_goes_where_the_webuis_own_merger_writes_and_is_liste
         host.refresh_checkpoints()
         assert host.checkpoint_path("new.safetensors", "one", strict=True) == path
         host.close()
+
+
+def test_a_hash_that_the_webui_keeps_is_taken(tmp_path):
+    fill(tmp_path)
+    folder = tmp_path / "models" / "Stable-diffusion"
+    own = hashlib.sha256((folder / "base.safetensors").read_bytes()).hexdigest()
+    asked = []
+
+    def kept(answer):
+        def ask(filename, title, use_addnet_hash=False):
+            asked.append((Path(filename).name, title))
+            return answer
+
+        return ask
+
+    def failing(filename, title):
+        raise KeyError(title)
+
+    with fake_modules(tmp_path):
+        from lib_loramerge.recipe import from_json
+        from lib_loramerge.webui.checkpoint_jobs import BakeRequest
+        from lib_loramerge.webui.host import WebuiHost
+
+        sys.modules["modules.sd_models"].list_models()
+        host = WebuiHost()
+        request = BakeRequest(from_json(json.dumps(RECIPE)), "base.safetensors", "baked")
+        cases = [(kept("ab" * 32), "ab" * 32), (kept(None), own), (kept("short"), own), (failing, own)]
+        for number, (ask, wanted) in enumerate(cases):
+            sys.modules["modules.hashes"] = types.SimpleNamespace(sha256_from_cache=ask)
+            with request.prepared(host) as prepared:
+                prepared.run(tmp_path / f"out{number}.safetensors")
+            recipe = json.loads(
+                read_header(tmp_path / f"out{number}.safetensors").metadata["sd_merge_recipe"]
+            )
+            assert recipe["primary_model_hash"] == wanted
+        host.close()
+    assert set(asked) == {("base.safetensors", "checkpoint/base.safetensors")}
 
 
 def test_the_schema_names_what_the_library_knows():

@@ -37,6 +37,10 @@ class CheckpointFolder:
         """Title of the one that the host makes pictures with; empty while unknown."""
         return ""
 
+    def checkpoint_sha256(self, title: str) -> str:
+        """Hex SHA-256 of a checkpoint, if the host keeps it and the file is no newer; empty otherwise."""
+        return ""
+
     def refresh_checkpoints(self) -> None:
         """Makes the host list its checkpoints again."""
 

@@ -147,6 +147,16 @@ class WebuiHost(Host):
         aliases = getattr(lists, "checkpoint_aliases", None) or {}
         return listed.get(title) or aliases.get(title)
 
+    def checkpoint_sha256(self, title: str) -> str:
+        info, ask = self._checkpoint_info(title), getattr(host_module("hashes"), "sha256_from_cache", None)
+        if info is None or not callable(ask):
+            return ""
+        try:
+            found = str(ask(info.filename, f"checkpoint/{info.name}") or "")  # type: ignore[attr-defined]
+        except Exception:  # A host's cache may be of another make; the file is hashed then.
+            return ""
+        return found if len(found) == 64 else ""
+
     # What is allowed
 
     def restricted(self) -> bool:
