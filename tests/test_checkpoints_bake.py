@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -412,6 +413,17 @@ def test_a_folder_of_one_file_is_baked_into_a_folder(tmp_path, folder):
     assert _files_of(tmp_path / "new") == _files_of(folder)
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "new" / name).read_bytes() != (folder / name).read_bytes()
+
+
+def test_weights_of_a_folder_that_are_not_baked_are_named(tmp_path, folder, capsys):
+    words, part = (folder, tmp_path / "a.safetensors"), folder / "unet"
+    assert bake(*words, "-o", tmp_path / "first") == 0
+    assert "other weights" not in capsys.readouterr().out
+    variant = "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(part / "diffusion_pytorch_model.safetensors", part / variant)
+    assert bake(*words, "-o", tmp_path / "second") == 0
+    assert f"{variant}: other weights in the folder" in capsys.readouterr().out
+    assert (tmp_path / "second" / "unet" / variant).read_bytes() == (part / variant).read_bytes()
 
 
 def test_the_copy_of_a_folder_is_cancelled_within_a_file(tmp_path, folder):

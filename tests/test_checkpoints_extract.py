@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_loramerge.checkpoints import ExtractSettings, look
+from lib_loramerge.checkpoints import ExtractSettings, foresee, look
 from lib_loramerge.checkpoints import extract as run_extract
 from lib_loramerge.cli import main
 from lib_loramerge.delta import truncate
@@ -724,3 +724,26 @@ def test_the_rounding_that_two_files_differ_by_is_that_of_what_differs(tmp_path,
     tuned = {key: t.float().to(torch.float8_e5m2) if key in names else t for key, t in base.items()}
     save_file(tuned, tmp_path / "tuned.safetensors")
     assert "only by rounding (float16 against float8 e5m2)" in extract(tmp_path, capsys, rc=1)
+
+
+@pytest.mark.parametrize("layout", ["sd1-ldm", "sdxl-sgm", "flux-flux"])
+def test_the_size_that_is_foreseen_is_not_exceeded(tmp_path, layout):
+    base = checkpoint_tensors(layout)
+    generator = torch.Generator().manual_seed(4)
+    tuned = {
+        key: (t.float() + 0.005 * torch.randn(t.shape, generator=generator)).half()
+        if t.is_floating_point()
+        else t
+        for key, t in base.items()
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    files = (tmp_path / "tuned.safetensors", tmp_path / "base.safetensors")
+    for number, how in enumerate(
+        ({"rank": 1}, {"rank": 8}, {"rank": 8, "conv_rank": 2, "dialect": "diffusers"})
+    ):
+        settings = ExtractSettings(**how)
+        output = tmp_path / f"lora{number}.safetensors"
+        run_extract(*files, output, settings)
+        assert 0.8 < output.stat().st_size / foresee(*files, settings).size_bytes <= 1 or number == 0
+        assert output.stat().st_size <= foresee(*files, settings).size_bytes

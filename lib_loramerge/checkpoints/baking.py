@@ -29,6 +29,7 @@ from .rewriting import Rewritten, check_room, largest, rewrite, written_bytes
 from .summing import Entry, Rounding, Sums, is_copy
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".msgpack", ".onnx", ".pt", ".pth")
 _TEXTS = (".json", ".md", ".txt", ".yaml")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -243,6 +244,28 @@ class Bake:
                 )
         return found
 
+    def _copied_weights(self) -> list[str]:
+        """A warning of weights in the folder that are not those which are baked, as its fp16 variant."""
+        if self.single:
+            return []
+        root = _root(self.checkpoint.path)
+        own = {file.path for file in self.checkpoint.files}
+        folders = {root, *(path.parent for path in own)}
+        others = [
+            str(name)
+            for name, path in self._folder_files().items()
+            if path not in own and path.parent in folders and path.suffix.lower() in _WEIGHTS
+        ]
+        if not others:
+            return []
+        return [
+            Sentence(
+                "{names}: other weights in the folder, copied as they are. The LoRAs are not in them, so "
+                "load the new folder without a variant.",
+                ", ".join(others[:3]) + (f" + {len(others) - 3}" if len(others) > 3 else ""),
+            )
+        ]
+
     def _belongs(self, path: Path) -> bool:
         """Whether a file is part of the checkpoint: beside an index of shards lie other models, too."""
         if self.checkpoint.path.is_dir() or path == self.checkpoint.path:
@@ -449,7 +472,8 @@ class Bake:
         rounding = self.settings.rounding
         if rounding == "auto":
             rounding = "stochastic" if any(dtype in FLOAT8_LARGEST for dtype in self.dtypes) else "nearest"
-        warnings = list(dict.fromkeys([*self.warnings, *sorted(self.adapter_notes)]))
+        found = [*self.warnings, *self._copied_weights(), *sorted(self.adapter_notes)]
+        warnings = list(dict.fromkeys(found))
         if not dry:
             warning = remedy(whole.survives, rounding, self.dtypes, self._finer)
             warnings += [warning] if warning else []

@@ -16,10 +16,11 @@ from ..errors import OutputError
 from ..hosts import companions
 from ..merge.layout import ENTRY_BYTES, ITEM_BYTES
 from .differing import Found, Pair
-from .tensors import Spill, layer_tensors, write_layer, zero_layer
+from .tensors import Spill, layer_tensors, takes_vectors, write_layer, zero_layer
 
 _ANY = 1000  # A rank of as many digits as any.
-_OF_A_LAYER = 400  # Bytes of names and places in the header, and the alpha.
+_TEXTS = 8192  # Bytes of the metadata.
+_SLOT = 24  # Characters behind a layer's name.
 _LAID_ASIDE = 4  # Bytes of a number.
 
 
@@ -29,20 +30,35 @@ def _place(layer: Found, slot: str) -> str:
 
 def foreseen_bytes(pair: Pair, names: Sequence[str]) -> tuple[int, int]:
     """Bytes of the LoRA, and those on the disk while it is made, at most."""
-    item = ITEM_BYTES[pair.settings.dtype]
-    size = aside = 0
+    settings, item = pair.settings, ITEM_BYTES[pair.settings.dtype]
+    one_rank = dialects.needs_one_rank(pair.identity, settings.dialect)
+    size, aside = _TEXTS, 0
     for name in names:
         shape = pair.base.shape(pair.identity, name)
+        prefixes = [prefix for prefix, _ in dialects.output_parts(pair.identity, name, settings.dialect)]
+        entry = sum(len(prefix) + _SLOT + ENTRY_BYTES for prefix in prefixes)
+        size += _vector_numbers(pair, name) * item + 2 * entry
         if len(shape) < 2:
             continue
         width = math.prod(shape[1:])
-        rank = min(pair.settings.limit(tuple(shape[2:]) not in ((), (1, 1))), shape[0], width)
-        size += min(rank * (shape[0] + width), shape[0] * width) * item + _OF_A_LAYER
+        rank = min(settings.limit(tuple(shape[2:]) not in ((), (1, 1))), shape[0], width)
         aside += rank * (shape[0] + width) * _LAID_ASIDE
-    if pair.settings.size is None:
+        if one_rank:  # Filled up with zeros to the largest.
+            rank = max(settings.limit(False), settings.limit(True))
+        numbers = rank * (shape[0] + width * len(prefixes))
+        size += (numbers if one_rank else min(numbers, shape[0] * width)) * item + 3 * entry
+    if settings.size is None:
         return size, 2 * size
-    size = min(size, int(pair.settings.size * 1_000_000))
+    size = min(size, int(settings.size * 1_000_000))
     return size, aside + 2 * size
+
+
+def _vector_numbers(pair: Pair, name: str) -> int:
+    """Numbers of a layer's bias and norm that may be written."""
+    if not takes_vectors(pair, name):
+        return 0
+    shape = pair.base.shape(pair.identity, name)
+    return 2 * shape[0] if len(shape) == 1 else shape[0]
 
 
 def lay_aside(layer: Found, shelf: Spill) -> None:

@@ -137,7 +137,6 @@ def read_vectors(pair: Pair, found: Sequence[Found]) -> dict[str, dict[str, Tens
     Layers whose vectors are equal in both checkpoints are not in it.
     """
     settings = pair.settings
-    unet = models.layers(pair.identity)  # A complete list there is for the U-Nets alone.
     dtype = getattr(torch, settings.dtype)
     result: dict[str, dict[str, Tensor] | None] = {}
     for layer in found:
@@ -148,7 +147,7 @@ def read_vectors(pair: Pair, found: Sequence[Found]) -> dict[str, dict[str, Tens
         weight = _vector(pair.rows(name)) if vector else None
         if bias is None and weight is None:
             continue
-        if settings.vectors == "none" or models.component(name) != "unet" or not unet:
+        if not takes_vectors(pair, name):
             result[name] = None
             continue
         slots = {"diff_b": bias} if not vector else {"w_norm": weight, "b_norm": bias}
@@ -161,6 +160,12 @@ def read_vectors(pair: Pair, found: Sequence[Found]) -> dict[str, dict[str, Tens
             for slot, value in slots.items()
         }
     return result
+
+
+def takes_vectors(pair: Pair, name: str) -> bool:
+    """Whether hosts take a layer's bias or norm from a LoRA, and they are asked for."""
+    unet = models.layers(pair.identity)  # A complete list there is for the U-Nets alone.
+    return pair.settings.vectors != "none" and models.component(name) == "unet" and bool(unet)
 
 
 def write_vectors(

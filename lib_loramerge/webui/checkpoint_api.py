@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..recipe import SETTINGS
 from . import schema
 from .checkpoint_jobs import BakeRequest, ExtractRequest
 
@@ -33,6 +34,8 @@ def extract_request(fields: Fields) -> ExtractRequest:
         "vectors": fields.choice("vectors", schema.VECTORS),
         "dtype": fields.choice("dtype", schema.EXTRACTED_DTYPES),
         "skip_unsupported": fields.flag("skip_unsupported"),
+        "dialect": fields.choice("dialect", tuple(SETTINGS["dialect"].words)),
+        "hashed": fields.flag("hash", True),
     }
     read: Mapping[str, Callable[[str], object]] = {
         "rank": fields.rank,

@@ -160,6 +160,8 @@ def extract_schema() -> Schema:
             "max_rank": {**whole, "default": 128, "description": "limit of auto, retain and size"},
             "parts": {"type": "array", "items": text(enum=list(PARTS)), "description": "empty for all"},
             "vectors": text(enum=list(VECTORS), default="unet"),
+            "dialect": SETTINGS["dialect"].schema(),
+            "hash": {"type": "boolean", "default": True, "description": "of both, kept in the metadata"},
             "dtype": text("of the LoRA", enum=list(EXTRACTED_DTYPES), default="float16"),
             "skip_unsupported": {"type": "boolean", "default": False},
         },

@@ -94,6 +94,13 @@ def test_an_extraction_is_a_job_whose_lora_can_be_used(host):
     assert status == 202, job
     job = host.wait_for_job(job["id"])
     assert job["report"]["size_bytes"] <= 10_000
+    status, job = extract(host, rank=4, name="spelled", dialect="diffusers", hash=False)
+    assert (status, host.wait_for_job(job["id"])["state"]) == (202, "done")
+    header = read_header(host.lora_dir / "spelled.safetensors")
+    assert "ss_new_sd_model_hash" not in header.metadata
+    assert all(key.startswith("unet.") for key in header.tensors)
+    assert extract(host, rank=4, name="other", dialect="peft")[0] == 422
+    assert extract(host, rank=4, max_rank=8, name="other")[0] == 400
 
 
 @pytest.mark.parametrize(
