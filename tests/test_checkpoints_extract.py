@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -747,3 +748,29 @@ def test_the_size_that_is_foreseen_is_not_exceeded(tmp_path, layout):
         run_extract(*files, output, settings)
         assert 0.8 < output.stat().st_size / foresee(*files, settings).size_bytes <= 1 or number == 0
         assert output.stat().st_size <= foresee(*files, settings).size_bytes
+
+
+class _Full:
+    """A file on a full disk: what waits in its buffer cannot be written when it is closed, either."""
+
+    def seek(self, *place):
+        return 0
+
+    def write(self, data):
+        return len(data)
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = flush
+
+
+def test_a_disk_that_becomes_full_is_one_sentence(tmp_path, capsys, monkeypatch):
+    pair(tmp_path, {Q: planted((320, 320), 4, 0.1)})
+    before = sorted(tmp_path.iterdir())
+    for opened in (lambda dir: _Full(), lambda dir: _Full().flush()):
+        monkeypatch.setattr("lib_loramerge.checkpoints.tensors.tempfile.TemporaryFile", opened)
+        error = extract(tmp_path, capsys, rc=1)
+        assert "no room for the LoRA while it is made (No space left" in error
+        assert error.count("\n") == 1
+        assert sorted(tmp_path.iterdir()) == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from .outcome import shortened
 from .predicting import predicts_v
 from .reading import Checkpoint, vaes_differ
 from .rewriting import check_room
-from .tensors import OneRank, Spill, complete_groups, read_vectors, write_layer, write_vectors
+from .tensors import OneRank, Spill, complete_groups, read_vectors, spill_file, write_layer, write_vectors
 
 WORKERS = 2
 _RULES = ("rank", "conv_rank", "retain", "size", "max_rank", "parts", "vectors", "dtype")
@@ -63,7 +62,7 @@ def extract(
         folder = None if output is None else output.parent
         if output is not None:
             check_room(output, foreseen_bytes(pair, names)[1])
-        with tempfile.TemporaryFile(dir=folder) as spilled:
+        with spill_file(folder) as spilled:
             shelf, tensors = Spill(spilled), Spill(spilled)
             sized = settings.size is not None
             found = _all_layers(pair, names, shelf if sized else tensors, progress, cancel)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -19,6 +22,32 @@ from ..hosts import companions
 from ..merge.run import filled, largest_ranks
 from .differing import Found, Pair
 from .reading import LayerRows
+
+
+@contextmanager
+def spill_file(folder: Path | None) -> Iterator[IO[bytes]]:
+    """A file without a name, gone with the block; on the disk of ``folder`` or where the system has such.
+
+    Raises:
+        OutputError: There is no place for one.
+    """
+    try:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise _no_room(error) from error
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # Of a full disk it complains a second time.
+            file.close()
+
+
+def _no_room(error: OSError) -> OutputError:
+    return OutputError(
+        "The disk has no room for the LoRA while it is made ({what}); nothing was written. Free "
+        "some space, or choose a lower rank.",
+        error.strerror or error,
+    )
 
 
 class Spill(Mapping[str, Tensor]):
@@ -35,11 +64,7 @@ class Spill(Mapping[str, Tensor]):
             self._file.write(data)
             self._file.flush()
         except OSError as error:
-            raise OutputError(
-                "The disk has no room for the LoRA while it is made ({what}); nothing was written. Free "
-                "some space, or choose a lower rank.",
-                error.strerror or error,
-            ) from error
+            raise _no_room(error) from error
         self._places[key] = (place, len(data), tensor.dtype, tuple(tensor.shape))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
