@@ -100,7 +100,7 @@ def test_an_extraction_is_a_job_whose_lora_can_be_used(host):
     assert "ss_new_sd_model_hash" not in header.metadata
     assert all(key.startswith("unet.") for key in header.tensors)
     assert extract(host, rank=4, name="other", dialect="peft")[0] == 422
-    assert extract(host, rank=4, max_rank=8, name="other")[0] == 400
+    assert extract(host, rank=4, max_rank=8, name="other")[0] == 422
 
 
 @pytest.mark.parametrize(
