@@ -20,7 +20,7 @@ from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
 from ..files.place import copy_whole, folder_output
 from ..merge import MergePlan, Progress
-from .beside import INDEX, copy_settings, index_of
+from .beside import INDEX, check_folder, copied_weights, copy_settings, folder_files, folder_of, index_of
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
 from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
@@ -29,8 +29,6 @@ from .rewriting import Rewritten, check_room, largest, rewrite, written_bytes
 from .summing import Entry, Rounding, Sums, is_copy
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
-_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".msgpack", ".onnx", ".pt", ".pth")
-_TEXTS = (".json", ".md", ".txt", ".yaml")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -170,7 +168,7 @@ class Bake:
             OutputError: A name is taken, impossible, that of an input, or that of two results.
         """
         if not self.single:
-            _check_folder(self.checkpoint.path, _folder_of(output))
+            check_folder(self.checkpoint, folder_of(output))
             self._folder_files()
             return
         seen: dict[str, LoraFile] = {}
@@ -201,7 +199,7 @@ class Bake:
         cancel: Callable[[], bool] | None,
     ) -> BakeReport:
         """A new folder: changed shards written, all else copied; it appears when complete."""
-        output, found = _folder_of(output), self._folder_files()
+        output, found = folder_of(output), self._folder_files()
         check_room(output, sum(path.stat().st_size for path in found.values()))
         wanted = {file.path: (file, entries) for file, entries in self._files_to_write()}
         sums: dict[str, Sums] = {}
@@ -223,56 +221,7 @@ class Bake:
         return self._report([output], self.size(), sums, None, time.perf_counter() - start)
 
     def _folder_files(self) -> dict[Path, Path]:
-        """Every file of the new folder, by its place in it, and where it is read.
-
-        Raises:
-            OutputError: A text encoder's own file has the name of another.
-        """
-        root = _root(self.checkpoint.path)
-        paths = sorted(root.rglob("*") if self.checkpoint.path.is_dir() else root.iterdir())
-        found = {path.relative_to(root): path for path in paths if path.is_file() and self._belongs(path)}
-        for path in self.settings.encoders:
-            if path in found.values():
-                continue
-            other = found.setdefault(Path(path.name), path)
-            if other != path:
-                raise OutputError(
-                    "{first} and {second} would both be written to {file} in the new folder. Rename one.",
-                    other,
-                    path,
-                    path.name,
-                )
-        return found
-
-    def _copied_weights(self) -> list[str]:
-        """A warning of weights in the folder that are not those which are baked, as its fp16 variant."""
-        if self.single:
-            return []
-        root = _root(self.checkpoint.path)
-        own = {file.path for file in self.checkpoint.files}
-        folders = {root, *(path.parent for path in own)}
-        others = [
-            str(name)
-            for name, path in self._folder_files().items()
-            if path not in own and path.parent in folders and path.suffix.lower() in _WEIGHTS
-        ]
-        if not others:
-            return []
-        return [
-            Sentence(
-                "{names}: other weights in the folder, copied as they are. The LoRAs are not in them, so "
-                "load the new folder without a variant.",
-                ", ".join(others[:3]) + (f" + {len(others) - 3}" if len(others) > 3 else ""),
-            )
-        ]
-
-    def _belongs(self, path: Path) -> bool:
-        """Whether a file is part of the checkpoint: beside an index of shards lie other models, too."""
-        if self.checkpoint.path.is_dir() or path == self.checkpoint.path:
-            return True
-        if any(path == file.path for file in self.checkpoint.files):
-            return True
-        return path.suffix.lower() in _TEXTS and not path.name.endswith(INDEX)
+        return folder_files(self.checkpoint, self.settings.encoders)
 
     def _write(
         self,
@@ -472,7 +421,8 @@ class Bake:
         rounding = self.settings.rounding
         if rounding == "auto":
             rounding = "stochastic" if any(dtype in FLOAT8_LARGEST for dtype in self.dtypes) else "nearest"
-        found = [*self.warnings, *self._copied_weights(), *sorted(self.adapter_notes)]
+        copied = [] if self.single else copied_weights(self.checkpoint, self._folder_files())
+        found = [*self.warnings, *copied, *sorted(self.adapter_notes)]
         warnings = list(dict.fromkeys(found))
         if not dry:
             warning = remedy(whole.survives, rounding, self.dtypes, self._finer)
@@ -542,19 +492,3 @@ def legacy_hash(file: LoraFile) -> str:
     if data:
         file.read_at(LEGACY_START, memoryview(data))
     return hashlib.sha256(data).hexdigest()[:8]
-
-
-def _folder_of(output: Path) -> Path:
-    return output.with_suffix("") if output.suffix == ".safetensors" else output
-
-
-def _root(path: Path) -> Path:
-    """The folder of a checkpoint that is a folder or an index of shards."""
-    return path if path.is_dir() else path.parent
-
-
-def _check_folder(path: Path, output: Path) -> None:
-    if os.path.lexists(output):
-        raise OutputError("{folder} exists already; choose another name for the new folder.", output)
-    if output.resolve().is_relative_to(_root(path).resolve()):
-        raise OutputError("{folder} is within the checkpoint's own folder; choose another place.", output)
