@@ -25,8 +25,8 @@ from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
 from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
 from .reading import EMA, QUANTISATION, SCALES, Checkpoint
-from .rewriting import Rewritten, check_room, largest, rewrite, written_bytes
-from .summing import Entry, Rounding, Sums, is_copy
+from .rewriting import Rewritten, check_room, rewrite, written_bytes
+from .summing import Entry, Rounding, Sums, is_copy, largest
 
 ROUNDINGS = ("auto", "nearest", "stochastic")
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

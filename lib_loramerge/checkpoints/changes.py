@@ -105,7 +105,7 @@ def _factors(
         whole = whole.T.contiguous() if place.transposed else _padded(whole, layer, shape)
         return whole, None
     if isinstance(merged, LowRank):
-        left, right = merged.up.double() * merged.component_gains().to(merged.up.device), merged.down
+        left, right = _scaled(merged.up, merged.component_gains(), wide), merged.down
     else:
         left = merged.up.double() @ merged.left.to(merged.up.device)
         right = merged.right.mT.to(merged.up.device) @ merged.down.double()
@@ -113,6 +113,13 @@ def _factors(
     if place.transposed:
         return right.T.contiguous(), left.T.contiguous()
     return left, _padded(right, layer, shape)
+
+
+def _scaled(up: Tensor, gains: Tensor, wide: torch.dtype) -> Tensor:
+    """``up @ diag(gains)``; in float64 where a gain is far from 1, since float32 may not have it."""
+    near = bool(((gains == 0) | ((gains.abs() > 2.0**-60) & (gains.abs() < 2.0**60))).all())
+    up = up.to(wide if near else torch.float64)
+    return up * gains.to(up)
 
 
 def _padded(rows: Tensor, layer: LayerPlan, shape: tuple[int, ...]) -> Tensor:

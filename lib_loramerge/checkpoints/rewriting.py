@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from ..delta import parallel_map
+from ..delta import available_cores, parallel_map
 from ..errors import Cancelled, OutputError
 from ..files import LoraFile, check_space
 from ..files.place import output, to_disk
 from .numbers import ITEM
-from .summing import BUFFER, Entry, Memory, Rounding, Sums, blocks, change_rows, change_sum, is_copy, rows_of
+from .summing import BUFFER, Entry, Memory, Rounding, Summing, Sums, is_copy, rows_of
 
 PAGE = 4096
-WORKERS = 2  # More only wait for the disk, and each has its chunks in memory.
+# More only wait for the disk and for Python's lock; a core is left for the thread that writes and hashes.
+WORKERS = min(2, max(1, available_cores() - 1))
 
 
 @dataclass
@@ -131,18 +130,6 @@ def check_room(target: Path, size: int) -> None:
         ) from error
 
 
-def largest(source: LoraFile, entry: Entry) -> float:
-    """Largest size of a changed tensor's numbers, scale included, before they are rounded."""
-    most = 0.0
-    memory, shape = Memory(), source.tensors[entry.key].shape
-    for first, last in blocks(source, entry, 0, shape[0] if shape else 1):
-        new = change_sum(source, entry, first, last, torch.float32, memory).new.rows
-        most = max(most, float(new.abs().max()) if new.numel() else 0.0)
-    if entry.change is not None:
-        entry.change.done()
-    return most
-
-
 def _jobs(source: LoraFile, entries: Sequence[Entry]) -> Iterator[_Job]:
     for entry in entries:
         info = source.tensors[entry.key]
@@ -180,9 +167,9 @@ def _compute(
         return data, None
     row = math.prod(info.shape[1:]) * ITEM[entry.dtype]
     data, sums = memory.buffer((job.last - job.first) * row), Sums()
-    for first, last in blocks(source, entry, job.first, job.last):
-        place = data[(first - job.first) * row : (last - job.first) * row]
-        change_rows(source, entry, first, last, rounding, memory, place, sums)
+    summing = Summing(source, entry, rounding, memory)
+    for first, last in summing.blocks(job.first, job.last):
+        summing.put(first, last, data[(first - job.first) * row : (last - job.first) * row], sums)
     return data, sums
 
 

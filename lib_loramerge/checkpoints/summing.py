@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # Numbers that are computed with at once; what is rounded by chance depends on it.
 BUFFER = 2 << 20  # Bytes that are written at once, unless a block has more.
+_EXACT = ("F32", "F64")
 
 
 @dataclass
@@ -97,33 +98,55 @@ class Rounding:
         return self.mode == "stochastic" or (self.mode == "auto" and dtype in FLOAT8_LARGEST)
 
 
-class Held(NamedTuple):
-    """A tensor of rows, the same as one row, and its bytes."""
+class Block(NamedTuple):
+    """Memory for some rows of a tensor, in one shape: what is read, and what is computed of it.
 
-    rows: Tensor
-    flat: Tensor
-    data: memoryview
+    Attributes:
+        stored: As the checkpoint's dtype has them; None where torch has no such dtype.
+        data: Its bytes.
+        new, delta, error: Sum, change and rounding, float32 or float64; ``*_flat`` are the same as one row.
+    """
+
+    stored: Tensor | None
+    data: memoryview | None
+    new: Tensor
+    delta: Tensor
+    error: Tensor
+    new_flat: Tensor
+    delta_flat: Tensor
+    error_flat: Tensor
 
 
 class Memory:
-    """What is used again: tensors of each thread, and buffers of all threads for what is written."""
+    """What is used again: blocks of each thread, and buffers of all threads for what is written."""
 
     def __init__(self) -> None:
         self._own = threading.local()
         self._spare: list[bytearray] = []
 
-    def held(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Held:
-        """(rows, width) with any numbers; this thread's next one of that name and dtype overwrites it."""
-        views: dict[tuple[object, ...], Held] = self._own.__dict__.setdefault("views", {})
-        found = views.get((name, dtype, rows, width))
+    def block(self, rows: int, width: int, dtype: str, wide: torch.dtype) -> Block:
+        """Any numbers; this thread's next block of these dtypes overwrites them."""
+        blocks: dict[tuple[object, ...], Block] = self._own.__dict__.setdefault("blocks", {})
+        found = blocks.get((dtype, wide, rows, width))
         if found is None:
-            whole = views.get((name, dtype))
-            if whole is None or whole.flat.numel() < rows * width:
-                for key in [key for key in views if key[:2] == (name, dtype)]:
-                    del views[key]
-                whole = views[name, dtype] = _held(torch.empty(rows * width, dtype=dtype))
-            found = views[name, dtype, rows, width] = _held(whole.flat[: rows * width].view(rows, width))
+            found = blocks[dtype, wide, rows, width] = self._block(rows, width, dtype, wide)
         return found
+
+    def _block(self, rows: int, width: int, dtype: str, wide: torch.dtype) -> Block:
+        size, own = rows * width, self._own.__dict__
+        whole: dict[tuple[object, ...], list[Tensor]] = own.setdefault("whole", {})
+        held = whole.get((dtype, wide))
+        if held is None or held[0].numel() < size:
+            for key in [key for key in own["blocks"] if key[:2] == (dtype, wide)]:
+                del own["blocks"][key]
+            held = whole[dtype, wide] = [torch.empty(size, dtype=wide) for _ in range(3)]
+            if dtype in FLOATS:
+                held.append(torch.empty(size, dtype=getattr(torch, FLOATS[dtype])))
+        new, delta, error, *rest = (one[:size] for one in held)
+        stored = rest[0].view(rows, width) if rest else None
+        data = tensor_bytes(rest[0]) if rest else None
+        shape = (rows, width)
+        return Block(stored, data, new.view(shape), delta.view(shape), error.view(shape), new, delta, error)
 
     def buffer(self, size: int) -> memoryview:
         """Bytes to write to, of any content."""
@@ -141,24 +164,6 @@ class Memory:
             self._spare.append(data.obj)
 
 
-def _held(rows: Tensor) -> Held:
-    return Held(rows, rows.view(-1), tensor_bytes(rows))
-
-
-class Changed(NamedTuple):
-    """Rows of a tensor with the change, and the change itself; both in their scale.
-
-    Attributes:
-        stored: What stands in the file, without its scale.
-        size: Squared norm before the change.
-    """
-
-    new: Held
-    delta: Held | None
-    stored: Tensor
-    size: float
-
-
 def is_copy(source: LoraFile, entry: Entry) -> bool:
     return entry.change is None and entry.dtype == source.tensors[entry.key].dtype
 
@@ -168,101 +173,129 @@ def rows_of(width: int) -> int:
     return max(1, CHUNK // max(1, width))
 
 
-def blocks(source: LoraFile, entry: Entry, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Rows that are computed with at once, one such part of the tensor after another."""
-    step = rows_of(math.prod(source.tensors[entry.key].shape[1:]))
-    for start in range(first, last, step):
-        yield start, min(last, start + step)
+def largest(source: LoraFile, entry: Entry) -> float:
+    """Largest size of a changed tensor's numbers, scale included, before they are rounded."""
+    summing, most = Summing(source, entry, Rounding(), Memory(), torch.float32), 0.0
+    for first, last in summing.blocks(0, summing.rows):
+        new = summing.add(first, last)[0].new
+        most = max(most, float(new.abs().max()) if new.numel() else 0.0)
+    if entry.change is not None:
+        entry.change.done()
+    return most
 
 
-def change_sum(
-    source: LoraFile, entry: Entry, first: int, last: int, wide: torch.dtype, memory: Memory
-) -> Changed:
-    """Rows of a tensor and their change, in ``wide``: float32 or float64."""
-    info = source.tensors[entry.key]
-    rows, width = last - first, math.prod(info.shape[1:])
-    start = source.header.data_start + info.start + first * width * ITEM[info.dtype]
-    if info.dtype in FLOATS:
-        stored, _, data = memory.held("stored", rows, width, getattr(torch, FLOATS[info.dtype]))
-        source.read_at(start, data)
-    else:
-        stored = decode(info.dtype, (rows, width), lambda target: source.read_at(start, target), entry.key)
-    new = memory.held("new", rows, width, wide)
-    new.rows.copy_(stored)
-    if entry.scale != 1:
-        new.rows.mul_(entry.scale)
-    # Measured before the sum takes its place: the less memory, the more of it is near.
-    size = float(torch.dot(new.flat, new.flat))
-    if entry.change is None:
-        return Changed(new, None, stored, size)
-    delta = memory.held("delta", rows, width, wide)
-    entry.change.rows(first, last, delta.rows)
-    new.flat.add_(delta.flat)
-    return Changed(new, delta, stored, size)
+class Summing:
+    """Rows of one tensor with their change, rounded and measured. What is the same for all rows stands here.
 
-
-def change_rows(
-    source: LoraFile,
-    entry: Entry,
-    first: int,
-    last: int,
-    rounding: Rounding,
-    memory: Memory,
-    place: memoryview,
-    sums: Sums,
-) -> None:
-    """Put rows with their change into ``place`` as they are stored, and add to ``sums`` what of it is there.
-
-    Raises:
-        FileError: The checkpoint holds NaN or infinity there.
-        OutputError: The sum is too large for the dtype.
+    Attributes:
+        wide: What is computed in: float64 where the file has float32 or float64.
+        rows, width: Of the tensor as a matrix.
     """
-    if not place:
-        return
-    exact = ("F32", "F64")
-    wide = (
-        torch.float64 if source.tensors[entry.key].dtype in exact or entry.dtype in exact else torch.float32
-    )
-    changed = change_sum(source, entry, first, last, wide, memory)
-    new = changed.new.rows
-    stored = new if entry.new_scale == 1 else new / entry.new_scale
-    if entry.dtype not in exact:
-        stored = stored.to(torch.float32)
-    error = memory.held("error", new.shape[0], new.shape[1], wide)
-    by_chance = rounding.by_chance(entry.dtype) and entry.dtype in FORMATS
-    if by_chance or entry.dtype not in FLOATS:
-        codes = encode(stored, entry.dtype, entry.key if by_chance else None, rounding.seed, first)
-        place[:] = tensor_bytes(codes)
-        error.rows.copy_(decode_codes(codes, entry.dtype))
-    else:
-        codes = torch.frombuffer(place, dtype=getattr(torch, FLOATS[entry.dtype])).view(new.shape)
-        error.rows.copy_(codes.copy_(stored))
-    if entry.new_scale != 1:
-        error.rows.mul_(entry.new_scale)
-    if not sums.changed:
-        before = changed.stored.to(wide)
-        sums.changed = changed.delta is None or not torch.equal(error.rows, before * entry.scale)
-    error.flat.sub_(changed.new.flat)
-    sums += _measured(entry, error.flat, changed)
 
+    def __init__(
+        self,
+        source: LoraFile,
+        entry: Entry,
+        rounding: Rounding,
+        memory: Memory,
+        wide: torch.dtype | None = None,
+    ) -> None:
+        info = source.tensors[entry.key]
+        self.source, self.entry, self.memory, self.seed = source, entry, memory, rounding.seed
+        self.dtype = info.dtype
+        self.rows, self.width = info.shape[0] if info.shape else 1, math.prod(info.shape[1:])
+        self.start = source.header.data_start + info.start
+        self.exact = entry.dtype in _EXACT
+        self.wide = wide or (torch.float64 if self.exact or info.dtype in _EXACT else torch.float32)
+        self.by_chance = rounding.by_chance(entry.dtype) and entry.dtype in FORMATS
+        self.codes = None if self.by_chance else FLOATS.get(entry.dtype)
+        self.title = entry.title or entry.key
 
-def _measured(entry: Entry, error: Tensor, changed: Changed) -> Sums:
-    title = entry.title or entry.key
-    lost = float(torch.dot(error, error))
-    if not math.isfinite(changed.size):
-        raise FileError(
-            "{layer} holds NaN or infinity in the checkpoint, so nothing can be added to it.", title
-        )
-    # float8 ends at its largest number, and hosts' rounding there is no more than half a step.
-    most = FLOAT8_LARGEST.get(entry.dtype)
-    over = most is not None and bool((changed.new.rows.abs() > most * entry.new_scale * 1.07).any())
-    if not math.isfinite(lost) or over:
-        raise OutputError(
-            "{layer}: the sum is too large for {dtype}. Lower the strength, or write another --dtype.",
-            title,
-            entry.dtype,
-        )
-    if changed.delta is None:
-        return Sums()
-    delta = changed.delta.flat
-    return Sums(float(torch.dot(delta, delta)), lost, float(torch.dot(error, delta)), changed.size)
+    def blocks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Rows that are computed with at once, one such part after another."""
+        step = rows_of(self.width)
+        for start in range(first, last, step):
+            yield start, min(last, start + step)
+
+    def add(self, first: int, last: int) -> tuple[Block, Tensor, float]:
+        """Rows and their change, in their scale.
+
+        Returns:
+            The block with both, what stands in the file, without its scale, and its squared norm with it.
+        """
+        entry, rows = self.entry, last - first
+        block = self.memory.block(rows, self.width, self.dtype, self.wide)
+        stored, start = block.stored, self.start + first * self.width * ITEM[self.dtype]
+        if stored is None or block.data is None:
+            stored = decode(
+                self.dtype,
+                (rows, self.width),
+                lambda target: self.source.read_at(start, target),
+                entry.key,
+            )
+        else:
+            self.source.read_at(start, block.data)
+        block.new.copy_(stored)
+        if entry.scale != 1:
+            block.new.mul_(entry.scale)
+        # Measured before the sum takes its place: the less memory, the more of it is near.
+        size = float(torch.dot(block.new_flat, block.new_flat))
+        if entry.change is not None:
+            entry.change.rows(first, last, block.delta)
+            block.new_flat.add_(block.delta_flat)
+        return block, stored, size
+
+    def put(self, first: int, last: int, place: memoryview, sums: Sums) -> None:
+        """Put rows with their change into ``place`` as they are stored; what of it is there adds to ``sums``.
+
+        Raises:
+            FileError: The checkpoint holds NaN or infinity there.
+            OutputError: The sum is too large for the dtype.
+        """
+        if not place:
+            return
+        entry = self.entry
+        block, before, size = self.add(first, last)
+        new, error = block.new, block.error
+        stored = new if entry.new_scale == 1 else new / entry.new_scale
+        if not self.exact and self.wide != torch.float32:
+            stored = stored.to(torch.float32)
+        if self.codes is None:
+            key = entry.key if self.by_chance else None
+            codes = encode(stored, entry.dtype, key, self.seed, first)
+            place[:] = tensor_bytes(codes)
+            error.copy_(decode_codes(codes, entry.dtype))
+        else:
+            codes = torch.frombuffer(place, dtype=getattr(torch, self.codes)).view(new.shape)
+            error.copy_(codes.copy_(stored))
+        if entry.new_scale != 1:
+            error.mul_(entry.new_scale)
+        if not sums.changed:
+            # Of one dtype they are compared as stored: it ends at the first numbers that differ.
+            alike = codes.dtype == before.dtype and entry.scale == entry.new_scale
+            was, now = (before, codes) if alike else (before.to(self.wide) * entry.scale, error)
+            sums.changed = entry.change is None or not torch.equal(now, was)
+        block.error_flat.sub_(block.new_flat)
+        self._measure(block, size, sums)
+
+    def _measure(self, block: Block, size: float, sums: Sums) -> None:
+        entry = self.entry
+        lost = float(torch.dot(block.error_flat, block.error_flat))
+        if not math.isfinite(size):
+            raise FileError(
+                "{layer} holds NaN or infinity in the checkpoint, so nothing can be added to it.", self.title
+            )
+        # float8 ends at its largest number, and hosts' rounding there is no more than half a step.
+        most = FLOAT8_LARGEST.get(entry.dtype)
+        over = most is not None and bool((block.new.abs() > most * entry.new_scale * 1.07).any())
+        if not math.isfinite(lost) or over:
+            raise OutputError(
+                "{layer}: the sum is too large for {dtype}. Lower the strength, or write another --dtype.",
+                self.title,
+                entry.dtype,
+            )
+        if entry.change is not None:
+            sums.added += float(torch.dot(block.delta_flat, block.delta_flat))
+            sums.along += float(torch.dot(block.error_flat, block.delta_flat))
+            sums.lost += lost
+            sums.before += size
