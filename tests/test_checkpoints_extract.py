@@ -74,6 +74,61 @@ def test_the_reported_error_is_that_of_the_file(tmp_path, capsys):
     assert report["ranks"] == {"16": 2}
 
 
+TE_NORM = "text_model.encoder.layers.0.layer_norm1"
+TE_LAYOUTS = {
+    "sd1-ldm": ("cond_stage_model.transformer.", "lora_te_text_model_encoder_layers_0_"),
+    "sdxl-sgm": ("conditioner.embedders.0.transformer.", "lora_te1_text_model_encoder_layers_0_"),
+}
+
+
+@pytest.mark.parametrize("layout", TE_LAYOUTS)
+def test_all_vectors_are_written_where_they_are_asked_for_and_the_hosts_that_refuse_them_named(
+    tmp_path, capsys, layout
+):
+    prefix, name = TE_LAYOUTS[layout]
+    weight, bias = f"{prefix}{TE_NORM}.weight", f"{prefix}{TE_NORM}.bias"
+    q_bias = f"{prefix}text_model.encoder.layers.0.self_attn.q_proj.bias"
+    q = q_bias.removesuffix("bias") + "weight"
+    tensors = make_checkpoint(tmp_path / "base.safetensors", layout, dtype=torch.float32)
+    shapes = {key: tuple(tensors[key].shape) for key in (weight, bias, q_bias)}
+    changes = {key: torch.full(shape, 0.25) for key, shape in shapes.items()}
+    base, tuned = pair(tmp_path, {**changes, q: planted(tuple(tensors[q].shape), 2, 0.1)}, layout=layout)
+    names = {f"{name}layer_norm1.w_norm": weight, f"{name}layer_norm1.b_norm": bias}
+    names[f"{name}self_attn_q_proj.diff_b"] = q_bias
+    report = extract(tmp_path, capsys, "--rank", "2")
+    assert not set(names) & set(load_file(tmp_path / "lora.safetensors"))
+    assert not any("Forge" in warning for warning in report["warnings"])
+    report = extract(tmp_path, capsys, "--rank", "2", "--vectors", "all")
+    lora = load_file(tmp_path / "lora.safetensors")
+    for key, of in names.items():
+        difference = tuned[of].double() - base[of].double()
+        assert torch.equal(lora[key], difference.half()), key
+    [warning] = [text for text in report["warnings"] if "Forge" in text]
+    assert warning.startswith("3 tensors ")
+    assert main(["inspect", str(tmp_path / "lora.safetensors")]) == 0
+
+
+def test_parameters_of_no_layer_are_named_where_they_differ(tmp_path, capsys):
+    tensors = checkpoint_tensors(
+        "flux-flux", dtype=torch.float32, keep=r"double_blocks\.0\..*(norm|attn\.proj)|_in\."
+    )
+    scales = [key for key in tensors if key.endswith(".scale")]
+    assert scales
+    save_file(tensors, tmp_path / "base.safetensors")
+    matrix = next(key for key in tensors if key.endswith("img_in.weight"))
+    changed = {key: tensor * 1.5 if key in scales else tensor for key, tensor in tensors.items()}
+    save_file(changed, tmp_path / "tuned.safetensors")
+    assert f"{len(scales)} parameters differ that no LoRA holds" in extract(tmp_path, capsys, rc=1)
+    changed[matrix] = tensors[matrix] + planted(tuple(tensors[matrix].shape), 2, 0.1)
+    save_file(changed, tmp_path / "tuned.safetensors")
+    report = extract(tmp_path, capsys, "--rank", "2")
+    [text] = [text for text in report["skipped"] if "parameters" in text]
+    assert text.startswith(f"{len(scales)} parameters that no LoRA holds")
+    assert scales[0] in text
+    save_file({**changed, **{key: tensors[key] for key in scales}}, tmp_path / "tuned.safetensors")
+    assert not any("parameters" in text for text in extract(tmp_path, capsys, "--rank", "2")["skipped"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_auto_finds_the_rank_that_was_trained(tmp_path, capsys, dtype):
     pair(tmp_path, {Q: planted((320, 320), 4, 0.02)}, dtype=dtype)

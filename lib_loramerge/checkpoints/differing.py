@@ -34,7 +34,7 @@ _EMBEDDINGS = (
     "embed_tokens",
     "shared.weight",
 )
-VECTORS = ("unet", "none")
+VECTORS = ("unet", "none", "all")
 ONE_RULE = "rank, retain and size exclude each other: give one rule for the rank."
 PARTS = ("unet", "te", "te1", "te2", "te3")
 
@@ -50,7 +50,7 @@ class ExtractSettings:
         size: Instead of a rank: MB (1,000,000 bytes) that the file may have; ranks are the best for that.
         max_rank: Limit of ``auto``, ``retain`` and ``size``; None for ``MAX_RANK``.
         parts: Of ``PARTS``; () for all there are.
-        vectors: ``"unet"`` writes the denoiser's biases and norms, ``"none"`` none.
+        vectors: Biases and norms that are written: those of a U-Net, ``"none"``, or ``"all"``.
         dtype: Of the LoRA.
     """
 
@@ -197,7 +197,7 @@ class Pair:
         alone: dict[str, list[str]] = {self.tuned.path.name: [], self.base.path.name: []}
         without = self._parts_of_one()
         for layer in sorted({*self.tuned.layers, *self.base.layers}):
-            if not self._is_asked(layer) or models.component(layer) in without:
+            if not self.is_asked(layer) or models.component(layer) in without:
                 continue
             if layer not in self.tuned.layers or layer not in self.base.layers:
                 owner = self.tuned if layer in self.tuned.layers else self.base
@@ -230,7 +230,7 @@ class Pair:
     def _parts_of_one(self) -> set[str]:
         """Parts that one of the two lacks altogether, as a file without text encoders does; noted."""
         parts = [
-            {models.component(layer) for layer in side.layers if self._is_asked(layer)}
+            {models.component(layer) for layer in side.layers if self.is_asked(layer)}
             for side in (self.tuned, self.base)
         ]
         for side, missing in ((self.tuned, parts[1] - parts[0]), (self.base, parts[0] - parts[1])):
@@ -244,35 +244,18 @@ class Pair:
                 )
         return parts[0] ^ parts[1]
 
-    def embeddings_apart(self) -> list[str]:
-        """Embeddings of words and places by which the two differ; hosts' LoRAs change none."""
-        found = []
-        for layer in self.tuned.layers:
-            if layer not in self.base.layers or not self._is_embedding(layer) or not self._is_of_part(layer):
-                continue
-            if self.tuned.shape(self.identity, layer) != self.base.shape(self.identity, layer):
-                continue
-            rows = self.rows(layer)
-            coarse = coarser(*(stored_as(side, layer)[0] for side in (self.tuned, self.base)))
-            if rows is not None and not all(
-                _equal_when_rounded(tuned, base, coarse)
-                for _, _, tuned, base in _both(rows, rows[0].count, rows[0].width)
-            ):
-                found.append(layer)
-        return found
-
-    def _is_embedding(self, layer: str) -> bool:
+    def is_embedding(self, layer: str) -> bool:
         places = self.base.layers.get(layer) or self.tuned.layers[layer]
         return any(word in places[0].key for word in _EMBEDDINGS)
 
-    def _is_asked(self, layer: str) -> bool:
+    def is_asked(self, layer: str) -> bool:
         places = self.base.layers.get(layer) or self.tuned.layers[layer]
         # Embeddings and other bare parameters are nothing that a host's LoRA changes.
-        if not places[0].key.endswith(("weight", "text_projection")) or self._is_embedding(layer):
+        if not places[0].key.endswith(("weight", "text_projection")) or self.is_embedding(layer):
             return False
-        return self._is_of_part(layer)
+        return self.is_of_part(layer)
 
-    def _is_of_part(self, layer: str) -> bool:
+    def is_of_part(self, layer: str) -> bool:
         part = models.component(layer)
         if not self.settings.parts:
             return True
@@ -402,7 +385,7 @@ def _difference(
     whole = torch.empty(out, width)
     layer = Found(name, 0.0, 0.0, 0.0, 0.0, 0.0, False)
     same = True
-    for first, last, tuned, base in _both(rows, out, width):
+    for first, last, tuned, base in both_rows(rows, out, width):
         part = (tuned.double() - base.double() if tuned.dtype != base.dtype else tuned - base).float()
         whole[first:last] = part
         if not dtypes:
@@ -413,7 +396,7 @@ def _difference(
         layer.tuned += float(tuned.double().square().sum())
         layer.inner += float((tuned.double() * base.double()).sum())
         if same:
-            same = _equal_when_rounded(tuned, base, coarse)
+            same = equal_when_rounded(tuned, base, coarse)
     layer.trained = not same
     return whole, layer
 
@@ -423,7 +406,7 @@ def _variances(
 ) -> Tensor:
     """(out, width) of the rounding in both."""
     whole = torch.empty(out, width)
-    for first, last, tuned, base in _both(rows, out, width):
+    for first, last, tuned, base in both_rows(rows, out, width):
         whole[first:last] = _variance(tuned, base, dtypes)
     return whole
 
@@ -432,7 +415,7 @@ def _variance(tuned: Tensor, base: Tensor, dtypes: Sequence[tuple[str, float]]) 
     return variance(tuned, *dtypes[0]) + variance(base, *dtypes[1])
 
 
-def _both(
+def both_rows(
     rows: tuple[LayerRows, LayerRows], out: int, width: int
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Some rows of both at a time, and which they are."""
@@ -443,6 +426,6 @@ def _both(
         yield first, last, tuned, base
 
 
-def _equal_when_rounded(first: Tensor, second: Tensor, dtype: str) -> bool:
+def equal_when_rounded(first: Tensor, second: Tensor, dtype: str) -> bool:
     codes = [encode(one if dtype in ("F64",) else one.float(), dtype) for one in (first, second)]
     return bool(torch.equal(*codes))

@@ -18,13 +18,14 @@ from ..merge import Progress
 from ..metadata import build_metadata
 from ..recipe import LoraInput, MergeRecipe
 from ..recipe.stored import VERSION
+from .apart import left_out, reasons
 from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
 from .fitting import fit, foreseen_bytes, lay_aside
 from .outcome import shortened
 from .predicting import predicts_v
-from .reading import Checkpoint, vaes_differ
+from .reading import Checkpoint
 from .rewriting import check_room
 from .tensors import OneRank, Spill, complete_groups, read_vectors, spill_file, write_layer, write_vectors
 
@@ -77,7 +78,7 @@ def extract(
                     tuned.name,
                     base.name,
                 )
-            skipped_vectors = write_vectors(pair, found, vectors, tensors)
+            skipped, warnings = write_vectors(pair, found, vectors, tensors)
             written = None
             if output is not None:
                 metadata = _metadata(pair, output, found, _hashes(pair, progress, cancel))
@@ -91,10 +92,11 @@ def extract(
                     before_rename=pair.check_unchanged,
                 )
         report = report_of(pair, output, written.size if written is not None else None, found, start)
-        apart = [
-            Sentence("{layer}: an embedding, which no LoRA holds", name) for name in pair.embeddings_apart()
-        ]
-        return replace(report, skipped=shortened([*apart, *pair.skipped, *skipped_vectors]))
+        return replace(
+            report,
+            skipped=shortened([*left_out(pair), *pair.skipped, *skipped]),
+            warnings=[*report.warnings, *warnings],
+        )
 
 
 @contextmanager
@@ -159,19 +161,13 @@ def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
     dtypes = sorted({stored_as(c, name)[0] for c in (pair.tuned, pair.base) for name in unequal})
     how = " against ".join(_WORDS.get(name, name) for name in dtypes)
     differ = Sentence("differ only by rounding ({dtype})", how) if unequal else Sentence("are equal")
-    reasons = [
-        Sentence(
-            "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
-            pair.tuned.path.name,
-            pair.base.path.name,
-            differ,
-        )
-    ]
-    if others := pair.embeddings_apart():
-        reasons.append(Sentence("Their embeddings differ, which no LoRA holds: {names}.", ", ".join(others)))
-    if vaes_differ(pair.tuned, pair.base):
-        reasons.append(Sentence("Their VAEs differ."))
-    raise IncompatibleError(joined(" ", reasons))
+    same = Sentence(
+        "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
+        pair.tuned.path.name,
+        pair.base.path.name,
+        differ,
+    )
+    raise IncompatibleError(joined(" ", [same, *reasons(pair)]))
 
 
 _WORDS = {

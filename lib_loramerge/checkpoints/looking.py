@@ -14,7 +14,7 @@ from ..errors import LoraMergeError
 from ..files import read_header
 from .outcome import stored_bake
 from .predicting import predicts_v
-from .reading import EMA, Checkpoint
+from .reading import EMA, VAES, Checkpoint
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def look(path: Path) -> CheckpointFacts:
             parts=dict(Counter(models.component(layer) for layer in checkpoint.layers)),
             dtypes=dict(counts.most_common()),
             channels=checkpoint.info(first[0].key).shape[1] if first else None,
-            vae=any(key.startswith(("first_stage_model.", "vae.")) for key in keys),
+            vae=any(key.startswith(VAES) for key in keys),
             ema=any(key.startswith(EMA) for key in keys),
             prediction="v" if predicts_v(checkpoint) else "",
             baked=_baked(checkpoint.files[0].header.metadata),

@@ -30,6 +30,7 @@ DENOISERS = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer
 """Where a denoiser stands in a file or folder with other parts; alone it has no prefix."""
 
 EMA = "model_ema."
+VAES = ("first_stage_model.", "vae.")
 SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant")
 """Ends of the names beside a float8 weight that is stored up to a factor."""
 
@@ -50,7 +51,7 @@ _WAY_OUT = (
     "the LoRA in the prompt."
 )
 _NUMBERED = ("weight", "bias", "text_projection", "positional_embedding")
-_ASIDE = (EMA, "first_stage_model.", "vae.")  # Copied as they are.
+ASIDE = (EMA, *VAES)  # Copied as they are.
 QUANTISATION = "_quantization_metadata"
 """Text in which ComfyUI's files name the format of each layer, where no tensor beside it does."""
 
@@ -288,7 +289,7 @@ class Checkpoint(BaseCheckpoint):
                     key,
                     Sentence(_WAY_OUT),
                 )
-            if key.endswith(_NUMBERED) and not key.startswith(_ASIDE):
+            if key.endswith(_NUMBERED) and not key.startswith(ASIDE):
                 self._check_stored_plainly(key)
 
 
@@ -329,7 +330,7 @@ class LayerRows:
 
 def vaes_differ(first: Checkpoint, second: Checkpoint) -> bool:
     """Whether small tensors of the VAEs differ; those of another VAE all do."""
-    keys = [key for key in second.keys if key.startswith(("first_stage_model.", "vae."))]
+    keys = [key for key in second.keys if key.startswith(VAES)]
     for key in [key for key in keys if key in first.keys][:8]:
         infos = [checkpoint.info(key) for checkpoint in (first, second)]
         if infos[0].dtype != infos[1].dtype or infos[1].end - infos[1].start > 1 << 20:

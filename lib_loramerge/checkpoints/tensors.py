@@ -188,16 +188,23 @@ def read_vectors(pair: Pair, found: Sequence[Found]) -> dict[str, dict[str, Tens
 
 
 def takes_vectors(pair: Pair, name: str) -> bool:
-    """Whether hosts take a layer's bias or norm from a LoRA, and they are asked for."""
+    """Whether a layer's bias or norm is to be written."""
+    wanted = pair.settings.vectors
+    return wanted == "all" or (wanted == "unet" and every_host_reads_vectors(pair, name))
+
+
+def every_host_reads_vectors(pair: Pair, name: str) -> bool:
+    """Whether no host refuses a LoRA over a layer's bias or norm."""
     unet = models.layers(pair.identity)  # A complete list there is for the U-Nets alone.
-    return pair.settings.vectors != "none" and models.component(name) == "unet" and bool(unet)
+    return models.component(name) == "unet" and bool(unet)
 
 
 def write_vectors(
     pair: Pair, found: Sequence[Found], vectors: Mapping[str, Mapping[str, Tensor] | None], tensors: Spill
-) -> list[str]:
-    """The denoiser's biases and norms; sentences on what is left out."""
+) -> tuple[list[str], list[str]]:
+    """Biases and norms; sentences on what is left out, and warnings of what a host may not read."""
     left: Counter[str] = Counter()
+    risky = 0
     for layer in found:
         if layer.name not in vectors:
             continue
@@ -211,12 +218,21 @@ def write_vectors(
             write_layer(pair, zero_layer(pair, layer.name, layer.name), tensors)
         for key, tensor in own.items():
             tensors.add(key, tensor)
+        if not every_host_reads_vectors(pair, layer.name):
+            risky += len(own)
         if vector:
             layer.lost = 0.0
-    return [
+    warning = Sentence(
+        "{count} tensors are norms and biases that not every host reads: ComfyUI does, A1111 ignores most of "
+        "them, and Forge refuses a LoRA with more than 12 tensors that it does not know. Leave out --vectors "
+        "all for a file that every host loads.",
+        risky,
+    )
+    skipped: list[str] = [
         Sentence("{count} norms and biases of {part}, which are no part of a low-rank LoRA", count, part)
         for part, count in sorted(left.items())
     ]
+    return skipped, [warning] if risky else []
 
 
 def _takes_zeros(pair: Pair, layer: Found) -> bool:

@@ -41,7 +41,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--parts", metavar="P,...", help="unet, te, te1, te2, te3 (default: all)")
     parser.add_argument(
-        "--vectors", choices=("unet", "none"), default="unet", help="write the U-Net's biases and norms"
+        "--vectors",
+        choices=("unet", "none", "all"),
+        default="unet",
+        help="biases and norms to write: the U-Net's, none, or all, which only ComfyUI reads whole",
     )
     parser.add_argument(
         "--dtype",

@@ -21,7 +21,7 @@ ROUNDINGS = ("auto", "nearest", "stochastic")
 BAKED_DTYPES = ("same", "float32", "float16", "bfloat16")
 EXTRACTED_DTYPES = ("float16", "bfloat16", "float32")
 PARTS = ("unet", "te", "te1", "te2", "te3")
-VECTORS = ("unet", "none")
+VECTORS = ("unet", "none", "all")
 
 Schema = Mapping[str, Any]
 
