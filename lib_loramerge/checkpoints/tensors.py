@@ -223,9 +223,9 @@ def write_vectors(
         if vector:
             layer.lost = 0.0
     warning = Sentence(
-        "{count} tensors are norms and biases that not every host reads: ComfyUI does, A1111 ignores most of "
-        "them, and Forge refuses a LoRA with more than 12 tensors that it does not know. Leave out --vectors "
-        "all for a file that every host loads.",
+        "{count} tensors are norms and biases that not every host knows: A1111 and ComfyUI skip those that "
+        "they do not know, Forge refuses a LoRA with more than 12 of them. Leave out --vectors all for a file "
+        "that every host loads.",
         risky,
     )
     skipped: list[str] = [

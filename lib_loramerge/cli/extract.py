@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
         "--vectors",
         choices=("unet", "none", "all"),
         default="unet",
-        help="biases and norms to write: the U-Net's, none, or all, which only ComfyUI reads whole",
+        help="biases and norms to write: the U-Net's, none, or all, over which Forge may refuse the file",
     )
     parser.add_argument(
         "--dtype",
