@@ -224,8 +224,8 @@ def write_vectors(
             layer.lost = 0.0
     warning = Sentence(
         "{count} tensors are norms and biases that not every host knows: A1111 and ComfyUI skip those that "
-        "they do not know, Forge refuses a LoRA with more than 12 of them. Leave out --vectors all for a file "
-        "that every host loads.",
+        "they do not know, Forge refuses a LoRA with more than 12 of them. Leave out --vectors all for a "
+        "file that every host loads.",
         risky,
     )
     skipped: list[str] = [
