@@ -72,6 +72,12 @@ def test_no_key_stands_twice_and_none_has_markup() -> None:
         assert not re.search(r"</|<\w+[ >]|&\w+;", text)
 
 
+def test_no_word_of_the_hosts_own_page_is_translated_in_our_sense(japanese: dict[str, str]) -> None:
+    """A host translates its whole page by the file; "Error" stands over a component that failed."""
+    assert "Error" not in japanese
+    assert japanese["Error of the numbers"] == "誤差"
+
+
 def test_texts_that_are_put_together_have_a_translation(japanese: dict[str, str]) -> None:
     assert counts_text() in japanese
     assert set(AGREEMENTS) <= set(japanese)

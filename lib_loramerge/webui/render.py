@@ -37,9 +37,15 @@ ERROR_MEANS = (
 )
 
 
+# Words that the host's page has in another sense, by which they would be translated there too: Gradio writes
+# "Error" over what failed.
+_MEANT = {"Error": "Error of the numbers"}
+
+
 def say(text: str) -> str:
     """One of our own words or sentences, ready for HTML."""
-    return f"<span>{html.escape(text)}</span>"
+    meant = said(_MEANT[text]) if text in _MEANT else ""
+    return f"<span{meant}>{html.escape(text)}</span>"
 
 
 def foreign(value: object) -> str:

@@ -210,6 +210,7 @@ def test_errors_and_warnings_of_the_library_are_told_in_japanese(japanese: Tab) 
     tab.fill("name", "merged")
     tab.press("merge")
     tab.expect_text("result", "完了")
+    tab.expect_text("result", re.compile(r"誤差\s*丸め誤差のみ"))
     tab.expect_text("result", "face.safetensors は強さが 0 なので、何も変えません。")
     assert tab.errors == []
 
