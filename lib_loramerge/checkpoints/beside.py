@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import OutputError, Sentence
 from ..files import LoraFile
 from ..files.place import write_whole
+from ..merge.sources import some_text
 from .reading import Checkpoint
 from .rewriting import written_bytes
 from .summing import Entry
@@ -81,7 +82,7 @@ def copied_weights(checkpoint: Checkpoint, files: Mapping[Path, Path]) -> list[s
         Sentence(
             "{names}: other weights in the folder, copied as they are. The LoRAs are not in them, so "
             "load the new folder without a variant.",
-            ", ".join(others[:3]) + (f" + {len(others) - 3}" if len(others) > 3 else ""),
+            some_text(tuple(others)),
         )
     ]
 

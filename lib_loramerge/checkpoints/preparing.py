@@ -281,11 +281,12 @@ def prepare_difference(
             more.check_unchanged()
             less.check_unchanged()
 
-        shown = shortened(skipped)
-        vae = [
-            "The VAEs differ, and no VAE is changed: choose that VAE in the WebUI to get the same colours."
-        ]
-        vae = vae if vaes_differ(more, less) else []
+        warnings = _ema_note(checkpoint, settings)
+        if vaes_differ(more, less):
+            warnings.append(
+                "The VAEs differ, and no VAE is changed: choose that VAE in the WebUI to get the same "
+                "colours."
+            )
         yield Bake(
             checkpoint,
             settings,
@@ -295,8 +296,8 @@ def prepare_difference(
             None,
             [f"{tuned.name} minus {minus.name}, times {strength:g}"],
             [tuned.stem, minus.stem],
-            [*_ema_note(checkpoint, settings), *vae],
-            shown,
+            warnings,
+            shortened(skipped),
             set(),
             [file.path for other in (more, less) for file in other.files],
             unchanged,

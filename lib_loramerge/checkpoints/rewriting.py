@@ -165,9 +165,9 @@ def _compute(
         data = memory.buffer(job.last - job.first)
         source.read_at(source.header.data_start + info.start + job.first, data)
         return data, None
-    row = math.prod(info.shape[1:]) * ITEM[entry.dtype]
-    data, sums = memory.buffer((job.last - job.first) * row), Sums()
     summing = Summing(source, entry, rounding, memory)
+    row = summing.width * ITEM[entry.dtype]
+    data, sums = memory.buffer((job.last - job.first) * row), Sums()
     for first, last in summing.blocks(job.first, job.last):
         summing.put(first, last, data[(first - job.first) * row : (last - job.first) * row], sums)
     return data, sums

@@ -258,7 +258,7 @@ class Summing:
         block, before, size = self.add(first, last)
         new, error = block.new, block.error
         stored = new if entry.new_scale == 1 else new / entry.new_scale
-        if not self.exact and self.wide != torch.float32:
+        if not self.exact:
             stored = stored.to(torch.float32)
         if self.codes is None:
             key = entry.key if self.by_chance else None
