@@ -39,12 +39,12 @@ ERROR_MEANS = (
 
 # Words that the host's page has in another sense, by which they would be translated there too: Gradio writes
 # "Error" over what failed.
-_MEANT = {"Error": "Error of the numbers"}
+MEANT = {"Error": "Error of the numbers"}
 
 
 def say(text: str) -> str:
     """One of our own words or sentences, ready for HTML."""
-    meant = said(_MEANT[text]) if text in _MEANT else ""
+    meant = said(MEANT[text]) if text in MEANT else ""
     return f"<span{meant}>{html.escape(text)}</span>"
 
 

@@ -414,7 +414,7 @@ def shown_words(components: list[dict]) -> set[str]:
         if component["kind"] == "Button":
             words.add(component["value"])
     for path in WEBUI.rglob("*.py"):
-        words |= set(said(path))
+        words |= {render.MEANT.get(word, word) for word in said(path)}
     words |= {*form.RANK_RULES.values(), form.NO_PREVIEW}
     words |= {label for entry in form.PLAIN.values() for label in entry.labels.values()}
     words |= {
