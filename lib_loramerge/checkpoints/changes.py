@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..delta import Dense, LowRank, Merged
+from ..delta.products import product
 from ..models import CheckpointKey
 from .reading import Span
 
@@ -26,8 +27,8 @@ Piece = tuple[Span, Callable[[int, int], Tensor], Callable[[int, int], Tensor]]
 class Change(Protocol):
     """What is added to a tensor."""
 
-    def rows(self, first: int, last: int, target: Tensor) -> None:
-        """Put rows of it into ``target``, (last - first, numbers of a row), float32 or float64."""
+    def rows(self, first: int, last: int, target: Tensor) -> Tensor:
+        """Rows of it: (last - first, numbers of a row), dtype of ``target``, whose memory may be taken."""
 
     def done(self) -> None:
         """The tensor was written: nothing of it is needed any more."""
@@ -51,26 +52,24 @@ class LayerChange:
     _factors: list[tuple[list[Span], Tensor, Tensor | None]] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def rows(self, first: int, last: int, target: Tensor) -> None:
+    def rows(self, first: int, last: int, target: Tensor) -> Tensor:
         with self._lock:
             if self._factors is None:
                 self._factors = [self._prepare(*part, target.dtype) for part in self.parts]
-        empty = True
+        whole: Tensor | None = None
         for spans, left, right in self._factors:
             for span in spans:
                 start, stop = max(first, span.tensor), min(last, span.tensor + span.count)
                 if start >= stop:
                     continue
                 rows = left[start - span.tensor + span.layer : stop - span.tensor + span.layer]
-                if empty and stop - start == last - first:
-                    target.copy_(rows) if right is None else torch.mm(rows, right, out=target)
-                else:
-                    if empty:
-                        target.zero_()
-                    target[start - first : stop - first] += rows if right is None else rows @ right
-                empty = False
-        if empty:
-            target.zero_()
+                if whole is None and stop - start == last - first:
+                    whole = target.copy_(rows) if right is None else product(rows, right)
+                    continue
+                if whole is None:
+                    whole = target.zero_()
+                whole[start - first : stop - first] += rows if right is None else product(rows, right)
+        return target.zero_() if whole is None else whole
 
     def done(self) -> None:
         self._factors = None
@@ -144,7 +143,7 @@ class Difference:
     strength: float
     width: int
 
-    def rows(self, first: int, last: int, target: Tensor) -> None:
+    def rows(self, first: int, last: int, target: Tensor) -> Tensor:
         target.zero_()
         for span, tuned, base in self.pieces:
             start, stop = max(first, span.tensor), min(last, span.tensor + span.count)
@@ -155,6 +154,7 @@ class Difference:
                     tuned(at, at + stop - start).to(wide), base(at, at + stop - start).to(wide), out=part
                 )
                 part *= self.strength
+        return target
 
     def done(self) -> None:
         """Nothing is kept."""

@@ -104,7 +104,7 @@ class Block(NamedTuple):
     Attributes:
         stored: As the checkpoint's dtype has them; None where torch has no such dtype.
         data: Its bytes.
-        new, delta, error: Sum, change and rounding, float32 or float64; ``*_flat`` are the same as one row.
+        new, delta, error: For sum, change and rounding, float32 or float64; ``*_flat`` is one row of all.
     """
 
     stored: Tensor | None
@@ -113,8 +113,23 @@ class Block(NamedTuple):
     delta: Tensor
     error: Tensor
     new_flat: Tensor
-    delta_flat: Tensor
     error_flat: Tensor
+
+
+class Added(NamedTuple):
+    """Rows of a tensor to which their change was added.
+
+    Attributes:
+        block: The sum is its ``new``.
+        before: What stands in the file, without its scale.
+        delta: The change, as ``block.new``.
+        size: Squared norm of the rows before, in their scale.
+    """
+
+    block: Block
+    before: Tensor
+    delta: Tensor | None
+    size: float
 
 
 class Memory:
@@ -146,7 +161,7 @@ class Memory:
         stored = rest[0].view(rows, width) if rest else None
         data = tensor_bytes(rest[0]) if rest else None
         shape = (rows, width)
-        return Block(stored, data, new.view(shape), delta.view(shape), error.view(shape), new, delta, error)
+        return Block(stored, data, new.view(shape), delta.view(shape), error.view(shape), new, error)
 
     def buffer(self, size: int) -> memoryview:
         """Bytes to write to, of any content."""
@@ -177,7 +192,7 @@ def largest(source: LoraFile, entry: Entry) -> float:
     """Largest size of a changed tensor's numbers, scale included, before they are rounded."""
     summing, most = Summing(source, entry, Rounding(), Memory(), torch.float32), 0.0
     for first, last in summing.blocks(0, summing.rows):
-        new = summing.add(first, last)[0].new
+        new = summing.add(first, last).block.new
         most = max(most, float(new.abs().max()) if new.numel() else 0.0)
     if entry.change is not None:
         entry.change.done()
@@ -217,12 +232,8 @@ class Summing:
         for start in range(first, last, step):
             yield start, min(last, start + step)
 
-    def add(self, first: int, last: int) -> tuple[Block, Tensor, float]:
-        """Rows and their change, in their scale.
-
-        Returns:
-            The block with both, what stands in the file, without its scale, and its squared norm with it.
-        """
+    def add(self, first: int, last: int) -> Added:
+        """Rows and their change, in their scale."""
         entry, rows = self.entry, last - first
         block = self.memory.block(rows, self.width, self.dtype, self.wide)
         stored, start = block.stored, self.start + first * self.width * ITEM[self.dtype]
@@ -231,7 +242,7 @@ class Summing:
                 self.dtype,
                 (rows, self.width),
                 lambda target: self.source.read_at(start, target),
-                entry.key,
+                lambda: entry.key,
             )
         else:
             self.source.read_at(start, block.data)
@@ -240,10 +251,11 @@ class Summing:
             block.new.mul_(entry.scale)
         # Measured before the sum takes its place: the less memory, the more of it is near.
         size = float(torch.dot(block.new_flat, block.new_flat))
+        delta = None
         if entry.change is not None:
-            entry.change.rows(first, last, block.delta)
-            block.new_flat.add_(block.delta_flat)
-        return block, stored, size
+            delta = entry.change.rows(first, last, block.delta)
+            block.new.add_(delta)
+        return Added(block, stored, delta, size)
 
     def put(self, first: int, last: int, place: memoryview, sums: Sums) -> None:
         """Put rows with their change into ``place`` as they are stored; what of it is there adds to ``sums``.
@@ -255,7 +267,8 @@ class Summing:
         if not place:
             return
         entry = self.entry
-        block, before, size = self.add(first, last)
+        added = self.add(first, last)
+        block, before = added.block, added.before
         new, error = block.new, block.error
         stored = new if entry.new_scale == 1 else new / entry.new_scale
         if not self.exact:
@@ -276,10 +289,10 @@ class Summing:
             was, now = (before, codes) if alike else (before.to(self.wide) * entry.scale, error)
             sums.changed = entry.change is None or not torch.equal(now, was)
         block.error_flat.sub_(block.new_flat)
-        self._measure(block, size, sums)
+        self._measure(added, sums)
 
-    def _measure(self, block: Block, size: float, sums: Sums) -> None:
-        entry = self.entry
+    def _measure(self, added: Added, sums: Sums) -> None:
+        entry, (block, _, delta, size) = self.entry, added
         lost = float(torch.dot(block.error_flat, block.error_flat))
         if not math.isfinite(size):
             raise FileError(
@@ -294,8 +307,9 @@ class Summing:
                 self.title,
                 entry.dtype,
             )
-        if entry.change is not None:
-            sums.added += float(torch.dot(block.delta_flat, block.delta_flat))
-            sums.along += float(torch.dot(block.error_flat, block.delta_flat))
+        if delta is not None:
+            delta = delta.view(-1)
+            sums.added += float(torch.dot(delta, delta))
+            sums.along += float(torch.dot(block.error_flat, delta))
             sums.lost += lost
             sums.before += size

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .core import Spectrum, decompose, decompose_whole
+from .products import product
 from .small import gram
 from .types import Grams, LowRank
 
@@ -53,14 +54,14 @@ def leading(
         return decompose_whole(weight.double(), energy**0.5, kernel)
     seed = int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:7], "big")
     start = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    block = torch.linalg.qr(weight @ start).Q
-    basis, image = block, block.mT @ weight  # (out, c), (c, in)
+    block = torch.linalg.qr(product(weight, start)).Q
+    basis, image = block, product(block.mT, weight)  # (out, c), (c, in)
     square = gram(image)
     found: list[float] = []
     largest = square
     for step in range(1, _MOST_STEPS + 1):
-        block = outside(basis, weight @ image[-width:].mT)
-        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, block.mT @ weight])
+        block = outside(basis, product(weight, image[-width:].mT))
+        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, product(block.mT, weight)])
         square = _grown(square, image)
         if step < _STEPS - 2:
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from typing import TypeVar
 
 import torch
@@ -92,6 +93,8 @@ def _result(future: Future[_Result], cancel: Callable[[], bool] | None) -> _Resu
     while True:
         if cancel is not None and cancel():
             raise Cancelled("Stopped. Nothing was written.")
-        wait([future], timeout=0.1)
-        if future.done():
-            return future.result()
+        try:
+            return future.result(timeout=0.1)
+        except NotYet:
+            if future.done():  # The job's own.
+                return future.result()
