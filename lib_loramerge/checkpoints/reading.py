@@ -184,7 +184,8 @@ class Checkpoint(BaseCheckpoint):
         width = math.prod(info.shape[1:])
         size = width * ITEM[info.dtype]
         start = file.header.data_start + info.start + first * size
-        tensor = decode(info.dtype, (last - first, width), lambda target: file.read_at(start, target), name)
+        shape = last - first, width
+        tensor = decode(info.dtype, shape, lambda target: file.read_at(start, target), lambda: name)
         scale = self._scale(key)
         return tensor if scale == 1 else tensor.mul_(scale)
 

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from ..delta import available_cores, parallel_map
 from ..errors import Cancelled, OutputError
@@ -31,11 +33,34 @@ class Rewritten:
     sums: dict[str, Sums] = field(default_factory=dict)
 
 
+class _Writer:
+    """Bytes to their places in a file, from any thread, as long as its block lasts."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file: BinaryIO | None = file
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:  # A thread that still computes must not write to a file that is closed meanwhile.
+            self._file = None
+
+    def put(self, place: int, data: memoryview | bytes) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.seek(place)
+                self._file.write(data)
+
+
 @dataclass(frozen=True)
 class _Job:
     entry: Entry
     first: int
     last: int
+    place: int  # Of its first byte in the file.
+    end: int
     whole: bool  # The last one of its tensor.
 
 
@@ -79,31 +104,32 @@ def rewrite(
             raise Cancelled("Stopped. Nothing was written.")
 
     memory = Memory()
+    jobs = list(_jobs(source, entries, len(head)))
+    with output(target, overwrite) as file, _Writer(file) as writer:
+        writer.put(0, head)
 
-    def compute(job: _Job) -> tuple[memoryview, Sums | None]:
-        return _compute(source, job, rounding, memory)
+        def compute(job: _Job) -> tuple[memoryview | None, Sums | None]:
+            data, sums = _compute(source, job, rounding, memory, writer)
+            if digest is not None:
+                return data, sums
+            memory.give_back(data)  # At once: what is used again first is still near.
+            return None, sums
 
-    jobs = list(_jobs(source, entries))
-    place = len(head)
-    with output(target, overwrite) as file:
-        file.write(head)
         if digest is not None:
             digest.update(head)
         for job, (data, sums) in zip(
             jobs, parallel_map(compute, jobs, workers=WORKERS, cancel=cancel), strict=True
         ):
-            file.write(data)
-            if digest is not None:
+            if digest is not None and data is not None:
                 digest.update(data)
-            place += len(data)
-            memory.give_back(data)
+                memory.give_back(data)
             if sums is not None:
                 done.sums.setdefault(job.entry.key, Sums())
                 done.sums[job.entry.key] += sums
             if job.whole and job.entry.change is not None:
                 job.entry.change.done()
             if progress is not None:
-                progress(place)
+                progress(job.end)
         file.flush()
         to_disk(file.fileno(), stop)
         source.check_unchanged()
@@ -130,20 +156,24 @@ def check_room(target: Path, size: int) -> None:
         ) from error
 
 
-def _jobs(source: LoraFile, entries: Sequence[Entry]) -> Iterator[_Job]:
+def _jobs(source: LoraFile, entries: Sequence[Entry], place: int) -> Iterator[_Job]:
+    """What is computed at once, in order; ``place`` is where the data part begins in the file."""
     for entry in entries:
         info = source.tensors[entry.key]
         if is_copy(source, entry):
-            count, step = info.end - info.start, BUFFER
+            count, step, row = info.end - info.start, BUFFER, 1
         else:
             count = info.shape[0] if info.shape else 1
             width = math.prod(info.shape[1:])
-            step = rows_of(width) * max(1, BUFFER // max(1, rows_of(width) * width * ITEM[entry.dtype]))
+            row = width * ITEM[entry.dtype]
+            step = rows_of(width) * max(1, BUFFER // max(1, rows_of(width) * row))
         if entry.value is not None or not count:
-            yield _Job(entry, 0, 0, True)
-            continue
-        for first in range(0, count, step):
-            yield _Job(entry, first, min(count, first + step), first + step >= count)
+            yield _Job(entry, 0, 0, place, place + _size(source, entry), True)
+        else:
+            for first in range(0, count, step):
+                last = min(count, first + step)
+                yield _Job(entry, first, last, place + first * row, place + last * row, last == count)
+        place += _size(source, entry)
 
 
 def _size(source: LoraFile, entry: Entry) -> int:
@@ -154,22 +184,26 @@ def _size(source: LoraFile, entry: Entry) -> int:
 
 
 def _compute(
-    source: LoraFile, job: _Job, rounding: Rounding, memory: Memory
+    source: LoraFile, job: _Job, rounding: Rounding, memory: Memory, writer: _Writer
 ) -> tuple[memoryview, Sums | None]:
-    """The bytes of a job, and what of its change is in them."""
+    """The bytes of a job, which are written, and what of its change is in them."""
     entry = job.entry
     if entry.value is not None:
+        writer.put(job.place, entry.value)
         return memoryview(entry.value), None
     info = source.tensors[entry.key]
     if is_copy(source, entry):
         data = memory.buffer(job.last - job.first)
         source.read_at(source.header.data_start + info.start + job.first, data)
+        writer.put(job.place, data)
         return data, None
     summing = Summing(source, entry, rounding, memory)
     row = summing.width * ITEM[entry.dtype]
     data, sums = memory.buffer((job.last - job.first) * row), Sums()
     for first, last in summing.blocks(job.first, job.last):
-        summing.put(first, last, data[(first - job.first) * row : (last - job.first) * row], sums)
+        part = data[(first - job.first) * row : (last - job.first) * row]
+        summing.put(first, last, part, sums)
+        writer.put(job.place + (first - job.first) * row, part)  # While it is still near.
     return data, sums
 
 

@@ -37,7 +37,9 @@ SCRATCH_BYTES = 4_000_000
 _KEPT = threading.local()
 
 
-def decode(dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None], where: str) -> Tensor:
+def decode(
+    dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None], where: Callable[[], str]
+) -> Tensor:
     """Read one tensor and convert it.
 
     Args:
@@ -65,7 +67,7 @@ def decode(dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None
     if dtype not in INTEGERS and dtype not in FLOAT8 and dtype != "BOOL":
         raise UnsupportedError(
             "{where} is stored as {dtype}, which is not read; convert the file to float16 first.",
-            where,
+            where(),
             dtype,
         )
     return torch.from_numpy(_decode_array(dtype, shape, fill))

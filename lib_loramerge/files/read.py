@@ -125,14 +125,17 @@ class LoraFile:
             UnsupportedError: If it is stored in a dtype that holds no ordinary numbers.
         """
         info = self.header.tensors[key]
-        where = Sentence("{file}: tensor {key}", self.path.name, repr(key))
+
+        def where() -> Sentence:
+            return Sentence("{file}: tensor {key}", self.path.name, repr(key))
+
         tensor = decode(info.dtype, info.shape, lambda target: self._fill(key, target), where)
         bad = count_not_finite(tensor)
         if bad:
             raise FileError(
                 "{where} holds {count} values of {total} that are NaN or infinite; the file is broken (its "
                 "training diverged) and cannot be merged.",
-                where,
+                where(),
                 f"{bad:,}",
                 f"{tensor.numel():,}",
             )
