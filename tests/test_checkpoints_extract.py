@@ -478,6 +478,16 @@ def test_limited_size_counts_the_zeros_of_an_attention(tmp_path, capsys):
     assert max(map(int, report["ranks"])) > 20
 
 
+def test_limited_size_counts_the_zeros_of_an_attention_in_the_rank_of_the_others(tmp_path, capsys):
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    change = torch.zeros(3840, 1280)
+    change[1280:2560] = spread((1280, 1280), 0.5, 2.0, 1)
+    pair(tmp_path, {key: change}, layout="sdxl-sgm", dtype=torch.float32)
+    extract(tmp_path, capsys, "--size", "0.3", "--dialect", "diffusers")
+    size = (tmp_path / "lora.safetensors").stat().st_size
+    assert 300_000 - 4 * 2 * 2560 - 2500 <= size <= 300_000
+
+
 def test_all_layers_have_one_rank_in_the_spelling_of_diffusers(tmp_path, capsys):
     """Without alpha, diffusers before 0.40 applies layers of other ranks at another strength."""
     conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
@@ -656,13 +666,21 @@ def test_parts_that_there_are_not_are_refused_with_those_there_are(tmp_path, cap
     assert "Parts of both: te, unet." in capsys.readouterr().err
 
 
-def test_no_picture_is_drawn_of_a_checkpoint(tmp_path, capsys):
+def test_a_picture_is_drawn_of_two_checkpoints_ranks_alone(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     pair(tmp_path, {Q: planted((320, 320), 4, 0.1)})
     files = [str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors")]
-    for words in (["inspect", files[0]], ["inspect", *files], ["compare", *files]):
-        assert main([*words, "--plot", str(tmp_path / "x.png")]) == 1
-        assert "tuned.safetensors is a checkpoint" in capsys.readouterr().err
-        assert not (tmp_path / "x.png").exists()
+    picture = tmp_path / "x.png"
+    refused = {("inspect", files[0]): "is a checkpoint", ("inspect", *files): "is a checkpoint"}
+    refused |= {("extract", *files, "-o", str(tmp_path / "y")): "--dry-run"}
+    for words, why in refused.items():
+        assert main([*words, "--plot", str(picture)]) == 1
+        assert why in capsys.readouterr().err
+        assert not picture.exists()
+    for words in (["compare", *files], ["extract", *files, "--dry-run"]):
+        assert main([*words, "--plot", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
 
 
 def _plain(tmp_path, tensors, metadata):
@@ -829,3 +847,155 @@ def test_a_disk_that_becomes_full_is_one_sentence(tmp_path, capsys, monkeypatch)
         assert "no room for the LoRA while it is made (No space left" in error
         assert error.count("\n") == 1
         assert sorted(tmp_path.iterdir()) == before
+
+
+CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+LORA_CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
+def several(tmp_path, dtype):
+    """Differences of all kinds of spectra: planted, falling, hardly falling, and of a convolution."""
+    generator = torch.Generator().manual_seed(8)
+    changes = {
+        Q: planted((320, 320), 12, 0.05),
+        Q.replace("attn1.to_q", "attn2.to_k"): torch.randn(320, 768, generator=generator) * 0.002,
+        Q.replace("attn1.to_q", "ff.net.2"): spread((320, 1280), 1.0, 1.0, 3),
+        CONV: spread((320, 320, 3, 3), 0.25, 2.0, 4),
+        TE_Q: spread((768, 768), 0.5, 1.0, 5),
+        NORM: torch.full((320,), 0.25),
+        Q.replace("to_q.weight", "to_out.0.bias"): torch.full((320,), 0.25),
+    }
+    return pair(tmp_path, changes, dtype=dtype)
+
+
+def dry_run(tmp_path, capsys, *words):
+    files = [str(tmp_path / name) for name in ("tuned.safetensors", "base.safetensors")]
+    assert main(["extract", *files, "--dry-run", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def singular_values(base, tuned):
+    """Of all matrices that differ, by float64 LAPACK; and whether it is a convolution."""
+    for key, matrix in tuned.items():
+        difference = (matrix.double() - base[key].double()).numpy()
+        if difference.ndim > 1 and difference.any() and not key.startswith(("first_stage", "model_ema")):
+            flat = difference.reshape(difference.shape[0], -1)
+            yield np.linalg.svd(flat, compute_uv=False), difference.ndim == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_dry_run_tells_the_error_of_every_rank(tmp_path, capsys, dtype):
+    spectra = list(singular_values(*several(tmp_path, dtype)))
+    report = dry_run(tmp_path, capsys)
+    advice = report["advice"]
+    points = {point["rank"]: point["error"] for point in advice["uniform"]}
+    assert list(points) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    total = sum(float((values**2).sum()) for values, _ in spectra)
+    for rank, error in points.items():
+        lost = sum(float((v[min(rank, 32 if conv else rank) :] ** 2).sum()) for v, conv in spectra)
+        assert error == pytest.approx((lost / total) ** 0.5, abs=2e-4), rank
+    assert report["error"] == pytest.approx(points[64], abs=1e-3)
+    assert (advice["chosen_rank"], advice["largest"]) == (64, 128)
+    shares = [sum(float(v[i] ** 2) for v, conv in spectra if not conv) for i in range(128)]
+    np.testing.assert_allclose(advice["spectrum"], np.sqrt(np.array(shares) / total), atol=1e-4)
+    blocks = advice["kept_by_block"]
+    assert set(blocks) == {"BASE", "IN01"}
+    te = next(values for values, _ in spectra if len(values) == 768)
+    kept = [float((te[:rank] ** 2).sum() / (te**2).sum()) ** 0.5 for rank in points]
+    np.testing.assert_allclose(blocks["BASE"], kept, atol=1e-3)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_each_line_of_a_dry_run_is_the_file_that_its_rule_writes(tmp_path, capsys, dialect):
+    several(tmp_path, torch.float16)
+    advice = dry_run(tmp_path, capsys, "--dialect", dialect)["advice"]
+    points = {point["rank"]: point for point in advice["uniform"]}
+    wanted = [(("--rank", str(rank)), points[rank]) for rank in (12, 96)]
+    wanted.append((("--rank", "auto"), advice["auto"]))
+    budget = advice["allotted"][12]["size_bytes"]
+    wanted.append((("--size", str(budget / 1e6)), advice["allotted"][12]))
+    for rule, point in wanted:
+        report = extract(tmp_path, capsys, *rule, "--dialect", dialect)
+        size = (tmp_path / "lora.safetensors").stat().st_size
+        assert size <= point["size_bytes"], rule
+        assert point["size_bytes"] - size < 0.02 * size + 2500, rule
+        assert report["error"] == pytest.approx(point["error"], abs=1e-3), rule
+        foreseen = dry_run(tmp_path, capsys, *rule, "--dialect", dialect)
+        assert size <= foreseen["size_bytes"] <= 1.02 * size + 2500, rule
+        assert foreseen["ranks"] == report["ranks"], rule
+        assert foreseen["error"] == pytest.approx(report["error"], abs=1e-4), rule
+    auto = advice["auto"]
+    report = extract(tmp_path, capsys, "--rank", "auto", "--dialect", dialect)
+    ranks = sorted(int(rank) for rank, count in report["ranks"].items() for _ in range(count))
+    assert (auto["least"], auto["most"], auto["layers"]) == (ranks[0], ranks[-1], len(ranks))
+    assert (auto["median"], auto["capped"]) == (ranks[(len(ranks) - 1) // 2], report["capped"])
+
+
+def test_a_dry_run_tells_the_least_rank_and_file_for_an_error(tmp_path, capsys):
+    spectra = list(
+        singular_values(
+            *pair(
+                tmp_path,
+                {Q: planted((320, 320), 12, 0.1), TE_Q: spread((768, 768), 1.0, 1.0, 5)},
+                dtype=torch.float32,
+            )
+        )
+    )
+    advice = dry_run(tmp_path, capsys)["advice"]
+    total = sum(float((values**2).sum()) for values, _ in spectra)
+    least = {}
+    for target in (0.01, 0.05, 0.1):
+        lost = (sum(float((v[rank:] ** 2).sum()) for v, _ in spectra) for rank in range(129))
+        rank = next((rank for rank, own in enumerate(lost) if own <= target**2 * total), None)
+        least |= {} if rank is None else {f"{target:g}": rank}
+    assert advice["smallest_rank"] == least
+    assert least
+    for target, size in advice["smallest_size"].items():
+        report = extract(tmp_path, capsys, "--size", str(size / 1e6))
+        assert report["error"] <= float(target) + 1e-4
+        assert extract(tmp_path, capsys, "--size", str(size / 1e6 - 0.006))["error"] > float(target)
+
+
+def test_a_dry_run_goes_up_to_the_rank_that_is_asked_for_or_to_the_largest(tmp_path, capsys):
+    several(tmp_path, torch.float32)
+    for words, largest in (
+        (("--rank", "140"), 140),
+        (("--rank", "auto", "--max-rank", "10"), 10),
+        (("--size", "0.3", "--max-rank", "20"), 20),
+        (("--retain", "0.9"), 128),
+    ):
+        advice = dry_run(tmp_path, capsys, *words)["advice"]
+        assert advice["largest"] == advice["uniform"][-1]["rank"] == largest
+        assert advice["auto"]["most"] == min(largest, 128)
+        assert advice["auto"]["capped"] > 0
+    text = dry_run(tmp_path, capsys, "--conv-rank", "0")["advice"]
+    assert text["uniform"][-1]["error"] > 0.5
+
+
+def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
+    several(tmp_path, torch.bfloat16)
+    files = [str(tmp_path / name) for name in ("tuned.safetensors", "base.safetensors")]
+    before = sorted(tmp_path.iterdir())
+    texts = []
+    for words in (["extract", *files, "--dry-run"], ["compare", *files]):
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    lines = texts[0].splitlines()
+    assert sum(line.split()[:1] == ["64"] for line in lines) == 1
+    assert any(line.startswith("Rank above the rounding (--rank auto)") for line in lines)
+    assert any("% of it is rounding" in line for line in lines)
+    assert any("te, of whose change" in line for line in lines)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_share_of_rounding_is_told_by_part(tmp_path, capsys):
+    """Rounding of two bfloat16 files, from the numbers before they were rounded."""
+    change = {Q: planted((320, 320), 4, 0.02), TE_Q: planted((768, 768), 4, 0.05)}
+    base, tuned = pair(tmp_path, change, dtype=torch.bfloat16)
+    report = dry_run(tmp_path, capsys)
+    for part, key in (("unet", Q), ("te", TE_Q)):
+        difference = tuned[key].double() - base[key].double()
+        noise = difference - change[key].double()
+        share = float(noise.square().sum() / difference.square().sum())
+        assert report["noise_by_part"][part] == pytest.approx(share, rel=0.05), part

@@ -38,7 +38,7 @@ ALLOWED = {
     "hosts": _TYPES | {"dialects"},
     "merge": _RESULTS - {"analysis"} | {"hosts"},
     "analysis": _RESULTS - {"analysis"} | {"merge", "hosts"},
-    "checkpoints": _RESULTS - {"analysis"} | {"merge", "hosts"},
+    "checkpoints": _RESULTS | {"merge", "hosts"},
     "demo": _RESULTS | {"merge"},
     "sweep": _RESULTS | {"merge"},
     "cli": _RESULTS | {"merge", "checkpoints", "demo", "sweep", "interrupts"},

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,12 +20,20 @@ from ..merge.loudness import normalized
 from ..merge.outcome import shares_kept
 from ..merge.work import Progress, Work
 from ..methods import METHODS
-from ..report import percent
+from ..report import relative
 from .compare import norms_by_block
+from .curves import (
+    TARGETS,
+    RankCurves,
+    SizePoint,
+    allotted_ranks,
+    bytes_of,
+    filled_bytes,
+    rank_point,
+    shown_ranks,
+    tail_of,
+)
 
-TARGETS = (0.01, 0.05, 0.10)
-# Points of the curve of files with ranks allotted across layers.
-_SIZE_POINTS = 24
 # Nanoseconds of one core for layers that are formed whole: to merge an element of one LoRA, and for a
 # multiplication of the Gram matrix and of its singular values. Processors differ; this is to say minutes.
 _ELEMENT, _GRAM, _VALUES = 25.0, 0.05, 0.1
@@ -34,80 +41,29 @@ _ELEMENT, _GRAM, _VALUES = 25.0, 0.05, 0.1
 _MADE_FOR_RANK = ("tsv", "ctm")
 # Part of the work after which the time spent predicts better than the estimate.
 _TELLING = 0.02
-# LoRAs up to which the share kept of each is printed at every rank.
-_NAMED = 4
 
 
 @dataclass(frozen=True)
-class RankPoint:
-    """One rank for all layers: what it costs and what it loses.
-
-    Attributes:
-        error: Relative Frobenius error of the cut, rounding aside.
-        kept: Part of the norm that is kept, kept^2 + error^2 = 1; in JSON only, as it reads like a share.
-        kept_of: Name of each LoRA to the share of it that is kept, as the merge's report states it. Empty
-            where that takes far longer than the singular values: in modes that choose single elements, and
-            for whole matrices beside factors.
-    """
-
-    rank: int
-    size_bytes: int
-    error: float
-    kept: float
-    kept_of: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SizePoint:
-    """A file size with the ranks allotted for the least total error; ``kept_of`` as of a rank."""
-
-    size_bytes: int
-    error: float
-    kept_of: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class AdviceReport:
+class AdviceReport(RankCurves):
     """Error and size against the rank for one recipe.
 
     Attributes:
-        smallest_rank: Error, as a fraction, to the smallest rank for all that stays below it.
-        smallest_size: The same to the smallest file in bytes, ranks allotted.
         numerical_rank: Largest rank any layer really has; more keeps nothing more.
         whole_bytes: Bytes that no rank changes: header, norms, layers written whole.
-        kept_by_block: Block id to the share of its norm kept at each rank of ``uniform``.
         norm_by_block: Block id to the norm of what the mode makes of it, before any rank is cut.
-        spectrum: For each component of the layers, the strongest first, its share of the whole norm.
-        chosen_rank: The rank that the recipe gives all layers, if it is one; it is among ``uniform``.
-        chosen_bytes: The size that the recipe asks for, as far as there is something to fill it with; it is
-            among ``allotted``.
     """
 
     base_model: str
     mode: str
     dtype: str
     layers: int
-    uniform: Sequence[RankPoint]
-    allotted: Sequence[SizePoint]
-    smallest_rank: Mapping[str, int]
-    smallest_size: Mapping[str, int]
     numerical_rank: int
     mean_rank: float
     whole_bytes: int
-    kept_by_block: Mapping[str, Sequence[float]]
-    norm_by_block: Mapping[str, float] = field(default_factory=dict)
-    spectrum: Sequence[float] = ()
-    chosen_rank: int | None = None
-    chosen_bytes: int | None = None
+    norm_by_block: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Names of the LoRAs of which it is known what is kept; () for fewer than two."""
-        names = tuple(self.uniform[0].kept_of) if self.uniform else ()
-        return names if len(names) > 1 else ()
 
     def to_text(self) -> str:
         whole = "the exact sum" if METHODS[self.mode].exact else f"mode {self.mode}'s own result"
@@ -125,34 +81,10 @@ class AdviceReport:
                 else []
             ),
             f"True rank: up to {self.numerical_rank}, {self.mean_rank:.1f} on average",
-            f"{'rank':>6}{'size':>12}{'error':>10}{'  kept of each LoRA' if self.shared else ''}",
-            *(
-                f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{shares_text(p.kept_of)}"
-                for p in self.uniform
-            ),
-            "Smallest rank or file for an error of at most",
-            *(
-                f"  {percent(float(target)):>6}: rank {rank}, or {self.smallest_size[target] / 1e6:.2f} MB "
-                "with ranks allotted (--size)"
-                for target, rank in self.smallest_rank.items()
-            ),
+            *self.rank_rows(),
+            *self.target_rows(),
         ]
         return "\n".join(rows)
-
-
-def weakest(kept_of: Mapping[str, float]) -> tuple[str, float] | None:
-    """The LoRA of which least is kept, and its share; None where that is not known."""
-    return min(kept_of.items(), key=lambda entry: entry[1], default=None)
-
-
-def shares_text(kept_of: Mapping[str, float]) -> str:
-    """Shares of two LoRAs or more, to go on with after an error; of many the least alone."""
-    if len(kept_of) < 2:
-        return ""
-    least = weakest(kept_of)
-    shown = kept_of.items() if len(kept_of) <= _NAMED or least is None else [least]
-    texts = [f"{Path(name).stem} {percent(max(0.0, share))}" for name, share in shown]
-    return f"  {'least: ' if len(texts) < len(kept_of) else ''}{', '.join(texts)}"
 
 
 def expected_seconds(plan: MergePlan, cores: int | None = None) -> float:
@@ -219,10 +151,10 @@ def advise(
     top = max(map(len, squares.values()), default=0)
     tails = _tails(squares.values(), top)
     total = float(tails[0])
-    chosen, chosen_bytes = _chosen_rank(plan, top), _chosen_bytes(plan, costs)
+    chosen, chosen_bytes = _chosen_rank(plan, top), filled_bytes(costs, plan.recipe.size)
     less = smaller(plan)
-    points = _shown_ranks(top, chosen, None if less is None else less["rank"])
-    allotted = _allotted(costs, chosen_bytes)
+    points = shown_ranks(top, chosen, None if less is None else less["rank"])
+    allotted = allotted_ranks(costs, chosen_bytes)
     kept_of = _kept_of(
         plan, looked, costs, [*([rank] * len(costs.layers) for rank in points), *allotted.values()]
     )
@@ -233,11 +165,11 @@ def advise(
         dtype=plan.dtype,
         layers=len(plan.layers),
         uniform=[
-            _rank_point(costs, rank, float(tails[rank]), total, shares)
+            rank_point(rank, costs.fixed + bytes_of(costs, rank), float(tails[rank]), total, shares)
             for rank, shares in zip(points, kept_of)
         ],
         allotted=[
-            _size_point(costs, size, ranks_there, total, shares)
+            SizePoint(size, relative(tail_of(costs, ranks_there), total), shares)
             for (size, ranks_there), shares in zip(allotted.items(), kept_of[len(points) :], strict=True)
         ],
         smallest_rank={
@@ -311,68 +243,12 @@ def _chosen_rank(plan: MergePlan, top: int) -> int | None:
     return min(ranks_foreseen[0], top) if len(ranks_foreseen) == 1 else None
 
 
-def _chosen_bytes(plan: MergePlan, costs: FileCosts) -> int | None:
-    if plan.recipe.size is None:
-        return None
-    least = ranks.least_bytes(list(costs.layers.values()), one_rank=costs.one_rank)
-    wanted = min(int(plan.recipe.size * 1_000_000) - costs.fixed, _bytes(costs, None))
-    return costs.fixed + max(1, least, wanted)
-
-
-def _bytes(costs: FileCosts, rank: int | None) -> int:
-    """Bytes of all layers cut to one rank, or with all their ranks; those of no rank are left out."""
-    layers = [cost for cost in costs.layers.values() if len(cost.values)]
-    if costs.one_rank:
-        most = max((len(cost.values) for cost in layers), default=0)
-        return sum(cost.bytes(most if rank is None else min(rank, most)) for cost in layers)
-    return sum(
-        cost.bytes(len(cost.values) if rank is None else min(rank, len(cost.values))) for cost in layers
-    )
-
-
-def _shown_ranks(top: int, *chosen: int | None) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 ... up to the largest rank, which is always there, and the chosen ones."""
-    ranks_shown = (
-        {1, 3, top, *(rank or top for rank in chosen)}
-        | {1 << bit for bit in range(12)}
-        | {3 << bit for bit in range(11)}
-    )
-    return sorted(rank for rank in ranks_shown if 0 < rank <= top)
-
-
 def _tails(squares: Iterable[np.ndarray], top: int) -> np.ndarray:
     """(top + 1,) squared error of one rank for all, for each rank from 0."""
     tails = np.zeros(top + 1)
     for own in squares:
         tails[: len(own) + 1] += np.concatenate([np.cumsum(own[::-1])[::-1], [0.0]])
     return tails
-
-
-def _rank_point(
-    costs: FileCosts, rank: int, tail: float, total: float, kept_of: Mapping[str, float]
-) -> RankPoint:
-    share = tail / total if total else 0.0
-    return RankPoint(rank, costs.fixed + _bytes(costs, rank), share**0.5, max(0.0, 1 - share) ** 0.5, kept_of)
-
-
-def _size_point(
-    costs: FileCosts, size: int, chosen: Sequence[int], total: float, kept_of: Mapping[str, float]
-) -> SizePoint:
-    tail = sum(layer.tail(rank) for layer, rank in zip(costs.layers.values(), chosen, strict=True))
-    return SizePoint(size, (tail / total) ** 0.5 if total else 0.0, kept_of)
-
-
-def _allotted(costs: FileCosts, wanted: int | None) -> dict[int, list[int]]:
-    """Sizes of files from small to whole, and the ranks of all layers in each."""
-    layers = list(costs.layers.values())
-    largest = _bytes(costs, None)
-    if not largest:
-        return {}
-    least = max(largest // 64, ranks.least_bytes(layers, one_rank=costs.one_rank))
-    budgets = {int(size) for size in np.geomspace(least, largest, _SIZE_POINTS)}
-    sizes = sorted(budgets | ({wanted - costs.fixed} if wanted else set()))
-    chosen = ranks.allot_each(layers, sizes, one_rank=costs.one_rank)
-    return {costs.fixed + size: own for size, own in zip(sizes, chosen, strict=True)}
 
 
 def _kept_by_block(

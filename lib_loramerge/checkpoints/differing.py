@@ -108,6 +108,15 @@ class ExtractSettings:
             return min(wanted, 32)
         return self.conv_rank if self.max_rank is None else min(wanted, self.conv_rank)
 
+    @property
+    def most_advised(self) -> int:
+        """The largest rank that a dry run tells of."""
+        return (self.max_rank or MAX_RANK) if self.measured else max(int(self.rank), MAX_RANK)
+
+    def at(self, rank: int) -> ExtractSettings:
+        """The same with one rank for all layers."""
+        return replace(self, rank=rank, retain=None, size=None, max_rank=None)
+
 
 @dataclass
 class Found:
@@ -120,6 +129,8 @@ class Found:
         trained: It differs by more than rounding.
         best: For a file of limited size: the difference at the largest rank that it may get.
         values: Singular values of that, which stay when the factors are laid aside.
+        leading: Of a dry run: the largest singular values, as many as the advice looks at.
+        above: How many of them rounding alone does not reach.
     """
 
     name: str
@@ -137,6 +148,8 @@ class Found:
     whole: Tensor | None = None
     best: LowRank | None = None
     values: Tensor | None = None
+    leading: Tensor | None = None
+    above: int = 0
 
     def take_numbers(self) -> None:
         """Rank, alpha and error of what is stored."""
@@ -162,6 +175,10 @@ class Pair:
         """Of a layer, in whichever checkpoint has it; () where none does."""
         side = next((side for side in (self.base, self.tuned) if layer in side.layers), None)
         return () if side is None else tuple(side.shape(self.identity, layer))
+
+    def has_kernel(self, layer: str) -> bool:
+        """Whether it is a convolution of more than one pixel."""
+        return self.shape(layer)[2:] not in ((), (1, 1))
 
     def check_unchanged(self) -> None:
         """Refuse what was read of files that another program wrote to meanwhile."""
@@ -296,8 +313,12 @@ def _text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def measure(pair: Pair, name: str) -> Found:
-    """Difference of one layer, its best approximation, and how much of it is rounding."""
+def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
+    """Difference of one layer, its best approximation, and how much of it is rounding.
+
+    Args:
+        advised: Find what :mod:`.advising` tells of other ranks as well.
+    """
     rows = pair.rows(name)
     assert rows is not None
     shape = pair.base.shape(pair.identity, name)
@@ -318,13 +339,16 @@ def measure(pair: Pair, name: str) -> Found:
     limit = settings.limit(bool(wide_kernel))
     ratio = layer.exact / layer.noise if layer.noise > 0 else float("inf")
     threshold = None
-    if settings.rank == "auto" or ratio < CLEAR:
+    if settings.rank == "auto" or ratio < CLEAR or advised:
         del difference  # Read anew: of the largest layers memory holds one matrix at a time.
         threshold = edge(_variances(rows, shape[0], width, dtypes), len(name))
         difference, _ = _difference(name, rows, shape[0], width)
-    spectrum = leading(difference, max(1, limit), name, wide_kernel, energy=layer.exact)
+    most = max(limit, settings.at(settings.most_advised).limit(bool(wide_kernel))) if advised else limit
+    spectrum = leading(difference, max(1, most), name, wide_kernel, energy=layer.exact)
     above = spectrum.rank if threshold is None else int((spectrum.values > threshold).sum())
     layer.trained &= ratio > ROUNDING_ONLY or above > 0
+    if advised and layer.trained:
+        layer.leading, layer.above = spectrum.values[:most], above
     rank = _rank(settings, spectrum, limit, above) if layer.trained else 0
     layer.capped = settings.measured and rank >= limit
     layer.lost = layer.exact

@@ -12,6 +12,7 @@ from typing import Any
 from .. import models
 from ..errors import Sentence
 from ..report import histogram_text, percent, relative
+from .advising import ExtractAdvice
 from .differing import Found, Pair
 from .predicting import predicts_v
 from .reading import vaes_differ
@@ -28,8 +29,10 @@ class ExtractReport:
         error: Distance of the LoRA from the difference of all matrices of the parts asked for, over its norm.
         by_part: The same by part of the model.
         noise: Share of the squared difference that is rounding of the two files.
+        noise_by_part: The same by part of the model.
         change: Norm of the difference over that of the base's weights.
         cosine: Between the weights of the two, where they look unrelated.
+        advice: Of a dry run: what other ranks would cost and lose.
     """
 
     output: str | None
@@ -44,12 +47,14 @@ class ExtractReport:
     error: float
     by_part: Mapping[str, float]
     noise: float
+    noise_by_part: Mapping[str, float]
     change: float
     worst: Sequence[Mapping[str, Any]]
     warnings: Sequence[str]
     skipped: Sequence[str]
     seconds: float
     cosine: float | None = None
+    advice: ExtractAdvice | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -65,7 +70,10 @@ class ExtractReport:
             ("Layers", f"{self.layers} written; {self.layers_equal} are equal in both or differ by rounding"),
             ("Ranks", histogram_text(self.ranks) or "none"),
             ("Error", f"{percent(self.error)} of the difference of all matrices"),
-            *(("", f"{percent(error)}  {part}") for part, error in self.by_part.items()),
+            *(
+                ("", f"{percent(error)}  {part}, of whose change {percent(noise)} is rounding")
+                for (part, error), noise in zip(self.by_part.items(), self.noise_by_part.values())
+            ),
             ("Worst layers", ""),
             *(("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst),
         ]
@@ -73,16 +81,24 @@ class ExtractReport:
             rows.append(("Limited", f"{self.capped} layers reached the largest rank (--max-rank)"))
         rows += [("Skipped", text) for text in self.skipped]
         rows += [("Warning", text) for text in self.warnings]
-        return "\n".join(f"{label:<13}{text}".rstrip() for label, text in rows)
+        lines = [f"{label:<13}{text}".rstrip() for label, text in rows]
+        return "\n".join([*lines, *(self.advice.to_rows() if self.advice is not None else [])])
 
 
 def report_of(
-    pair: Pair, output: Path | None, size: int | None, found: Sequence[Found], start: float
+    pair: Pair,
+    output: Path | None,
+    size: int | None,
+    found: Sequence[Found],
+    start: float,
+    advice: ExtractAdvice | None = None,
 ) -> ExtractReport:
     matrices = [layer for layer in found if len(pair.base.shape(pair.identity, layer.name)) > 1]
     exact = sum(layer.exact for layer in matrices)
     weights = sum(layer.size for layer in matrices)
-    parts = sorted({models.component(layer.name) for layer in matrices})
+    by_part: dict[str, list[Found]] = {}
+    for layer in sorted(matrices, key=lambda layer: models.component(layer.name)):
+        by_part.setdefault(models.component(layer.name), []).append(layer)
     error = error_of(matrices)
     moved = sorted((layer.exact / layer.size) ** 0.5 for layer in matrices if layer.size > 0)
     warnings = list(pair.notes)
@@ -124,15 +140,22 @@ def report_of(
         ranks=dict(sorted(Counter(x.rank for x in matrices if x.rank).items(), reverse=True)),
         capped=sum(layer.capped for layer in matrices),
         error=error,
-        by_part={part: error_of([x for x in matrices if models.component(x.name) == part]) for part in parts},
-        noise=min(1.0, sum(x.noise for x in matrices if x.exact > 0) / exact) if exact > 0 else 0.0,
+        by_part={part: error_of(layers) for part, layers in by_part.items()},
+        noise=_noise_of(matrices),
+        noise_by_part={part: _noise_of(layers) for part, layers in by_part.items()},
         change=(exact / weights) ** 0.5 if weights > 0 else 0.0,
         worst=[{"layer": x.name, "error": relative(x.lost, x.exact)} for x in worst],
         warnings=warnings,
         skipped=[],
         seconds=round(time.perf_counter() - start, 3),
         cosine=cosine,
+        advice=advice,
     )
+
+
+def _noise_of(found: Sequence[Found]) -> float:
+    exact = sum(layer.exact for layer in found)
+    return min(1.0, sum(layer.noise for layer in found if layer.exact > 0) / exact) if exact > 0 else 0.0
 
 
 def error_of(found: Sequence[Found]) -> float:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .. import dialects
@@ -18,6 +19,7 @@ from ..merge import Progress
 from ..metadata import build_metadata
 from ..recipe import LoraInput, MergeRecipe
 from ..recipe.stored import VERSION
+from .advising import Survey
 from .apart import left_out, reasons
 from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
@@ -47,7 +49,7 @@ def extract(
     """Write the LoRA that makes ``tuned`` of ``base``, as far as its rank holds it.
 
     Args:
-        output: None writes nothing and tells all the same.
+        output: None writes nothing and tells all the same, and of all other ranks as well: ``advice``.
         progress: Told of the bytes that were read of both, and that were hashed.
 
     Raises:
@@ -64,13 +66,16 @@ def extract(
         if output is not None:
             check_room(output, foreseen_bytes(pair, names)[1])
         with spill_file(folder) as spilled:
-            shelf, tensors = Spill(spilled), Spill(spilled)
+            shelf, tensors = Spill(spilled), Spill(None if output is None else spilled)
             sized = settings.size is not None
-            found = _all_layers(pair, names, shelf if sized else tensors, progress, cancel)
+            found = _all_layers(
+                pair, names, shelf if sized else tensors, progress, cancel, advised=output is None
+            )
             _refuse_equal(pair, found)
             vectors = read_vectors(pair, found)
+            texts = _text_bytes(pair, output)
             if sized:
-                fit(pair, found, vectors, _text_bytes(pair, output), shelf, tensors, lambda: raise_if(cancel))
+                fit(pair, found, vectors, texts, shelf, tensors, lambda: raise_if(cancel))
             complete_groups(pair, found, tensors)
             if not len(tensors) and output is not None:
                 raise IncompatibleError(
@@ -91,7 +96,13 @@ def extract(
                     stop=lambda: raise_if(cancel),
                     before_rename=pair.check_unchanged,
                 )
-        report = report_of(pair, output, written.size if written is not None else None, found, start)
+        if written is not None:
+            report = report_of(pair, output, written.size, found, start)
+        else:
+            pair.check_unchanged()
+            survey = Survey(pair, found, vectors, texts)
+            size = survey.size_bytes() if len(tensors) else None
+            report = report_of(pair, None, size, found, start, survey.advice())
         return replace(
             report,
             skipped=shortened([*left_out(pair), *pair.skipped, *skipped]),
@@ -136,11 +147,14 @@ def _all_layers(
     spill: Spill,
     progress: Callable[[Progress], None] | None,
     cancel: Callable[[], bool] | None,
+    *,
+    advised: bool,
 ) -> list[Found]:
     """What both differ by; the tensors, or what becomes them when the sizes of all are known, on the disk."""
     begin, found, read = time.perf_counter(), [], 0
     total = sum(map(pair.stored_bytes, names))
-    work = parallel_map(lambda name: measure(pair, name), names, workers=WORKERS, cancel=cancel)
+    one = partial(measure, pair, advised=advised)
+    work = parallel_map(one, names, workers=WORKERS, cancel=cancel)
     for layer in work:
         lay_aside(layer, spill)
         write_layer(pair, layer, spill)
@@ -202,11 +216,7 @@ def _metadata(
     pair: Pair, output: Path, found: Sequence[Found], hashes: Mapping[str, str | None]
 ) -> dict[str, str]:
     settings = pair.settings
-    conv = {
-        layer.name
-        for layer in found
-        if layer.rank and tuple(pair.base.shape(pair.identity, layer.name)[2:]) not in ((), (1, 1))
-    }
+    conv = {layer.name for layer in found if layer.rank and pair.has_kernel(layer.name)}
     linear = [layer for layer in found if layer.rank and layer.name not in conv]
     texts = build_metadata(
         name=output.stem,

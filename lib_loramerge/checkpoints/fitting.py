@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import dialects, ranks
-from ..delta import LowRank, Stored, decompose
+from ..delta import LowRank, decompose
 from ..delta.storing import round_cut
 from ..errors import OutputError
 from ..hosts import companions
-from ..merge.layout import ENTRY_BYTES, ITEM_BYTES
+from ..merge.layout import ENTRY_BYTES, ITEM_BYTES, FileCosts
 from .differing import Found, Pair
 from .tensors import Spill, layer_tensors, takes_vectors, write_layer, zero_layer
 
@@ -41,7 +41,7 @@ def foreseen_bytes(pair: Pair, names: Sequence[str]) -> tuple[int, int]:
         if len(shape) < 2:
             continue
         width = math.prod(shape[1:])
-        rank = min(settings.limit(tuple(shape[2:]) not in ((), (1, 1))), shape[0], width)
+        rank = min(settings.limit(pair.has_kernel(name)), shape[0], width)
         aside += rank * (shape[0] + width) * _LAID_ASIDE
         if one_rank:  # Filled up with zeros to the largest.
             rank = max(settings.limit(False), settings.limit(True))
@@ -112,32 +112,61 @@ def fit(
         layer.stored = None
 
 
-def _ranks(
-    pair: Pair, found: Sequence[Found], vectors: Mapping[str, Mapping[str, Tensor] | None], texts: int
-) -> dict[str, int]:
-    assert pair.settings.size is not None
+def costs_of(
+    pair: Pair,
+    found: Sequence[Found],
+    values: Mapping[str, Tensor],
+    vectors: Mapping[str, Mapping[str, Tensor] | None],
+    texts: int,
+) -> FileCosts:
+    """What the bytes of the LoRA go to.
+
+    Args:
+        values: Singular values of the layers that are written, by name.
+        texts: Bytes that the metadata take at most.
+    """
     costs: dict[str, ranks.LayerCost] = {}
+    zeros: dict[str, ranks.LayerCost] = {}
     fixed = texts
-    known = {layer.name: layer for layer in found}
-    completed: set[str] = set()
     for layer in found:
-        beside = sum(_bytes(key, tensor) for key, tensor in (vectors.get(layer.name) or {}).items())
-        if layer.values is None:
+        beside = vector_bytes(vectors.get(layer.name))
+        if layer.name not in values:
             fixed += beside if len(pair.base.shape(pair.identity, layer.name)) == 1 else 0
             continue
         group = companions(pair.identity, layer.name)
         for other in group:
-            if other not in completed and (other not in known or known[other].values is None):
-                completed.add(other)
-                zeros = zero_layer(pair, other, layer.name)
-                fixed += sum(_bytes(key, tensor) for key, tensor in layer_tensors(pair, zeros))
-        at_any = _at_rank(pair, layer, _ANY)
-        per_rank = _at_rank(pair, layer, _ANY + 1) - at_any
-        entries = at_any - _ANY * per_rank
-        values = layer.values.numpy()
-        costs[layer.name] = ranks.LayerCost(values, per_rank, entries + beside, least=1 if group else 0)
-    layers = list(costs.values())
+            if other not in values and other not in zeros:
+                zeros[other] = zeros_cost(pair, other, layer.name)
+        cost = zeros_cost(pair, layer.name, layer.name)
+        own = values[layer.name].numpy()
+        costs[layer.name] = ranks.LayerCost(own, cost.per_rank, cost.fixed + beside, 1 if group else 0)
     one_rank = dialects.needs_one_rank(pair.identity, pair.settings.dialect)
+    if one_rank:  # The zeros are filled up to the rank of the others.
+        return FileCosts(fixed, {**costs, **zeros}, one_rank)
+    return FileCosts(fixed + sum(cost.bytes(1) for cost in zeros.values()), costs, one_rank)
+
+
+def vector_bytes(vectors: Mapping[str, Tensor] | None) -> int:
+    """Bytes of a layer's bias and norm."""
+    return sum(_bytes(key, tensor) for key, tensor in (vectors or {}).items())
+
+
+def zeros_cost(pair: Pair, name: str, like: str) -> ranks.LayerCost:
+    """What a layer costs that is written without a change; ``like`` as of :func:`.tensors.zero_layer`."""
+    layer = zero_layer(pair, name, like)
+    at_any = _at_rank(pair, layer, _ANY)
+    per_rank = _at_rank(pair, layer, _ANY + 1) - at_any
+    return ranks.LayerCost((), per_rank, at_any - _ANY * per_rank, least=1)
+
+
+def _ranks(
+    pair: Pair, found: Sequence[Found], vectors: Mapping[str, Mapping[str, Tensor] | None], texts: int
+) -> dict[str, int]:
+    assert pair.settings.size is not None
+    values = {layer.name: layer.values for layer in found if layer.values is not None}
+    whole = costs_of(pair, found, values, vectors, texts)
+    costs, fixed, one_rank = whole.layers, whole.fixed, whole.one_rank
+    layers = list(costs.values())
     budget = int(pair.settings.size * 1_000_000) - fixed
     least = ranks.least_bytes(layers, one_rank=one_rank)
     chosen = ranks.allot(layers, budget, one_rank=one_rank) if budget >= least else []
@@ -153,11 +182,13 @@ def _ranks(
 
 
 def _at_rank(pair: Pair, layer: Found, rank: int) -> int:
-    """Bytes of a layer in the file."""
-    shape, dtype = pair.base.shape(pair.identity, layer.name), getattr(torch, pair.settings.dtype)
-    up = torch.empty(shape[0], rank, dtype=dtype, device="meta")
-    down = torch.empty(rank, math.prod(shape[1:]), dtype=dtype, device="meta")
-    stored = Stored(up, down, float(rank), (), 0.0, 0.0)
+    """Bytes of a layer of zeros in the file, at another rank."""
+    assert layer.stored is not None
+    up, down = (
+        torch.empty(shape, dtype=layer.stored.up.dtype, device="meta")
+        for shape in ((layer.stored.up.shape[0], rank), (rank, layer.stored.down.shape[1]))
+    )
+    stored = replace(layer.stored, up=up, down=down)
     return sum(_bytes(key, tensor) for key, tensor in layer_tensors(pair, replace(layer, stored=stored)))
 
 

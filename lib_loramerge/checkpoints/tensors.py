@@ -51,13 +51,20 @@ def _no_room(error: OSError) -> OutputError:
 
 
 class Spill(Mapping[str, Tensor]):
-    """Tensors that wait on the disk for the file to be written; a mapping of them by name."""
+    """Tensors that wait on the disk for the file to be written; a mapping of them by name.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    Args:
+        file: Where they are; None only counts what would be there.
+    """
+
+    def __init__(self, file: IO[bytes] | None) -> None:
         self._file = file
         self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
 
     def add(self, key: str, tensor: Tensor) -> None:
+        if self._file is None:
+            self._places[key] = (0, 0, tensor.dtype, tuple(tensor.shape))
+            return
         data = tensor_bytes(tensor.contiguous())
         try:
             place = self._file.seek(0, os.SEEK_END)
@@ -72,6 +79,7 @@ class Spill(Mapping[str, Tensor]):
         return {key: shape for key, (_, _, _, shape) in self._places.items()}
 
     def __getitem__(self, key: str) -> Tensor:
+        assert self._file is not None
         place, size, dtype, shape = self._places[key]
         self._file.seek(place)
         data = bytearray(self._file.read(size))
@@ -211,7 +219,7 @@ def write_vectors(
         own = vectors[layer.name]
         vector = _is_vector(pair, layer.name)
         written = vector or layer.rank or layer.lost < layer.exact
-        if own is None or not (written or _takes_zeros(pair, layer)):
+        if own is None or not (written or takes_zeros(pair, layer.name)):
             left[models.component(layer.name)] += 1
             continue
         if not written:  # A1111 refuses a file with a bias that stands alone.
@@ -235,10 +243,9 @@ def write_vectors(
     return skipped, [warning] if risky else []
 
 
-def _takes_zeros(pair: Pair, layer: Found) -> bool:
+def takes_zeros(pair: Pair, name: str) -> bool:
     """Whether a layer whose bias alone changed is written; a file of limited size has no room for it."""
-    conv = tuple(pair.base.shape(pair.identity, layer.name)[2:]) not in ((), (1, 1))
-    return pair.settings.size is None and pair.settings.limit(conv) > 0
+    return pair.settings.size is None and pair.settings.limit(pair.has_kernel(name)) > 0
 
 
 def _is_vector(pair: Pair, layer: str) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import interrupts
 from ..errors import RecipeError
-from .options import add_json, add_output, add_settings, command, given_fields, target_of
-from .output import EXIT_DONE, in_megabytes, print_report, progress_line
+from .options import add_json, add_output, add_plot, add_settings, command, given_fields, target_of
+from .output import EXIT_DONE, draw, in_megabytes, print_report, progress_line
 
 
 def add_parser(commands: Any) -> None:
@@ -55,8 +55,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--no-hash", action="store_true", help="do not hash the checkpoints for the metadata")
     add_settings(parser, "extract")
-    parser.add_argument("--dry-run", action="store_true", help="read and report everything, write nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read everything, show what each rank would cost and lose, write nothing",
+    )
     add_json(parser)
+    add_plot(parser)
 
 
 def _extract_rank(text: str) -> int | str:
@@ -68,6 +73,8 @@ def _extract_rank(text: str) -> int | str:
 def run_extract(options: argparse.Namespace) -> int:
     from ..checkpoints import extract
 
+    if options.plot and not options.dry_run:
+        raise RecipeError("--plot draws what --dry-run tells of ranks. Give both, or leave it out.")
     target = None if options.dry_run else target_of(options)
     with progress_line(sys.stderr) as show:
         report = extract(
@@ -80,6 +87,7 @@ def run_extract(options: argparse.Namespace) -> int:
             cancel=interrupts.asked,
         )
     print_report(report, options)
+    draw("advise_figure", report.advice, options)
     return EXIT_DONE
 
 

@@ -86,7 +86,6 @@ def run_compare(options: argparse.Namespace) -> int:
     from ..checkpoints import ExtractSettings, extract, is_checkpoint
 
     if len(options.loras) == 2 and any(is_checkpoint(Path(name)) for name in options.loras):
-        _refuse_plot(options, options.loras)
         tuned, base = (Path(name) for name in options.loras)
         with progress_line(sys.stderr) as show:
             found = extract(
@@ -98,6 +97,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 cancel=interrupts.asked,
             )
         print_report(found, options)
+        draw("advise_figure", found.advice, options)
         return EXIT_DONE
     recipe, _ = recipe_of(options)
     plan = plan_of(options, recipe)

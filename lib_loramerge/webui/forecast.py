@@ -127,7 +127,7 @@ def less_of(plan: MergePlan, advice: AdviceReport | None = None) -> Smaller | No
     point = next((p for p in advice.uniform if p.rank == less["rank"]), None) if advice and less else None
     if less is None or point is None:
         return less
-    from ..analysis.advise import weakest  # Loaded by now, as there is advice.
+    from ..analysis.curves import weakest  # Loaded by now, as there is advice.
 
     least = weakest(point.kept_of)
     found: Smaller = {"rank": point.rank, "size_bytes": point.size_bytes, "error": point.error}

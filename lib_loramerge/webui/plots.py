@@ -14,8 +14,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..analysis import AdviceReport, CompareReport, InspectReport
+from ..analysis import CompareReport, InspectReport
 from ..analysis.compare import OPPOSED, PairReport, most_opposed_first
+from ..analysis.curves import RankCurves
 from ..errors import OutputError, RecipeError
 from . import fonts
 
@@ -120,11 +121,13 @@ def compare_figure(
     return figure
 
 
-def advise_figure(report: AdviceReport, theme: str = "light") -> Figure:
+def advise_figure(report: RankCurves, theme: str = "light") -> Figure:
     """The spectrum, error against rank and against file size with the chosen point, and what blocks keep.
 
     Above them, for several LoRAs, what is kept of each.
     """
+    if not report.uniform:
+        raise RecipeError("There is nothing to draw: no layer has a rank.")
     shared = bool(report.shared)
     figure, axes = _figure(2 + shared, 2, theme, size=(13, 8.4 + 4.2 * shared))
     if shared:
@@ -150,7 +153,7 @@ def advise_figure(report: AdviceReport, theme: str = "light") -> Figure:
     return figure
 
 
-def _shares(by_rank: Axes, by_size: Axes, report: AdviceReport, theme: str) -> None:
+def _shares(by_rank: Axes, by_size: Axes, report: RankCurves, theme: str) -> None:
     """What is kept of each LoRA, against the rank of all layers and against the file size."""
     for index, name in enumerate(report.shared):
         colour, line = _COLOURS[index % len(_COLOURS)], "-" if index < len(_COLOURS) else "--"
@@ -204,7 +207,7 @@ def _known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _spectrum(axis: Axes, report: AdviceReport) -> None:
+def _spectrum(axis: Axes, report: RankCurves) -> None:
     """How fast the components of the layers fall off, as far as they are no rounding noise."""
     values = list(report.spectrum)
     axis.plot(range(1, len(values) + 1), values, color=_COLOURS[2], marker="." if len(values) <= 64 else "")
@@ -227,7 +230,7 @@ def _percent_axis(axis: Axes, least: float, most: float) -> None:
     axis.set_ylim(least / 1.5, most * 1.5)
 
 
-def _mark_chosen(by_rank: Axes, by_size: Axes, report: AdviceReport) -> None:
+def _mark_chosen(by_rank: Axes, by_size: Axes, report: RankCurves) -> None:
     """A diamond where the recipe stands on the curves."""
 
     def mark(axis: Axes, x: float, y: float) -> None:
@@ -307,7 +310,7 @@ def _interference(
     bar.ax.tick_params(colors=THEMES[theme].text)
 
 
-def _kept_map(figure: Figure, axis: Axes, report: AdviceReport, theme: str) -> None:
+def _kept_map(figure: Figure, axis: Axes, report: RankCurves, theme: str) -> None:
     blocks = sorted(report.kept_by_block, key=_block_order)
     grid = [report.kept_by_block[block] for block in blocks]
     image = axis.imshow(grid or [[0.0]], cmap="viridis", vmin=0, vmax=1, aspect="auto")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..analysis.advise import weakest
+from ..analysis.curves import weakest
 from ..errors import LoraMergeError, Sentence
 from ..merge.loudness import PARTS
 from ..report import WELL_KEPT, percent
@@ -30,6 +30,7 @@ from .render import (
 if TYPE_CHECKING:
     from ..analysis import AdviceReport, CompareReport, InspectReport
     from ..analysis.compare import PairReport
+    from ..analysis.curves import RankCurves
     from ..merge import MergePlan
     from .analyse import Look
 
@@ -56,6 +57,8 @@ PICTURES = {
     "by block and kind of layer.",
     "advise": "Charts: what is kept of each LoRA against rank and file size, how fast the components fall "
     "off, error against rank and file size, and what each block keeps.",
+    "ranks": "Charts: how fast the components fall off, error against rank and file size, and what each "
+    "block keeps.",
 }
 
 
@@ -68,8 +71,7 @@ def look_state(look: Look, stamp: str) -> str:
 
 def _state(look: Look) -> str:
     if look.state == "done":
-        button = f'<button type="button" class="lm-button lm-show-look">{say("Show it")}</button>'
-        return f'<div class="lm-look-line"><span class="lm-quiet">{say("Analysed.")}</span>{button}</div>'
+        return analysed(look.id)
     if look.state == "failed":
         return error_box(error_text(look))
     if look.state == "cancelled":
@@ -88,6 +90,15 @@ def _state(look: Look) -> str:
         '<div class="lm-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{share:.0f}"><div style="width:{share:.1f}%"></div></div>'
     )
+
+
+def analysed(look_id: str) -> str:
+    """That an analysis is done, and a button that scrolls to it."""
+    button = (
+        f'<button type="button" class="lm-button lm-show-look" data-look="{foreign(look_id)}">'
+        f"{say('Show it')}</button>"
+    )
+    return f'<div class="lm-look-line"><span class="lm-quiet">{say("Analysed.")}</span>{button}</div>'
 
 
 def error_text(look: Look) -> str:
@@ -122,30 +133,37 @@ def look_page(look: Look) -> str:
         parts.append(f'<div class="lm-note">{text}</div>')
     if found.compare is not None:
         body = _verdicts(found.compare)
-        parts.append(_part(say("How they get on"), body, "compare", found.pictures))
+        parts.append(part(say("How they get on"), body, "compare", found.pictures))
     if found.advise is not None and found.advise.shared:
-        parts.append(_part(say("Which rank is needed"), _targets(found.advise)))
-        body = note_box([KEPT_MEANS]) + _ranks(found.advise)
-        parts.append(_part(say("What a rank keeps of each LoRA"), body, "advise", found.pictures))
+        parts.append(part(say("Which rank is needed"), targets(found.advise) + _true_rank(found.advise)))
+        body = note_box([KEPT_MEANS]) + ranks(found.advise)
+        parts.append(part(say("What a rank keeps of each LoRA"), body, "advise", found.pictures))
     elif found.advise is not None:
-        body = _targets(found.advise) + _ranks(found.advise)
-        parts.append(_part(say("Which rank is needed"), body, "advise", found.pictures))
+        body = targets(found.advise) + _true_rank(found.advise) + ranks(found.advise)
+        parts.append(part(say("Which rank is needed"), body, "advise", found.pictures))
     if found.inspect:
-        parts.append(_part(say("What is in each file"), _files(found.inspect), "inspect", found.pictures))
-    return f'<div class="lm-result lm-analysis" data-look="{foreign(look.id)}">{"".join(parts)}</div>'
+        parts.append(part(say("What is in each file"), _files(found.inspect), "inspect", found.pictures))
+    return page(look.id, parts)
+
+
+def page(look_id: str, parts: Sequence[str]) -> str:
+    """What was found, as HTML, in a frame by which the page's script finds it."""
+    return f'<div class="lm-result lm-analysis" data-look="{foreign(look_id)}">{"".join(parts)}</div>'
+
+
+def head(subject: str) -> str:
+    """The title of an analysis, above what was looked at; HTML already."""
+    return f'<div class="lm-job-head"><b>{say("Analysis")}</b></div><div class="lm-quiet">{subject}</div>'
 
 
 def _head(plan: MergePlan) -> str:
     inputs = " + ".join(
         f"{foreign(source.input.name)} <i>×{source.input.unet:g}</i>" for source in plan.sources
     )
-    return (
-        f'<div class="lm-job-head"><b>{say("Analysis")}</b></div>'
-        f'<div class="lm-quiet">{inputs} · {say(plan.method.label)}</div>'
-    )
+    return head(f"{inputs} · {say(plan.method.label)}")
 
 
-def _part(title: str, body: str, kind: str = "", pictures: Mapping[str, bytes] | None = None) -> str:
+def part(title: str, body: str, kind: str = "", pictures: Mapping[str, bytes] | None = None) -> str:
     pictures = pictures or {}
     return f'<section class="lm-part"><h4>{title}</h4>{body}{_picture(kind, pictures)}</section>'
 
@@ -219,7 +237,7 @@ def _pair(pair: PairReport) -> str:
     )
 
 
-def _targets(report: AdviceReport) -> str:
+def targets(report: RankCurves) -> str:
     """The smallest rank and file for some errors, each a click away."""
     rows = "".join(
         f"<tr><td>{foreign(percent(float(target)))}</td><td><b>{rank}</b></td>"
@@ -229,11 +247,15 @@ def _targets(report: AdviceReport) -> str:
         for target, rank in report.smallest_rank.items()
     )
     heads = (say("Error at most"), say("Rank of all layers"), say("File, ranks allotted"), "")
-    true = (
+    found = f'<div class="lm-tables">{numbers_table(heads, rows, "targets")}</div>' if rows else ""
+    return f"{found}{note_box([ERROR_MEANS])}"
+
+
+def _true_rank(report: AdviceReport) -> str:
+    return (
         f'<div class="lm-quiet">{say("True rank, at most")} {report.numerical_rank} · '
         f"{say('on average')} {report.mean_rank:.1f}</div>"
     )
-    return f'<div class="lm-tables">{_table(heads, rows, "targets")}</div>{note_box([ERROR_MEANS])}{true}'
 
 
 def _megabytes(count: int) -> float:
@@ -241,7 +263,7 @@ def _megabytes(count: int) -> float:
     return math.ceil(count / 1000) / 1000
 
 
-def _ranks(report: AdviceReport) -> str:
+def ranks(report: RankCurves) -> str:
     """What every rank costs, loses, and keeps of each LoRA."""
     names = report.shared
     each = 0 < len(names) <= MOST_COLUMNS
@@ -258,7 +280,7 @@ def _ranks(report: AdviceReport) -> str:
         body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     kept = [foreign(_short(name)) for name in names] if each else [say("Least kept")] if names else []
     heads = (say("Rank"), say("File size"), say("Error"), *kept, "")
-    return f'<div class="lm-tables">{_table(heads, body, "ranks")}</div>'
+    return f'<div class="lm-tables">{numbers_table(heads, body, "ranks")}</div>'
 
 
 def _short(name: str) -> str:
@@ -276,7 +298,7 @@ def _error(error: float) -> str:
     return say("none") if error < NO_ERROR else foreign(percent(error))
 
 
-def _table(heads: Sequence[str], rows: str, name: str) -> str:
+def numbers_table(heads: Sequence[str], rows: str, name: str) -> str:
     head = "".join(f"<th>{text}</th>" for text in heads)
     return f'<table class="lm-layers lm-numbers" data-table="{name}"><tr>{head}</tr>{rows}</table>'
 
@@ -286,7 +308,7 @@ def _files(reports: Sequence[InspectReport]) -> str:
     # For the sliders of the presets, which show how strong each block is.
     norms = {Path(report.file).stem: dict(report.norm_by_block) for report in reports}
     heads = (say("File"), say("Norm"), say("True rank"), say("Effective rank"), say("File size"))
-    table = _table(heads, rows, "files")
+    table = numbers_table(heads, rows, "files")
     return f'<div class="lm-tables" data-norms="{foreign(json.dumps(norms))}">{table}</div>'
 
 
