@@ -294,6 +294,8 @@
         if (ended && ended !== state.ended) {
             state.ended = ended;
             state.changed = true;
+            const analysed = find("#loramerge_extract_result .lm-show-look");
+            if (analysed && state.own.has(analysed.dataset.look)) showAsked(analysed.dataset.look);
         }
         if (state.changed) {
             state.changed = false;
@@ -309,19 +311,23 @@
         if (state.polled && now - state.polled < ANSWER) return;
         const pause = state.active || state.busy ? POLL_ACTIVE : POLL_IDLE;
         if (now - (state.lastAnswer || 0) < pause) return;
-        if (press("poll", state.follow)) state.polled = now;
+        const analysis = find("#loramerge_extract_analysis [data-look]");
+        const seen = analysis ? analysis.dataset.look : "";
+        if (press("poll", `${state.follow} ${seen}`)) state.polled = now;
     }
 
     // --- analyses ----------------------------------------------------------------------------------------------------
+
+    window.loramergeTheme = () =>
+        document.querySelector("body.dark, .gradio-container.dark, html.dark") ? "dark" : "light";
 
     // What the server gets with a press of Analyse: the page's colours, and the look that it makes needless.
     window.loramergeLook = () => {
         const before = find("#loramerge_analyse_state [data-look]");
         state.looking = true;
         state.lookBefore = before ? before.dataset.stamp : "";
-        const dark = Boolean(document.querySelector("body.dark, .gradio-container.dark, html.dark"));
         const look = find("#loramerge_analyse_state [data-state=active]");
-        return (dark ? "dark " : "light ") + (look ? look.dataset.look : "");
+        return `${window.loramergeTheme()} ${look ? look.dataset.look : ""}`;
     };
 
     function followLook(now) {
@@ -331,8 +337,7 @@
             if (!state.looking || look.dataset.stamp === state.lookBefore) return;
             state.looking = false;
             state.signature = null; // The facts know more now.
-            // What was asked for opens in view, unless somebody is at another thing by now.
-            if (!document.activeElement.matches("input, textarea")) showLook(look.dataset.look);
+            showAsked(look.dataset.look);
             return;
         }
         if (look.dataset.stamp !== state.lookStamp) {
@@ -345,8 +350,13 @@
         if (press("look", look.dataset.look)) state.lookAsked = now;
     }
 
+    // What was asked for opens in view, unless somebody is at another thing by now.
+    function showAsked(id) {
+        if (!document.activeElement.matches("input, textarea")) showLook(id);
+    }
+
     function showLook(id) {
-        const page = find(`#loramerge_analyse_result .lm-analysis[data-look="${id}"]`);
+        const page = find(`#loramerge_app .lm-analysis[data-look="${id}"]`);
         if (page) page.scrollIntoView({ behavior: "smooth", block: "start" });
     }
 
@@ -398,12 +408,12 @@
         } else if (target.matches(".lm-refill")) {
             press("refill", target.dataset.job);
         } else if (target.matches(".lm-use")) {
-            press("use", target.dataset.use);
+            press(target.closest("#loramerge_extract_analysis") ? "extract_use" : "use", target.dataset.use);
         } else if (target.matches(".lm-stop-look")) {
             target.disabled = true;
             press("unlook", target.dataset.look);
         } else if (target.matches(".lm-show-look")) {
-            showLook(find("#loramerge_analyse_state [data-look]").dataset.look);
+            showLook(target.dataset.look);
         } else if (target.matches(".lm-save-picture")) {
             savePicture(target);
         } else if (target.matches(".lm-send")) {

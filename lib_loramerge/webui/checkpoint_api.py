@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..recipe import SETTINGS
 from . import schema
-from .checkpoint_jobs import BakeRequest, ExtractRequest
+from .checkpoint_jobs import AnalysisRequest, BakeRequest, ExtractRequest
 
 if TYPE_CHECKING:
     from .fields import Fields
@@ -28,8 +28,8 @@ def bake_request(fields: Fields) -> BakeRequest:
     )
 
 
-def extract_request(fields: Fields) -> ExtractRequest:
-    """An extraction as a client asks for it; absent settings are the library's own."""
+def extract_request(fields: Fields) -> ExtractRequest | AnalysisRequest:
+    """An extraction, or its dry run, as a client asks for it; absent settings are the library's own."""
     settings: dict[str, object] = {
         "vectors": fields.choice("vectors", schema.VECTORS),
         "dtype": fields.choice("dtype", schema.EXTRACTED_DTYPES),
@@ -50,12 +50,14 @@ def extract_request(fields: Fields) -> ExtractRequest:
         from ..checkpoints.differing import ONE_RULE  # Not at the WebUI's start, see extension.py.
 
         fields.refuse(ONE_RULE)
-    return ExtractRequest(
+    dry_run = fields.flag("dry_run")
+    request = ExtractRequest(
         tuned=fields.text("tuned"),
         base=fields.text("base"),
         settings=tuple(settings.items()),
-        name=fields.name("name"),
+        name=fields.text("name") if dry_run else fields.name("name"),
         subfolder=fields.text("subfolder"),
         overwrite=fields.flag("overwrite"),
         strict=True,
     )
+    return AnalysisRequest(request) if dry_run else request

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Sentence
+from ..errors import RecipeError, Sentence
 from ..recipe import MergeRecipe
 from .errand import Errand, Task, as_conflict
 from .host import Host
@@ -157,11 +157,15 @@ class ExtractRequest(Errand):
         return ExtractSettings(**dict(self.settings))  # type: ignore[arg-type]
 
     def run(self, task: Task) -> ExtractReport:
+        return self.extracted(task, task.output)
+
+    def extracted(self, task: Task, output: Path | None) -> ExtractReport:
+        """The work; a dry run without ``output``."""
         from ..checkpoints import extract
 
         return extract(
             *self._paths(task.host),
-            task.output,
+            output,
             self._settings(),
             overwrite=self.overwrite,
             progress=task.progress,
@@ -178,6 +182,45 @@ class ExtractRequest(Errand):
         share = super().fraction(progress)
         start, end = {"extract": (0.0, MEASURED), "hash": (MEASURED, READ)}.get(progress.phase, (READ, 1.0))
         return start + (end - start) * share
+
+    def unit(self, phase: str) -> str:
+        return "bytes"
+
+
+@dataclass(frozen=True)
+class AnalysisRequest(Errand):
+    """What an extraction would find, and what other ranks would, without a file.
+
+    Attributes:
+        theme: Colours of the picture, of ``analyse.THEMES``; None draws none.
+    """
+
+    extraction: ExtractRequest
+    theme: str | None = None
+
+    kind = "analysis"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        return f"{self.extraction.tuned} − {self.extraction.base}"
+
+    def check(self, host: Host) -> None:
+        host.check_open()
+        self.extraction.foreseen(host)
+
+    def run(self, task: Task) -> ExtractReport:
+        report = self.extraction.extracted(task, None)
+        if self.theme is not None and report.advice is not None and report.advice.uniform:
+            try:
+                from . import plots  # Brings matplotlib.
+
+                task.picture = plots.png(plots.advise_figure(report.advice, self.theme))
+            except RecipeError as error:  # The host has no matplotlib.
+                task.notes.append(str(error))
+        return report
+
+    def publish(self, task: Task) -> list[str]:
+        return []
 
     def unit(self, phase: str) -> str:
         return "bytes"

@@ -27,7 +27,7 @@ class Task:
     """What the queue gives an errand for one run, and what the run leaves for its end.
 
     Attributes:
-        output: The file to be written.
+        output: The file to be written; the LoRA folder where none is.
         replaced: Whether it takes the place of another.
         progress: To be called often.
         cancel: Whether to stop.
@@ -35,6 +35,7 @@ class Task:
         made, merged: What a merge was made of, and what came out.
         exact_bytes: Size at most of a file that keeps everything, where this one does not.
         notes: What to tell the user of the result.
+        picture: What it looks like, as PNG; empty for none.
     """
 
     host: Host
@@ -48,6 +49,7 @@ class Task:
     merged: MergeReport | None = None
     exact_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
+    picture: bytes = b""
 
 
 class Errand:
@@ -57,6 +59,7 @@ class Errand:
         kind: What it is, in one word.
         trial: Whether the host lists what it makes until it ends, and nothing goes to the LoRA folder.
         in_prompts: Whether the file is a LoRA.
+        title: What the page calls it where no file is made; empty where one is.
         name: Of the file, without folder.
         overwrite: Replace a file of that name.
         strict: It came by REST: links that lead out of the host's folders are refused.
@@ -65,12 +68,15 @@ class Errand:
     kind = ""
     trial = False
     in_prompts = False
+    title = ""
     name: str
     overwrite: bool
     strict: bool
 
     def check(self, host: Host) -> Path | None:
-        """Everything that can be checked without computing; the file that will be written, None for a trial.
+        """Everything that can be checked without computing; the file that will be written.
+
+        None for a trial, and where no file is made.
 
         Raises:
             LoraMergeError: Whatever stops it.

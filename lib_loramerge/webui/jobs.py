@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,14 +40,16 @@ class Job(Piece):
         by_rest: No page asked for it.
         exact_bytes: Size at most of a file that keeps everything, where this one does not.
         in_place_of: Names of earlier trials of the same LoRAs, which a prompt may hold.
+        output: The file; None where none is made.
+        picture: What was found as PNG; empty for none.
     """
 
-    def __init__(self, request: Errand, output: Path, by_rest: bool = False) -> None:
+    def __init__(self, request: Errand, output: Path | None, by_rest: bool = False) -> None:
         super().__init__()
         self.request = request
         self.by_rest = by_rest
         self.output = output
-        self.title = output.stem
+        self.title = request.title if output is None else output.stem
         self.progress: Progress | None = None
         self.report: Report | None = None
         self.error = ""
@@ -55,6 +57,7 @@ class Job(Piece):
         self.notes: tuple[str, ...] = ()
         self.exact_bytes: int | None = None
         self.in_place_of: tuple[str, ...] = ()
+        self.picture = b""
 
     @property
     def fraction(self) -> float:
@@ -98,7 +101,7 @@ class Job(Piece):
                 "fraction": self.fraction,
                 "seconds_left": self.eta,
             },
-            "output": _below(self.output, folder) if self.state == DONE else None,
+            "output": _below(self.output, folder) if self.output and self.state == DONE else None,
             "prompt_name": self.prompt_name,
             "report": None if self.report is None else report_json(self.report, folder),
             "error": self.error,
@@ -163,7 +166,7 @@ class JobQueue:
                 raise ConflictError(
                     "Another merge that is not done yet writes {file}. Choose another name.", output.name
                 )
-            job = Job(request, output if output is not None else self.trials.new_path(), by_rest)
+            job = Job(request, self.trials.new_path() if request.trial else output, by_rest)
             if not self._line.add(job, MAX_WAITING, MAX_FINISHED):
                 raise ConflictError(
                     "{most} merges are waiting already. Wait until some are done, or drop them.", MAX_WAITING
@@ -238,7 +241,7 @@ class JobQueue:
             if not self._line.begin(job):
                 return
             task = self._task(job)
-            with folder_for(task.output):
+            with nullcontext() if job.output is None else folder_for(task.output):
                 report = request.run(task)
         job.in_place_of = tuple(self._earlier_trials(job))
         # Not under the host's lock, which cannot be taken twice: the host's list may need it.
@@ -246,7 +249,8 @@ class JobQueue:
         with self._line.changed:
             if request.in_prompts:
                 job.prompt_name = task.output.stem
-            job.report, job.output, job.notes = report, task.output, tuple(notes)
+            job.report, job.notes, job.picture = report, tuple(notes), task.picture
+            job.output = None if job.output is None else task.output
             job.exact_bytes = task.exact_bytes
             if job.progress is not None:
                 # Each step is reported before it is done; who reads the numbers later sees all of it done.
@@ -254,12 +258,15 @@ class JobQueue:
             self._line.end(job, DONE)
 
     def _task(self, job: Job) -> Task:
-        output = job.output if job.request.trial else job.request.place(self.host)
+        if job.output is None:
+            output = self.host.write_dir()
+        else:
+            output = job.output if job.request.trial else job.request.place(self.host)
         return Task(
             host=self.host,
             trials=self.trials,
             output=output,
-            replaced=output.exists(),
+            replaced=job.output is not None and output.exists(),
             progress=lambda progress: self._show(job, progress),
             cancel=lambda: job.stopping,
             stop=job.stop_here,

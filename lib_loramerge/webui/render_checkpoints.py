@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import Sentence
 from ..report import histogram_text, percent
-from .render import DTYPES, details, foreign, note_box, say, size_text, table, time_text, warning_box
+from .render import DTYPES, details, foreign, note_box, offer, say, size_text, table, time_text, warning_box
 
 if TYPE_CHECKING:
     from ..checkpoints import BakeReport, ExtractReport, Foreseen
+    from ..checkpoints.advising import ExtractAdvice
     from .host import Host
 
 SURVIVES_MEANS = (
@@ -80,15 +82,77 @@ def _extracted(report: ExtractReport) -> str:
         (say("Layers"), f"{report.layers}, {report.layers_equal} {say('equal but for rounding')}"),
         (say("Rank"), foreign(histogram_text(report.ranks) or "–")),
         (say("Change"), _of_weights(report.change)),
-        (say("Rounding"), f"{foreign(percent(report.noise))} {say('of the change')}"),
+        (say("Rounding noise"), f"{foreign(percent(report.noise))} {say('of the change')}"),
         (say("Error"), f'<b class="lm-error-value">{foreign(percent(report.error))}</b>'),
     ]
-    rows += [("", f"{foreign(percent(error))} {foreign(part)}") for part, error in report.by_part.items()]
+    rows += [("", _part_text(report, part)) for part in report.by_part]
     if report.capped:
         rows.append((say("Limited"), f"{report.capped} {say('layers reached the largest rank')}"))
     rows.append((say("Time"), time_text(report.seconds)))
     return table(rows) + _worst(
         ("Error", "Layer"), [(percent(row["error"]), row["layer"]) for row in report.worst]
+    )
+
+
+def _part_text(report: ExtractReport, part: str) -> str:
+    """Error of a part, and how much of what changed in it is rounding."""
+    error, noise = percent(report.by_part[part]), percent(report.noise_by_part[part])
+    return (
+        f"{foreign(error)} {foreign(part)} · {say('Rounding noise')} {foreign(noise)} {say('of the change')}"
+    )
+
+
+def analysis(look_id: str, report: ExtractReport, picture: bytes, notes: Sequence[str], host: Host) -> str:
+    """Everything that a dry run of an extraction found."""
+    from . import render_analysis as frame  # Not at the WebUI's start, see extension.py.
+
+    parts = [
+        frame.head(_minus(report)),
+        warning_box(map(host.shown, (*report.warnings, *notes))),
+        frame.part(say("What is in the difference"), _extracted(report)),
+    ]
+    advice = report.advice
+    if advice is not None and advice.uniform:
+        parts.append(frame.part(say("Which rank is needed"), _auto(advice) + frame.targets(advice)))
+        title = say("What each rank would cost and lose")
+        parts.append(frame.part(title, frame.ranks(advice), "ranks", {"ranks": picture} if picture else {}))
+    if report.skipped:
+        parts.append(details(say("Left out"), note_box(map(host.shown, report.skipped))))
+    return frame.page(look_id, parts)
+
+
+def _auto(advice: ExtractAdvice) -> str:
+    """The ranks that stand out of the rounding, a click away."""
+    from . import render_analysis as frame  # As above.
+
+    found = advice.auto
+    if found is None:
+        return ""
+    cells = (
+        f"{found.least}–{found.most}",
+        f"<b>{found.median}</b>",
+        str(found.layers),
+        size_text(found.size_bytes),
+        foreign(percent(found.error)),
+        offer(say("Use these ranks"), auto=1),
+    )
+    heads = (
+        say("Ranks above the rounding"),
+        say("Median"),
+        say("Layers"),
+        say("File size"),
+        say("Error"),
+        "",
+    )
+    row = "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    limited = Sentence(
+        "{count} layers reach rank {rank}, the largest that was looked at, and may need more.",
+        found.capped,
+        advice.largest,
+    )
+    return (
+        f'<div class="lm-tables">{frame.numbers_table(heads, row, "auto")}</div>'
+        f"{note_box([limited]) if found.capped else ''}"
     )
 
 

@@ -22,6 +22,7 @@ STATES = {
     FAILED: "Not merged",
     CANCELLED: "Cancelled",
 }
+ANALYSIS = "analysis"  # The kind of job whose result is a page of its own.
 PHASES = {
     "look": "Reading",
     "merge": "Merging",
@@ -55,7 +56,7 @@ def _job(job: Job) -> str:
     if job.state == WAITING:
         return f'{box}{head}<div class="lm-quiet">{say("Waiting for its turn")}</div></div>'
     share = max(0.0, min(1.0, job.fraction))
-    parts = [say(PHASES.get(job.progress.phase, "Merging"))] if job.progress else [say("Starting")]
+    parts = [say(_doing(job))]
     if job.progress and job.unit == "bytes":
         parts.append(f"{size_text(job.progress.done)} / {size_text(job.progress.total)}")
     elif job.progress and job.progress.total and job.request.kind == "sweep":
@@ -72,6 +73,23 @@ def _job(job: Job) -> str:
     )
 
 
+def _doing(job: Job) -> str:
+    if job.progress is None:
+        return "Starting"
+    return "Analysing" if job.request.kind == ANALYSIS else PHASES.get(job.progress.phase, "Merging")
+
+
+def analysis_page(job: Job, host: Host) -> str:
+    """What an analysis found, where it is done."""
+    # Not at the WebUI's start, see extension.py.
+    from ..checkpoints import ExtractReport
+    from . import render_checkpoints
+
+    if not isinstance(job.report, ExtractReport):
+        return ""
+    return render_checkpoints.analysis(job.id, job.report, job.picture, job.notes, host)
+
+
 def job_result(job: Job, host: Host) -> str:
     """How a merge ended: its report, its error, or that it was cancelled."""
     box = f'<div class="lm-result" data-job="{foreign(job.id)}">'
@@ -81,9 +99,14 @@ def job_result(job: Job, host: Host) -> str:
         why = say("The WebUI reloaded its interface, which ends merges. Nothing was written.")
         text = f'<div class="lm-quiet">{why if job.closed else say("Cancelled. Nothing was written.")}</div>'
         return f"{box}{_title(job)}{text}{_buttons(job, None)}</div>"
-    report, where = job.report, _written(job.output, host)
+    report = job.report
     if report is None:
         return ""
+    if job.output is None:
+        from .render_analysis import analysed  # Not at the WebUI's start, see extension.py.
+
+        return f"{box}{_title(job)}{analysed(job.id)}</div>"
+    where = _written(job.output, host)
     # Not at the WebUI's start, see extension.py.
     from ..report import MergeReport
     from .sweep_jobs import SweepReport

@@ -146,7 +146,7 @@ def extract_schema() -> Schema:
         {
             "tuned": text("title of the fine-tuned checkpoint"),
             "base": text("title of the checkpoint that it was trained from"),
-            "name": text("file name without folder"),
+            "name": text("file name without folder; not needed for a dry run"),
             "subfolder": text("folder below the LoRA folder", default=""),
             "overwrite": {"type": "boolean", "default": False},
             "rank": {
@@ -164,8 +164,13 @@ def extract_schema() -> Schema:
             "hash": {"type": "boolean", "default": True, "description": "of both, kept in the metadata"},
             "dtype": text("of the LoRA", enum=list(EXTRACTED_DTYPES), default="float16"),
             "skip_unsupported": {"type": "boolean", "default": False},
+            "dry_run": {
+                "type": "boolean",
+                "default": False,
+                "description": "write nothing; the report has size and error at every rank",
+            },
         },
-        ("tuned", "base", "name"),
+        ("tuned", "base"),
     )
 
 
@@ -199,7 +204,7 @@ def job_schema() -> Schema:
         {
             "id": text(),
             "state": text(enum=["waiting", "running", "done", "failed", "cancelled"]),
-            "kind": text(enum=["merge", "bake", "extract", "sweep"]),
+            "kind": text(enum=["merge", "bake", "extract", "analysis", "sweep"]),
             "title": text(),
             "trial": {"type": "boolean"},
             "position": {"type": "integer", "description": "0 runs, 1 is next"},

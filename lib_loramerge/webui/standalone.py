@@ -245,7 +245,9 @@ class Page:
             folder = self.host.write_dir()
             done = [job.output for job in self.jobs.list() if job.state == DONE and not job.request.trial]
             written = {
-                path.relative_to(folder).as_posix(): path for path in done if path.is_relative_to(folder)
+                path.relative_to(folder).as_posix(): path
+                for path in done
+                if path is not None and path.is_relative_to(folder)
             }
             path = written.get(name)
             if path is None or not path.is_file():

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,33 @@ def test_an_extraction_is_a_job_whose_lora_can_be_used(host):
     assert all(key.startswith("unet.") for key in header.tensors)
     assert extract(host, rank=4, name="other", dialect="peft")[0] == 422
     assert extract(host, rank=4, max_rank=8, name="other")[0] == 422
+
+
+def test_a_dry_run_of_an_extraction_is_a_job_that_tells_every_rank_and_writes_nothing(host):
+    before = sorted(host.data_dir.rglob("*"))
+    body = {"tuned": "tuned.safetensors", "base": "base.safetensors", "rank": 4, "dry_run": True}
+    status, job = host.request("POST", f"{API}/extract", body)
+    assert (status, job["kind"]) == (202, "analysis")
+    job = host.wait_for_job(job["id"])
+    assert (job["state"], job["error"], job["notes"]) == ("done", "", [])
+    assert (job["output"], job["prompt_name"]) == (None, "")
+    assert job["progress"]["unit"] == "bytes"
+    assert job["progress"]["done"] == job["progress"]["total"]
+    advice = job["report"]["advice"]
+    assert [point["rank"] for point in advice["uniform"]][:4] == [1, 2, 3, 4]
+    assert (advice["auto"]["least"], advice["auto"]["most"]) == (2, 2)
+    folder = host.data_dir / "models" / "Stable-diffusion"
+    first, second = (load_file(folder / f"{name}.safetensors")[KEY].double() for name in ("tuned", "base"))
+    values = np.linalg.svd((first - second).numpy(), compute_uv=False) ** 2
+    for point in advice["uniform"][:2]:
+        wanted = (values[point["rank"] :].sum() / values.sum()) ** 0.5
+        assert point["error"] == pytest.approx(wanted, abs=1e-3)
+    assert sorted(host.data_dir.rglob("*")) == before
+    assert str(host.data_dir) not in json.dumps(job)
+    status, content = host.request("POST", f"{API}/extract", {**body, "base": "tuned.safetensors"})
+    assert (status, "same file" in content["error"]) == (422, True)
+    status, content = host.request("POST", f"{API}/extract", {**body, "dry_run": "yes"})
+    assert (status, "dry_run" in content["error"]) == (422, True)
 
 
 @pytest.mark.parametrize(

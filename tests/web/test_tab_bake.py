@@ -121,6 +121,44 @@ def test_a_lora_is_extracted_and_an_error_costs_no_input(tab: Tab, host: FakeHos
     tab.choose("row1_lora", "tuned-lora")
 
 
+def test_an_analysis_shows_every_rank_and_a_click_takes_one(tab: Tab, host: FakeHost) -> None:
+    before = sorted(host.lora_dir.iterdir())
+    tab.show_page("Extract")
+    tab.press("extract_analyse")
+    tab.expect_text("extract_message", "Choose the fine-tuned checkpoint")
+    tab.choose("extract_base", "base.safetensors")
+    tab.choose("extract_tuned", "tuned.safetensors")
+    tab.expect_text("extract_facts", "Free disk space")
+    tab.press("extract_analyse")
+    tab.expect_text("extract_result", "Analysed.")
+    page = tab.page.locator("#loramerge_extract_analysis").first
+    expect(page).to_contain_text("What each rank would cost and lose")
+    text = tab.text("extract_analysis")
+    assert "Rounding noise" in text
+    assert "unet" in text
+    assert "Worst layers" in text
+    image = page.locator("img")
+    expect(image).to_have_count(1)
+    assert image.evaluate("image => image.decode().then(() => image.naturalWidth > 800)")
+    page.locator("[data-table=ranks] .lm-use").nth(1).click()
+    tab.expect_value("extract_rank", "2")
+    page.locator("[data-table=auto] .lm-use").click()
+    tab.expect_value("extract_rule", "What stands out of the rounding")
+    expect(tab.page.locator("#loramerge_extract_max_rank").first).to_be_visible()
+    assert not shown(tab, "extract_rank")
+    # What is asked for next leaves it there; it is not sent again with each answer.
+    page.evaluate("element => { element.querySelector('.lm-analysis').dataset.mark = 'kept'; }")
+    tab.fill("extract_name", "of the analysis")
+    tab.press("extract")
+    tab.expect_text("extract_result", "of the analysis")
+    made = set(host.lora_dir.iterdir()) - set(before)
+    assert {path.name for path in made} == {"of the analysis.safetensors"}
+    expect(page.locator("[data-mark=kept]")).to_have_count(1)
+    tab.load()
+    tab.show_page("Extract")
+    tab.expect_text("extract_analysis", "What each rank would cost and lose")
+
+
 def test_where_others_come_in_the_page_says_that_it_is_closed(chromium: object, host: FakeHost) -> None:
     with (
         FakeHost(host.data_dir, *SERVED, "--listen") as closed,

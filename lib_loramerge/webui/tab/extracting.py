@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import compat, extracting, render
+from ..checkpoint_jobs import AnalysisRequest
 from ..compat import update
 from ..host.checkpoints import CLOSED
 from .controls import Control, choice, open_list
@@ -106,10 +108,15 @@ CONTROLS = (
 )
 BUTTONS: Mapping[str, tuple[str, str]] = {
     "extract_refresh": ("Refresh the list", "Look for new checkpoints."),
+    "extract_analyse": (
+        "Analyse",
+        "Reads both checkpoints whole and tells what each rank would cost and lose. Nothing is written.",
+    ),
     "extract": ("Extract and save", "Reads both checkpoints whole and makes the LoRA in the LoRA folder."),
 }
 NAMES = tuple(control.name for control in CONTROLS)
 RESULT, JOBS, MESSAGE, FACTS = "extract_result", "extract_jobs", "extract_message", "extract_facts"
+ANALYSIS = "extract_analysis"
 _SEEN = ("extract_rank", "extract_retain", "extract_size", "extract_max_rank")
 
 
@@ -138,10 +145,14 @@ def lay_out(layout: Layout) -> None:
         with compat.make("Column", scale=5, min_width=280, elem_id="loramerge_extract_side"):
             with layout.section("extract_facts", "What will come out"):
                 layout.place(FACTS, f'<div class="lm-quiet">{render.say(extracting.EMPTY)}</div>')
-            layout.button("extract", variant="primary")
+            with compat.make("Row", elem_id="loramerge_extract_buttons"):
+                layout.button("extract", variant="primary", scale=2, min_width=150)
+                layout.button("extract_analyse", scale=1, min_width=110)
             layout.place(MESSAGE)
             layout.place(JOBS)
             layout.place(RESULT)
+    # Below both columns: its picture needs the whole width.
+    layout.place(ANALYSIS)
 
 
 def connect(wiring: Running) -> None:
@@ -161,19 +172,30 @@ def connect(wiring: Running) -> None:
 
     def look(values: Form) -> Changes:
         html, name = extracting.facts(values, host)
-        rule = extracting.rule_of(values)
-        return {
-            FACTS: html,
-            "extract_name": update(placeholder=name),
-            "extract_rank": update(visible=rule == "number"),
-            "extract_retain": update(visible=rule == "retain"),
-            "extract_size": update(visible=rule == "size"),
-            "extract_max_rank": update(visible=rule != "number"),
-        }
+        shown = _shown_by(extracting.rule_of(values))
+        return {FACTS: html, "extract_name": update(placeholder=name), **shown}
 
     def start(values: Form) -> Changes:
         job = wiring.jobs.submit(extracting.request_of(values, host))
         return {**wiring.begun(job), "extract_overwrite": False}
+
+    def analyse(values: Form) -> Changes:
+        request = AnalysisRequest(extracting.request_of(values, host), str(values["argument"]))
+        return wiring.begun(wiring.jobs.submit(request))
+
+    def use(values: Form) -> Changes:
+        """Takes a rank, a size or a rule that the analysis offers into the form."""
+        offered = json.loads(str(values["argument"] or "{}"))
+        changes: Changes = {}
+        for field, rule in (("rank", "number"), ("size", "size"), ("auto", "auto")):
+            if field in offered:
+                value = update(value=offered[field], visible=True)
+                changes = {
+                    "extract_rule": extracting.RULES[rule],
+                    **_shown_by(rule),
+                    f"extract_{field}": value,
+                }
+        return changes
 
     pair = ("extract_tuned", "extract_base")
     wiring.on("extract_refresh", refresh, pair, pair, message=MESSAGE)
@@ -183,4 +205,25 @@ def connect(wiring: Running) -> None:
     asked = tuple(name for name in NAMES if name not in ("extract_name", "extract_overwrite"))
     for name in asked:
         wiring.on(wiring.widgets[name].change, look, NAMES, (FACTS, "extract_name", *_SEEN), message=MESSAGE)
+    analysed = ("argument", *NAMES)
+    wiring.on(
+        "extract_analyse",
+        analyse,
+        analysed,
+        (*wiring.job_places, "started"),
+        message=MESSAGE,
+        js=f"(...v) => [loramergeTheme(), ...v.slice(1, {len(analysed)})]",
+    )
+    js = "() => loramergeArgument('extract_use')"
+    wiring.on("extract_use", use, ("argument",), ("extract_rule", *_SEEN), message=MESSAGE, js=js)
     wiring.on("extract", start, NAMES, (*wiring.job_places, "started", "extract_overwrite"), message=MESSAGE)
+
+
+def _shown_by(rule: str) -> Changes:
+    """Which fields a rule for the rank has."""
+    return {
+        "extract_rank": update(visible=rule == "number"),
+        "extract_retain": update(visible=rule == "retain"),
+        "extract_size": update(visible=rule == "size"),
+        "extract_max_rank": update(visible=rule != "number"),
+    }

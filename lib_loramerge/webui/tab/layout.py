@@ -35,7 +35,7 @@ RESULT_MORE = (("activation_text", "preferred_weight"), ("notes", "preview"))
 SCRIPT_FIELDS = ("argument", "draft", "proposed", "copied", "started", "refused", "fitted", "plot")
 SCRIPT_BUTTONS = (
     *("greet", "ask", "take", "poll", "drop", "refill", "again", "restore", "look", "unlook", "pictures"),
-    *("keep", "use"),
+    *("keep", "use", "extract_use"),
 )
 PRESET_KINDS = ("Block weights", "Elemental weights")
 

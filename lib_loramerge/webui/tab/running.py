@@ -101,7 +101,9 @@ class Running(Asking):
         return {**self._state(job), "started": f"{job.id} {job.created}", "refused": ""}
 
     def poll(self, values: Form) -> Changes:
-        return {**self._state(self._followed(str(values["argument"] or ""))), "argument": update()}
+        # The analysis that the page shows is large: it is sent once.
+        job_id, _, seen = str(values["argument"] or "").partition(" ")
+        return {**self._state(self._followed(job_id), seen), "argument": update()}
 
     def drop(self, values: Form) -> Changes:
         job = self.jobs.cancel(str(values["argument"] or ""))
@@ -119,11 +121,22 @@ class Running(Asking):
             job = recent[-1] if recent else None
         return job
 
-    def _state(self, job: Job | None) -> Changes:
+    def _state(self, job: Job | None, seen: str | None = None) -> Changes:
+        """How all jobs are, and the end of this one; the last analysis where a page says which it has."""
         known = self.jobs.list()
         shown = render_jobs.job_list(known, job, f"{time.time()}", self.host.labels_state())
         changes: Changes = {"jobs": shown, extracting.JOBS: shown}
         if job is not None:
-            place = extracting.RESULT if job.request.kind == "extract" else "result"
+            extraction = job.request.kind in ("extract", render_jobs.ANALYSIS)
+            place = extracting.RESULT if extraction else "result"
             changes[place] = render_jobs.job_result(job, self.host) if job.finished else ""
+        found = next(filter(_is_shown, reversed(known)), None)
+        if found is not None and seen not in (None, found.id):
+            changes[extracting.ANALYSIS] = render_jobs.analysis_page(found, self.host)
         return changes
+
+
+def _is_shown(job: Job) -> bool:
+    """Whether it is an analysis that a page asked for, and done not long ago."""
+    done = job.request.kind == render_jobs.ANALYSIS and job.report is not None and not job.by_rest
+    return done and job.ended is not None and time.time() - job.ended < SHOWN_FIRST

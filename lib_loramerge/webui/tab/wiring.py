@@ -39,7 +39,9 @@ class Wiring:
         self.shown_by_choice = shown_by_choice()
         # Where running jobs and their ends are shown, on each page that begins some.
         self.job_places = tuple(
-            name for name in ("jobs", "result", extracting.JOBS, extracting.RESULT) if name in widgets
+            name
+            for name in ("jobs", "result", extracting.JOBS, extracting.RESULT, extracting.ANALYSIS)
+            if name in widgets
         )
         # No answer to a question that was asked before may hide from the page that a merge of its own began.
         self.begun_places = (*self.job_places, "started", "overwrite", "refused")
