@@ -50,8 +50,8 @@ def request_of(form: Form, host: Host) -> ExtractRequest:
         settings["retain"] = number(form.get("extract_retain"), "The share to keep", SMALLEST, 100) / 100
     if rule == "size":
         settings["size"] = number(form.get("extract_size"), "The largest file size", SMALLEST, MAX_SIZE)
-    if form.get("extract_conv_rank") not in (None, "", 0):  # Gradio 4 makes 0 of an empty field.
-        settings["conv_rank"] = whole(form.get("extract_conv_rank"), "Rank of convolutions", 1, MOST_RANKS)
+    if form.get("extract_conv_rank") not in (None, ""):
+        settings["conv_rank"] = whole(form.get("extract_conv_rank"), "Rank of convolutions", 0, MOST_RANKS)
     part = key_of(PARTS, form.get("extract_parts"))
     if part:
         settings["parts"] = (part,)

@@ -70,7 +70,7 @@ def form_of(recipe: MergeRecipe, host: Host, methods: Mapping[str, MergeMethod])
     values |= {
         "mode": method.label,
         "rank_rule": RANK_RULES[rule_of(recipe)],
-        "conv_rank": recipe.conv_rank,
+        "conv_rank": "" if recipe.conv_rank is None else str(recipe.conv_rank),
         "base": recipe.base or "",
         "seed": recipe.seed,
         **{name: entry.shown(getattr(recipe, name)) for name, entry in PLAIN.items()},

@@ -316,7 +316,7 @@ def _read_rank(form: Form) -> RecipeValues:
     settings = (
         rule_settings(rule, given) if rule in FAIR_RULES else {"fair": False, **rule_settings(rule, given)}
     )
-    if rule in CONV_RULES and form.get("conv_rank") not in (None, "", 0):
+    if rule in CONV_RULES and form.get("conv_rank") not in (None, "", "0", 0):
         settings["conv_rank"] = whole(form.get("conv_rank"), "Rank of convolutions", 1, MAX_RANK)
     return settings
 

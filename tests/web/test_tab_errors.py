@@ -164,7 +164,7 @@ WRONG_FORMS = {
         "how_message",
         "The file size must be",
     ),
-    "convolutions": (row() | {"conv_rank": -1}, "how_message", "Rank of convolutions must be"),
+    "convolutions": (row() | {"conv_rank": "-1"}, "how_message", "Rank of convolutions must be"),
     "a negative seed": (
         row(blocks=RANDOM) | {"seed": -1},
         "how_message",

@@ -542,8 +542,8 @@ def test_rules_for_each_lora_s_share_survive_the_form(host: StandaloneHost) -> N
     [
         ({}, {"rank": 64}),
         ({"extract_conv_rank": ""}, {"rank": 64}),
-        ({"extract_conv_rank": 0}, {"rank": 64}),  # Gradio 4 makes 0 of an empty field.
-        ({"extract_conv_rank": 16}, {"rank": 64, "conv_rank": 16}),
+        ({"extract_conv_rank": " 0"}, {"rank": 64, "conv_rank": 0}),  # Convolutions are left out.
+        ({"extract_conv_rank": "16"}, {"rank": 64, "conv_rank": 16}),
         ({"extract_rule": extracting.RULES["auto"]}, {"rank": "auto", "max_rank": 128}),
         ({"extract_rule": extracting.RULES["retain"]}, {"retain": 0.95, "max_rank": 128}),
         ({"extract_rule": extracting.RULES["size"]}, {"size": 150, "max_rank": 128}),
@@ -556,7 +556,7 @@ def test_the_rank_of_an_extraction_and_an_empty_one_of_convolutions(host, change
     assert rules == expected
 
 
-def test_a_rank_of_convolutions_below_one_is_refused(host):
+def test_a_rank_of_convolutions_below_zero_is_refused(host):
     values = {control.name: control.options.get("value") for control in extract_page.CONTROLS}
     with pytest.raises(RecipeError, match="Rank of convolutions"):
-        extracting.request_of({**values, "extract_name": "x", "extract_conv_rank": -1}, host)
+        extracting.request_of({**values, "extract_name": "x", "extract_conv_rank": "-1"}, host)

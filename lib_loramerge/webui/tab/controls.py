@@ -217,9 +217,17 @@ CONTROLS = (
     ),
     Control(
         "conv_rank",
-        "Number",
-        {"label": "Rank of convolutions", "value": None, "precision": 0, "scale": 1, "min_width": 110},
-        "Empty is the rule above. Convolutions often need less rank than the rest.",
+        "Textbox",  # A number field shows 0 where it is empty.
+        {
+            "label": "Rank of convolutions",
+            "value": "",
+            "placeholder": "by the rule above",
+            "lines": 1,
+            "max_lines": 1,
+            "scale": 1,
+            "min_width": 130,
+        },
+        "A number, or empty for the rule above. Convolutions often need less rank than the rest.",
         ("recipe.conv_rank",),
     ),
     _plain("normalize", scale=2, min_width=160),

@@ -71,9 +71,17 @@ CONTROLS = (
     ),
     Control(
         "extract_conv_rank",
-        "Number",
-        {"label": "Rank of convolutions", "value": None, "precision": 0, "scale": 1, "min_width": 110},
-        "Empty or 0 is the rank above, 32 at most.",
+        "Textbox",
+        {
+            "label": "Rank of convolutions",
+            "value": "",
+            "placeholder": "as the rest, 32 at most",
+            "lines": 1,
+            "max_lines": 1,
+            "scale": 1,
+            "min_width": 130,
+        },
+        "A number, or empty for the rank of the rest, 32 at most. 0 leaves convolutions out.",
     ),
     Control(
         "extract_parts",

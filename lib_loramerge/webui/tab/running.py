@@ -93,8 +93,8 @@ class Running(Asking):
         begun = self.jobs.again_exactly(job)
         changes = self.begun(begun)
         if same:
-            full: Changes = {"rank_rule": RANK_RULES["full"], "conv_rank": None}
-            changes |= {"conv_rank": None, **self.chosen(values, full)}
+            full: Changes = {"rank_rule": RANK_RULES["full"], "conv_rank": ""}
+            changes |= {"conv_rank": "", **self.chosen(values, full)}
         return changes
 
     def begun(self, job: Job) -> Changes:
