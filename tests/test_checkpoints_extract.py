@@ -486,6 +486,11 @@ def test_limited_size_counts_the_zeros_of_an_attention_in_the_rank_of_the_others
     extract(tmp_path, capsys, "--size", "0.3", "--dialect", "diffusers")
     size = (tmp_path / "lora.safetensors").stat().st_size
     assert 300_000 - 4 * 2 * 2560 - 2500 <= size <= 300_000
+    foreseen = dry_run(tmp_path, capsys, "--dialect", "diffusers", "--rank", "16")
+    size = extract(tmp_path, capsys, "--dialect", "diffusers", "--rank", "16")["size_bytes"]
+    (point,) = (point for point in foreseen["advice"]["uniform"] if point["rank"] == 16)
+    assert foreseen["size_bytes"] == point["size_bytes"]
+    assert size <= point["size_bytes"] <= size + 2500
 
 
 def test_all_layers_have_one_rank_in_the_spelling_of_diffusers(tmp_path, capsys):
@@ -999,3 +1004,75 @@ def test_the_share_of_rounding_is_told_by_part(tmp_path, capsys):
         noise = difference - change[key].double()
         share = float(noise.square().sum() / difference.square().sum())
         assert report["noise_by_part"][part] == pytest.approx(share, rel=0.05), part
+    assert report["advice"]["rounding"] == pytest.approx(report["noise"] ** 0.5)
+
+
+def test_a_dry_run_checks_the_place(tmp_path, capsys, monkeypatch):
+    from lib_loramerge.files import place
+
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    files = [str(tmp_path / name) for name in ("tuned.safetensors", "base.safetensors")]
+    taken = ["extract", *files, "--dry-run", "-o", files[1]]
+    for words, why in ((taken, "exists"), ([*taken, "--overwrite"], "is one of the inputs")):
+        assert main(words) == 1
+        assert why in capsys.readouterr().err
+    words = ["extract", *files, "--dry-run", "-o", str(tmp_path / "new")]
+    assert main(words) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(place, "free_space", lambda folder: 20_000)
+    assert main(words) == 1
+    assert "are needed, 20" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned.safetensors", "base.safetensors"}
+
+
+def test_a_dry_run_can_be_stopped(tmp_path):
+    from lib_loramerge.errors import Cancelled
+
+    pair(tmp_path, {Q: planted((320, 320), 2, 0.1)})
+    asked = iter(range(10**9))
+    paths = (tmp_path / "tuned.safetensors", tmp_path / "base.safetensors")
+    with pytest.raises(Cancelled):
+        run_extract(*paths, None, ExtractSettings(), cancel=lambda: next(asked) >= 5)
+
+
+@pytest.mark.parametrize("kind", ["random", "planted", "hardly falling"])
+def test_the_errors_at_all_ranks_are_known_from_the_largest_values(kind):
+    """Also of matrices so large that not all of their values are computed."""
+    shape = (900, 1300)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.001
+    matrix = planted(shape, 20, 0.2) + matrix if kind == "planted" else matrix
+    matrix = spread(shape, 0.25, 1.0, 6) if kind == "hardly falling" else matrix
+    energy = float(matrix.double().square().sum())
+    found = leading(matrix, 128, "layer", energy=energy).values
+    assert len(found) == 128
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
+    for rank in range(129):
+        error = max(0.0, 1 - float(found[:rank].square().sum()) / energy) ** 0.5
+        assert error == pytest.approx((exact[rank:].sum() / energy) ** 0.5, abs=1e-4), rank
+
+
+def test_a_norm_that_changed_alone_is_a_lora_of_its_own(tmp_path, capsys):
+    base, tuned = pair(tmp_path, {NORM: torch.full((320,), 0.25)})
+    foreseen = dry_run(tmp_path, capsys)
+    assert (foreseen["advice"]["uniform"], foreseen["advice"]["auto"]) == ([], None)
+    report = extract(tmp_path, capsys)
+    assert report["error"] == 0
+    assert report["size_bytes"] <= foreseen["size_bytes"] <= report["size_bytes"] + 1000
+    lora = load_file(tmp_path / "lora.safetensors")
+    [weight] = [tensor for key, tensor in lora.items() if key.endswith(".w_norm")]
+    assert torch.equal(weight, (tuned[NORM].double() - base[NORM].double()).half())
+    assert "Nothing of the difference" in extract(tmp_path, capsys, "--vectors", "none", rc=1)
+    files = [str(tmp_path / name) for name in ("tuned.safetensors", "base.safetensors")]
+    assert main(["compare", *files]) == 0
+    assert "rank" not in capsys.readouterr().out.split("Worst layers")[1]
+    assert main(["compare", *files, "--plot", str(tmp_path / "x.png")]) == 1
+    assert "no layer has a rank" in capsys.readouterr().err
+
+
+def test_no_higher_rank_is_advised_for_rounding(tmp_path, capsys):
+    noise = torch.randn(320, 320, generator=torch.Generator().manual_seed(3)) * 2e-5
+    pair(tmp_path, {NORM: torch.full((320,), 0.25), Q: noise}, dtype=torch.bfloat16)
+    report = dry_run(tmp_path, capsys, "--rank", "auto")
+    assert report["error"] == 1
+    assert report["noise"] > 0.9
+    assert not any("higher rank" in text for text in report["warnings"])

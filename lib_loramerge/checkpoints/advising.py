@@ -58,10 +58,12 @@ class ExtractAdvice(RankCurves):
 
     Attributes:
         largest: The largest rank that was looked at.
+        rounding: Error of a LoRA that lacks the rounding of the two files and nothing else.
         auto: None where nothing stands out of the rounding.
     """
 
     largest: int
+    rounding: float
     auto: AutoPoint | None
 
     def to_rows(self) -> list[str]:
@@ -73,11 +75,13 @@ class ExtractAdvice(RankCurves):
         if found is not None:
             rows += [
                 "Rank above the rounding (--rank auto)",
-                f"  {found.least} to {found.most}, median {found.median}, in {found.layers} layers: "
+                f"  {found.least} to {found.most}, median {found.median}, "
+                f"in {found.layers} layer{'s' if found.layers != 1 else ''}: "
                 f"{found.size_bytes / 1e6:.2f} MB, error {percent(found.error)}",
+                f"  an error of {percent(self.rounding)} is rounding alone, which no LoRA needs to hold",
             ]
             if found.capped:
-                rows.append(f"  {found.capped} layers reach the largest rank and may need more (--max-rank)")
+                rows.append(f"  layers that reach the largest rank (--max-rank): {found.capped}")
         return rows
 
 
@@ -119,9 +123,7 @@ class Survey:
         values = {layer.name: layer.leading for layer in matrices if layer.leading is not None}
         self._pair, self._matrices = pair, matrices
         self._costs = costs_of(pair, found, values, vectors, texts)
-        self._layers = [
-            _layer(pair, x, self._costs.layers[x.name]) for x in matrices if x.name in self._costs.layers
-        ]
+        self._layers = [_layer(pair, x, self._costs.layers[x.name]) for x in matrices if x.name in values]
         self._total = sum(layer.exact for layer in matrices)
         # What no rank of the others changes: the difference of layers that differ by rounding.
         self._equal = sum(layer.exact for layer in matrices if layer.name not in values)
@@ -157,6 +159,7 @@ class Survey:
             chosen_rank=chosen,
             chosen_bytes=budget,
             largest=largest,
+            rounding=relative(min(self._total, sum(x.noise for x in self._matrices if x.exact)), self._total),
             auto=self._auto(),
         )
 
@@ -224,7 +227,9 @@ class Survey:
         for matrix in self._matrices:
             exact[block_of[matrix.name]] = exact.get(block_of[matrix.name], 0.0) + matrix.exact
         limits = [self._limits(settings.at(rank)) for rank in points]
-        for layer, own in zip(self._layers, np.array(limits, dtype=np.int64).reshape(len(points), -1).T):
+        for layer, own in zip(
+            self._layers, np.array(limits, dtype=np.int64).reshape(len(points), len(self._layers)).T
+        ):
             block = block_of[layer.found.name]
             kept[block] = kept.get(block, np.zeros(len(points))) + layer.found.exact - layer.lost[own]
         return {

@@ -103,7 +103,9 @@ def report_of(
     moved = sorted((layer.exact / layer.size) ** 0.5 for layer in matrices if layer.size > 0)
     warnings = list(pair.notes)
     cosine = None
-    if error > _LOSSY:
+    # What is lost of the rounding is no loss, and no higher rank is needed for it.
+    lost = sum(max(0.0, layer.lost - layer.noise) for layer in matrices)
+    if relative(lost, exact) > _LOSSY:
         warnings.append(
             Sentence(
                 "{share} of the difference is not in the LoRA: it is spread over more directions than the "

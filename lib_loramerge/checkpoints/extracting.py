@@ -77,13 +77,13 @@ def extract(
             if sized:
                 fit(pair, found, vectors, texts, shelf, tensors, lambda: raise_if(cancel))
             complete_groups(pair, found, tensors)
+            skipped, warnings = write_vectors(pair, found, vectors, tensors)
             if not len(tensors) and output is not None:
                 raise IncompatibleError(
                     "Nothing of the difference of {tuned} and {base} can be in a LoRA. Choose other parts.",
                     tuned.name,
                     base.name,
                 )
-            skipped, warnings = write_vectors(pair, found, vectors, tensors)
             written = None
             if output is not None:
                 metadata = _metadata(pair, output, found, _hashes(pair, progress, cancel))

@@ -71,17 +71,22 @@ def _extract_rank(text: str) -> int | str:
 
 
 def run_extract(options: argparse.Namespace) -> int:
-    from ..checkpoints import extract
+    from ..checkpoints import extract, foresee
+    from ..checkpoints.rewriting import check_room
+    from ..files import check_target
 
     if options.plot and not options.dry_run:
         raise RecipeError("--plot draws what --dry-run tells of ranks. Give both, or leave it out.")
-    target = None if options.dry_run else target_of(options)
+    target, settings = target_of(options), _extract_settings(options)
+    if options.dry_run and target is not None:
+        check_target(target, options.overwrite)
+        check_room(target, foresee(options.tuned, options.base, settings, target).disk_bytes)
     with progress_line(sys.stderr) as show:
         report = extract(
             options.tuned,
             options.base,
-            target,
-            _extract_settings(options),
+            None if options.dry_run else target,
+            settings,
             overwrite=options.overwrite,
             progress=in_megabytes(show),
             cancel=interrupts.asked,

@@ -145,15 +145,21 @@ def _auto(advice: ExtractAdvice) -> str:
         "",
     )
     row = "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    limited = Sentence(
-        "{count} layers reach rank {rank}, the largest that was looked at, and may need more.",
-        found.capped,
-        advice.largest,
-    )
-    return (
-        f'<div class="lm-tables">{frame.numbers_table(heads, row, "auto")}</div>'
-        f"{note_box([limited]) if found.capped else ''}"
-    )
+    notes = [
+        Sentence(
+            "An error of {error} is the rounding of the two files alone, which no LoRA needs to hold.",
+            percent(advice.rounding),
+        )
+    ]
+    if found.capped:
+        notes.append(
+            Sentence(
+                "{count} layers reach rank {rank}, the largest that was looked at, and may need more.",
+                found.capped,
+                advice.largest,
+            )
+        )
+    return f'<div class="lm-tables">{frame.numbers_table(heads, row, "auto")}</div>{note_box(notes)}'
 
 
 def bake_facts(report: BakeReport, free: int | None) -> str:
