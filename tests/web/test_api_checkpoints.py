@@ -217,6 +217,42 @@ def test_a_disk_that_is_too_full_is_a_conflict_before_any_work(tmp_path, monkeyp
         host.close()
 
 
+def test_an_analysis_without_matplotlib_says_so_and_can_be_cancelled(tmp_path, monkeypatch):
+    from lib_loramerge.checkpoints import extracting
+    from lib_loramerge.errors import RecipeError
+    from lib_loramerge.webui import plots, render_jobs
+    from lib_loramerge.webui.checkpoint_jobs import AnalysisRequest, ExtractRequest
+    from lib_loramerge.webui.host import WebuiHost
+    from lib_loramerge.webui.jobs import JobQueue
+
+    def lacking(report, theme):
+        raise RecipeError("Pictures need matplotlib: pip install matplotlib.")
+
+    fill(tmp_path)
+    monkeypatch.setattr(plots, "advise_figure", lacking)
+    asked = ExtractRequest("tuned.safetensors", "base.safetensors", (("rank", 4),), "")
+    with fake_modules(tmp_path):
+        host = WebuiHost()
+        jobs = JobQueue(host)
+        job = jobs.submit(AnalysisRequest(asked, "dark"))
+        assert jobs._line.wait_for(lambda: job.finished, 60)
+        assert (job.state, job.picture, job.error) == ("done", b"", "")
+        page = render_jobs.analysis_page(job, host)
+        assert "Pictures need matplotlib" in page
+        assert 'data-table="ranks"' in page
+        usual = extracting.measure
+
+        def cancelled(*about, **how):
+            jobs.cancel(jobs.current().id)
+            return usual(*about, **how)
+
+        monkeypatch.setattr(extracting, "measure", cancelled)
+        job = jobs.submit(AnalysisRequest(asked))
+        assert jobs._line.wait_for(lambda: job.finished, 60)
+        assert (job.state, job.report) == ("cancelled", None)
+        host.close()
+
+
 @pytest.mark.parametrize("flags", [(), ("--sdnext",), ("--ckpt-dir", "elsewhere")])
 def test_a_baked_checkpoint_goes_where_the_webuis_own_merger_writes_and_is_listed(
     tmp_path, flags, monkeypatch
