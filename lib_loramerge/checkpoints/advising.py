@@ -46,6 +46,10 @@ class AutoPoint:
     size_bytes: int
     error: float
 
+    def between(self, to: str) -> str:
+        """The least and the largest rank, or the one that all have."""
+        return f"{self.least}{to}{self.most}" if self.most > self.least else str(self.least)
+
 
 @dataclass(frozen=True)
 class ExtractAdvice(RankCurves):
@@ -75,7 +79,7 @@ class ExtractAdvice(RankCurves):
         if found is not None:
             rows += [
                 "Rank above the rounding (--rank auto)",
-                f"  {found.least} to {found.most}, median {found.median}, "
+                f"  {found.between(' to ')}, median {found.median}, "
                 f"in {found.layers} layer{'s' if found.layers != 1 else ''}: "
                 f"{found.size_bytes / 1e6:.2f} MB, error {percent(found.error)}",
                 f"  an error of {percent(self.rounding)} is rounding alone, which no LoRA needs to hold",

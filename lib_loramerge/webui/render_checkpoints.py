@@ -129,7 +129,7 @@ def _auto(advice: ExtractAdvice) -> str:
     if found is None:
         return ""
     cells = (
-        f"{found.least}–{found.most}",
+        found.between("–"),
         f"<b>{found.median}</b>",
         str(found.layers),
         size_text(found.size_bytes),
