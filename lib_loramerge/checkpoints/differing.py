@@ -52,6 +52,7 @@ class ExtractSettings:
         parts: Of ``PARTS``; () for all there are.
         vectors: Biases and norms that are written: those of a U-Net, ``"none"``, or ``"all"``.
         dtype: Of the LoRA.
+        tuned_sha256, base_sha256: As ``BakeSettings.base_sha256``.
     """
 
     rank: int | str = 64
@@ -65,6 +66,8 @@ class ExtractSettings:
     dialect: str = "auto"
     skip_unsupported: bool = False
     hashed: bool = True
+    tuned_sha256: str = ""
+    base_sha256: str = ""
 
     def __post_init__(self) -> None:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
@@ -329,7 +332,8 @@ def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
         _, layer = _difference(name, rows, shape[0], 1, dtypes, coarse)
         layer.lost = layer.exact
         return layer
-    difference, layer = _difference(name, rows, shape[0], width, dtypes, coarse)
+    kept = pair.settings.rank != "auto"
+    difference, layer = _difference(name, rows, shape[0], width, dtypes, coarse, kept=kept)
     _check_finite(pair, layer)
     if layer.exact == 0:
         layer.trained = False
@@ -404,14 +408,17 @@ def _difference(
     width: int,
     dtypes: Sequence[tuple[str, float]] = (),
     coarse: str = "",
+    *,
+    kept: bool = True,
 ) -> tuple[Tensor, Found]:
-    """(out, width) float32 difference, and its sums where the ``dtypes`` of both are given."""
-    whole = torch.empty(out, width)
+    """(out, width) float32 difference, where it is ``kept``, and its sums where the ``dtypes`` are given."""
+    whole = torch.empty(out if kept else 0, width)
     layer = Found(name, 0.0, 0.0, 0.0, 0.0, 0.0, False)
     same = True
     for first, last, tuned, base in both_rows(rows, out, width):
         part = (tuned.double() - base.double() if tuned.dtype != base.dtype else tuned - base).float()
-        whole[first:last] = part
+        if kept:
+            whole[first:last] = part
         if not dtypes:
             continue
         layer.exact += float(part.double().square().sum())

@@ -197,12 +197,17 @@ _WORDS = {
 def _hashes(
     pair: Pair, progress: Callable[[Progress], None] | None, cancel: Callable[[], bool] | None
 ) -> dict[str, str | None]:
-    def sha256(checkpoint: Checkpoint) -> str | None:
-        if not pair.settings.hashed or len(checkpoint.files) != 1:
-            return None
-        return hash_of(checkpoint.files[0], progress, lambda: raise_if(cancel))
+    settings = pair.settings
 
-    return {"tuned": sha256(pair.tuned), "base": sha256(pair.base)}
+    def sha256(checkpoint: Checkpoint, known: str) -> str | None:
+        if not settings.hashed or len(checkpoint.files) != 1:
+            return None
+        return known or hash_of(checkpoint.files[0], progress, lambda: raise_if(cancel))
+
+    return {
+        "tuned": sha256(pair.tuned, settings.tuned_sha256),
+        "base": sha256(pair.base, settings.base_sha256),
+    }
 
 
 def _text_bytes(pair: Pair, output: Path | None) -> int:

@@ -151,10 +151,15 @@ class ExtractRequest(Errand):
         tuned = host.checkpoint_path(self.tuned, TUNED, self.strict)
         return tuned, host.checkpoint_path(self.base, BASE, self.strict)
 
-    def _settings(self) -> ExtractSettings:
+    def _settings(self, host: Host | None = None) -> ExtractSettings:
+        """With ``host`` also the hashes that it keeps."""
         from ..checkpoints import ExtractSettings
 
-        return ExtractSettings(**dict(self.settings))  # type: ignore[arg-type]
+        settings = ExtractSettings(**dict(self.settings))  # type: ignore[arg-type]
+        if host is None or not settings.hashed:
+            return settings
+        tuned, base = map(host.checkpoint_sha256, (self.tuned, self.base))
+        return replace(settings, tuned_sha256=tuned, base_sha256=base)
 
     def run(self, task: Task) -> ExtractReport:
         return self.extracted(task, task.output)
@@ -166,7 +171,7 @@ class ExtractRequest(Errand):
         return extract(
             *self._paths(task.host),
             output,
-            self._settings(),
+            self._settings(task.host),
             overwrite=self.overwrite,
             progress=task.progress,
             cancel=task.cancel,

@@ -291,7 +291,8 @@ def test_a_hash_that_the_webui_keeps_is_taken(tmp_path):
 
     with fake_modules(tmp_path):
         from lib_loramerge.recipe import from_json
-        from lib_loramerge.webui.checkpoint_jobs import BakeRequest
+        from lib_loramerge.webui.checkpoint_jobs import BakeRequest, ExtractRequest
+        from lib_loramerge.webui.errand import Task
         from lib_loramerge.webui.host import WebuiHost
 
         sys.modules["modules.sd_models"].list_models()
@@ -306,8 +307,26 @@ def test_a_hash_that_the_webui_keeps_is_taken(tmp_path):
                 read_header(tmp_path / f"out{number}.safetensors").metadata["sd_merge_recipe"]
             )
             assert recipe["primary_model_hash"] == wanted
+        assert set(asked) == {("base.safetensors", "checkpoint/base.safetensors")}
+
+        tuned = hashlib.sha256((folder / "tuned.safetensors").read_bytes()).hexdigest()
+        cases = [
+            ({}, "ab" * 32, ("ab" * 32, "ab" * 32)),
+            ({}, None, (tuned, own)),
+            ({"hashed": False}, "ab" * 32, (None, None)),
+        ]
+        for number, (settings, answer, wanted) in enumerate(cases):
+            sys.modules["modules.hashes"] = types.SimpleNamespace(sha256_from_cache=kept(answer))
+            output, phases = tmp_path / f"made{number}.safetensors", set()
+            settings = tuple({"rank": 2, **settings}.items())
+            task = Task(
+                host, None, output, False, lambda at: phases.add(at.phase), lambda: False, lambda: None
+            )
+            ExtractRequest("tuned.safetensors", "base.safetensors", settings, "made").run(task)
+            facts = json.loads(read_header(output).metadata["loramerge_extract"])
+            assert (facts["tuned"]["sha256"], facts["base"]["sha256"]) == wanted
+            assert ("hash" in phases) == (answer is None)
         host.close()
-    assert set(asked) == {("base.safetensors", "checkpoint/base.safetensors")}
 
 
 def test_the_schema_names_what_the_library_knows():
