@@ -257,9 +257,31 @@ def test_two_copies_of_one_model_are_refused(tmp_path, capsys, other):
         cast = {key: t.to(kinds[other]) for key, t in matrices.items()}
     save_file({**base, **cast}, tmp_path / "tuned.safetensors")
     error = extract(tmp_path, capsys, rc=1)
-    assert "hold the same model" in error
+    assert ("hold the same model" in error) == (other != "e4m3")
+    assert ("smaller than the steps of float8 e4m3" in error) == (other == "e4m3")
     assert error.count("\n") == 1
     assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_a_change_below_the_steps_of_float8_is_said_to_be_that(tmp_path, capsys):
+    base, _ = pair(tmp_path, {})
+    base[Q] = base[Q].to(torch.float8_e5m2)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(lora_of({LORA_Q: (320, 320)}, size=0.005), tmp_path / "weak.safetensors")
+    words = [
+        "bake",
+        tmp_path / "base.safetensors",
+        tmp_path / "weak.safetensors",
+        "-o",
+        tmp_path / "tuned",
+        "--overwrite",
+    ]
+    assert main([*map(str, words)]) == 0
+    assert not torch.equal(load_file(tmp_path / "tuned.safetensors")[Q].float(), base[Q].float())
+    capsys.readouterr()
+    error = extract(tmp_path, capsys, rc=1)
+    assert "differ only by rounding (float8 e5m2)" in error
+    assert "smaller than the steps of float8 e5m2" in error
 
 
 def test_unrelated_models_are_warned_of(tmp_path, capsys):

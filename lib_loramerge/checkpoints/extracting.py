@@ -25,6 +25,7 @@ from .baking import hash_of, legacy_hash
 from .differing import ExtractSettings, Found, Pair, measure, stored_as
 from .extracted import ExtractReport, error_of, report_of
 from .fitting import fit, foreseen_bytes, lay_aside
+from .numbers import FLOAT8_LARGEST
 from .outcome import shortened
 from .predicting import predicts_v
 from .reading import Checkpoint
@@ -175,12 +176,22 @@ def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
     dtypes = sorted({stored_as(c, name)[0] for c in (pair.tuned, pair.base) for name in unequal})
     how = " against ".join(_WORDS.get(name, name) for name in dtypes)
     differ = Sentence("differ only by rounding ({dtype})", how) if unequal else Sentence("are equal")
-    same = Sentence(
-        "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
-        pair.tuned.path.name,
-        pair.base.path.name,
-        differ,
-    )
+    names, float8 = (pair.tuned.path.name, pair.base.path.name), FLOAT8_LARGEST.keys() & {*dtypes}
+    if float8:  # What was baked in may be less than its steps.
+        same = Sentence(
+            "{tuned} and {base} cannot be told apart: their matrices {how}. A change that is smaller than the "
+            "steps of {dtype} does not show in it: take the checkpoints in a finer precision, if there are "
+            "such.",
+            *names,
+            differ,
+            " + ".join(_WORDS[name] for name in sorted(float8)),
+        )
+    else:
+        same = Sentence(
+            "{tuned} and {base} hold the same model: their matrices {how}. There is nothing to extract.",
+            *names,
+            differ,
+        )
     raise IncompatibleError(joined(" ", [same, *reasons(pair)]))
 
 
