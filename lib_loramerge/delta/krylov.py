@@ -55,13 +55,17 @@ def leading(
     seed = int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:7], "big")
     start = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(seed))
     block = torch.linalg.qr(product(weight, start)).Q
-    basis, image = block, product(block.mT, weight)  # (out, c), (c, in)
+    # Room for all steps; what none of them reaches takes no memory.
+    images = weight.new_empty((_MOST_STEPS + 1) * width, weight.shape[1])
+    basis, image = block, images[:width]  # (out, c), (c, in)
+    image.copy_(product(block.mT, weight))
     square = gram(image)
     found: list[float] = []
     largest = square
     for step in range(1, _MOST_STEPS + 1):
         block = outside(basis, product(weight, image[-width:].mT))
-        basis, image = torch.cat([basis, block], dim=1), torch.cat([image, product(block.mT, weight)])
+        basis, image = torch.cat([basis, block], dim=1), images[: (step + 1) * width]
+        image[-width:] = product(block.mT, weight)
         square = _grown(square, image)
         if step < _STEPS - 2:
             continue
