@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_loramerge.blocks import Presets
 from lib_loramerge.checkpoints import baking, beside, look, rewriting, summing
-from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, decode_codes, encode
+from lib_loramerge.checkpoints.numbers import FLOAT8_LARGEST, all_finite, decode_codes, encode
 from lib_loramerge.checkpoints.preparing import prepare_bake
 from lib_loramerge.cli import bake as bake_command
 from lib_loramerge.cli import main
@@ -508,6 +509,18 @@ def parted(tmp_path):
     return (tmp_path / "xl.safetensors", tmp_path / "a.safetensors")
 
 
+def test_the_report_counts_tensors_of_one_name_in_two_text_encoders(tmp_path, parted, capsys):
+    words = _named(tmp_path, "clip_l", "clip_g")
+    assert bake(*parted, *words, "-o", tmp_path / "out.safetensors", "--json") == 0
+    lora = load_file(tmp_path / "a.safetensors")
+    added = sum(float(product(lora, key[:-6]).square().sum()) for key in lora if key.endswith(".alpha"))
+    key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    before = float(
+        load_file(tmp_path / "xl.safetensors")[key].double().square().sum()
+    )  # The others are zero.
+    assert json.loads(capsys.readouterr().out)["change"] == pytest.approx((added / before) ** 0.5, rel=1e-4)
+
+
 def _named(tmp_path, *names):
     for number, name in enumerate(names, 1):
         os.rename(tmp_path / f"te{number}" / "model.safetensors", tmp_path / f"{name}.safetensors")
@@ -853,6 +866,49 @@ def test_numbers_are_rounded_to_a_neighbour_and_right_on_average(dtype):
     assert all(len(np.unique(column)) <= 2 for column in rows.T.numpy())
     large = encode(torch.tensor([1e6, -1e6]), "F8_E4M3", "k")
     assert decode_codes(large, "F8_E4M3").tolist() == [FLOAT8_LARGEST["F8_E4M3"], -FLOAT8_LARGEST["F8_E4M3"]]
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf", "-inf", "largest", "-largest", "-0.0"])
+def test_nan_and_infinity_are_seen_in_stored_numbers(dtype, number):
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16}.get(dtype)
+    kind = kind or {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    value = float(number.replace("largest", str(torch.finfo(kind).max)))
+    stored = torch.tensor([0.5, -0.25, 1.0, 0.0, math.copysign(value, -1 if "-" in number else 1)]).to(kind)
+    data = memoryview(stored.view(torch.uint8).numpy())
+    assert all_finite(data, dtype) == bool(stored.float().isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64", "F16", "BF16"])
+def test_every_number_is_told_from_nan_and_infinity(dtype):
+    bits = {"F16": 16, "BF16": 16, "F32": 32, "F64": 64}[dtype]
+    tops = np.arange(65536, dtype=np.uint64) << (bits - 16)  # Sign, exponent and the first digits.
+    codes = tops.astype(f"<u{bits // 8}")
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[dtype]
+    finite = torch.from_numpy(codes.view(f"<i{bits // 8}")).view(kind).isfinite()
+    assert [
+        all_finite(memoryview(codes[n : n + 1]).cast("B"), dtype) for n in range(65536)
+    ] == finite.tolist()
+
+
+def test_copied_tensors_that_hold_nan_or_infinity_are_named(tmp_path, sd1, capsys):
+    vae = "first_stage_model.decoder.conv_in.weight"
+    lora = lora_of({LORA_Q: (320, 320)})
+    baked(tmp_path, tmp_path / "base.safetensors", lora, "--json", "--drop-ema")
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+    sd1[vae][-1, -1] = math.nan
+    save_file(sd1, tmp_path / "base.safetensors")
+    after = baked(tmp_path, tmp_path / "base.safetensors", lora, "--json", "--drop-ema")
+    assert torch.equal(after[vae].view(torch.int16), sd1[vae].view(torch.int16))
+    [warning] = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning == f"1 tensor holds NaN or infinity and was copied as it is: {vae}."
+    sd1["first_stage_model.decoder.conv_in.bias"][0] = -math.inf
+    save_file(sd1, tmp_path / "base.safetensors")
+    baked(tmp_path, tmp_path / "base.safetensors", lora, "--json", "--drop-ema")
+    [warning] = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith(
+        "2 tensors hold NaN or infinity and were copied as they are, such as first_stage"
+    )
 
 
 def test_data_begin_where_in_a_page_they_did(tmp_path, sd1):

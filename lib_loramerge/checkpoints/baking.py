@@ -23,7 +23,7 @@ from ..merge import MergePlan, Progress
 from .beside import INDEX, check_folder, copied_weights, copy_settings, folder_files, folder_of, index_of
 from .changes import Change
 from .numbers import FLOAT8_LARGEST, FORMATS, encode
-from .outcome import BakeReport, baked_metadata, kept_metadata, remedy, total, worst
+from .outcome import BakeReport, baked_metadata, broken_copies, kept_metadata, remedy, total, worst
 from .reading import EMA, QUANTISATION, SCALES, Checkpoint
 from .rewriting import Rewritten, check_room, rewrite, written_bytes
 from .summing import Entry, Rounding, Sums, is_copy, largest
@@ -416,13 +416,14 @@ class Bake:
         *,
         dry: bool = False,
     ) -> BakeReport:
+        broken = broken_copies(sums)
         sums = {key: one for key, one in sums.items() if one.added > 0 or one.before > 0}
         whole = total(sums)
         rounding = self.settings.rounding
         if rounding == "auto":
             rounding = "stochastic" if any(dtype in FLOAT8_LARGEST for dtype in self.dtypes) else "nearest"
         copied = [] if self.single else copied_weights(self.checkpoint, self._folder_files())
-        found = [*self.warnings, *copied, *sorted(self.adapter_notes)]
+        found = [*self.warnings, *copied, *sorted(self.adapter_notes), *broken]
         warnings = list(dict.fromkeys(found))
         if not dry:
             warning = remedy(whole.survives, rounding, self.dtypes, self._finer)

@@ -179,9 +179,9 @@ def _refuse_equal(pair: Pair, found: Sequence[Found]) -> None:
     names, float8 = (pair.tuned.path.name, pair.base.path.name), FLOAT8_LARGEST.keys() & {*dtypes}
     if float8:  # What was baked in may be less than its steps.
         same = Sentence(
-            "{tuned} and {base} cannot be told apart: their matrices {how}. A change that is smaller than the "
-            "steps of {dtype} does not show in it: take the checkpoints in a finer precision, if there are "
-            "such.",
+            "{tuned} and {base} cannot be told apart: their matrices {how}. A change that is smaller than "
+            "the steps of {dtype} does not show in it: take the checkpoints in a finer precision, if there "
+            "are such.",
             *names,
             differ,
             " + ".join(_WORDS[name] for name in sorted(float8)),

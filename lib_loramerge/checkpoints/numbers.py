@@ -37,6 +37,28 @@ ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 """dtypes that are baked into, and their bytes a number."""
 
 
+_LARGEST = {
+    "F64": 0x7FEFFFFFFFFFFFFF,
+    "F32": 0x7F7FFFFF,
+    **{name: form.largest for name, form in FORMATS.items()},
+}
+
+
+def all_finite(data: memoryview, dtype: str) -> bool:
+    """Whether no stored number is NaN or infinity; dtypes of no floats have none.
+
+    Read as whole numbers, those two are beyond the largest number, with a sign and without: two passes at
+    the speed of memory.
+    """
+    import numpy as np
+
+    most = _LARGEST.get(dtype)
+    if most is None or not data:
+        return True
+    signed, unsigned = (np.frombuffer(data, f"<{kind}{ITEM[dtype]}").max() for kind in "iu")
+    return bool(signed <= most and unsigned <= most | 1 << 8 * ITEM[dtype] - 1)
+
+
 def encode(values: Tensor, dtype: str, key: str | None = None, seed: int = 0, row: int = 0) -> Tensor:
     """Numbers as they are stored.
 

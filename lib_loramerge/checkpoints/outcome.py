@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import Sentence, joined
+from ..errors import Sentence, counted, joined
 from ..files import size_text
 from ..metadata import RECIPE_KEY, RECIPE_LIMIT
 from ..recipe import MergeRecipe, to_json
@@ -113,6 +113,21 @@ def worst(sums: Mapping[str, Sums]) -> list[dict[str, Any]]:
 def shortened(sentences: Sequence[str]) -> list[str]:
     """The first few, and how many more there are."""
     return [*sentences[:5], *([Sentence("{count} more", len(sentences) - 5)] if len(sentences) > 5 else [])]
+
+
+def broken_copies(sums: Mapping[str, Sums]) -> list[str]:
+    """A warning where a tensor that was copied as it is holds no ordinary numbers."""
+    names = [key for key, one in sums.items() if not one.finite]
+    if not names:
+        return []
+    return [
+        counted(
+            len(names),
+            "{count} tensor holds NaN or infinity and was copied as it is: {tensor}.",
+            "{count} tensors hold NaN or infinity and were copied as they are, such as {tensor}.",
+            names[0],
+        )
+    ]
 
 
 def remedy(

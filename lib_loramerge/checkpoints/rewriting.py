@@ -16,7 +16,7 @@ from ..delta import available_cores, parallel_map
 from ..errors import Cancelled, OutputError
 from ..files import LoraFile, check_space
 from ..files.place import output, to_disk
-from .numbers import ITEM
+from .numbers import ITEM, all_finite
 from .summing import BUFFER, Entry, Memory, Rounding, Summing, Sums, is_copy, rows_of
 
 PAGE = 4096
@@ -26,7 +26,7 @@ WORKERS = min(2, max(1, available_cores() - 1))
 
 @dataclass
 class Rewritten:
-    """A file that was written: its size, its hex SHA-256 where asked for, and the sums of changed tensors."""
+    """A file that was written: its size, its hex SHA-256 where asked for, and the sums of its tensors."""
 
     size: int
     sha256: str | None
@@ -124,8 +124,9 @@ def rewrite(
                 digest.update(data)
                 memory.give_back(data)
             if sums is not None:
-                done.sums.setdefault(job.entry.key, Sums())
-                done.sums[job.entry.key] += sums
+                name = job.entry.title or job.entry.key
+                done.sums.setdefault(name, Sums())
+                done.sums[name] += sums
             if job.whole and job.entry.change is not None:
                 job.entry.change.done()
             if progress is not None:
@@ -195,8 +196,9 @@ def _compute(
     if is_copy(source, entry):
         data = memory.buffer(job.last - job.first)
         source.read_at(source.header.data_start + info.start + job.first, data)
+        finite = all_finite(data, info.dtype)
         writer.put(job.place, data)
-        return data, None
+        return data, Sums(finite=finite)
     summing = Summing(source, entry, rounding, memory)
     row = summing.width * ITEM[entry.dtype]
     data, sums = memory.buffer((job.last - job.first) * row), Sums()

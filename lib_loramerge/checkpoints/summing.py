@@ -37,6 +37,7 @@ class Sums:
         along: ``<E, D>``.
         before: ``|W|^2`` of the tensor before.
         changed: Whether a stored number is another.
+        finite: Of a copy: whether it holds neither NaN nor infinity.
     """
 
     added: float = 0.0
@@ -44,6 +45,7 @@ class Sums:
     along: float = 0.0
     before: float = 0.0
     changed: bool = False
+    finite: bool = True
 
     def __iadd__(self, other: Sums) -> Sums:
         self.added += other.added
@@ -51,6 +53,7 @@ class Sums:
         self.along += other.along
         self.before += other.before
         self.changed |= other.changed
+        self.finite &= other.finite
         return self
 
     @property

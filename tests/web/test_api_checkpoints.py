@@ -320,7 +320,13 @@ def test_a_hash_that_the_webui_keeps_is_taken(tmp_path):
             output, phases = tmp_path / f"made{number}.safetensors", set()
             settings = tuple({"rank": 2, **settings}.items())
             task = Task(
-                host, None, output, False, lambda at: phases.add(at.phase), lambda: False, lambda: None
+                host,
+                None,
+                output,
+                False,
+                lambda at, seen=phases: seen.add(at.phase),
+                lambda: False,
+                lambda: None,
             )
             ExtractRequest("tuned.safetensors", "base.safetensors", settings, "made").run(task)
             facts = json.loads(read_header(output).metadata["loramerge_extract"])
