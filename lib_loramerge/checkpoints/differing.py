@@ -16,6 +16,7 @@ from ..delta import LowRank, Spectrum, Stored, truncate
 from ..delta.krylov import leading
 from ..delta.storing import round_cut
 from ..errors import FileError, IncompatibleError, OutputError, RecipeError, Sentence, joined
+from ..merge.memory import return_free_memory
 from ..ranks import retaining
 from ..recipe.check import check_whole
 from ..recipe.model import check_size
@@ -26,6 +27,7 @@ from .summing import CHUNK
 
 MOST_RANKS = 4096
 MAX_RANK = 128
+_LARGE = 1 << 22  # Numbers of a large layer.
 _FEW = 0.05  # Share of the layers that may be in one file alone, where the user allows it.
 _EMBEDDINGS = (
     "token_embedding",
@@ -332,7 +334,7 @@ def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
         _, layer = _difference(name, rows, shape[0], 1, dtypes, coarse)
         layer.lost = layer.exact
         return layer
-    kept = pair.settings.rank != "auto"
+    kept = pair.settings.rank != "auto" and not advised
     difference, layer = _difference(name, rows, shape[0], width, dtypes, coarse, kept=kept)
     _check_finite(pair, layer)
     if layer.exact == 0:
@@ -345,8 +347,10 @@ def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
     threshold = None
     if settings.rank == "auto" or ratio < CLEAR or advised:
         del difference  # Read anew: of the largest layers memory holds one matrix at a time.
+        _make_room(shape[0] * width)
         threshold = edge(_variances(rows, shape[0], width, dtypes), len(name))
         difference, _ = _difference(name, rows, shape[0], width)
+    _make_room(shape[0] * width)
     most = max(limit, settings.at(settings.most_advised).limit(bool(wide_kernel))) if advised else limit
     spectrum = leading(difference, max(1, most), name, wide_kernel, energy=layer.exact)
     above = spectrum.rank if threshold is None else int((spectrum.values > threshold).sum())
@@ -371,6 +375,12 @@ def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
     layer.stored = round_cut(spectrum, rank, getattr(torch, settings.dtype), fixed_alpha=fixed)
     layer.take_numbers()
     return layer
+
+
+def _make_room(numbers: int) -> None:
+    """Before work on so many numbers that what is kept for later would count beside them."""
+    if numbers >= _LARGE:
+        return_free_memory()
 
 
 def _check_finite(pair: Pair, layer: Found) -> None:

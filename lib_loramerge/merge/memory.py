@@ -1,8 +1,9 @@
-"""How much memory this process has used."""
+"""How much memory this process has used, and what of it can be given back."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,6 +22,17 @@ def peak_memory_bytes() -> int | None:
         return _windows_peak()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_free_memory() -> None:
+    """Give the system back what the C library keeps for later, where it can be asked to (glibc).
+
+    It keeps blocks of up to 32 MB, of each thread: beside large matrices that is more than they take.
+    """
+    import ctypes
+
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _windows_peak() -> int | None:
