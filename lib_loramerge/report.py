@@ -300,7 +300,12 @@ def histogram_text(ranks: Mapping[int, int], limit: int = 8) -> str:
         total = sum(count for _, count in ordered)
         mean = sum(rank * count for rank, count in ordered) / total
         return f"{ordered[-1][0]} to {ordered[0][0]}, {mean:.1f} on average over {total} layers"
-    return ", ".join(f"{rank} ({count} layer{'s' if count != 1 else ''})" for rank, count in ordered)
+    return ", ".join(f"{rank} ({count_text(count, 'layer')})" for rank, count in ordered)
+
+
+def count_text(count: int, one: str, many: str = "") -> str:
+    """``"1 layer"``, ``"2 layers"``; ``many`` where an s does not do. A page takes ``counted``."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def _layers_text(report: MergeReport) -> str:
@@ -316,7 +321,7 @@ def _input_lines(entry: InputReport) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in entry.kinds.items())
     lines = [
         f"{entry.name}: text encoder {entry.te:g}, denoiser {entry.unet:g}; "
-        f"{entry.layers} layers ({kinds}), rank {histogram_text(entry.ranks) or 'none'}; "
+        f"{count_text(entry.layers, 'layer')} ({kinds}), rank {histogram_text(entry.ranks) or 'none'}; "
         f"{percent(max(0.0, entry.kept))} of it in the file{_parts_text(entry)}"
     ]
     if len(set(entry.blocks.values())) > 1:

@@ -64,3 +64,14 @@ def test_names_are_changed_within_a_sentence_and_never_its_own_words() -> None:
     found = mapped(made, lambda text: text.replace("a", "b"))
     assert (found, found.key) == ("a: b is a b", made.key)
     assert mapped("a", str.upper) == "A"
+
+
+def test_counts_of_one_are_singular():
+    from lib_loramerge.report import count_text, histogram_text
+
+    assert (count_text(1, "layer"), count_text(0, "layer")) == ("1 layer", "0 layers")
+    assert (count_text(1, "matrix", "matrices"), count_text(2, "matrix", "matrices")) == (
+        "1 matrix",
+        "2 matrices",
+    )
+    assert histogram_text({8: 3, 4: 1}) == "8 (3 layers), 4 (1 layer)"

@@ -152,3 +152,42 @@ def test_what_is_put_together_by_hand_is_found(tmp_path: Path, line: str) -> Non
 def test_a_slot_without_a_part_is_found(tmp_path: Path, call: str) -> None:
     (tmp_path / "new.py").write_text(f"text = {call}\n", encoding="utf-8")
     assert unfilled(tmp_path) == ["new.py:1"]
+
+
+# Counts above a limit, fixed ones, and some of damaged or foreign files that were never met with 1.
+_PLURAL = frozenset({
+    "There are {count} rows on the Merge page.",
+    "{count} LoRAs are more than the {most} rows of this page. The command line takes more.",
+    "This sweep makes {count} files, and --max allows {most}.",
+    "This sweep has {count} combinations; at most {most} are possible.",
+    "{name} means {count} files: {files}; write the subfolder too, as in 'folder/{file}'.",
+    "{file} is in the recipe {count} times.",
+    "{count} embedding tensors left out: {host} refuses a LoRA with more than {most} tensors that it does "
+    "not know.",
+    "{count} embedding tensors are kept. These programs refuse a LoRA with so many tensors that they do not "
+    "know: {hosts}.",
+    "{start}{count} numbered layers for the {encoder}; only files with {counts}, trained on attention alone, "
+    "say by their order which layer each of them is.",
+    "{where}: the residual has {count} elements where the layer has {size}.",
+    "{start}... ({count} characters)",
+    "ComfyUI's {field} of {count} characters was left out of the metadata.",
+    "tensor {name} has a name of {count} characters",
+    "cross-attention keys read {count} channels",
+    "{count} bytes",
+    "{file} has {count} bytes after its last tensor, which no WebUI accepts. The file is damaged; download "
+    "it again.",
+    "{count} bytes before {name} belong to no tensor",
+})  # fmt: skip
+
+
+def test_a_count_that_may_be_one_has_a_sentence_of_its_own() -> None:
+    """A word after a count is plural; ``counted`` has both forms, and a slot may hold what it makes."""
+    plural = re.compile(r"\{count\} (?!of )(?:\w+ )?\w+s\b")
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(call, "func", None)
+            if isinstance(call, ast.Call) and isinstance(name, ast.Name) and name.id != "counted":
+                keys = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+                found |= {key for key in keys if isinstance(key, str) and plural.search(key)}
+    assert found == _PLURAL

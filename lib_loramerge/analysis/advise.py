@@ -20,7 +20,7 @@ from ..merge.loudness import normalized
 from ..merge.outcome import shares_kept
 from ..merge.work import Progress, Work
 from ..methods import METHODS
-from ..report import relative
+from ..report import count_text, relative
 from .compare import norms_by_block
 from .curves import (
     TARGETS,
@@ -68,7 +68,7 @@ class AdviceReport(RankCurves):
     def to_text(self) -> str:
         whole = "the exact sum" if METHODS[self.mode].exact else f"mode {self.mode}'s own result"
         rows = [
-            f"{self.base_model}, mode {self.mode}, {self.dtype}, {self.layers} layers",
+            f"{self.base_model}, mode {self.mode}, {self.dtype}, {count_text(self.layers, 'layer')}",
             f"error: what a rank loses of {whole}, as a part of its norm",
             (
                 "kept of each LoRA: 1 less the part of it, at its strength, that the file lacks"

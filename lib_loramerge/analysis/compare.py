@@ -21,7 +21,7 @@ from ..merge.layer import open_merger
 from ..merge.layout import LayerPlan, MergePlan
 from ..merge.loudness import PARTS, Sizes, normalized, quieter, ratios, sizes_of
 from ..merge.work import Progress, Work
-from ..report import percent
+from ..report import count_text, percent
 
 # Cosines beyond which two LoRAs are called the same, agreeing, unrelated, or opposed.
 SAME, AGREE, UNRELATED, OPPOSED = 0.9, 0.3, 0.05, -0.1
@@ -397,7 +397,7 @@ def _agreement(whole: Relation, everywhere: bool) -> str:
 def _pair_text(pair: PairReport) -> str:
     whole = pair.whole
     rows = [
-        f"{pair.names[0]}  and  {pair.names[1]}: {pair.shared} layers in common",
+        f"{pair.names[0]}  and  {pair.names[1]}: {count_text(pair.shared, 'layer')} in common",
         f"  {pair.verdict}",
         f"  {'block':<8}{'cosine':>8}{'inputs':>9}{'outputs':>9}{'signs':>9}{'norms':>18}",
         _row("all", whole),

@@ -20,7 +20,7 @@ from lib_loramerge.blocks.elements import elements_of, words_of
 from lib_loramerge.blocks.ids import BLOCK_IDS, FLUX, OTHER, SD_FULL, all_blocks, counts_text
 from lib_loramerge.blocks.named import by_name, fits, is_named, split_named
 from lib_loramerge.blocks.rules import ElementRule, host_name, parse_rules
-from lib_loramerge.errors import RecipeError, Sentence
+from lib_loramerge.errors import RecipeError, Sentence, counted
 from lib_loramerge.recipe import STRENGTH_LIMIT, LoraInput, nearest_hint
 from lib_loramerge.recipe.check import check_number, plain, shown
 
@@ -232,9 +232,9 @@ def _list_of(
     found = [entry for entry in model.lists if len(entry.ids) == count]
     if not found:
         raise RecipeError(
-            "{what} has {count} block weights, and {model} has lists of {counts}.{presets}",
+            "{what} has {weights}, and {model} has lists of {counts}.{presets}",
             what,
-            count,
+            _weights(count),
             model.label,
             model.counts_text(),
             presets_text(fitting(presets, model)),
@@ -242,10 +242,10 @@ def _list_of(
     if len(found) > 1:
         readings = " or ".join(in_ranges(entry.ids) for entry in found)
         raise RecipeError(
-            "{what} has {count} block weights, which may mean {readings} of {model}. Give a longer or "
-            "shorter list: {counts}.",
+            "{what} has {weights}, which may mean {readings} of {model}. Give a longer or shorter list: "
+            "{counts}.",
             what,
-            count,
+            _weights(count),
             readings,
             model.label,
             model.counts_text(),
@@ -403,9 +403,13 @@ def _entries(text: str) -> list[str]:
     return [entry.strip() for entry in text.split(",")]
 
 
+def _weights(count: int) -> Sentence:
+    return counted(count, "{count} block weight", "{count} block weights")
+
+
 def _wrong_count(count: int, what: str) -> RecipeError:
     return RecipeError(
-        "{what} has {count} block weights; a list has {counts}.", what, count, Sentence(counts_text())
+        "{what} has {weights}; a list has {counts}.", what, _weights(count), Sentence(counts_text())
     )
 
 

@@ -22,7 +22,7 @@ from ..analysis.curves import (
     tail_of,
 )
 from ..merge.layout import ITEM_BYTES, FileCosts
-from ..report import percent, relative
+from ..report import count_text, percent, relative
 from .differing import ExtractSettings, Found, Pair
 from .fitting import costs_of, vector_bytes, zeros_cost
 from .tensors import takes_zeros
@@ -79,8 +79,7 @@ class ExtractAdvice(RankCurves):
         if found is not None:
             rows += [
                 "Rank above the rounding (--rank auto)",
-                f"  {found.between(' to ')}, median {found.median}, "
-                f"in {found.layers} layer{'s' if found.layers != 1 else ''}: "
+                f"  {found.between(' to ')}, median {found.median}, in {count_text(found.layers, 'layer')}: "
                 f"{found.size_bytes / 1e6:.2f} MB, error {percent(found.error)}",
                 f"  an error of {percent(self.rounding)} is rounding alone, which no LoRA needs to hold",
             ]

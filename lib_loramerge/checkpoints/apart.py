@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import Sentence
+from ..errors import Sentence, counted
 from .differing import both_rows, equal_when_rounded, stored_as
 from .noise import coarser
 from .numbers import ITEM
@@ -24,7 +24,12 @@ def left_out(pair: Pair) -> list[str]:
     ]
     if others := list(_parameters(pair)):
         found.append(
-            Sentence("{count} parameters that no LoRA holds, such as {name}", len(others), others[0])
+            counted(
+                len(others),
+                "{count} parameter that no LoRA holds: {name}",
+                "{count} parameters that no LoRA holds, such as {name}",
+                others[0],
+            )
         )
     return found
 
@@ -36,7 +41,12 @@ def reasons(pair: Pair) -> list[str]:
         found.append(Sentence("Their embeddings differ, which no LoRA holds: {names}.", ", ".join(names)))
     if others := list(_parameters(pair)):
         found.append(
-            Sentence("{count} parameters differ that no LoRA holds, such as {name}.", len(others), others[0])
+            counted(
+                len(others),
+                "{count} parameter differs that no LoRA holds: {name}.",
+                "{count} parameters differ that no LoRA holds, such as {name}.",
+                others[0],
+            )
         )
     if vaes_differ(pair.tuned, pair.base):
         found.append(Sentence("Their VAEs differ."))

@@ -16,6 +16,7 @@ from ..delta import LowRank, Spectrum, Stored, truncate
 from ..delta.krylov import leading
 from ..delta.storing import round_cut
 from ..errors import FileError, IncompatibleError, OutputError, RecipeError, Sentence, joined
+from ..merge.host_target import some_layers
 from ..merge.memory import return_free_memory
 from ..ranks import retaining
 from ..recipe.check import check_whole
@@ -232,12 +233,11 @@ class Pair:
             if only and not (self.settings.skip_unsupported and len(only) <= _FEW * total):
                 few = Sentence(" --skip-unsupported leaves them out.") if len(only) <= _FEW * total else ""
                 raise IncompatibleError(
-                    "{file} has {count} layers that {other} lacks (such as {layer}): not a fine-tune of it. "
-                    "Choose the base that it was trained from.{hint}",
+                    "{file} has {layers} that {other} lacks: not a fine-tune of it. Choose the base that it "
+                    "was trained from.{hint}",
                     name,
-                    len(only),
+                    some_layers(only),
                     other,
-                    only[0],
                     few,
                 )
             self.skipped += [Sentence("{layer}: only in {file}", layer, name) for layer in only]
@@ -345,7 +345,7 @@ def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
     limit = settings.limit(bool(wide_kernel))
     ratio = layer.exact / layer.noise if layer.noise > 0 else float("inf")
     threshold = None
-    if settings.rank == "auto" or ratio < CLEAR or advised:
+    if not kept or ratio < CLEAR:
         del difference  # Read anew: of the largest layers memory holds one matrix at a time.
         _make_room(shape[0] * width)
         threshold = edge(_variances(rows, shape[0], width, dtypes), len(name))

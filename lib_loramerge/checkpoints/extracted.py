@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import models
 from ..errors import Sentence
-from ..report import histogram_text, percent, relative
+from ..report import count_text, histogram_text, percent, relative
 from .advising import ExtractAdvice
 from .differing import Found, Pair
 from .predicting import predicts_v
@@ -78,7 +78,9 @@ class ExtractReport:
             *(("", f"{percent(row['error'])}  {row['layer']}") for row in self.worst),
         ]
         if self.capped:
-            rows.append(("Limited", f"{self.capped} layers reached the largest rank (--max-rank)"))
+            rows.append(
+                ("Limited", f"{count_text(self.capped, 'layer')} reached the largest rank (--max-rank)")
+            )
         rows += [("Skipped", text) for text in self.skipped]
         rows += [("Warning", text) for text in self.warnings]
         lines = [f"{label:<13}{text}".rstrip() for label, text in rows]

@@ -12,6 +12,7 @@ from .. import models
 from ..dialects import is_adapters
 from ..errors import LoraMergeError
 from ..files import read_header
+from ..report import count_text
 from .outcome import stored_bake
 from .predicting import predicts_v
 from .reading import EMA, VAES, Checkpoint
@@ -51,11 +52,20 @@ class CheckpointFacts:
         has = [name for name, there in (("VAE", self.vae), ("EMA weights", self.ema)) if there]
         rows = [
             ("File", self.path),
-            ("Size", f"{self.size_bytes / 1e6:,.2f} MB in {self.files} file{'s' if self.files > 1 else ''}"),
+            ("Size", f"{self.size_bytes / 1e6:,.2f} MB in {count_text(self.files, 'file')}"),
             ("Checkpoint", f"{self.base_model} ({self.reason})"),
-            ("Parts", ", ".join(f"{part} ({count} layers)" for part, count in self.parts.items())),
+            (
+                "Parts",
+                ", ".join(f"{part} ({count_text(count, 'layer')})" for part, count in self.parts.items()),
+            ),
             ("Also holds", ", ".join(has) or "nothing"),
-            ("Precision", ", ".join(f"{dtype} ({count} matrices)" for dtype, count in self.dtypes.items())),
+            (
+                "Precision",
+                ", ".join(
+                    f"{dtype} ({count_text(count, 'matrix', 'matrices')})"
+                    for dtype, count in self.dtypes.items()
+                ),
+            ),
         ]
         if self.channels not in (None, 4):
             rows.append(("Channels", f"{self.channels}: an inpainting or editing model"))

@@ -13,7 +13,7 @@ from ..files import size_text
 from ..metadata import RECIPE_KEY, RECIPE_LIMIT
 from ..recipe import MergeRecipe, to_json
 from ..recipe.stored import VERSION
-from ..report import percent
+from ..report import count_text, percent
 from .summing import Sums
 
 WELL_KEPT = 0.95
@@ -68,7 +68,11 @@ class BakeReport:
             ("Size", f"{self.size_bytes / 1e6:,.2f} MB"),
             ("Checkpoint", f"{self.base}, {self.base_model}"),
             *(("Baked in", text) for text in self.inputs),
-            ("Changed", f"{self.layers} layers in {self.tensors} tensors ({_dtypes(self.dtypes)})"),
+            (
+                "Changed",
+                f"{count_text(self.layers, 'layer')} in {count_text(self.tensors, 'tensor')} "
+                f"({_dtypes(self.dtypes)})",
+            ),
         ]
         if self.survives is not None:
             rows += [
@@ -82,7 +86,9 @@ class BakeReport:
                 *(("", f"{percent(row['survives'])} survives  {row['tensor']}") for row in self.worst),
             ]
         if self.unchanged:
-            rows.append(("Unchanged", f"{self.unchanged} tensors have the same numbers after rounding"))
+            rows.append(
+                ("Unchanged", f"{count_text(self.unchanged, 'tensor')} with the same numbers after rounding")
+            )
         if not self.dry_run:
             rows.append(("Untouched", f"{self.untouched_bytes / 1e6:,.2f} MB, byte for byte"))
         if self.sha256:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..blocks import Presets
-from ..errors import IncompatibleError, RecipeError, Sentence, UnsupportedError
+from ..errors import IncompatibleError, RecipeError, Sentence, UnsupportedError, counted
 from ..files import size_text
 from ..merge import LayerPlan, MergePlan, open_source, plan_merge
+from ..merge.host_target import some_layers
 from ..merge.input_notes import input_notes
 from ..merge.layer import open_merger
 from ..merge.loudness import normalized
@@ -178,7 +179,9 @@ def _parts(
             "that out.",
             checkpoint.path.name,
             without_bias[0],
-            Sentence(" and {count} more layers", len(without_bias) - 1) if len(without_bias) > 1 else "",
+            counted(len(without_bias) - 1, " and {count} more layer", " and {count} more layers")
+            if len(without_bias) > 1
+            else "",
         )
     skipped += [Sentence("{layer}: the checkpoint has no bias there", name) for name in without_bias]
     if not found:
@@ -202,24 +205,23 @@ def _missing(checkpoint: Checkpoint, plan: MergePlan, layers: Sequence[LayerPlan
             "text encoders"
         )
         raise IncompatibleError(
-            "{file} has no text encoder, and {count} layers of {lora} are for {encoders}. Set that strength "
-            "to 0 ({tag}:te=0), or bake on the command line with --base-te FILE.",
+            "{file} has no text encoder, and {lora} has {layers} for {encoders}. Set that strength to 0 "
+            "({tag}:te=0), or bake on the command line with --base-te FILE.",
             name,
-            len(layers),
             source,
+            counted(len(layers), "{count} layer", "{count} layers"),
             names,
             Path(source).stem,
         )
     raise IncompatibleError(
-        "{file} lacks {count} layers that {lora} changes, such as {layer}. Choose another checkpoint of "
-        "{model}, or leave them out (--skip-unsupported)."
+        "{file} lacks {layers} that {lora} changes. Choose another checkpoint of {model}, or leave them out "
+        "(--skip-unsupported)."
         if "unet" in parts
-        else "{file} lacks {count} layers that {lora} changes, such as {layer}. Choose another checkpoint of "
-        "{model}, set that part's strength to 0 (te=0), or leave them out (--skip-unsupported).",
+        else "{file} lacks {layers} that {lora} changes. Choose another checkpoint of {model}, set that "
+        "part's strength to 0 (te=0), or leave them out (--skip-unsupported).",
         name,
-        len(layers),
+        some_layers([layer.layer for layer in layers]),
         source,
-        first.layer,
         checkpoint.architecture.label,
     )
 

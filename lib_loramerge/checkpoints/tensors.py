@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dialects, models
 from ..delta import LowRank, Stored, take_rows
-from ..errors import OutputError, Sentence
+from ..errors import OutputError, counted
 from ..files.decode import tensor_bytes
 from ..hosts import companions
 from ..merge.run import filled, largest_ranks
@@ -230,14 +230,22 @@ def write_vectors(
             risky += len(own)
         if vector:
             layer.lost = 0.0
-    warning = Sentence(
+    warning = counted(
+        risky,
+        "{count} tensor is a norm or bias that not every host knows: A1111 and ComfyUI skip those that they "
+        "do not know, Forge refuses a LoRA with more than 12 of them. Leave out --vectors all for a file "
+        "that every host loads.",
         "{count} tensors are norms and biases that not every host knows: A1111 and ComfyUI skip those that "
         "they do not know, Forge refuses a LoRA with more than 12 of them. Leave out --vectors all for a "
         "file that every host loads.",
-        risky,
     )
     skipped: list[str] = [
-        Sentence("{count} norms and biases of {part}, which are no part of a low-rank LoRA", count, part)
+        counted(
+            count,
+            "{count} norm or bias of {part}, which is no part of a low-rank LoRA",
+            "{count} norms and biases of {part}, which are no part of a low-rank LoRA",
+            part,
+        )
         for part, count in sorted(left.items())
     ]
     return skipped, [warning] if risky else []

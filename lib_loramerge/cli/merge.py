@@ -143,7 +143,7 @@ def _plan_json(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> di
 
 
 def _show_plan(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> None:
-    from ..report import histogram_text, smaller_text
+    from ..report import count_text, histogram_text, smaller_text
 
     facts = plan.to_json()
     at_most = "" if plan.ranks_known else "at most "
@@ -154,7 +154,8 @@ def _show_plan(plan: MergePlan, target: Path | None, notes: Sequence[str]) -> No
     print(f"Layers       {facts['layers']} ({facts['layers_left_out']} left out)")
     print(f"Ranks        {at_most}{histogram_text(plan.rank_histogram) or 'none'}")
     for source in plan.sources:
-        print(f"Input        {source.path.name}: {len(source.source.layers)} layers, {source.source.dialect}")
+        layers = count_text(len(source.source.layers), "layer")
+        print(f"Input        {source.path.name}: {layers}, {source.source.dialect}")
     print_notes([*notes, *plan.warnings], plan.skipped)
 
 

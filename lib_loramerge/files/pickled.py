@@ -347,7 +347,7 @@ def _numbered(pairs: list[Any] | tuple[Any, ...], path: Path) -> dict[str, Any]:
     """
     if len(pairs) % 2:
         raise FileError(
-            "{file} holds a list of {count} tensors, which do not pair up as up and down.",
+            "{file} holds a list of tensors ({count}) that cannot be paired as up and down.",
             path.name,
             len(pairs),
         )

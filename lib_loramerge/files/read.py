@@ -133,7 +133,7 @@ class LoraFile:
         bad = count_not_finite(tensor)
         if bad:
             raise FileError(
-                "{where} holds {count} values of {total} that are NaN or infinite; the file is broken (its "
+                "{where} holds NaN or infinity in {count} of its {total} values; the file is broken (its "
                 "training diverged) and cannot be merged.",
                 where(),
                 f"{bad:,}",

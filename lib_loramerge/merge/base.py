@@ -142,12 +142,12 @@ class BaseCheckpoint:
             )
         looked = places[0][0].key
         raise IncompatibleError(
-            "The base model {file} has no layer {layer} (looked for {looked} and {count} other spellings). "
+            "The base model {file} has no layer {layer} (looked for {looked}; its spellings: {count}). "
             "Give a checkpoint of {model} that holds this part of it.",
             self.path.name,
             layer,
             looked,
-            len(places) - 1,
+            len(places),
             label,
         )
 

@@ -91,7 +91,7 @@ def for_the_host(
         else:
             dropped.setdefault(why, []).append(layer.layer)
     texts: list[str] = [
-        Sentence("{layers} left out: {why}.", _layers(names), why) for why, names in dropped.items()
+        Sentence("{layers} left out: {why}.", some_layers(names), why) for why, names in dropped.items()
     ]
     if not kept:
         # Where several base models fit, the names depend on which it is.
@@ -113,9 +113,10 @@ def for_the_host(
         embeddings = {}
     if embeddings and not host.embeddings:
         texts.append(
-            Sentence(
-                "{count} embedding tensors left out: {host} refuses a LoRA with embeddings.",
+            counted(
                 len(embeddings),
+                "{count} embedding tensor left out: {host} refuses a LoRA with embeddings.",
+                "{count} embedding tensors left out: {host} refuses a LoRA with embeddings.",
                 host.label,
             )
         )
@@ -143,7 +144,8 @@ def bias_alone(layer: LayerPlan) -> bool:
     return layer.in_ == 0 and not layer.vector
 
 
-def _layers(names: Sequence[str]) -> str:
+def some_layers(names: Sequence[str]) -> str:
+    """How many there are, and one of them."""
     return counted(
         len(names), "{count} layer (such as {layer})", "{count} layers (such as {layer})", names[0]
     )

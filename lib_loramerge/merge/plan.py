@@ -134,9 +134,7 @@ def check_method(recipe: MergeRecipe) -> tuple[MergeMethod, dict[str, Any]]:
         )
         if method.maximum is not None and method.minimum != method.maximum:
             wanted = Sentence("{minimum} to {maximum}", method.minimum, method.maximum)
-        raise RecipeError(
-            "Mode {mode} merges {wanted} LoRAs, and {count} were given.", method.name, wanted, count
-        )
+        raise RecipeError("Mode {mode} merges {wanted} LoRAs, got {count}.", method.name, wanted, count)
     if not method.uses_rank:
         for rule in ("retain", "size", "keep"):
             if getattr(recipe, rule) is not None:

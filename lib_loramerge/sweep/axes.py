@@ -132,7 +132,7 @@ def expand(
     ]
     if mix is not None:
         if len(pieces) != 2:
-            raise RecipeError("A mix needs exactly two LoRAs, and {count} were given.", len(pieces))
+            raise RecipeError("A mix needs exactly two LoRAs, got {count}.", len(pieces))
         axes.append(Axis("mix", values_of(mix), "mix"))
     if not axes:
         raise RecipeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import Sentence
+from ..errors import Sentence, counted
 from ..report import histogram_text, percent
 from .render import DTYPES, details, foreign, note_box, offer, say, size_text, table, time_text, warning_box
 
@@ -87,7 +87,8 @@ def _extracted(report: ExtractReport) -> str:
     ]
     rows += [("", _part_text(report, part)) for part in report.by_part]
     if report.capped:
-        rows.append((say("Limited"), f"{report.capped} {say('layers reached the largest rank')}"))
+        words = "layer reached the largest rank" if report.capped == 1 else "layers reached the largest rank"
+        rows.append((say("Limited"), f"{report.capped} {say(words)}"))
     rows.append((say("Time"), time_text(report.seconds)))
     return table(rows) + _worst(
         ("Error", "Layer"), [(percent(row["error"]), row["layer"]) for row in report.worst]
@@ -153,9 +154,10 @@ def _auto(advice: ExtractAdvice) -> str:
     ]
     if found.capped:
         notes.append(
-            Sentence(
-                "{count} layers reach rank {rank}, the largest that was looked at, and may need more.",
+            counted(
                 found.capped,
+                "{count} layer reaches rank {rank}, the largest that was looked at, and may need more.",
+                "{count} layers reach rank {rank}, the largest that was looked at, and may need more.",
                 advice.largest,
             )
         )
@@ -203,7 +205,11 @@ def _free(free: int | None) -> Rows:
 
 
 def _changed(report: BakeReport) -> tuple[str, str]:
-    text = f"{report.layers} {say('layers')}, {report.tensors} {say('tensors')}"
+    layers, tensors = (
+        "layer" if report.layers == 1 else "layers",
+        "tensor" if report.tensors == 1 else "tensors",
+    )
+    text = f"{report.layers} {say(layers)}, {report.tensors} {say(tensors)}"
     return say("Changed"), f"{text} ({foreign(_dtypes(report.dtypes))})"
 
 

@@ -47,7 +47,7 @@ def choose_bake(tab: Tab) -> None:
 
 def test_a_checkpoint_is_baked_with_facts_before_and_a_report_after(tab: Tab, host: FakeHost) -> None:
     choose_bake(tab)
-    assert "1 tensors" in tab.text("facts")
+    assert "1 layer, 1 tensor (" in tab.text("facts")
     expect(tab.page.locator("#loramerge_merge")).to_have_text("Bake and save")
     for name in ("rank_rule", "dtype", "subfolder", "result_more", "try"):
         assert not shown(tab, name), name
