@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from .output import EXIT_DONE, print_json, print_notes, progress_line
 from .recipes import recipe_of
 
 if TYPE_CHECKING:
+    from ..analysis.outside import OutsideReport
     from ..merge import MergePlan
 
 
@@ -77,7 +78,12 @@ def add_parser(commands: Any, *, with_methods: bool) -> None:
         add_method_options(parser)
 
 
-def run_merges(options: argparse.Namespace) -> int:
+def run_merges(options: argparse.Namespace, look: Callable[..., OutsideReport] | None = None) -> int:
+    """Merges as options ask for.
+
+    Args:
+        look: Tells something of a plan, which is shown below the report of its merge.
+    """
     from ..delta.device import compute_device
     from ..files import check_target, refuse_inputs
 
@@ -104,7 +110,7 @@ def run_merges(options: argparse.Namespace) -> int:
             for plan, own in merges:
                 _show_plan(plan, own, notes)
         return EXIT_DONE
-    _merge_all(merges, options, notes)
+    _merge_all(merges, options, notes, look)
     return EXIT_DONE
 
 
@@ -118,22 +124,32 @@ def _parts(options: argparse.Namespace, recipe: MergeRecipe) -> Mapping[str, Mer
 
 
 def _merge_all(
-    merges: Sequence[tuple[MergePlan, Path | None]], options: argparse.Namespace, notes: Sequence[str]
+    merges: Sequence[tuple[MergePlan, Path | None]],
+    options: argparse.Namespace,
+    notes: Sequence[str],
+    look: Callable[..., OutsideReport] | None,
 ) -> None:
     from ..merge import run_merge
 
-    reports = []
+    reports, beside = [], []
     for plan, own in merges:
         assert own is not None
         with progress_line(sys.stderr) as show:
+            seen = look(plan, progress=show, cancel=interrupts.asked) if look is not None else None
             report = run_merge(plan, own, overwrite=options.overwrite, progress=show, cancel=interrupts.asked)
         reports.append(report)
+        beside.append({} if seen is None else seen.to_json())
         options.complete = len(reports)
         if not options.json:
             print(report.to_text())
+            if seen is not None:
+                print(seen.to_text())
             print_notes(notes)
     if options.json:
-        shown = [{**report.to_json(), "warnings": [*notes, *report.warnings]} for report in reports]
+        shown = [
+            {**report.to_json(), "warnings": [*notes, *report.warnings], **more}
+            for report, more in zip(reports, beside, strict=True)
+        ]
         print_json(shown if options.pairs else shown[0])
 
 
@@ -173,6 +189,8 @@ def add_subtract_parser(commands: Any) -> None:
 
 def run_subtract(options: argparse.Namespace) -> int:
     """A merge in which all LoRAs but the first count negatively."""
+    from ..analysis.outside import outside_of
+
     if not options.loras:
         raise RecipeError("Name what to take away: loramerge subtract AB B -o A")
     options.loras = [options.minuend, *options.loras]
@@ -184,4 +202,4 @@ def run_subtract(options: argparse.Namespace) -> int:
     options.inputs = (first, *taken)
     # All ranks of a difference would be the rounding of the file that is taken apart.
     options.rank = options.rank or "same"
-    return run_merges(options)
+    return run_merges(options, outside_of)

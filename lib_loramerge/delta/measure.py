@@ -92,6 +92,30 @@ def overlaps(deltas: Sequence[Delta]) -> Overlaps:
     return Overlaps(_products_of_parts(small, whole.component_gains(), places), inputs, outputs)
 
 
+def outside(whole: Delta, part: Delta) -> tuple[float, float]:
+    """Squared norm of what of ``part`` lies outside the column and row spaces of ``whole``, and of all of it.
+
+    What was merged into ``whole`` lies inside, but for what a rank cut off. Nothing is outside a matrix that
+    is no low-rank one.
+    """
+    size = max(0.0, inner(part, part))
+    if not isinstance(whole, LowRank) or whole.structure is not None:
+        return 0.0, size
+    if isinstance(part, LowRank) and part.structure is None:
+        both = stack([whole, part], [1.0, 1.0])
+        small, (first, second) = grams(both), _places([whole, part])
+        up, down = (
+            whitener(square[first, first]).mT @ square[first, second] for square in (small.up, small.down)
+        )
+        inside = (up * part.component_gains().cpu()) @ down.mT
+    else:
+        matrix = part.weight if isinstance(part, Dense) else part.dense()
+        left, right = whole.up.double(), whole.down.double()
+        across = left.mT @ matrix.reshape(len(left), -1).double() @ right.mT
+        inside = whitener(gram(left.mT).cpu()).mT @ across.cpu() @ whitener(gram(right).cpu())
+    return max(0.0, size - float(inside.square().sum())), size
+
+
 def sampled_rows(delta: Delta, rows: int = 64) -> Tensor:
     """About ``rows`` rows of a delta weight, evenly spread, (n, in * kh * kw) float32."""
     step = max(1, delta.out // rows)
