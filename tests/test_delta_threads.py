@@ -15,6 +15,7 @@ from lib_loramerge.delta import (
     cut_layer,
     cut_layers,
     full_precision,
+    in_turn,
     own_settings,
     parallel_map,
     stack,
@@ -99,6 +100,19 @@ def test_results_come_in_order_and_jobs_are_taken_only_a_little_ahead():
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     assert len(taken) < 20
     assert list(results) == [i * i for i in range(3, 100)]
+
+
+def test_work_in_turn_is_on_the_callers_thread_and_ends_where_it_is_cancelled():
+    stop, done = threading.Event(), []
+
+    def work(job):
+        done.append((job, threading.get_ident(), torch.is_grad_enabled(), torch.get_num_threads()))
+        return job
+
+    with pytest.raises(Cancelled):
+        [stop.set() for result in in_turn(work, range(100), cancel=stop.is_set) if result == 3]
+    assert done == [(job, threading.get_ident(), False, 1) for job in range(4)]
+    assert list(in_turn(work, range(3))) == [0, 1, 2]
 
 
 def test_cancelling_does_not_wait_for_the_layer_under_way_and_leaves_no_thread():

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Cancelled, OutputError, Sentence
+from ..delta import raise_if
+from ..errors import OutputError, Sentence
 from ..files import LoraFile, check_target
 from ..files.hashes import CHUNK as HASH_CHUNK
 from ..files.hashes import LEGACY_END, LEGACY_START, hash_from
@@ -211,7 +212,7 @@ class Bake:
                     target.write_bytes(text)
                     continue
                 if path not in wanted:
-                    copy_whole(path, target, lambda: _stop_if(cancel))  # A link would share its fate.
+                    copy_whole(path, target, lambda: raise_if(cancel))  # A link would share its fate.
                     continue
                 file, entries = wanted[path]
                 written = self._write(
@@ -235,7 +236,7 @@ class Bake:
         before_rename: Callable[[], None],
     ) -> Rewritten:
         def stop() -> None:
-            _stop_if(cancel)
+            raise_if(cancel)
 
         hashed = self.settings.hashed and self.single
         sha256 = None
@@ -454,11 +455,6 @@ class Bake:
             dry_run=dry,
             inputs=self.inputs,
         )
-
-
-def _stop_if(cancel: Callable[[], bool] | None) -> None:
-    if cancel is not None and cancel():
-        raise Cancelled("Stopped. Nothing was written.")
 
 
 def _target(output: Path, file: LoraFile, index: int) -> Path:

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from .. import dialects
-from ..delta import parallel_map
-from ..errors import Cancelled, IncompatibleError, RecipeError, Sentence, joined
+from ..delta import parallel_map, raise_if
+from ..errors import IncompatibleError, RecipeError, Sentence, joined
 from ..files import check_target, write_file
 from ..merge import Progress
 from ..metadata import build_metadata
@@ -135,11 +135,6 @@ def opened_pair(tuned: Path, base: Path, settings: ExtractSettings) -> Iterator[
                 second.architecture.label,
             )
         yield Pair(first, second, settings)
-
-
-def raise_if(cancel: Callable[[], bool] | None) -> None:
-    if cancel is not None and cancel():
-        raise Cancelled("Stopped. Nothing was written.")
 
 
 def _all_layers(

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ..delta import available_cores, parallel_map
-from ..errors import Cancelled, OutputError
+from ..delta import available_cores, in_turn, parallel_map, raise_if
+from ..errors import OutputError
 from ..files import LoraFile, check_space
 from ..files.place import output, to_disk
 from .numbers import ITEM, all_finite
@@ -99,10 +99,6 @@ def rewrite(
     done = Rewritten(total, None)
     digest = hashlib.sha256() if hashed else None
 
-    def stop() -> None:
-        if cancel is not None and cancel():
-            raise Cancelled("Stopped. Nothing was written.")
-
     memory = Memory()
     jobs = list(_jobs(source, entries, len(head)))
     with output(target, overwrite) as file, _Writer(file) as writer:
@@ -117,9 +113,14 @@ def rewrite(
 
         if digest is not None:
             digest.update(head)
-        for job, (data, sums) in zip(
-            jobs, parallel_map(compute, jobs, workers=WORKERS, cancel=cancel), strict=True
-        ):
+        # One thread that computes and writes leaves nothing to the other but to hash.
+        alone = WORKERS == 1 and digest is None
+        work = (
+            in_turn(compute, jobs, cancel=cancel)
+            if alone
+            else parallel_map(compute, jobs, workers=WORKERS, cancel=cancel)
+        )
+        for job, (data, sums) in zip(jobs, work, strict=True):
             if digest is not None and data is not None:
                 digest.update(data)
                 memory.give_back(data)
@@ -132,11 +133,11 @@ def rewrite(
             if progress is not None:
                 progress(job.end)
         file.flush()
-        to_disk(file.fileno(), stop)
+        to_disk(file.fileno(), lambda: raise_if(cancel))
         source.check_unchanged()
         if before_rename is not None:
             before_rename()
-        stop()
+        raise_if(cancel)
     done.sha256 = digest.hexdigest() if digest is not None else None
     return done
 

@@ -26,7 +26,7 @@ from .rounding import realize
 from .settings import full_precision, own_settings
 from .small import as_double, gram, grams
 from .storing import Stored, cut_layer, cut_layers, round_cut, round_uncut
-from .threads import available_cores, helpful_threads, parallel_map
+from .threads import available_cores, helpful_threads, in_turn, parallel_map, raise_if
 from .types import (
     Delta,
     Dense,
@@ -80,6 +80,7 @@ __all__ = [
     "gram",
     "grams",
     "helpful_threads",
+    "in_turn",
     "inner",
     "inner_products",
     "is_counted",
@@ -95,6 +96,7 @@ __all__ = [
     "own_settings",
     "parallel_map",
     "place_rows",
+    "raise_if",
     "realize",
     "relative_error",
     "round_cut",

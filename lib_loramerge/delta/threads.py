@@ -64,6 +64,25 @@ def parallel_map(
             pool.shutdown(wait=complete, cancel_futures=True)
 
 
+def in_turn(
+    function: Callable[[_Job], _Result], jobs: Iterable[_Job], *, cancel: Callable[[], bool] | None = None
+) -> Iterator[_Result]:
+    """The same as :func:`parallel_map` on the caller's thread, where nothing else is to be done meanwhile.
+
+    Threads that hand each other Python's lock cost CPU, which only pays where they work side by side.
+    """
+    with own_settings():
+        for job in jobs:
+            raise_if(cancel)
+            yield _without_gradients(function, job)
+
+
+def raise_if(cancel: Callable[[], bool] | None) -> None:
+    """Raise Cancelled where ``cancel`` says that the work is to stop."""
+    if cancel is not None and cancel():
+        raise Cancelled("Stopped. Nothing was written.")
+
+
 def available_cores() -> int:
     """Cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -91,8 +110,7 @@ def _without_gradients(function: Callable[[_Job], _Result], job: _Job) -> _Resul
 
 def _result(future: Future[_Result], cancel: Callable[[], bool] | None) -> _Result:
     while True:
-        if cancel is not None and cancel():
-            raise Cancelled("Stopped. Nothing was written.")
+        raise_if(cancel)
         try:
             return future.result(timeout=0.1)
         except NotYet:

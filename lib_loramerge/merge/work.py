@@ -9,8 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from ..delta import helpful_threads, parallel_map
-from ..errors import Cancelled
+from ..delta import helpful_threads, parallel_map, raise_if
 from .layout import LayerPlan, MergePlan
 
 # Layers of a batch at most: many more are no quicker, and leave the other threads without work.
@@ -63,8 +62,7 @@ class Work:
 
     def check(self) -> None:
         """Raise Cancelled where the work is to stop."""
-        if self.cancel is not None and self.cancel():
-            raise Cancelled("Stopped. Nothing was written.")
+        raise_if(self.cancel)
 
     def each_layer(
         self, plan: MergePlan, function: Callable[[LayerPlan], _Result], phase: str
