@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_loramerge import cli
 from lib_loramerge.analysis import advise, compare, expected_seconds, inspect
+from lib_loramerge.analysis.compare import Relation, _row
 from lib_loramerge.blocks import bundled_preset_path, load_presets
 from lib_loramerge.files import LoraFolder
 from lib_loramerge.merge import MergePlan, plan_merge, run_merge
@@ -544,3 +546,13 @@ def test_pictures_are_drawn(folder, tmp_path, capsys, command):
     assert target.read_bytes().startswith(b"\x89PNG")
     assert len(target.read_bytes()) > 5000
     capsys.readouterr()
+
+
+def test_columns_of_a_comparison_stay_apart_however_small_a_share_is() -> None:
+    tiny = 1.64e-7  # "1.64e-05 %"
+    relation = Relation(
+        cosine=0.5, inputs=1.0, outputs=tiny, sign_conflict=tiny, norms=(1.234e-12, 1.234e-12)
+    )
+    assert re.sub(r" +", " ", _row("all", relation)).split(" %") == [
+        " all 0.500 100", " 1.64e-05", " 1.64e-05", " 1.23e-12 : 1.23e-12",
+    ]  # fmt: skip

@@ -427,8 +427,8 @@ def _rounded(cosine: float) -> float:
 
 def _row(title: str, relation: Relation) -> str:
     spaces = "".join(
-        f"{'-' if value is None else percent(value):>9}" for value in (relation.inputs, relation.outputs)
+        f" {'-' if value is None else percent(value):>8}" for value in (relation.inputs, relation.outputs)
     )
     norms = f"{relation.norms[0]:.3g} : {relation.norms[1]:.3g}"
     signs = percent(relation.sign_conflict)
-    return f"  {title:<8}{_rounded(relation.cosine):>8.3f}{spaces}{signs:>9}{norms:>18}"
+    return f"  {title:<8}{_rounded(relation.cosine):>8.3f}{spaces} {signs:>8} {norms:>17}"

@@ -82,7 +82,7 @@ class RankCurves:
         return [
             f"{'rank':>6}{'size':>12}{'error':>10}{'  kept of each LoRA' if self.shared else ''}",
             *(
-                f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB{percent(p.error):>10}{shares_text(p.kept_of)}"
+                f"{p.rank:>6}{p.size_bytes / 1e6:>9.2f} MB {percent(p.error):>9}{shares_text(p.kept_of)}"
                 for p in self.uniform
             ),
         ]
