@@ -324,7 +324,7 @@ FAILURES: dict[str, tuple[Callable[..., None], str, dict[str, object], str]] = {
     "no right to write": (protected_folder, "merge", {}, "the folder is protected"),
     "a bug": (bug_of_ours, "merge", {}, "Unexpected error (ZeroDivisionError"),
     "a trial that no host takes": (nothing_wrong, "try", {}, "no LoRA support switched on"),
-    "NaN in a file": (nothing_wrong, "merge", {"row1.lora": "nan"}, "NaN or infinite"),
+    "NaN in a file": (nothing_wrong, "merge", {"row1.lora": "nan"}, "NaN or infinity"),
     "a size that nothing fits": (
         nothing_wrong,
         "merge",
