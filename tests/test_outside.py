@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_loramerge.cli import main
-from lib_loramerge.delta import Delta, Dense, LowRank, outside
+from lib_loramerge.delta import Delta, Dense, LowRank, norms_outside
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 OTHER = LAYER.replace("to_q", "to_v")
@@ -51,14 +51,14 @@ def test_what_is_outside_is_what_projections_leave(kernel: tuple[int, ...], matr
         assert isinstance(part, LowRank)
         part = Dense(part.dense())
     whole = joined(known, delta(4, kernel), known)  # Of rank 7, though it has ten components.
-    assert outside(whole, part) == pytest.approx(projected(whole, part), rel=1e-6)
+    assert norms_outside(whole, part) == pytest.approx(projected(whole, part), rel=1e-6)
 
 
 def test_nothing_is_outside_a_sum_and_all_outside_nothing() -> None:
     known = delta(3)
-    out, size = outside(joined(known, delta(4)), known)
+    out, size = norms_outside(joined(known, delta(4)), known)
     assert out <= 1e-9 * size
-    assert outside(Dense(torch.randn(40, 30)), known)[0] == 0
+    assert norms_outside(Dense(torch.randn(40, 30)), known)[0] == 0
 
 
 def write(path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:

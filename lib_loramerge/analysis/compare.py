@@ -172,13 +172,7 @@ def compare(
     with open_merger(plan) as merger:
 
         def look(layer: LayerPlan) -> tuple[_Sizes | None, list[_Seen]]:
-            present = [
-                (index, weight, built.weight)
-                for (index, _, _), weight, built in zip(
-                    layer.inputs, layer.weights, merger.inputs(layer), strict=True
-                )
-                if built.weight is not None
-            ]
+            present = merger.present(layer)
             return _look(layer, pairs, present, merger.loras) if present else (None, [])
 
         by_layer = Work(progress, cancel).each_layer(plan, look, "compare")

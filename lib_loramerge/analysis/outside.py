@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..delta import Dense, outside
+from ..delta import Dense, norms_outside
 from ..merge.layer import open_merger
 from ..merge.layout import LayerPlan, MergePlan
 from ..merge.work import Progress, Work
@@ -56,18 +56,12 @@ def outside_of(
 
         def look(layer: LayerPlan) -> list[tuple[float, float]]:
             found = [(0.0, 0.0)] * count
-            present = {
-                index: (weight, built.weight)
-                for (index, _, _), weight, built in zip(
-                    layer.inputs, layer.weights, merger.inputs(layer), strict=True
-                )
-                if built.weight is not None
-            }
-            whole = present.get(0)
-            for index, (weight, part) in present.items():
+            present = merger.present(layer)
+            whole = next((delta for index, _, delta in present if index == 0), None)
+            for index, weight, part in present:
                 if index and not (isinstance(part, Dense) and part.weight.dim() == 1):
-                    out, size = outside(part if whole is None else whole[1], part)
-                    found[index] = weight**2 * (size if whole is None else out), weight**2 * size
+                    out, size = norms_outside(whole, part)
+                    found[index] = weight**2 * out, weight**2 * size
             return found
 
         layers = Work(progress, cancel).each_layer(plan, look, "compare")

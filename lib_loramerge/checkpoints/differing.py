@@ -340,8 +340,8 @@ def measure(pair: Pair, name: str, *, advised: bool = False) -> Found:
     if layer.exact == 0:
         layer.trained = False
         return layer
-    settings, kernel = pair.settings, tuple(shape[2:])
-    wide_kernel = kernel if kernel not in ((), (1, 1)) else ()
+    settings = pair.settings
+    wide_kernel = tuple(shape[2:]) if pair.has_kernel(name) else ()
     limit = settings.limit(bool(wide_kernel))
     ratio = layer.exact / layer.noise if layer.noise > 0 else float("inf")
     threshold = None

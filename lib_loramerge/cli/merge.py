@@ -131,25 +131,23 @@ def _merge_all(
 ) -> None:
     from ..merge import run_merge
 
-    reports, beside = [], []
+    shown: list[dict[str, Any]] = []
     for plan, own in merges:
         assert own is not None
         with progress_line(sys.stderr) as show:
             seen = look(plan, progress=show, cancel=interrupts.asked) if look is not None else None
             report = run_merge(plan, own, overwrite=options.overwrite, progress=show, cancel=interrupts.asked)
-        reports.append(report)
-        beside.append({} if seen is None else seen.to_json())
-        options.complete = len(reports)
+        warnings = [*notes, *report.warnings]
+        shown.append(
+            {**report.to_json(), "warnings": warnings, **(seen.to_json() if seen is not None else {})}
+        )
+        options.complete = len(shown)
         if not options.json:
             print(report.to_text())
             if seen is not None:
                 print(seen.to_text())
             print_notes(notes)
     if options.json:
-        shown = [
-            {**report.to_json(), "warnings": [*notes, *report.warnings], **more}
-            for report, more in zip(reports, beside, strict=True)
-        ]
         print_json(shown if options.pairs else shown[0])
 
 

@@ -92,13 +92,15 @@ def overlaps(deltas: Sequence[Delta]) -> Overlaps:
     return Overlaps(_products_of_parts(small, whole.component_gains(), places), inputs, outputs)
 
 
-def outside(whole: Delta, part: Delta) -> tuple[float, float]:
+def norms_outside(whole: Delta | None, part: Delta) -> tuple[float, float]:
     """Squared norm of what of ``part`` lies outside the column and row spaces of ``whole``, and of all of it.
 
     What was merged into ``whole`` lies inside, but for what a rank cut off. Nothing is outside a matrix that
-    is no low-rank one.
+    is no low-rank one, and everything outside None.
     """
     size = max(0.0, inner(part, part))
+    if whole is None:
+        return size, size
     if not isinstance(whole, LowRank) or whole.structure is not None:
         return 0.0, size
     if isinstance(part, LowRank) and part.structure is None:

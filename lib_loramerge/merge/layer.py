@@ -109,6 +109,16 @@ class Merger:
             for index, _, _ in layer.inputs
         ]
 
+    def present(self, layer: LayerPlan) -> list[tuple[int, float, Delta]]:
+        """Index, weight and weight delta at strength 1 of each contributing input that has the layer."""
+        return [
+            (index, weight, built.weight)
+            for (index, _, _), weight, built in zip(
+                layer.inputs, layer.weights, self.inputs(layer), strict=True
+            )
+            if built.weight is not None
+        ]
+
     def _given(self, layer: LayerPlan, inputs: Sequence[LayerDelta]) -> list[Given]:
         """The weight deltas there are, on the device that works."""
         return [

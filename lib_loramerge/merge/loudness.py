@@ -126,13 +126,7 @@ def normalized(
 
 
 def _look(merger: Merger, layer: LayerPlan) -> Sizes | None:
-    found = [
-        (index, weight, built.weight)
-        for (index, _, _), weight, built in zip(
-            layer.inputs, layer.weights, merger.inputs(layer), strict=True
-        )
-        if built.weight is not None
-    ]
+    found = merger.present(layer)
     if not found:
         return None
     weights = torch.tensor([weight for _, weight, _ in found], dtype=torch.float64)

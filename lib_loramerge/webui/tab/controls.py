@@ -42,6 +42,12 @@ def open_list(label: str, **options: object) -> Mapping[str, object]:
     return {"label": label, "choices": [], "value": "", "allow_custom_value": True, **options}
 
 
+def one_line(label: str, placeholder: str = "", **options: object) -> Mapping[str, object]:
+    """A field for a short text; ``placeholder`` stands in it while it is empty."""
+    shown = {"placeholder": placeholder} if placeholder else {}
+    return {"label": label, "value": "", **shown, "lines": 1, "max_lines": 1, **options}
+
+
 def choice(label: str, labels: Mapping[str, str], chosen: str, **options: object) -> Mapping[str, object]:
     """A list of what is shown for each of some words."""
     return {"label": label, "choices": list(labels.values()), "value": labels[chosen], **options}
@@ -126,15 +132,7 @@ ROW_CONTROLS = (
     Control(
         "extra",
         "Textbox",
-        {
-            "label": "Other options",
-            "value": "",
-            "placeholder": "dyn=8:te2=0.5:x=0.3",
-            "lines": 1,
-            "max_lines": 1,
-            "scale": 3,
-            "min_width": 160,
-        },
+        one_line("Other options", "dyn=8:te2=0.5:x=0.3", scale=3, min_width=160),
         (
             "As in the prompt: dyn= uses only the first ranks, te1= te2= te3= are strengths of one "
             "text encoder, x= is the value of X in block weights."
@@ -218,15 +216,7 @@ CONTROLS = (
     Control(
         "conv_rank",
         "Textbox",  # A number field shows 0 where it is empty.
-        {
-            "label": "Rank of convolutions",
-            "value": "",
-            "placeholder": "by the rule above",
-            "lines": 1,
-            "max_lines": 1,
-            "scale": 1,
-            "min_width": 130,
-        },
+        one_line("Rank of convolutions", "by the rule above", scale=1, min_width=130),
         "A number, or empty for the rule above. Convolutions often need less rank than the rest.",
         ("recipe.conv_rank",),
     ),
@@ -239,7 +229,7 @@ CONTROLS = (
     Control(
         "name",
         "Textbox",
-        {"label": "Name", "value": "", "lines": 1, "max_lines": 1, "scale": 4, "min_width": 180},
+        one_line("Name", scale=4, min_width=180),
         "Name of the new file. A free name is proposed until you type your own.",
         ("request.name",),
     ),

@@ -10,7 +10,7 @@ from .. import compat, extracting, render
 from ..checkpoint_jobs import AnalysisRequest
 from ..compat import update
 from ..host.checkpoints import CLOSED
-from .controls import Control, choice, open_list
+from .controls import Control, choice, one_line, open_list
 
 if TYPE_CHECKING:
     from ..form import Changes, Form
@@ -72,15 +72,7 @@ CONTROLS = (
     Control(
         "extract_conv_rank",
         "Textbox",
-        {
-            "label": "Rank of convolutions",
-            "value": "",
-            "placeholder": "as the rest, 32 at most",
-            "lines": 1,
-            "max_lines": 1,
-            "scale": 1,
-            "min_width": 130,
-        },
+        one_line("Rank of convolutions", "as the rest, 32 at most", scale=1, min_width=130),
         "A number, or empty for the rank of the rest, 32 at most. 0 leaves convolutions out.",
     ),
     Control(
@@ -104,7 +96,7 @@ CONTROLS = (
     Control(
         "extract_name",
         "Textbox",
-        {"label": "Name", "value": "", "lines": 1, "max_lines": 1, "scale": 4, "min_width": 180},
+        one_line("Name", scale=4, min_width=180),
         "Name of the new LoRA. Empty takes the name that is proposed in grey.",
     ),
     Control(
@@ -197,12 +189,9 @@ def connect(wiring: Running) -> None:
         changes: Changes = {}
         for field, rule in (("rank", "number"), ("size", "size"), ("auto", "auto")):
             if field in offered:
-                value = update(value=offered[field], visible=True)
-                changes = {
-                    "extract_rule": extracting.RULES[rule],
-                    **_shown_by(rule),
-                    f"extract_{field}": value,
-                }
+                changes = {"extract_rule": extracting.RULES[rule], **_shown_by(rule)}
+                if field != "auto":
+                    changes[f"extract_{field}"] = update(value=offered[field], visible=True)
         return changes
 
     pair = ("extract_tuned", "extract_base")
