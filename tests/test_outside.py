@@ -99,3 +99,18 @@ def test_subtract_tells_what_was_never_merged_in(tmp_path, monkeypatch, capsys) 
     # What lies by chance in the space of a's four components is little.
     assert told == pytest.approx(100 * share, rel=0.01)
     assert "b.safetensors seems not to have been merged into a_half.safetensors" in text
+
+
+def test_nothing_is_told_of_a_lora_without_matrices_or_of_strength_0(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.safetensors", {LAYER: factors()})
+    write(tmp_path / "b.safetensors", {OTHER: factors()})
+    norm = "lora_unet_down_blocks_0_attentions_0_norm"
+    save_file(
+        {f"{norm}.{end}": torch.randn(SIDE) for end in ("w_norm", "b_norm")}, tmp_path / "norm.safetensors"
+    )
+    words = ["a.safetensors", "b.safetensors:0", "norm.safetensors"]
+    assert main(["subtract", *words, "-o", "x"]) == 0
+    assert "Left over" not in capsys.readouterr().out
+    assert main(["subtract", *words, "-o", "y", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outside"] == {}

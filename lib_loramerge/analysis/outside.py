@@ -21,7 +21,8 @@ class OutsideReport:
 
     Attributes:
         merged: Name of the merged LoRA.
-        shares: Name of each other one to ``|B outside| / |B|`` over all its matrices, strengths included.
+        shares: Name of each other one to ``|B outside| / |B|`` over all its matrices, strengths included;
+            those of no matrix that counts are not in it.
     """
 
     merged: str
@@ -69,5 +70,5 @@ def outside_of(
     sums = [[sum(layer[index][side] for layer in layers) for side in (0, 1)] for index in range(count)]
     return OutsideReport(
         merged=names[0],
-        shares={names[index]: relative(*sums[index]) for index in range(1, count)},
+        shares={names[index]: relative(*sums[index]) for index in range(1, count) if sums[index][1] > 0},
     )

@@ -73,7 +73,7 @@ def _compare_parser(commands: Any) -> None:
         commands,
         "compare",
         run_compare,
-        "show where LoRAs agree, overlap and fight, or checkpoints differ",
+        "show where LoRAs agree, overlap and fight, or what TUNED differs by from BASE, two checkpoints",
     )
     add_inputs(parser)
     add_settings(parser, "compare")

@@ -144,7 +144,7 @@ def _merge_all(
         options.complete = len(shown)
         if not options.json:
             print(report.to_text())
-            if seen is not None:
+            if seen is not None and seen.shares:
                 print(seen.to_text())
             print_notes(notes)
     if options.json:
